@@ -1,0 +1,120 @@
+"""Small questions about `torch.fx` graphs that several rooms ask."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterable
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+_DYNAMO_PREFIX = re.compile(r"L\['self'\]\.?|__dict__\['_modules'\]|\._modules|_modules\['([^']*)'\]")
+_BRACKETS = re.compile(r"\['?([^'\]]*)'?\]")
+
+
+def normal_path(path: str) -> str:
+    """Write a module path the plain way, ``transformer_blocks.0.attn``, whichever front end made it."""
+    if "[" not in path:
+        return path
+    path = _DYNAMO_PREFIX.sub("", path)
+    path = _BRACKETS.sub(r".\1", path)
+    return re.sub(r"\.+", ".", path).strip(".")
+
+
+def module_paths(node: Node) -> list[str]:
+    """Return the module paths a node was recorded in, outermost first, in plain writing."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return [normal_path(entry[0]) for entry in stack.values()]
+
+
+def users(node: Node) -> list[Node]:
+    """Return a node's users in graph order."""
+    order = {n: i for i, n in enumerate(node.graph.nodes)} if len(node.users) > 1 else {}
+    return sorted(node.users, key=lambda n: order.get(n, 0))
+
+
+def ancestors(nodes: Iterable[Node], stop: Iterable[Node] = (), within: set[Node] | None = None) -> set[Node]:
+    """Return everything the given nodes are computed from, themselves included.
+
+    Args:
+        nodes: where to start.
+        stop: nodes not to go beyond (they are part of the answer).
+        within: if given, nodes outside of it are neither entered nor returned.
+    """
+    barrier = set(stop)
+    seen: set[Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node in seen or (within is not None and node not in within):
+            continue
+        seen.add(node)
+        if node not in barrier:
+            todo.extend(node.all_input_nodes)
+    return seen
+
+
+def descendants(nodes: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
+    """Return everything computed from the given nodes, themselves included."""
+    barrier = set(stop)
+    seen: set[Node] = set()
+    todo = list(nodes)
+    while todo:
+        node = todo.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node not in barrier:
+            todo.extend(node.users)
+    return seen
+
+
+def is_add(node: Node) -> bool:
+    """Tell whether a node is a two-operand addition of nodes, by whichever name."""
+    targets = (operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+    named = node.op == "call_function" and node.target in targets
+    return (named or (node.op == "call_method" and node.target in ("add", "add_"))) and (
+        len(node.args) == 2 and all(isinstance(arg, Node) for arg in node.args)
+    )
+
+
+def parameter_count(gm: GraphModule) -> int:
+    """Count the parameters that a graph uses, each once."""
+    seen: dict[int, int] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_module":
+            for parameter in gm.get_submodule(str(node.target)).parameters():
+                seen[id(parameter)] = parameter.numel()
+        elif node.op == "get_attr":
+            value = attribute(gm, str(node.target))
+            if isinstance(value, torch.nn.Parameter):
+                seen[id(value)] = value.numel()
+    return sum(seen.values())
+
+
+def attribute(gm: torch.nn.Module, path: str) -> object:
+    """Return the attribute of a module at a dotted path."""
+    value: object = gm
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def example(node: Node) -> object:
+    """Return a node's example value, or ``None``."""
+    return node.meta.get("val")
+
+
+def copy_graph_module(gm: GraphModule) -> GraphModule:
+    """Return a graph module with a graph of its own over the same modules and parameters."""
+    graph = Graph(tracer_cls=None)
+    mapping: dict[Node, Node] = {}
+    result = graph.graph_copy(gm.graph, mapping)
+    output = gm.graph.output_node()
+    graph.output(result)
+    graph.output_node().meta = dict(output.meta)
+    copied = GraphModule(gm, graph, class_name=gm.__class__.__name__)
+    copied.meta = dict(gm.meta)
+    copied.train(gm.training)
+    return copied

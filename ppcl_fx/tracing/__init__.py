@@ -1,0 +1,136 @@
+"""From a diffusion transformer to a `torch.fx` graph whose nodes know their block."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from torch.fx import GraphModule
+
+from ppcl_fx.errors import GuardError, PpclError, near
+from ppcl_fx.tracing.leaves import block_lists, inlined_modules
+from ppcl_fx.tracing.tracer import ExampleTracer
+
+__all__ = ["bind", "trace", "trace_inside"]
+
+
+def _is_fixed(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, str)) or (isinstance(value, dict) and not value)
+
+
+def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
+    """Trace a diffusion transformer.
+
+    Blocks are inlined; the modules inside them (attention, feed-forward, norms, linears) stay ``call_module`` nodes.
+    The parameters are the model's own, shared. Tensors of the example are only looked at for shape and dtype.
+    ``gm.meta["ppcl"]`` holds ``inputs`` (the placeholders), ``fixed`` (arguments that are part of the trace) and
+    ``blocks`` (the blocks' paths).
+
+    Args:
+        model: the transformer, in evaluation mode, on any device, the meta device included.
+        example_kwargs: the keyword arguments of one call. Those that are neither ``None`` nor a boolean, a
+            string or an empty dict become placeholders.
+
+    Returns:
+        A graph module with the model's weights. Call it with the placeholders' names; it returns what the model
+        returns with ``return_dict=False``.
+
+    Raises:
+        PpclError: the model has no blocks, an argument is unknown, or a branch depends on a tensor's values.
+    """
+    signature = inspect.signature(model.forward)
+    given = dict(example_kwargs)
+    if "return_dict" in signature.parameters:
+        given["return_dict"] = False
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    for name in given:
+        if name not in signature.parameters and not open_ended:
+            raise PpclError(
+                f"the transformer takes no argument {name!r}{near(name, signature.parameters)}; "
+                f"it takes {', '.join(signature.parameters)}"
+            )
+    lists = block_lists(model)
+    if not lists:
+        raise PpclError(
+            f"{type(model).__name__} has no transformer blocks (no ModuleList whose elements all contain attention); "
+            "give a diffusion transformer"
+        )
+    blocks = {f"{path}.{i}" for path in lists for i in range(len(model.get_submodule(path)))}  # type: ignore[arg-type]
+    symbolic = {name: value for name, value in given.items() if not _is_fixed(value)}
+    fixed = {name: copy.copy(value) for name, value in given.items() if _is_fixed(value)}
+    gm = _graph_module(model, inlined_modules(model), blocks, symbolic, fixed)
+    gm.meta["ppcl"] = {
+        "inputs": list(symbolic),
+        "fixed": {name: value for name, value in fixed.items() if value is not None},
+        "blocks": [f"{path}.{i}" for path in lists for i in range(len(model.get_submodule(path)))],  # type: ignore[arg-type]
+    }
+    return gm
+
+
+def trace_inside(module: nn.Module, args: Mapping[str, Any]) -> GraphModule:
+    """Trace one module down to `torch.nn` modules: what a leaf of `trace` looks like inside.
+
+    Args:
+        module: for example an attention module or an adaptive norm.
+        args: its arguments by name; ``None``, booleans and strings are part of the trace.
+    """
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    inlined = {
+        path
+        for path, child in module.named_modules()
+        if path == "" or isinstance(child, containers) or not type(child).__module__.startswith("torch.nn")
+    }
+    symbolic = {name: value for name, value in args.items() if not _is_fixed(value)}
+    fixed = {name: value for name, value in args.items() if _is_fixed(value)}
+    return _graph_module(module, inlined, set(), symbolic, fixed)
+
+
+def _graph_module(
+    model: nn.Module, inlined: set[str], blocks: set[str], symbolic: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> GraphModule:
+    tracer = ExampleTracer(model, inlined, blocks)
+    graph = tracer.trace(symbolic, fixed)
+    for node in graph.nodes:
+        node.meta.pop("kept", None)
+    root = nn.Module()
+    for name, child in model.named_children():
+        root.add_module(name, child)
+    for name, tensor in [*model.named_parameters(recurse=False), *model.named_buffers(recurse=False)]:
+        (root.register_parameter if isinstance(tensor, nn.Parameter) else root.register_buffer)(name, tensor)  # type: ignore[operator]
+    for name, tensor in tracer.constants.items():
+        root.register_buffer(name, tensor, persistent=False)
+    gm = GraphModule(root, graph, class_name=type(model).__name__)
+    gm.train(model.training)
+    return gm
+
+
+def bind(gm: GraphModule, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn a call's keyword arguments into those of a traced graph.
+
+    Drops what is ``None`` and what equals the trace's fixed arguments.
+
+    Raises:
+        GuardError: an argument that the trace did not have, one that differs from a fixed one, or one missing.
+    """
+    info = gm.meta["ppcl"]
+    bound: dict[str, Any] = {}
+    for name, value in kwargs.items():
+        if name in info["inputs"] and not _is_fixed(value):
+            bound[name] = value
+        elif name == "return_dict" or value is None or (name in info["fixed"] and info["fixed"][name] == value):
+            continue
+        else:
+            raise GuardError(
+                f"this call lies outside of what was traced: the argument {name!r} was "
+                f"{info['fixed'].get(name, 'not given')!r} while tracing; trace the model again with it"
+            )
+    missing = [name for name in info["inputs"] if name not in bound]
+    if missing:
+        raise GuardError(
+            f"this call lies outside of what was traced: the argument {missing[0]!r} was given while tracing and is "
+            "missing now; give it, or trace the model again without it"
+        )
+    return bound

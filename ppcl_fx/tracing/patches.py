@@ -1,0 +1,117 @@
+"""What is patched while a trace runs: module calls, parameter reads, tensor constructors, `len` and `int`."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from ppcl_fx.tracing.tracer import ExampleTracer
+
+# Functions without a tensor argument: nothing in them would tell torch that a proxy is among the arguments.
+CONSTRUCTORS = (
+    "arange", "as_tensor", "empty", "eye", "finfo", "full", "iinfo", "linspace", "ones", "outer", "rand", "randn",
+    "tensor", "zeros",
+)  # fmt: skip
+
+
+class _IntType(type):
+    """Makes a stand-in for `int` that records the conversion of a proxy and is `int` in every other respect."""
+
+    tracer: ExampleTracer
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if args and cls.tracer.is_proxy(args[0]):
+            return cls.tracer.create_proxy("call_function", int, args, kwargs)
+        return int(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, int)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, int)
+
+
+def _recorded_len(tracer: ExampleTracer) -> Callable[[Any], Any]:
+    def recorded(value: Any) -> Any:
+        if tracer.is_proxy(value):
+            return tracer.create_proxy("call_function", len, (value,), {})
+        return len(value)
+
+    return recorded
+
+
+def _recorded(tracer: ExampleTracer, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        if tracer.recording:
+            return tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    return recorded
+
+
+def _model_namespaces(root: nn.Module) -> list[dict[str, Any]]:
+    """Return the global names of the Python modules that the model's own code lives in (never torch's)."""
+    packages = {type(module).__module__.rpartition(".")[0] for module in root.modules()}
+    packages = {package for package in packages if package and package.split(".")[0] != "torch"}
+    own = {type(module).__module__ for module in root.modules()}
+    # The helpers beside a model (rotary embeddings, attention dispatch) live one package up in diffusers.
+    parents = {package.rpartition(".")[0] for package in packages if package.count(".") >= 2}
+    wanted = packages | parents
+    names = [
+        name
+        for name in list(sys.modules)
+        if not name.startswith("torch") and (name in own or name.rpartition(".")[0] in wanted)
+    ]
+    return [vars(sys.modules[name]) for name in names if sys.modules.get(name) is not None]
+
+
+@contextlib.contextmanager
+def patched(tracer: ExampleTracer, root: nn.Module) -> Iterator[None]:
+    """Redirect module calls, parameter reads, constructors, `len` and `int` to the tracer, and put all back."""
+    undo: list[Callable[[], None]] = []
+
+    def replace(owner: Any, name: str, value: Any) -> None:
+        old = getattr(owner, name)
+        undo.append(lambda: setattr(owner, name, old))
+        setattr(owner, name, value)
+
+    original_call = nn.Module.__call__
+    original_getattr = nn.Module.__getattr__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if tracer.recording and id(module) in tracer.paths:
+            return tracer.call_module(module, args, kwargs)
+        return original_call(module, *args, **kwargs)
+
+    def read(module: nn.Module, name: str) -> Any:
+        value = original_getattr(module, name)
+        if tracer.recording and isinstance(value, torch.Tensor):
+            return tracer.read_tensor(value)
+        return value
+
+    int_type = _IntType("int", (), {})
+    int_type.tracer = tracer
+    length = _recorded_len(tracer)
+    try:
+        replace(nn.Module, "__call__", call)
+        replace(nn.Module, "__getattr__", read)
+        for name in CONSTRUCTORS:
+            replace(torch, name, _recorded(tracer, getattr(torch, name)))
+        for names in _model_namespaces(root):
+            for name, stand_in in (("len", length), ("int", int_type)):
+                if names.get(name, getattr(builtins, name)) is getattr(builtins, name):
+                    names[name] = stand_in
+                    undo.append(functools.partial(names.pop, name, None))
+        yield
+    finally:
+        for step in reversed(undo):
+            step()

@@ -1,0 +1,265 @@
+"""The tracer: runs a shadow of the model on proxies that carry example values, and writes down a graph."""
+
+from __future__ import annotations
+
+import collections
+import operator
+import sys
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+from torch.fx.proxy import Scope, TracerBase
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.tracing.examples import META, examples, fresh, signature
+from ppcl_fx.tracing.guards import expect, expect_tensor
+from ppcl_fx.tracing.patches import patched
+from ppcl_fx.tracing.proxies import ExampleProxy
+from ppcl_fx.tracing.shadow import shadow, to_meta
+
+class ExampleTracer(TracerBase):
+    """Records a model into a graph, deciding branches by example values and guarding each decision.
+
+    Args:
+        root: the module to trace. It is not run; a copy on the meta device is.
+        inlined: paths of the modules to look into; every other module becomes one ``call_module`` node.
+        blocks: paths of the blocks, whose inputs and outputs are noted on the nodes.
+    """
+
+    def __init__(self, root: nn.Module, inlined: set[str], blocks: set[str]) -> None:
+        super().__init__()
+        self.graph = Graph(tracer_cls=None)
+        self.scope = Scope("", None)
+        self.module_stack = collections.OrderedDict()
+        self.node_name_to_scope = {}
+        self.model = root
+        self.root, self._plain = shadow(root)
+        self.inlined = inlined
+        self.blocks = blocks
+        self.paths = {id(module): path for path, module in self.root.named_modules()}
+        self._tensors = {id(t): name for name, t in self.root.named_parameters(remove_duplicate=False)}
+        self._tensors |= {id(t): name for name, t in self.root.named_buffers(remove_duplicate=False)}
+        self._known: dict[Hashable, Any] = {}
+        self._read: dict[int, ExampleProxy] = {}
+        self.constants: dict[str, torch.Tensor] = {}
+        self._structural: set[Node] = set()
+        self._containers: set[Node] = set()
+        self._guarded: set[tuple[Node, str]] = set()
+        self.recording = False
+        parameter = next(iter(root.parameters()), None)
+        on = parameter.device if parameter is not None else torch.device("cpu")
+        self.device = torch.device("cpu") if on.type == "meta" else on
+
+    # ---- running -----------------------------------------------------------------------------------------------
+
+    def trace(self, symbolic: Mapping[str, Any], fixed: Mapping[str, Any]) -> Graph:
+        """Trace ``root.forward(**symbolic, **fixed)``; the symbolic arguments become placeholders.
+
+        Args:
+            symbolic: example values; tensors are taken to the meta device.
+            fixed: arguments that are part of the trace as they are (``None``, booleans, strings).
+        """
+        proxies = {name: self._placeholder(name, to_meta(value)) for name, value in symbolic.items()}
+        with torch.no_grad(), patched(self, self.root):
+            self.recording = True
+            try:
+                result = self._forward(self.root, "", (), {**proxies, **fixed})
+            finally:
+                self.recording = False
+        self.graph.output(self.create_arg(result))
+        output = self.graph.output_node()
+        output.meta["val"] = map_arg(output.args[0], lambda node: node.meta["val"])
+        return self.graph
+
+    def _placeholder(self, name: str, example: Any) -> ExampleProxy:
+        node = self.create_node("placeholder", name, (), {})
+        node.meta["val"] = example
+        if isinstance(example, torch.Tensor):
+            self._guard_dims(node, f"the input {name!r}")
+        else:
+            self._containers.add(node)
+        return ExampleProxy(node, self)
+
+    def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a module's call as one node, or look into it."""
+        path = self.paths[id(module)]
+        self.module_stack[path] = (path, type(module))
+        try:
+            if path not in self.inlined:
+                return self.create_proxy("call_module", path, args, kwargs)
+            if path not in self.blocks:
+                return self._forward(module, path, args, kwargs)
+            return self._call_block(module, path, args, kwargs)
+        finally:
+            self.module_stack.popitem()
+
+    def _call_block(self, block: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        names = list(block.forward.__code__.co_varnames[1 : block.forward.__code__.co_argcount])
+        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+            _note(value, "block_in", (path, name))
+        result = self._forward(block, path, args, kwargs)
+        parts = result if isinstance(result, (tuple, list)) and not self.is_proxy(result) else (result,)
+        for position, value in enumerate(parts):
+            _note(value, "block_out", (path, position))
+        return result
+
+    @staticmethod
+    def _forward(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if module._forward_pre_hooks or module._forward_hooks:
+            where = f"module {path!r}" if path else "the model"
+            raise PpclError(f"{where} has forward hooks, which a trace cannot see; remove them before tracing")
+        return module.forward(*args, **kwargs)
+
+    # ---- values ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def is_proxy(value: Any) -> bool:
+        """Tell whether a value is symbolic (`isinstance` answers with the example's type)."""
+        return issubclass(type(value), ExampleProxy)
+
+    def read_tensor(self, tensor: torch.Tensor) -> Any:
+        """Return the ``get_attr`` proxy of a parameter, a buffer, or a plain tensor attribute of the shadow."""
+        if id(tensor) in self._read:
+            return self._read[id(tensor)]
+        name = self._tensors.get(id(tensor))
+        if name is None:
+            name = f"_constant_{len(self.constants)}"
+            self.constants[name] = self._plain.get(id(tensor), tensor)
+            self._tensors[id(tensor)] = name
+        node = self.create_node("get_attr", name, (), {})
+        node.meta["val"] = to_meta(tensor)
+        node.meta["kept"] = tensor  # ids are keys above: the tensor must stay alive while tracing
+        proxy = ExampleProxy(node, self)
+        self._read[id(tensor)] = proxy
+        return proxy
+
+    def create_arg(self, a: Any) -> Any:
+        """Turn a value into a graph argument; stray tensors become attributes of the graph module."""
+        if isinstance(a, torch.Tensor) and not self.is_proxy(a):
+            return self.read_tensor(a).node
+        return super().create_arg(a)
+
+    def create_proxy(  # type: ignore[override]
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+        proxy_factory_fn: Callable[[Node], Any] | None = None,
+    ) -> Any:
+        """Record one operation and compute its example. An operation whose result is ``None`` returns ``None``."""
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
+        node.meta["val"] = value = self._evaluate(node)
+        if value is None and not node.is_impure():
+            self.graph.erase_node(node)
+            return None
+        self._classify(node, value)
+        return ExampleProxy(node, self)
+
+    def _evaluate(self, node: Node) -> Any:
+        args: Any = examples(tuple(node.args))
+        kwargs: Any = examples(dict(node.kwargs))
+        if node.target is getattr and args[1] == "device":
+            return self.device
+        module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        key = signature(module if module is not None else node.target, args, kwargs)
+        # Look-alike blocks ask the same questions again and again.
+        if key is not None and key in self._known:
+            return fresh(self._known[key])
+        was, self.recording = self.recording, False
+        try:
+            with META:
+                if module is not None:
+                    value = module(*args, **kwargs)
+                elif node.op == "call_method":
+                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    assert callable(node.target)
+                    value = node.target(*args, **kwargs)
+        except (NotImplementedError, RuntimeError) as error:
+            if "meta" not in str(error).lower():
+                raise
+            raise PpclError(
+                f"{self._where()} reads a tensor's values to decide what to compute ({node.target}), "
+                "which no graph can hold; give the model inputs that avoid it"
+            ) from error
+        finally:
+            self.recording = was
+        if key is not None:
+            self._known[key] = fresh(value)
+        return value
+
+    def _classify(self, node: Node, value: Any) -> None:
+        """Note what follows from the number of dimensions alone, and what was taken out of a given container."""
+        sources = node.all_input_nodes
+        if node.target is getattr and node.args[1] == "ndim" or node.op == "call_method" and node.target == "dim":
+            self._structural.add(node)
+        elif node.target is len and (isinstance(sources[0].meta["val"], torch.Size) or sources[0].op == "call_module"):
+            self._structural.add(node)
+        elif sources and all(source in self._structural for source in sources):
+            self._structural.add(node)
+        if sources and sources[0] in self._containers and node.target in (operator.getitem, getattr):
+            if isinstance(value, torch.Tensor):
+                self._guard_dims(node, f"{node.name}, an item of the input {sources[0].name!r}")
+            else:
+                self._containers.add(node)
+
+    # ---- decisions ---------------------------------------------------------------------------------------------
+
+    def decide(self, proxy: ExampleProxy, kind: Callable[[Any], Any]) -> Any:
+        """Answer a Python question (``bool``, ``int``, ``float``) about a proxy by its example, and guard it."""
+        try:
+            value = kind(proxy.example)
+        except (NotImplementedError, RuntimeError) as error:
+            raise PpclError(
+                f"{self._where()} decides by the values of a tensor ({proxy.node.name}), which a trace cannot follow; "
+                "give the model inputs that avoid that branch"
+            ) from error
+        self.guard(proxy.node, value, f"{kind.__name__}({proxy.node.name}) at {self._where()}")
+        return value
+
+    def decide_length(self, proxy: ExampleProxy) -> int:
+        """Answer ``len(proxy)``; guarded unless it follows from the graph itself."""
+        example = proxy.example
+        if isinstance(example, torch.Tensor):
+            return int(self.decide(proxy.shape[0], operator.index))
+        fixed = proxy.node.op == "call_module" or proxy.node.target in ("chunk", torch.chunk)
+        if not isinstance(example, torch.Size) and not fixed:
+            length = self.create_proxy("call_function", len, (proxy,), {})
+            self.guard(length.node, len(example), f"the length of {proxy.node.name} at {self._where()}")
+        return len(example)
+
+    def guard(self, node: Node, expected: Any, words: str) -> None:
+        """Check ``node == expected`` on every later call, unless the inputs' dimensions already settle it."""
+        if node in self._structural or (node, repr(expected)) in self._guarded:
+            return
+        self._guarded.add((node, repr(expected)))
+        check = self.create_node("call_function", expect, (node, self.create_arg(expected), words), {})
+        check.meta["val"] = None
+
+    def _guard_dims(self, node: Node, words: str) -> None:
+        check = self.create_node("call_function", expect_tensor, (node, node.meta["val"].ndim, words), {})
+        check.meta["val"] = None
+
+    def _where(self) -> str:
+        frame = sys._getframe(1)
+        skipped = (__file__, __file__.replace("tracer.py", "proxies.py"), __file__.replace("tracer.py", "patches.py"))
+        while frame.f_back is not None and (
+            frame.f_code.co_filename in skipped or "/torch/" in frame.f_code.co_filename
+        ):
+            frame = frame.f_back
+        name = frame.f_code.co_filename.rpartition("/")[2]
+        inside = next(reversed(self.module_stack), "")
+        return f"{name}:{frame.f_lineno}" + (f" in {inside}" if inside else "")
+
+
+def _note(value: Any, key: str, entry: tuple[str, Any]) -> None:
+    """Append an entry to a node's meta; tuples, because shallow copies of a graph share them."""
+    if ExampleTracer.is_proxy(value):
+        value.node.meta[key] = (*value.node.meta.get(key, ()), entry)
