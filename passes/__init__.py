@@ -1,0 +1,3 @@
+"""What reads and edits graphs, one pass a file."""
+
+from __future__ import annotations

@@ -1,0 +1,140 @@
+"""Depth edits: a run of blocks becomes one (Sec. 3.3). Needs no knowledge of the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch.fx import GraphModule, Node
+
+from ppcl_fx.errors import Refusal, near
+from ppcl_fx.graphs import module_paths
+from ppcl_fx.passes.contract import Pass, Result
+from ppcl_fx.passes.dead_code import DeadCode
+from ppcl_fx.passes.liveness import SINK, mark
+from ppcl_fx.passes.regions import copy_nodes
+from ppcl_fx.passes.switches import insert_switch, switches
+from ppcl_fx.plan import DepthEdit
+from ppcl_fx.stacks import Block, Stack, block_outputs, block_regions, stacks
+
+
+def student_path(edit: DepthEdit) -> str:
+    """Return the module path of a depth edit's student block."""
+    return f"students.{edit.stack.replace('.', '_')}_{edit.first}_{edit.last}"
+
+
+def interval(found: list[Stack], stack: str, first: int, last: int) -> tuple[Stack, Block, Block]:
+    """Return the stack and the end blocks of an interval.
+
+    Raises:
+        Refusal: there is no such list or block, or the interval leaves its stack.
+    """
+    names = sorted({block.stack for s in found for block in s.blocks})
+    if stack not in names:
+        raise Refusal(f"the model has no blocks {stack!r}{near(stack, names)}; it has {', '.join(names)}")
+    at = {block.index: (s, block) for s in found for block in s.blocks if block.stack == stack}
+    for index in (first, last):
+        if index not in at:
+            raise Refusal(f"{stack} has no block {index}; its blocks are {min(at)} to {max(at)}")
+    (home, begin), (other, end) = at[first], at[last]
+    if home is not other:
+        raise Refusal(
+            f"the interval [{first}, {last}] of {stack} leaves its stack {home.name} "
+            f"(blocks {home.blocks[0].index} to {home.blocks[-1].index}); an interval cannot cross from blocks of one "
+            f"structure to another ({begin.nodes[0].name} to {end.nodes[0].name})"
+        )
+    return home, begin, end
+
+
+@dataclass(frozen=True)
+class Depth(Pass):
+    """Put a switchable student beside the blocks ``first`` to ``last`` of a block list.
+
+    The student is a copy of block ``first``, fed by that block's own inputs; the users of block ``last`` read its
+    outputs through switches. Nothing is removed: `Plug` chooses. Idempotent.
+    """
+
+    name: ClassVar[str] = "depth"
+    stack: str
+    first: int
+    last: int
+    init: Literal["first", "middle"] = "first"
+
+    @property
+    def edit(self) -> DepthEdit:
+        """The plan's line for this pass."""
+        return DepthEdit(stack=self.stack, first=self.first, last=self.last, init=self.init)
+
+    def apply(self, gm: GraphModule) -> Result:
+        if switches(gm, self.edit.id):
+            return Result(gm, False)
+        home, begin, end = interval(stacks(gm), self.stack, self.first, self.last)
+        return self.insert(gm, home, begin, end)
+
+    def insert(self, gm: GraphModule, home: Stack, begin: Block, end: Block) -> Result:
+        """Do the edit for blocks that are known already (see `interval`)."""
+        mark(gm)
+        path = student_path(self.edit)
+        copies = copy_nodes(begin.nodes, end.nodes[-1], begin.path, path)
+        middle = next(b for b in home.blocks if b.index == (self.first + self.last) // 2)
+        source = middle if self.init == "middle" else begin
+        gm.add_submodule(path, copy.deepcopy(gm.get_submodule(source.path)))
+        inside = set(end.nodes)
+        for stream, teacher in end.outputs.items():
+            insert_switch(
+                teacher, copies[begin.outputs[stream]], self.edit.id, path, stream, keep=lambda user: user in inside
+            )
+        for copied in copies.values():
+            copied.meta.pop(SINK, None) if not copied.users else None
+        names = {
+            f"{source.path}.{name}": f"{path}.{name}" for name in gm.get_submodule(path).state_dict()
+        }
+        return Result(gm, True, names=names)
+
+
+@dataclass(frozen=True)
+class CutDepth(Pass):
+    """Remove the blocks ``first + 1`` to ``last`` for good, in traced and in exported graphs.
+
+    The users of block ``last``'s outputs are rewired to the corresponding outputs of block ``first``. Where a model
+    indexes a side input by block number, the result is the model with identity blocks, not a renumbered one.
+    """
+
+    name: ClassVar[str] = "cut-depth"
+    numerics: ClassVar[Literal["exact", "approximate"]] = "approximate"
+    stack: str
+    first: int
+    last: int
+
+    def apply(self, gm: GraphModule) -> Result:
+        regions = block_regions(gm)
+        if f"{self.stack}.{self.first}" in regions and not any(
+            f"{self.stack}.{i}" in regions for i in range(self.first + 1, self.last + 1)
+        ):
+            return Result(gm, False)
+        _, begin, end = interval(stacks(gm), self.stack, self.first, self.last)
+        mark(gm)
+        gone = {f"{self.stack}.{i}" for i in range(self.first + 1, self.last + 1)}
+        for source, teacher in _pairs(begin, end):
+            inside = set(end.nodes)
+            teacher.replace_all_uses_with(source, delete_user_cb=lambda user, inside=inside: user not in inside)
+            if teacher.meta.pop(SINK, False):
+                source.meta[SINK] = True
+        # Impure nodes would keep the removed blocks' parameters alive.
+        for node in reversed(list(gm.graph.nodes)):
+            if gone & set(module_paths(node)) and not node.users:
+                gm.graph.erase_node(node)
+        DeadCode().apply(gm)
+        if "blocks" in gm.meta.get("ppcl", {}):
+            gm.meta["ppcl"]["blocks"] = [path for path in gm.meta["ppcl"]["blocks"] if path not in gone]
+        gm.delete_all_unused_submodules()
+        return Result(gm, True)
+
+
+def _pairs(begin: Block, end: Block) -> list[tuple[Node, Node]]:
+    """Return corresponding outputs of two isomorphic blocks, by position."""
+    first: Mapping[int, Node] = block_outputs(begin.path, list(begin.nodes))
+    last: Mapping[int, Node] = block_outputs(end.path, list(end.nodes))
+    return [(first[position], last[position]) for position in last if position in first]

@@ -1,0 +1,53 @@
+"""Plugging: choose teacher or student at every switch, and drop what is no longer needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch.fx import GraphModule, Node
+
+from ppcl_fx.graphs import copy_graph_module
+from ppcl_fx.passes.contract import Pass, Result, run
+from ppcl_fx.passes.dead_code import DeadCode
+from ppcl_fx.passes.expand import Expand
+from ppcl_fx.passes.liveness import SINK
+from ppcl_fx.passes.narrow import Narrow
+from ppcl_fx.passes.switches import switches
+
+
+@dataclass(frozen=True)
+class Plug(Pass):
+    """Resolve every switch: to the student for the given edits, to the teacher for all others.
+
+    With no edit given the graph is the teacher's again, node for node.
+    """
+
+    name: ClassVar[str] = "plug"
+    numerics: ClassVar[Literal["exact", "approximate"]] = "approximate"
+    students: frozenset[str] = frozenset()
+
+    def apply(self, gm: GraphModule) -> Result:
+        found = switches(gm)
+        for node in found:
+            teacher, student, edit = node.args
+            chosen = student if edit in self.students else teacher
+            assert isinstance(chosen, Node)
+            if node.meta.get(SINK):
+                chosen.meta = {**chosen.meta, SINK: True}
+            node.replace_all_uses_with(chosen)
+            gm.graph.erase_node(node)
+        return Result(gm, bool(found))
+
+
+def plugged(gm: GraphModule, students: frozenset[str]) -> GraphModule:
+    """Return the model that a pluggable graph is with the given edits plugged; `gm` stays as it is.
+
+    Parameters are shared with `gm`; nothing that the mixture does not use is left in the result.
+    """
+    view = copy_graph_module(gm)
+    run([Plug(students), DeadCode(), Expand(), DeadCode(), Narrow(), DeadCode()], view)
+    clean = GraphModule(view, view.graph, class_name=gm.__class__.__name__)
+    clean.meta = dict(view.meta)
+    clean.train(gm.training)
+    return clean
