@@ -1,0 +1,271 @@
+"""Reading and writing files: a killed run leaves no half-written result, and a bad file gets one clear line.
+
+Everything is written beside its final name, flushed to disk and renamed. Everything read is data: JSON that
+fits a pydantic model, or safetensors. This module imports torch only when tensors are read or written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails, from_json
+
+from ppcl_fx.errors import PpclError, near
+
+if TYPE_CHECKING:
+    import torch
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path`, replacing a file of that name at once or not at all.
+
+    Raises:
+        PpclError: the place cannot be written.
+    """
+    with _replacing(Path(path)) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, obj: BaseModel | Mapping[str, Any] | list[Any]) -> None:
+    """Write a pydantic model, or anything that JSON knows, to `path` (indented, atomic).
+
+    Raises:
+        PpclError: the place cannot be written.
+        ValueError: `obj` holds NaN or infinity, which JSON does not know.
+    """
+    plain = obj.model_dump(mode="json") if isinstance(obj, BaseModel) else obj
+    write_text(path, json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write tensors (any device, views and shared storage allowed) to a safetensors file, atomically.
+
+    Raises:
+        PpclError: the place cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with _replacing(Path(path)) as beside:
+        beside.touch()  # an unwritable place fails here, with an OSError that says why
+        try:
+            save_file(_own_storage(tensors), beside, metadata=dict(metadata or {}))
+        except SafetensorError as error:
+            raise PpclError(f"{path}: cannot be written ({error}); choose a place with room") from error
+
+
+def read_json(path: str | Path, model: type[Model]) -> Model:
+    """Return the JSON file at `path` as a `model`.
+
+    Raises:
+        PpclError: the file is missing, is no JSON, holds NaN, or does not fit the model. The line names the
+            first field at fault.
+    """
+    path = Path(path)
+    data = _read_bytes(path)
+    try:
+        from_json(data, allow_inf_nan=False)
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        raise PpclError(f"{path}: {_first_fault(error, model)}; mend the file or write it again") from None
+    except ValueError as error:
+        raise PpclError(f"{path}: not valid JSON ({error}); mend the file or write it again") from None
+
+
+def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
+    """Return all tensors of a safetensors file, memory-mapped, on the CPU.
+
+    Raises:
+        PpclError: the file is missing, truncated or not safetensors.
+    """
+    from safetensors.torch import load_file
+
+    tensor_shapes(path)
+    return load_file(path)
+
+
+def tensor_shapes(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return name -> (safetensors dtype such as ``"BF16"``, shape), from the header alone: no tensor is read.
+
+    Raises:
+        PpclError: the file is missing, truncated or not safetensors.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        _missing(path)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (str(s.get_dtype()), tuple(s.get_shape())) for name, s in slices.items()}
+    except (SafetensorError, OSError) as error:
+        reason = f"truncated or not a safetensors file ({error})"
+        raise PpclError(f"{path}: {reason}; write it again, or copy it again from where it came") from None
+
+
+def inside(folder: str | Path, name: str) -> Path:
+    """Return ``folder/name``, refusing names that leave the folder (absolute, ``..``, a symbolic link out).
+
+    Raises:
+        PpclError: `name` is empty or leads out of `folder`.
+    """
+    folder = Path(folder)
+    candidate = Path(name)
+    plain = bool(candidate.parts) and not candidate.is_absolute() and ".." not in candidate.parts
+    if not plain or "\0" in name or "\\" in name:
+        raise PpclError(f"{folder}: the file name {name!r} leaves its folder; use a plain relative name")
+    if not (folder / candidate).resolve().is_relative_to(folder.resolve()):
+        raise PpclError(f"{folder / candidate}: a symbolic link out of {folder}; put the file itself there")
+    return folder / candidate
+
+
+@contextmanager
+def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `path` that becomes `path` when the block ends well, and else vanishes.
+
+    Parent folders are made. A `path` that exists (and is not an empty folder) is an error before any work is
+    done, unless `overwrite` is true: then the old folder is replaced at the end, in two renames.
+
+    Raises:
+        PpclError: `path` exists, cannot be written, or holds the folder we stand in.
+    """
+    final = Path(path).resolve()
+    _check_free(final, overwrite)
+    beside = final.parent / f".{final.name}.partial-{uuid.uuid4().hex[:8]}"
+    with _os_errors(final):
+        beside.mkdir(parents=True)
+    try:
+        yield beside
+        with _os_errors(final):
+            _sync_tree(beside)
+            _move_into_place(beside, final, overwrite)
+    finally:
+        if beside.exists():
+            shutil.rmtree(beside)
+
+
+def _check_free(final: Path, overwrite: bool) -> None:
+    with _os_errors(final):
+        occupied = final.exists() and not (final.is_dir() and not any(final.iterdir()))
+    if not occupied:
+        return
+    if not overwrite:
+        raise PpclError(f"{final}: already exists; choose another output, or remove it first")
+    if not final.is_dir():
+        raise PpclError(f"{final}: is a file, and a folder is to be written there; choose another output")
+    for lived_in in (Path.cwd(), Path.home()):
+        if lived_in.resolve().is_relative_to(final):
+            raise PpclError(f"{final}: holds {lived_in}, so it is not replaced; choose another output")
+
+
+def _move_into_place(beside: Path, final: Path, overwrite: bool) -> None:
+    _check_free(final, overwrite)
+    old = final.parent / f".{final.name}.old-{uuid.uuid4().hex[:8]}"
+    if final.exists():
+        final.rename(old)
+    try:
+        beside.rename(final)
+    except OSError:
+        if old.exists():
+            old.rename(final)
+        raise
+    _sync(final.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path`; afterwards flush that file and rename it to `path`."""
+    beside = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
+    try:
+        with _os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield beside
+            _sync(beside)
+            os.replace(beside, path)
+            _sync(path.parent)
+    finally:
+        if os.path.lexists(beside):
+            beside.unlink()
+
+
+@contextmanager
+def _os_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PpclError(f"{path}: cannot be written ({reason}); choose a writable place with room") from error
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            file = Path(root, name)
+            if not file.is_symlink():
+                _sync(file)
+        _sync(Path(root))
+
+
+def _own_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors as safetensors wants them: contiguous, on the CPU, no two in one storage."""
+    seen: set[int] = set()
+    out: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        plain = tensor.detach().cpu().contiguous()
+        storage = plain.untyped_storage().data_ptr()
+        out[name] = plain.clone() if storage in seen else plain
+        seen.add(storage)
+    return out
+
+
+def _read_bytes(path: Path) -> bytes:
+    if not path.exists():
+        _missing(path)
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PpclError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None
+
+
+def _missing(path: Path) -> NoReturn:
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise PpclError(f"{path}: no such file{near(path.name, siblings)}; check the path")
+
+
+def _first_fault(error: ValidationError, model: type[BaseModel]) -> str:
+    fault = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in fault["loc"]) or "the whole file"
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    return f"{where}: {fault['msg'].lower()}{_guess(fault, model)}{more}"
+
+
+def _guess(fault: ErrorDetails, model: type[BaseModel]) -> str:
+    if fault["type"] != "extra_forbidden":
+        return ""
+    schema = model.model_json_schema()
+    parts = [schema, *schema.get("$defs", {}).values()]
+    return near(str(fault["loc"][-1]), {name for part in parts for name in part.get("properties", {})})

@@ -1,0 +1,67 @@
+"""Fingerprints: short hashes that tell one model, or one tensor, from another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SAMPLES = 64
+"""Values that are read from each weight; their positions are spread evenly from the first to the last."""
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return the hash of a model: its class, its configuration, and its parameters and persistent buffers.
+
+    Of each tensor the name, shape, dtype and `SAMPLES` values count, so that a trained model differs from
+    the one it was trained from, while a model of 20 B parameters is read in seconds. Tensors on the meta
+    device have no values: the same model with and without weights has two fingerprints. Where the model was
+    loaded from, and by which version of diffusers, does not count.
+
+    Returns:
+        64 hexadecimal digits (sha256).
+    """
+    digest = hashlib.sha256()
+    digest.update(json.dumps([type(model).__name__, _config(model)], sort_keys=True, default=_plain).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(_sample(tensor))
+    return digest.hexdigest()
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """Return the sha256 (64 hexadecimal digits) of a tensor's dtype, shape and all its bytes."""
+    digest = hashlib.sha256(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
+    digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    # Names with an underscore in front say where a model came from, not what it is.
+    return {k: v for k, v in config.items() if not k.startswith("_")} if isinstance(config, Mapping) else {}
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, torch.dtype | torch.device | Path):
+        return str(value)
+    raise TypeError(
+        f"a model's configuration holds {value!r} ({type(value).__name__}), which has no fingerprint"
+    )
+
+
+def _sample(tensor: torch.Tensor) -> bytes | memoryview:
+    if tensor.is_meta or tensor.numel() == 0:
+        return b""
+    places = torch.arange(SAMPLES, device=tensor.device) * (tensor.numel() - 1) // (SAMPLES - 1)
+    return _bytes(tensor.detach().reshape(-1)[places])
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data

@@ -1,0 +1,242 @@
+"""Record: run a diffusers pipeline and keep what its transformer is called with."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl_fx.calls import Call, Calls, check_finite, map_tensors
+from ppcl_fx.errors import PpclError, near
+from ppcl_fx.fingerprint import fingerprint, tensor_digest
+
+Progress = Callable[[int, int], None]
+"""Called with the steps done and the steps in all."""
+
+TIMES = ("timestep", "timesteps", "t", "sigma")
+"""The names under which diffusers' transformers take the time."""
+
+
+def record(
+    pipeline: Any,
+    prompts: str | Sequence[str],
+    *,
+    batch_size: int = 8,
+    num_inference_steps: int | None = None,
+    seed: int = 42,
+    progress: Progress | None = None,
+    **pipeline_kwargs: Any,
+) -> Calls:
+    """Draw `prompts` with a diffusers pipeline and return every call of its transformer.
+
+    Each branch of classifier-free guidance that the pipeline runs on its own is a call of its own; a
+    pipeline that puts both branches into one batch gives calls of twice the batch. Arguments that are None
+    are left out, tensors are copied to the CPU, and equal tensors are kept once. The pipeline is left as it
+    was.
+
+    Args:
+        pipeline: any diffusers pipeline with a `transformer`.
+        prompts: what to draw. With `prompt_embeds` among the `pipeline_kwargs` they only label the calls.
+        batch_size: prompts in one run of the pipeline.
+        num_inference_steps: denoising steps; the pipeline's own default when None.
+        seed: prompt number i starts from noise of the seed ``seed + i``, whatever the batch size.
+        progress: called with the denoising steps done and the number of all.
+        **pipeline_kwargs: go to the pipeline. Tensors with one row a prompt and lists with one item a prompt
+            (but not lists of numbers, such as `sigmas`) are cut into batches. Where there is a VAE and
+            `output_type` is not given, it is "latent": pictures are not decoded.
+
+    Raises:
+        PpclError: the pipeline has no transformer, refuses an argument, or its transformer gets NaN or an
+            argument that cannot be stored.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    transformer = _transformer(pipeline)
+    arguments = _arguments(pipeline, texts, num_inference_steps, pipeline_kwargs)
+    _check(pipeline, texts, batch_size, arguments)
+    seeded = "generator" in inspect.signature(pipeline.__call__).parameters and "generator" not in arguments
+    parts = [range(len(texts))[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    recorder = _Recorder(pipeline, len(parts), progress)
+    with torch.no_grad(), _quiet(pipeline), recorder.hooked():
+        for part in parts:
+            given = {name: _cut(value, len(texts), part) for name, value in arguments.items()}
+            if seeded:
+                given["generator"] = _generators(seed, part, arguments.get("num_images_per_prompt") or 1)
+            recorder.begin(tuple(texts[i] for i in part))
+            _run(pipeline, recorder, given)
+    if progress is not None:
+        progress(recorder.total(), recorder.total())
+    return Calls(recorder.calls, fingerprint(transformer))
+
+
+class _Recorder:
+    """The hook on the transformer, and what it has seen."""
+
+    def __init__(self, pipeline: Any, runs: int, progress: Progress | None) -> None:
+        transformer: nn.Module = pipeline.transformer
+        self.pipeline, self.transformer, self.runs, self.progress = pipeline, transformer, runs, progress
+        # A compiled module hides the signature of the one inside.
+        self.signature = inspect.signature(getattr(transformer, "_orig_mod", transformer).forward)
+        self.calls: list[Call] = []
+        self.known: dict[str, torch.Tensor] = {}
+        self.run = -1
+
+    def begin(self, prompts: tuple[str, ...]) -> None:
+        """Start a run of the pipeline for these prompts."""
+        self.prompts = prompts
+        self.run += 1
+        self.seen = self.step = self.branch = 0
+        self.time: float | None = None
+
+    def steps(self) -> int:
+        """Denoising steps of one run, as its scheduler was set; 1 where there is no telling."""
+        timesteps = getattr(getattr(self.pipeline, "scheduler", None), "timesteps", None)
+        return 1 if timesteps is None else max(1, len(timesteps))
+
+    def total(self) -> int:
+        """All denoising steps of all runs."""
+        return self.runs * self.steps()
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Listen to the transformer until the block ends, however it ends."""
+        handle = self.transformer.register_forward_pre_hook(self._hear, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        index = len(self.calls)
+        given = self._named(args, kwargs)
+        kept = {name: map_tensors(value, self._keep, name) for name, value in given.items()}
+        time = self._time(given)
+        self._advance(time)
+        self.calls.append(Call(kept, self.prompts, time, index, self._batch(given), self.branch))
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        named: dict[str, Any] = {}
+        for name, value in self.signature.bind(*args, **kwargs).arguments.items():
+            kind = self.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL:
+                raise PpclError(
+                    f"{self._class()} takes any number of arguments without names; calls need names"
+                )
+            named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+        return {name: value for name, value in named.items() if value is not None}
+
+    def _keep(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
+        # A tensor made in inference mode could not be trained on; a copy made outside of it can.
+        with torch.inference_mode(False), torch.no_grad():
+            copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        check_finite(copy, f"call {len(self.calls)} ({self.prompts[0]!r}): {path!r}")
+        return self.known.setdefault(tensor_digest(copy), copy)
+
+    def _time(self, given: dict[str, Any]) -> float:
+        for name in TIMES:
+            if name in given:
+                value = given[name]
+                return float(value.flatten()[0]) if isinstance(value, torch.Tensor) else float(value)
+        names = ", ".join(TIMES)
+        raise PpclError(f"{self._class()} was called without a time ({names}); it cannot be recorded")
+
+    def _batch(self, given: dict[str, Any]) -> int:
+        """The first argument is the noisy sample: a batched tensor, or a list with a tensor a picture."""
+        sample = next((value for value in given.values() if isinstance(value, torch.Tensor | list)), None)
+        if sample is None:
+            raise PpclError(f"{self._class()} was called without a tensor; it cannot be recorded")
+        return len(sample)
+
+    def _advance(self, time: float) -> None:
+        self.step += time != self.time
+        self.branch = 0 if time != self.time else self.branch + 1
+        self.time = time
+        self.seen += 1
+        if self.progress is not None and self.branch == 0:
+            steps = self.steps()
+            self.progress(self.run * steps + min(self.step - 1, steps), self.total())
+
+    def _class(self) -> str:
+        return type(self.transformer).__name__
+
+
+def _transformer(pipeline: Any) -> nn.Module:
+    transformer = getattr(pipeline, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise PpclError(
+            f"{type(pipeline).__name__} has no transformer; record needs a pipeline with one (a DiT)"
+        )
+    return transformer
+
+
+def _check(pipeline: Any, texts: list[str], batch_size: int, given: dict[str, Any]) -> None:
+    if not texts:
+        raise PpclError("there are no prompts to record; give at least one")
+    if batch_size < 1:
+        raise PpclError(f"the batch size is {batch_size}; use 1 or more")
+    known = inspect.signature(pipeline.__call__).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
+        return
+    for name in given:
+        if name not in known:
+            raise PpclError(f"{type(pipeline).__name__} takes no argument {name!r}{near(name, known)}")
+
+
+def _arguments(pipeline: Any, texts: list[str], steps: int | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The pipeline's arguments for all prompts together."""
+    known = inspect.signature(pipeline.__call__).parameters
+    arguments = dict(given)
+    if "prompt" in given:
+        raise PpclError("'prompt' is given twice; give it as `prompts` only")
+    if given.get("prompt_embeds") is None:
+        arguments["prompt"] = texts
+    if steps is not None:
+        arguments["num_inference_steps"] = steps
+    if "output_type" in known and getattr(pipeline, "vae", None) is not None:
+        arguments.setdefault("output_type", "latent")
+    return arguments
+
+
+def _cut(value: Any, prompts: int, part: range) -> Any:
+    """The share of an argument that belongs to some of the prompts."""
+    rows = isinstance(value, torch.Tensor) and value.ndim > 1
+    items = isinstance(value, list) and not any(isinstance(item, int | float) for item in value)
+    return value[part.start : part.stop] if (rows or items) and len(value) == prompts else value
+
+
+def _generators(seed: int, prompts: range, pictures: int) -> list[torch.Generator]:
+    """One generator a picture; a prompt's further pictures have seeds far from those of other prompts."""
+    return [torch.Generator().manual_seed(seed + i + 1_000_003 * j) for i in prompts for j in range(pictures)]
+
+
+def _run(pipeline: Any, recorder: _Recorder, arguments: dict[str, Any]) -> None:
+    try:
+        pipeline(**arguments)
+    except ValueError as error:
+        # diffusers refuses arguments with a ValueError; after the first call it means another thing.
+        if recorder.seen:
+            raise
+        reason = " ".join(str(error).split())
+        raise PpclError(f"{type(pipeline).__name__} refuses its arguments: {reason}; change them") from error
+    if not recorder.seen:
+        raise PpclError(f"{type(pipeline).__name__} did not call its transformer; there is nothing to record")
+
+
+@contextmanager
+def _quiet(pipeline: Any) -> Iterator[None]:
+    """Switch the pipeline's own progress bar off for a while."""
+    config = getattr(pipeline, "_progress_bar_config", None)
+    if not hasattr(pipeline, "set_progress_bar_config"):
+        yield
+        return
+    pipeline.set_progress_bar_config(**{**(config or {}), "disable": True})
+    try:
+        yield
+    finally:
+        if config is None:
+            del pipeline._progress_bar_config
+        else:
+            pipeline._progress_bar_config = config

@@ -1,0 +1,258 @@
+"""Sources: what MODEL may be on the command line, checked before anything of it is loaded.
+
+A source is a diffusers folder (a pipeline or a bare transformer), a repository on the Hugging Face hub, or ``shapes``,
+the model that ships with the package. Weights are read from safetensors only, classes come from the installed
+libraries by their names, and no code from a folder is run.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from ppcl_fx.errors import PpclError, near
+from ppcl_fx.files import read_json
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SHAPES = "shapes"
+LIBRARIES = ("diffusers", "transformers", "ppcl_fx.shapes.words")
+"""Where the classes of a pipeline's components may come from."""
+STUDENT_FILES = ("ppcl.json", "plan.json", "finetuned.json")
+"""Files that tell a folder which `ppcl_fx` saved."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class _Index(BaseModel):
+    """``model_index.json``, or the ``config.json`` of a model: a class and whatever else."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that was found and may be loaded.
+
+    Attributes:
+        name: what the user typed.
+        kind: "pipeline", or "transformer" for a folder that holds nothing else.
+        folder: where the files lie.
+    """
+
+    name: str
+    kind: Literal["pipeline", "transformer"]
+    folder: Path
+
+    def pipeline(self, dtype: torch.dtype | None = None) -> Any:
+        """Load the pipeline with its weights in `dtype` (float32 when None).
+
+        Raises:
+            PpclError: this is a bare transformer, or a file is missing or damaged.
+        """
+        if self.kind != "pipeline":
+            raise PpclError(f"{self.name}: a transformer without its pipeline; name the pipeline's folder")
+        found = _pipeline_class(_read(self.folder / "model_index.json"), self.folder / "model_index.json")
+        transformer = self.transformer(dtype)
+        with _loading(self.name):
+            return found.from_pretrained(self.folder, transformer=transformer, **_options(dtype))
+
+    def transformer(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """Load the transformer alone, with its weights in `dtype` (float32 when None), in evaluation mode.
+
+        Raises:
+            PpclError: a file is missing or damaged, or the weights do not fit the class.
+        """
+        folder = self.folder / "transformer" if self.kind == "pipeline" else self.folder
+        found = _transformer_class(folder / "config.json")
+        with _loading(self.name):
+            model, info = found.from_pretrained(folder, output_loading_info=True, **_options(dtype))
+        # diffusers only logs what is missing or too much, and leaves missing weights random.
+        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if info[problem]:
+                what = f"{problem.replace('_', ' ')}, the first is {sorted(map(str, info[problem]))[0]!r}"
+                raise PpclError(
+                    f"{folder}: the weights do not fit {found.__name__} ({what}); download them again"
+                )
+        loaded: nn.Module = model.eval()
+        return loaded
+
+
+def open_source(name: str) -> Source:
+    """Find the model `name` and check everything its files name, without loading weights.
+
+    Args:
+        name: a diffusers folder, a hub repository ``organisation/name``, or ``shapes``.
+
+    Raises:
+        PpclError: there is no such model, it cannot be downloaded, or it asks for code of its own.
+    """
+    if name == SHAPES:
+        return _open_folder(name, _shapes_folder())
+    folder = Path(name)
+    if folder.is_dir():
+        return _open_folder(name, folder)
+    if folder.exists():
+        raise PpclError(f"{name}: is a file; give the diffusers folder that it is in")
+    # RUN/studnet with a folder RUN is a slip of the finger, not an organisation.
+    if HUB_NAME.fullmatch(name) and not folder.parent.is_dir():
+        return _open_folder(name, _download(name))
+    beside = [str(folder.parent / p.name) for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    guess = near(str(folder), [*beside, SHAPES])
+    raise PpclError(
+        f"{name}: no such model{guess}; give a diffusers folder, a hub id (org/name) or {SHAPES!r}"
+    )
+
+
+def _shapes_folder() -> Path:
+    from ppcl_fx.shapes import weights_folder
+
+    folder = weights_folder()
+    if not (folder / "model_index.json").is_file():
+        raise PpclError(f"{SHAPES}: its weights are not in {folder}; install the package again")
+    return folder
+
+
+def _open_folder(name: str, folder: Path) -> Source:
+    for student in STUDENT_FILES:
+        if (folder / student).is_file():
+            raise PpclError(f"{name}: a model that ppcl-fx saved, not a teacher; open it with ppcl_fx.load")
+    if (folder / "model_index.json").is_file():
+        _check_pipeline(folder)
+        return Source(name, "pipeline", folder)
+    if (folder / "config.json").is_file():
+        _refuse_code(folder)
+        _transformer_class(folder / "config.json")
+        return Source(name, "transformer", folder)
+    raise PpclError(f"{name}: holds neither model_index.json nor config.json; give a diffusers folder")
+
+
+def _check_pipeline(folder: Path) -> None:
+    path = folder / "model_index.json"
+    index = _read(path)
+    _pipeline_class(index, path)
+    _refuse_code(folder)
+    components = {n: v for n, v in index.items() if isinstance(v, list) and not n.startswith("_")}
+    for name, value in components.items():
+        _refuse_code(folder / name)
+        match value:
+            case [None, None]:
+                continue
+            case [str(library), str(class_name)]:
+                if library not in LIBRARIES:
+                    raise _code(path, f"{name!r} is of the module {library!r}")
+                if name == "transformer":
+                    _transformer_class(folder / name / "config.json")
+                else:
+                    _class(library, class_name, path)
+            case _:
+                raise PpclError(
+                    f"{path}: {name!r} is {value!r}, not a library and a class; download it again"
+                )
+    if components.get("transformer") in (None, [None, None]):
+        raise PpclError(f"{path}: this pipeline has no transformer; give one of a diffusion transformer")
+
+
+def _refuse_code(folder: Path) -> None:
+    if folder.is_dir():
+        for path in sorted(folder.glob("*.py")):
+            raise _code(path, "a Python file in a model folder")
+
+
+def _code(path: Path, what: str) -> PpclError:
+    allowed = ", ".join(LIBRARIES)
+    return PpclError(
+        f"{path}: {what}; code from a model is never run, take a model that needs only {allowed}"
+    )
+
+
+def _read(path: Path) -> dict[str, JsonValue]:
+    values = read_json(path, _Index).__pydantic_extra__
+    for name in ("trust_remote_code", "custom_pipeline", "auto_map"):
+        if values.get(name):
+            raise _code(path, f"it asks for {name}")
+    return values
+
+
+def _pipeline_class(index: dict[str, JsonValue], path: Path) -> Any:
+    name = index.get("_class_name")
+    if isinstance(name, list):
+        raise _code(path, f"the pipeline is code of its own, {name!r}")
+    if name == "ShapesPipeline":
+        return _import("ppcl_fx.shapes.pipeline", "ShapesPipeline")
+    found = _class("diffusers", name, path)
+    if not issubclass(found, _import("diffusers", "DiffusionPipeline")):
+        raise PpclError(f"{path}: {name} is not a pipeline; give a pipeline's folder")
+    return found
+
+
+def _transformer_class(path: Path) -> Any:
+    name = _read(path).get("_class_name")
+    found = _class("diffusers", name, path)
+    if not issubclass(found, _import("diffusers", "ModelMixin")):
+        raise PpclError(f"{path}: {name} is not a model; give a transformer's folder")
+    return found
+
+
+def _class(library: str, name: JsonValue, path: Path) -> Any:
+    """The class `name` of an installed library; the name comes from a file, the library does not."""
+    if not isinstance(name, str):
+        raise PpclError(f"{path}: has no _class_name; give a diffusers folder")
+    module = importlib.import_module(library)
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        known = dir(module)
+        raise PpclError(
+            f"{path}: {library} has no class {name!r}{near(name, known)}; update it, or mend the name"
+        )
+    return found
+
+
+def _import(module: str, name: str) -> Any:
+    return getattr(importlib.import_module(module), name)
+
+
+def _options(dtype: torch.dtype | None) -> dict[str, Any]:
+    import torch
+
+    return {"dtype": dtype or torch.float32, "use_safetensors": True, "local_files_only": True}
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Whatever is wrong with the files of a checked model is told in one line."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PpclError(f"{name}: cannot be loaded ({reason}); download or save it again") from error
+
+
+def _download(name: str) -> Path:
+    """Fetch a repository's JSON files first, check them, and then what the pipeline or the transformer needs."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=["*.json"]))
+        source = _open_folder(name, folder)
+        # A pipeline's weights are in its components' folders; what lies beside them is the same once more.
+        parts = [f"{part.name}/*" for part in folder.iterdir() if part.is_dir()]
+        wanted = parts if source.kind == "pipeline" else ["*.safetensors"]
+        ignore = ["*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.onnx*", "*.msgpack", "*.h5"]
+        return Path(snapshot_download(name, allow_patterns=["*.json", *wanted], ignore_patterns=ignore))
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        advice = "check the name and the network, or give a folder"
+        raise PpclError(f"{name}: cannot be downloaded from the hub ({reason}); {advice}") from error

@@ -1,0 +1,35 @@
+"""Shared fixtures: the small random models, new for each test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import nn
+
+from tests import models
+
+
+@pytest.fixture
+def tiny_qwen() -> tuple[nn.Module, dict[str, Any]]:
+    """A small Qwen-Image transformer and inputs for it."""
+    return models.tiny_qwen()
+
+
+@pytest.fixture
+def tiny_flux() -> tuple[nn.Module, dict[str, Any]]:
+    """A small FLUX transformer (both kinds of block) and inputs for it."""
+    return models.tiny_flux()
+
+
+@pytest.fixture
+def tiny_sd3() -> tuple[nn.Module, dict[str, Any]]:
+    """A small SD3.5 transformer (three stacks) and inputs for it."""
+    return models.tiny_sd3()
+
+
+@pytest.fixture(params=["qwen", "flux", "sd3"])
+def tiny(request: pytest.FixtureRequest) -> tuple[nn.Module, dict[str, Any]]:
+    """Each of the three in turn."""
+    build = {"qwen": models.tiny_qwen, "flux": models.tiny_flux, "sd3": models.tiny_sd3}[request.param]
+    return build()

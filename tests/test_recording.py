@@ -1,0 +1,335 @@
+"""Recording: every call of any pipeline's transformer, replayable to the bit, and the pipeline as it was."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+
+from ppcl_fx.calls import Call, Calls, collate
+from ppcl_fx.errors import PpclError
+from ppcl_fx.fingerprint import fingerprint
+from ppcl_fx.recording import record
+from ppcl_fx.shapes.captions import MAX_WORDS, VOCABULARY
+from ppcl_fx.shapes.pipeline import CHANNELS, ShapesPipeline
+from ppcl_fx.shapes.words import WordEncoder
+
+WORDS = VOCABULARY[1:]
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def small_qwen(**config: Any) -> QwenImageTransformer2DModel:
+    torch.manual_seed(0)
+    default = {
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 12,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    return QwenImageTransformer2DModel(**{**default, **config}).eval()
+
+
+def qwen() -> tuple[DiffusionPipeline, dict[str, Any]]:
+    parts = {"vae": None, "text_encoder": None, "tokenizer": None}
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), transformer=small_qwen(), **parts
+    )
+    mask = torch.ones(3, 5, dtype=torch.long)
+    mask[:, 3:] = 0
+    return pipeline, {
+        "prompt_embeds": noise(3, 5, 12),
+        "prompt_embeds_mask": mask,
+        "negative_prompt_embeds": noise(3, 4, 12, seed=1),
+        "true_cfg_scale": 2.0,
+        "height": 32,
+        "width": 48,
+        "output_type": "latent",
+    }
+
+
+def flux() -> tuple[DiffusionPipeline, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=12,
+        pooled_projection_dim=10,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    names = ("vae", "text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(), transformer=transformer, **dict.fromkeys(names)
+    )
+    return pipeline, {
+        "prompt_embeds": noise(3, 5, 12),
+        "pooled_prompt_embeds": noise(3, 10, seed=1),
+        "height": 32,
+        "width": 48,
+        "output_type": "latent",
+    }
+
+
+def sd3() -> tuple[DiffusionPipeline, dict[str, Any]]:
+    torch.manual_seed(0)
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        caption_projection_dim=32,
+        pooled_projection_dim=10,
+        pos_embed_max_size=12,
+    ).eval()
+    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
+    pipeline = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        transformer=transformer,
+        vae=None,
+        **dict.fromkeys(names),
+    )
+    return pipeline, {
+        "prompt_embeds": noise(3, 5, 32),
+        "pooled_prompt_embeds": noise(3, 10, seed=1),
+        "negative_prompt_embeds": noise(3, 5, 32, seed=2),
+        "negative_pooled_prompt_embeds": noise(3, 10, seed=3),
+        "height": 32,
+        "width": 48,
+        "output_type": "latent",
+    }
+
+
+def shapes() -> ShapesPipeline:
+    encoder = WordEncoder(channels=12)
+    transformer = small_qwen(in_channels=CHANNELS, out_channels=CHANNELS, patch_size=1)
+    return ShapesPipeline(transformer, FlowMatchEulerDiscreteScheduler(), encoder)
+
+
+def run(call: Call, model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        answer: torch.Tensor = model(**call.kwargs)[0]
+    return answer
+
+
+def outputs(model: torch.nn.Module) -> tuple[list[torch.Tensor], Any]:
+    seen: list[torch.Tensor] = []
+    return seen, model.register_forward_hook(lambda module, args, out: seen.append(out[0].clone()))
+
+
+# Calls a step: Qwen-Image calls once a branch, FLUX has no second branch, SD3 puts both in one batch.
+MODELS = [
+    pytest.param(qwen, 2, 1, id="qwen"),
+    pytest.param(flux, 1, 1, id="flux"),
+    pytest.param(sd3, 1, 2, id="sd3"),
+]
+
+
+@pytest.mark.parametrize(("build", "branches", "per_prompt"), MODELS)
+def test_every_call_is_recorded_and_replays_to_the_bit(build: Any, branches: int, per_prompt: int) -> None:
+    pipeline, kwargs = build()
+    seen, handle = outputs(pipeline.transformer)
+    calls = record(pipeline, ["a", "b", "c"], batch_size=2, num_inference_steps=3, **kwargs)
+    handle.remove()
+    assert len(calls) == len(seen) == 2 * 3 * branches
+    assert [call.index for call in calls] == list(range(len(calls)))
+    assert [call.prompts for call in calls] == [("a", "b")] * 3 * branches + [("c",)] * 3 * branches
+    assert [call.batch for call in calls] == [n * per_prompt for n in [2, 1] for _ in range(3 * branches)]
+    assert [call.branch for call in calls] == list(range(branches)) * 6
+    assert len({call.timestep for call in calls}) == 3
+    for call, output in zip(calls, seen, strict=True):
+        assert torch.equal(run(call, pipeline.transformer), output)
+        assert call.kwargs["return_dict"] is False and None not in call.kwargs.values()
+        assert call.timestep == float(call.kwargs["timestep"][0])
+    assert calls.model == fingerprint(pipeline.transformer)
+
+
+@pytest.mark.parametrize(("build", "branches", "per_prompt"), MODELS)
+def test_saved_calls_are_the_recorded_ones(
+    tmp_path: Path, build: Any, branches: int, per_prompt: int
+) -> None:
+    pipeline, kwargs = build()
+    calls = record(pipeline, ["a", "b", "c"], batch_size=2, num_inference_steps=2, **kwargs)
+    calls.save(tmp_path / "calls")
+    opened = Calls.open(tmp_path / "calls")
+    assert opened.fingerprint == calls.fingerprint and opened.model == calls.model
+    for call, again in zip(calls, opened, strict=True):
+        assert torch.equal(run(call, pipeline.transformer), run(again, pipeline.transformer))
+    if build is qwen:
+        assert opened[0].kwargs["img_shapes"] == [[(1, 2, 3)]] * 2
+        assert isinstance(opened[0].kwargs["img_shapes"][0][0], tuple)
+
+
+@pytest.mark.parametrize(("build", "branches", "per_prompt"), MODELS)
+def test_joined_calls_answer_like_each_alone(build: Any, branches: int, per_prompt: int) -> None:
+    pipeline, kwargs = build()
+    calls = record(pipeline, ["a", "b", "c"], batch_size=2, num_inference_steps=2, **kwargs)
+    pair = [calls[0], calls[2 * branches]]
+    assert [call.batch for call in pair] == [2 * per_prompt, per_prompt]
+    with torch.no_grad():
+        together = pipeline.transformer(**collate(pair))[0]
+    apart = torch.cat([run(call, pipeline.transformer) for call in pair])
+    torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-5)
+
+
+def test_the_shapes_pipeline() -> None:
+    pipeline = shapes()
+    calls = record(pipeline, [WORDS[0], WORDS[1]], num_inference_steps=2)
+    assert len(calls) == 4 and [call.branch for call in calls] == [0, 1, 0, 1]
+    blank = calls[1].kwargs["encoder_hidden_states"]
+    assert blank.shape == (2, MAX_WORDS, 12) and torch.equal(blank[0], blank[1])
+    assert calls[0].kwargs["hidden_states"] is calls[1].kwargs["hidden_states"], "equal tensors are kept once"
+    default = inspect.signature(pipeline.__call__).parameters["num_inference_steps"].default
+    assert len(record(pipeline, WORDS[0], guidance_scale=1.0)) == default
+
+
+def test_noise_belongs_to_the_prompt_and_not_to_the_batch() -> None:
+    pipeline = shapes()
+    whole = record(pipeline, WORDS[:3], num_inference_steps=1, guidance_scale=1.0)
+    single = record(pipeline, WORDS[:3], num_inference_steps=1, guidance_scale=1.0, batch_size=1)
+    assert len(whole) == 1 and len(single) == 3
+    assert torch.equal(
+        whole[0].kwargs["hidden_states"], torch.cat([call.kwargs["hidden_states"] for call in single])
+    )
+    other = record(pipeline, WORDS[:3], num_inference_steps=1, guidance_scale=1.0, seed=7)
+    assert not torch.equal(whole[0].kwargs["hidden_states"], other[0].kwargs["hidden_states"])
+    assert whole.fingerprint != single.fingerprint != other.fingerprint
+
+
+def test_several_pictures_a_prompt() -> None:
+    pipeline, kwargs = qwen()
+    calls = record(pipeline, ["a", "b", "c"], num_inference_steps=1, num_images_per_prompt=2, **kwargs)
+    noise_of = calls[0].kwargs["hidden_states"]
+    assert calls[0].batch == 6 and len({tuple(row.flatten().tolist()) for row in noise_of}) == 6
+
+
+def test_progress_counts_to_the_end() -> None:
+    told: list[tuple[int, int]] = []
+    record(shapes(), WORDS[:3], batch_size=2, num_inference_steps=3, progress=lambda *p: told.append(p))
+    assert told == [*((i, 6) for i in range(6)), (6, 6)]
+
+
+def test_the_pipeline_is_left_as_it_was() -> None:
+    pipeline = shapes()
+    before = fingerprint(pipeline.transformer)
+    record(pipeline, WORDS[0], num_inference_steps=1)
+    assert not hasattr(pipeline, "_progress_bar_config")
+    pipeline.set_progress_bar_config(leave=False)
+
+    def broken(module: Any, args: Any) -> None:
+        raise RuntimeError("the model broke")
+
+    handle = pipeline.transformer.transformer_blocks[1].register_forward_pre_hook(broken)
+    with pytest.raises(RuntimeError, match="the model broke"):
+        record(pipeline, WORDS[0], num_inference_steps=1)
+    handle.remove()
+    assert not pipeline.transformer._forward_pre_hooks
+    assert not pipeline.transformer._forward_pre_hooks_with_kwargs
+    assert pipeline._progress_bar_config == {"leave": False}
+    assert fingerprint(pipeline.transformer) == before
+
+
+def test_calls_made_in_inference_mode_can_be_trained_on() -> None:
+    with torch.inference_mode():
+        calls = record(shapes(), WORDS[0], num_inference_steps=1)
+    tensors = [v for v in calls[0].kwargs.values() if isinstance(v, torch.Tensor)]
+    assert tensors and not any(t.is_inference() or t.requires_grad for t in tensors)
+
+
+class Positional(torch.nn.Module):
+    """A transformer with a default, a positional argument and a dict."""
+
+    def forward(self, sample: list[torch.Tensor], t: float, extra: Any = None, scale: float = 1.0) -> Any:
+        return [x * scale + t for x in sample]
+
+
+class PositionalPipeline:
+    """A pipeline that is not of diffusers, and calls its transformer by position."""
+
+    def __init__(self, extra: Any = None) -> None:
+        self.transformer = Positional()
+        self.extra = extra
+
+    def __call__(self, prompt: list[str], start: float = 1.0, **rest: Any) -> Any:
+        sample = [torch.full((3, i + 1), start) for i in range(len(prompt))]
+        for t in (0.5, 0.25):
+            sample = self.transformer(sample, t, self.extra, scale=2.0)
+        return sample
+
+
+def test_positional_arguments_get_their_names() -> None:
+    extra = {"masks": (torch.ones(2), None), "mode": "a"}
+    calls = record(PositionalPipeline(extra), ["a", "b"])
+    assert [call.timestep for call in calls] == [0.5, 0.25] and calls[0].batch == 2
+    assert set(calls[0].kwargs) == {"sample", "t", "extra", "scale"}
+    assert (
+        isinstance(calls[0].kwargs["extra"]["masks"], tuple) and calls[0].kwargs["extra"]["masks"][1] is None
+    )
+    assert set(record(PositionalPipeline(), ["a"])[0].kwargs) == {"sample", "t", "scale"}
+
+
+def test_nan_is_found_while_recording() -> None:
+    pipeline = PositionalPipeline()
+    with pytest.raises(PpclError, match=r"call 0 \('a'\): 'sample\.0' holds NaN") as caught:
+        record(pipeline, ["a"], start=float("nan"))
+    assert "\n" not in str(caught.value) and not pipeline.transformer._forward_pre_hooks
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompts": []}, "there are no prompts"),
+        ({"batch_size": 0}, "batch size is 0"),
+        ({"guidence_scale": 2.0}, "takes no argument 'guidence_scale'.*did you mean 'guidance_scale'"),
+        ({"prompt": "x"}, "given twice"),
+        ({"prompts": ["zzz"]}, "zzz"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
+    ],
+)
+def test_what_the_user_got_wrong(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PpclError, match=reason):
+        record(shapes(), **{"prompts": [WORDS[0]], "num_inference_steps": 1, **change})
+
+
+def test_a_pipeline_that_refuses_its_arguments() -> None:
+    pipeline, kwargs = sd3()
+    del kwargs["pooled_prompt_embeds"]
+    with pytest.raises(
+        PpclError, match="StableDiffusion3Pipeline refuses its arguments: .*pooled_prompt_embeds"
+    ):
+        record(pipeline, ["a", "b", "c"], num_inference_steps=1, **kwargs)
+
+
+def test_what_cannot_be_recorded() -> None:
+    with pytest.raises(PpclError, match="object has no transformer"):
+        record(object(), ["a"])
+    with pytest.raises(PpclError, match=r"argument 'extra' is a Generator"):
+        record(PositionalPipeline(torch.Generator()), ["a"])
+    silent = PositionalPipeline()
+    silent.__class__ = type("Silent", (PositionalPipeline,), {"__call__": lambda self, prompt: prompt})
+    with pytest.raises(PpclError, match="Silent did not call its transformer"):
+        record(silent, ["a"])
