@@ -7,17 +7,47 @@ from dataclasses import replace
 
 from torch.fx import GraphModule
 
-from ppcl_fx.errors import Refusal
+from ppcl_fx.calls import Calls
+from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.graphs import copy_graph_module, parameter_count
+from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.contract import Result, options
 from ppcl_fx.passes.depth import Depth, interval, student_path
 from ppcl_fx.passes.ffn import Ffn
+from ppcl_fx.passes.initialise import fit_projectors
 from ppcl_fx.passes.liveness import mark
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.switches import surface, switches
 from ppcl_fx.passes.text_stream import TextStream
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.stacks import Block, Stack, stacks
+
+
+def rewrite(gm: GraphModule, plan: Plan, calls: Calls | None = None) -> PluggableModel:
+    """Rewrite a traced teacher by a plan into a pluggable model, with no edit plugged.
+
+    Args:
+        gm: the traced teacher; stays as it is, and its parameters are shared.
+        plan: the edits.
+        calls: recorded calls to initialise the projectors by least squares; without them they start as the identity.
+
+    Raises:
+        PpclError: the plan was made for another model, or contradicts itself.
+        Refusal: an edit does not fit the model; the message says why.
+    """
+    mine = gm.meta.get("ppcl", {}).get("model", "")
+    if plan.model and mine and plan.model != mine:
+        raise PpclError(
+            f"the plan was made for another model (fingerprint {plan.model[:12]}, this one is {mine[:12]}); "
+            "analyse this model and select again"
+        )
+    graph = insert_edits(gm, plan)
+    if calls is not None:
+        fit_projectors(graph, calls)
+    filled = plan.model_copy(update={"model": plan.model or mine})
+    model = PluggableModel(graph, filled)
+    filled.teacher_params, filled.params = model.teacher_params, model.param_count(plan.ids)
+    return model.train(gm.training)
 
 
 def insert_edits(gm: GraphModule, plan: Plan) -> GraphModule:
@@ -36,6 +66,9 @@ def insert_edits(gm: GraphModule, plan: Plan) -> GraphModule:
     found = stacks(gm)
     teacher = {block.path: block for stack in found for block in stack.blocks}
     current = dict(teacher)
+    gm.meta["ppcl"]["ends"] = {
+        path: {stream: node.name for stream, node in block.outputs.items()} for path, block in teacher.items()
+    }
     for edit in plan.depth():
         _, begin, _ = interval(found, edit.stack, edit.first, edit.last)
         for index in range(edit.first, edit.last + 1):

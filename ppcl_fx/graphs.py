@@ -115,6 +115,6 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     graph.output(result)
     graph.output_node().meta = dict(output.meta)
     copied = GraphModule(gm, graph, class_name=gm.__class__.__name__)
-    copied.meta = dict(gm.meta)
+    copied.meta = {key: dict(value) if isinstance(value, dict) else value for key, value in gm.meta.items()}
     copied.train(gm.training)
     return copied

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError, PpclError, near
+from ppcl_fx.examples import describe
+from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.tracing.leaves import block_lists, inlined_modules
 from ppcl_fx.tracing.tracer import ExampleTracer
 
@@ -26,8 +29,9 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
 
     Blocks are inlined; the modules inside them (attention, feed-forward, norms, linears) stay ``call_module`` nodes.
     The parameters are the model's own, shared. Tensors of the example are only looked at for shape and dtype.
-    ``gm.meta["ppcl"]`` holds ``inputs`` (the placeholders), ``fixed`` (arguments that are part of the trace) and
-    ``blocks`` (the blocks' paths).
+    ``gm.meta["ppcl"]`` holds ``inputs`` (the placeholders), ``fixed`` (arguments that are part of the trace),
+    ``blocks`` (the blocks' paths), ``example`` (the shapes of the traced call), ``config`` (the model's) and ``model``
+    (its fingerprint).
 
     Args:
         model: the transformer, in evaluation mode, on any device, the meta device included.
@@ -66,6 +70,10 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
         "inputs": list(symbolic),
         "fixed": {name: value for name, value in fixed.items() if value is not None},
         "blocks": [f"{path}.{i}" for path in lists for i in range(len(model.get_submodule(path)))],  # type: ignore[arg-type]
+        "signature": list(signature.parameters),
+        "example": {name: describe(value) for name, value in given.items() if value is not None},
+        "config": _config(model),
+        "model": fingerprint(model),
     }
     return gm
 
@@ -86,6 +94,15 @@ def trace_inside(module: nn.Module, args: Mapping[str, Any]) -> GraphModule:
     symbolic = {name: value for name, value in args.items() if not _is_fixed(value)}
     fixed = {name: value for name, value in args.items() if _is_fixed(value)}
     return _graph_module(module, inlined, set(), symbolic, fixed)
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """Return a diffusers configuration as plain JSON values, or nothing for other models."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, Mapping):
+        return {}
+    plain = {name: value for name, value in config.items() if not name.startswith("_")}
+    return {"_class_name": type(model).__name__, **json.loads(json.dumps(plain, default=str))}
 
 
 def _graph_module(

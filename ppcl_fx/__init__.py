@@ -1,0 +1,100 @@
+"""Pruning diffusion transformers as compilation: trace, analyse, select, rewrite, distil, export.
+
+The public surface::
+
+    gm = ppcl_fx.trace(model, example_kwargs)     # a torch.fx graph that knows blocks and streams
+    found = ppcl_fx.stacks(gm)                    # the runs of look-alike blocks
+    calls = ppcl_fx.record(pipeline, prompts)     # what the transformer is called with
+    analysis = ppcl_fx.analyze(gm, calls)         # a Redundancy: which blocks can be told from which
+    plan = ppcl_fx.select(analysis, keep=0.5)     # a Plan: what to replace for half of the parameters
+    model = ppcl_fx.rewrite(gm, plan)             # a PluggableModel: teacher and student parts side by side
+    model.plug(keep=0.7).save(folder)             # choose a mixture; any mixture is a valid model
+    model = ppcl_fx.load(folder)
+
+The passes are in `ppcl_fx.passes`, training is in `ppcl_fx.train`, export in `ppcl_fx.export`. Names are imported when
+they are first used, so that ``import ppcl_fx`` is quick and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ppcl_fx._version import __version__
+from ppcl_fx.errors import GuardError, PpclError, Refusal, near
+
+if TYPE_CHECKING:
+    from ppcl_fx.calls import Calls
+    from ppcl_fx.model import PluggableModel, load
+    from ppcl_fx.passes.analyze import analyze
+    from ppcl_fx.passes.rewrite import rewrite
+    from ppcl_fx.passes.select import select
+    from ppcl_fx.plan import Plan
+    from ppcl_fx.recording import record
+    from ppcl_fx.redundancy import Redundancy
+    from ppcl_fx.stacks import Stack, stacks
+    from ppcl_fx.tracing import trace
+
+_HOME = {
+    "Calls": "ppcl_fx.calls",
+    "Plan": "ppcl_fx.plan",
+    "PluggableModel": "ppcl_fx.model",
+    "Redundancy": "ppcl_fx.redundancy",
+    "Stack": "ppcl_fx.stacks",
+    "analyze": "ppcl_fx.passes.analyze",
+    "load": "ppcl_fx.model",
+    "record": "ppcl_fx.recording",
+    "rewrite": "ppcl_fx.passes.rewrite",
+    "select": "ppcl_fx.passes.select",
+    "stacks": "ppcl_fx.stacks",
+    "trace": "ppcl_fx.tracing",
+}
+
+__all__ = [
+    "Calls",
+    "GuardError",
+    "Plan",
+    "PluggableModel",
+    "PpclError",
+    "Redundancy",
+    "Refusal",
+    "Stack",
+    "__version__",
+    "analyze",
+    "load",
+    "record",
+    "rewrite",
+    "select",
+    "stacks",
+    "trace",
+]
+
+
+class _Public(ModuleType):
+    """This package's type: a public function is not hidden by the submodule of the same name (`stacks`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The import system puts each submodule on its package once it is imported.
+        if name in _HOME and isinstance(value, ModuleType):
+            return
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Public
+
+if not TYPE_CHECKING:  # a type checker sees the imports above, and reports other names
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used (PEP 562)."""
+        home = _HOME.get(name)
+        if home is None:
+            raise AttributeError(f"module 'ppcl_fx' has no attribute {name!r}{near(name, __all__)}")
+        value = getattr(importlib.import_module(home), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,60 @@
+"""The shapes of a call as validated JSON, so that a saved model can be traced again without its calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import JsonValue
+
+from ppcl_fx.errors import PpclError, near
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
+}
+
+
+def describe(value: Any) -> JsonValue:
+    """Describe a call's argument: tensors by shape and dtype, everything else as it is.
+
+    Raises:
+        PpclError: the value is of a kind that JSON cannot hold.
+    """
+    if isinstance(value, torch.Tensor):
+        return {"tensor": {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}}
+    if isinstance(value, (list, tuple)):
+        return {"tuple" if isinstance(value, tuple) else "list": [describe(item) for item in value]}
+    if isinstance(value, Mapping):
+        return {"dict": {str(key): describe(item) for key, item in value.items()}}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise PpclError(f"an argument of type {type(value).__name__} cannot be saved; record calls with plain values")
+
+
+def build(description: JsonValue) -> Any:
+    """Turn a description back into an argument; tensors come on the meta device.
+
+    Raises:
+        PpclError: the description is not one that `describe` writes.
+    """
+    if not isinstance(description, dict) or len(description) != 1:
+        raise PpclError("the saved example of a call is damaged; save the model again")
+    (kind, content), *_ = description.items()
+    if kind == "tensor" and isinstance(content, dict):
+        name = str(content.get("dtype"))
+        if name not in _DTYPES:
+            raise PpclError(f"the saved example of a call has the unknown dtype {name!r}{near(name, _DTYPES)}")
+        shape = content.get("shape")
+        if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
+            raise PpclError("the saved example of a call has a tensor without a shape; save the model again")
+        return torch.empty([int(size) for size in shape], dtype=_DTYPES[name], device="meta")  # type: ignore[call-overload,arg-type]
+    if kind in ("list", "tuple") and isinstance(content, list):
+        items = [build(item) for item in content]
+        return tuple(items) if kind == "tuple" else items
+    if kind == "dict" and isinstance(content, dict):
+        return {key: build(item) for key, item in content.items()}
+    if kind == "value" and not isinstance(content, (list, dict)):
+        return content
+    raise PpclError(f"the saved example of a call has an unknown entry {kind!r}; save the model again")

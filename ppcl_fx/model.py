@@ -1,0 +1,255 @@
+"""The pluggable model: teacher and student parts side by side, each edit switchable; saved as a folder."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue
+from torch import nn
+from torch.fx import GraphModule
+
+from ppcl_fx._version import __version__
+from ppcl_fx.budget import choose
+from ppcl_fx.errors import PpclError
+from ppcl_fx.examples import build, describe
+from ppcl_fx.files import inside, new_folder, read_json, read_safetensors, write_json, write_safetensors
+from ppcl_fx.graphs import parameter_count
+from ppcl_fx.plan import Plan, known
+from ppcl_fx.tracing import bind, trace
+
+CARD = "ppcl.json"
+PLAN = "plan.json"
+STUDENTS = "students.safetensors"
+TEACHER = "teacher"
+
+
+class Card(BaseModel):
+    """What a saved pluggable model says about itself.
+
+    Attributes:
+        plugged: the edits that were plugged when it was saved.
+        example: the arguments that it was traced with, as `ppcl_fx.examples.describe` writes them.
+        made: how it was made: the passes with their options, the version.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    kind: Literal["pluggable"] = "pluggable"
+    plugged: list[str]
+    example: dict[str, JsonValue]
+    made: dict[str, JsonValue]
+
+
+class PluggableModel(nn.Module):
+    """A teacher and every student part of a plan; behaves like the transformer it was made from.
+
+    Args:
+        graph: a pluggable graph, as `ppcl_fx.passes.rewrite.insert_edits` makes it.
+        plan: the plan it was made by.
+    """
+
+    def __init__(self, graph: GraphModule, plan: Plan) -> None:
+        super().__init__()
+        self.graph = graph
+        self.plan = plan
+        self.students: tuple[str, ...] = ()
+        self._forget()
+
+    # ---- what it is --------------------------------------------------------------------------------------------
+
+    @property
+    def edits(self) -> list[str]:
+        """The ids of all edits, in the plan's order."""
+        return self.plan.ids
+
+    @property
+    def students_module(self) -> nn.Module:
+        """The student parts alone (``students.*`` and ``projectors.*``): what distillation trains."""
+        parts = nn.Module()
+        for name in ("students", "projectors"):
+            if hasattr(self.graph, name):
+                parts.add_module(name, getattr(self.graph, name))
+        return parts
+
+    @property
+    def teacher_params(self) -> int:
+        """Number of parameters of the teacher."""
+        return self.param_count(())
+
+    @property
+    def config(self) -> Any:
+        """The teacher's configuration, as diffusers pipelines read it."""
+        from diffusers.configuration_utils import FrozenDict
+
+        return FrozenDict(self.graph.meta["ppcl"].get("config", {}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the floating-point parameters."""
+        return next(p.dtype for p in self.graph.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.graph.parameters()).device
+
+    def param_count(self, students: Sequence[str] | None = None) -> int:
+        """Return the exact number of parameters of a mixture.
+
+        Args:
+            students: the edits plugged; by default those that are plugged now.
+        """
+        wanted = frozenset(self.students if students is None else students)
+        if wanted not in self._counts:
+            self._counts[wanted] = parameter_count(self._view(wanted))
+        return self._counts[wanted]
+
+    # ---- plugging ----------------------------------------------------------------------------------------------
+
+    def plug(self, keep: float | None = None, *, students: Sequence[str] | None = None) -> PluggableModel:
+        """Choose a mixture of teacher and student parts.
+
+        Args:
+            keep: share of the teacher's parameters that may stay, in (0, 1]. Starts from all students and swaps
+                those back to their teacher that the plan predicts to do most damage, as long as the budget holds.
+            students: the ids of the edits to plug; all others go back to the teacher.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            PpclError: neither or both are given, an id is unknown, or the plan cannot reach the share.
+        """
+        if (keep is None) == (students is None):
+            raise PpclError("plug takes either keep=... or students=[...]; give one of them")
+        if students is None:
+            assert keep is not None
+            self.students = choose(self, keep)
+        else:
+            known(self.edits, students)
+            self.students = tuple(edit for edit in self.edits if edit in set(students))
+        return self
+
+    def graph_module(self) -> GraphModule:
+        """Return the current mixture as a plain graph module: parameters shared, nothing unused left in it."""
+        return self._view(frozenset(self.students))
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Run the current mixture on the transformer's own arguments.
+
+        Raises:
+            GuardError: the call lies outside of what was traced.
+        """
+        gm = self.graph_module()
+        given = dict(zip(self.graph.meta["ppcl"]["signature"], args, strict=False)) | kwargs
+        result = gm(**bind(gm, given))
+        if not return_dict:
+            return result
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=result[0])
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Do nothing: pipelines name the guidance branch here for caches that a pluggable model does not have."""
+        del name
+        yield
+
+    def _view(self, students: frozenset[str]) -> GraphModule:
+        from ppcl_fx.passes.plug import plugged
+
+        if students not in self._views:
+            # One mixture at a time: narrowed layers are views of weights that training or a move may replace.
+            self._views.clear()
+            self._views[students] = plugged(self.graph, students)
+        return self._views[students].train(self.training)
+
+    def _forget(self) -> None:
+        # Plain dictionaries, so that torch does not take the views for submodules of their own.
+        self.__dict__["_views"] = {}
+        self.__dict__["_counts"] = {}
+
+    def _apply(self, fn: Any, recurse: bool = True) -> PluggableModel:
+        super()._apply(fn, recurse)
+        self._forget()
+        return self
+
+    # ---- saving ------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the model: ``teacher/`` (a diffusers folder), the students' weights, the plan, a card.
+
+        Args:
+            folder: where to; written beside and renamed.
+            overwrite: replace a folder that exists.
+
+        Raises:
+            PpclError: the folder exists, cannot be written, or the teacher is not a diffusers model.
+        """
+        info = self.graph.meta["ppcl"]
+        if not info.get("config", {}).get("_class_name"):
+            raise PpclError("the teacher has no diffusers configuration, so it cannot be saved; save its graph instead")
+        card = Card(
+            plugged=list(self.students),
+            example=info["example"],
+            made={"version": __version__, "passes": info.get("passes", [])},
+        )
+        with new_folder(folder, overwrite=overwrite) as beside:
+            write_json(beside / CARD, card)
+            write_json(beside / PLAN, self.plan)
+            (beside / TEACHER).mkdir()
+            write_json(beside / TEACHER / "config.json", info["config"])
+            teacher, students = self._split()
+            write_safetensors(beside / TEACHER / "diffusion_pytorch_model.safetensors", teacher, {"format": "pt"})
+            write_safetensors(beside / STUDENTS, students)
+        return Path(folder)
+
+    def save_students(self, folder: str | Path) -> None:
+        """Replace the students' weights in a folder that `save` wrote."""
+        read_json(inside(folder, CARD), Card)
+        write_safetensors(inside(folder, STUDENTS), self._split()[1])
+
+    def _split(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        state = self.graph.state_dict()
+        mine = {name: tensor for name, tensor in state.items() if name.split(".")[0] in ("students", "projectors")}
+        return {name: tensor for name, tensor in state.items() if name not in mine}, mine
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableModel:
+    """Load a pluggable model that `PluggableModel.save` wrote. No code from the folder is run.
+
+    Args:
+        folder: the folder.
+        dtype: dtype of the weights; by default as saved.
+
+    Raises:
+        PpclError: a file is missing, damaged, or does not fit the others.
+    """
+    from ppcl_fx.passes.rewrite import insert_edits
+    from ppcl_fx.sources import open_source
+
+    folder = Path(folder)
+    card = read_json(inside(folder, CARD), Card)
+    plan = read_json(inside(folder, PLAN), Plan)
+    weights = read_safetensors(inside(folder, STUDENTS))
+    kept = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
+    teacher = open_source(str(inside(folder, TEACHER))).transformer(dtype=dtype or kept)
+    graph = insert_edits(trace(teacher, {name: build(value) for name, value in card.example.items()}), plan)
+    model = PluggableModel(graph, plan)
+    wanted = dict(model.students_module.state_dict())
+    for name, tensor in wanted.items():
+        if name not in weights or weights[name].shape != tensor.shape:
+            raise PpclError(f"{folder / STUDENTS} does not fit the plan: {name} is missing or of another shape; save again")
+    extra = sorted(set(weights) - set(wanted))
+    if extra:
+        raise PpclError(f"{folder / STUDENTS} does not fit the plan: it holds {extra[0]}, which no edit has; save again")
+    model.students_module.load_state_dict(weights)
+    return model.plug(students=card.plugged).eval()
+
+
+__all__ = ["Card", "PluggableModel", "describe", "load"]
