@@ -77,6 +77,9 @@ def _model_namespaces(root: nn.Module) -> list[dict[str, Any]]:
 @contextlib.contextmanager
 def patched(tracer: ExampleTracer, root: nn.Module) -> Iterator[None]:
     """Redirect module calls, parameter reads, constructors, `len` and `int` to the tracer, and put all back."""
+    # A device context remembers torch's constructors the first time it is used; it must not meet ours.
+    with torch.device("meta"):
+        torch.empty(0)
     undo: list[Callable[[], None]] = []
 
     def replace(owner: Any, name: str, value: Any) -> None:
