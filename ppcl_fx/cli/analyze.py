@@ -1,0 +1,180 @@
+"""`ppcl-fx analyze`: record what the transformer is called with, and find which of its blocks can go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ppcl_fx.cli.boundary import Result
+from ppcl_fx.cli.options import Json, Overwrite, Seed, Verbose, check_writable, given
+from ppcl_fx.cli.teacher import open_calls, open_teacher
+from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
+from ppcl_fx.errors import PpclError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ppcl_fx.calls import Calls
+    from ppcl_fx.redundancy import Redundancy
+    from ppcl_fx.sources import Source
+
+CALLS, ANALYSIS, REPORT = "calls", "analysis.json", "report.html"
+SHIPPED_PROMPTS = 8
+"""Prompts of each category that are recorded for the shipped model when none are given."""
+
+
+def analyze(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or 'shapes'.")],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="RUN", help="Folder for calls, analysis and report.")
+    ],
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Prompts to record, one a line; 'shapes' has its own.")
+    ] = None,
+    calls: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Use these recorded calls instead of recording.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one run of the pipeline.")] = 8,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if left out.")
+    ] = None,
+    seed: Seed = 42,
+    stream: Annotated[str, typer.Option(help="Stream whose curves decide the intervals.")] = "image",
+    ridge: Annotated[
+        float | None, typer.Option(min=0.0, help="Ridge of the probes, relative to the mean squared channel.")
+    ] = None,
+    refine_steps: Annotated[
+        int, typer.Option(min=0, help="Gradient steps on the probes after the closed form.")
+    ] = 0,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Samples that CKA averages over, at most.")
+    ] = None,
+    overwrite: Overwrite = False,
+    verbose: Verbose = False,
+    json: Json = False,
+) -> Result:
+    """Record MODEL's calls and analyse its redundancy: RUN/calls, RUN/analysis.json, RUN/report.html."""
+    if prompts is not None and calls is not None:
+        raise PpclError("--prompts, --calls: recorded calls need no prompts; give one of the two")
+    _check_out(out, recording=calls is None, overwrite=overwrite)
+    texts = read_prompts(prompts) if prompts is not None else None
+    terminal = Terminal(verbose)
+
+    import ppcl_fx
+    from ppcl_fx.report import write_report
+    from ppcl_fx.sources import open_source
+
+    with terminal.step("loading the model"):
+        source = open_source(model)
+    if calls is None:
+        transformer, recorded = _record(source, texts, batch_size, steps, seed, terminal)
+        recorded.save(out / CALLS, overwrite=overwrite)
+    else:
+        recorded = open_calls(calls, terminal).calls
+        transformer = open_teacher(model, terminal, {calls: recorded.model})
+    with terminal.step("tracing"):
+        graph = ppcl_fx.trace(transformer, recorded.examples())
+    chosen = given(ridge=ridge, max_samples=samples)
+    with terminal.step("analysing") as progress:
+        analysis = ppcl_fx.analyze(
+            graph, recorded, stream=stream, refine_steps=refine_steps, progress=progress, **chosen
+        )
+    analysis.save(out / ANALYSIS)
+    write_report(
+        out / REPORT, redundancy=analysis, title=f"{source.name}: analysis", provenance={"model": source.name}
+    )
+    return _result(out, calls or out / CALLS, analysis)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Return the lines of a file that are not empty.
+
+    Raises:
+        PpclError: the file cannot be read as UTF-8 or holds no prompt.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise PpclError(f"{path}: {error.strerror or error}; give a text file, one prompt a line") from error
+    except UnicodeDecodeError as error:
+        raise PpclError(
+            f"{path}: not UTF-8 text ({error.reason}); give a text file, one prompt a line"
+        ) from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise PpclError(f"{path}: holds no prompt; write one a line")
+    return prompts
+
+
+def _check_out(out: Path, *, recording: bool, overwrite: bool) -> None:
+    """Refuse a RUN that holds results already, or cannot be written, before any work is done."""
+    if out.exists() and not out.is_dir():
+        raise PpclError(f"{out}: is a file, and a folder is to be written there; choose another output")
+    if recording and (out / CALLS).exists() and not overwrite:
+        raise PpclError(
+            f"{out / CALLS}: already exists; use it with --calls {out / CALLS}, or give --overwrite"
+        )
+    if (out / ANALYSIS).exists() and not overwrite:
+        raise PpclError(f"{out / ANALYSIS}: already exists; choose another output, or give --overwrite")
+    check_writable(out)
+
+
+def _record(
+    source: Source, texts: list[str] | None, batch_size: int, steps: int | None, seed: int, terminal: Terminal
+) -> tuple[nn.Module, Calls]:
+    import ppcl_fx
+
+    if source.kind != "pipeline":
+        raise PpclError(
+            f"{source.name}: a bare transformer draws no prompts; give its whole pipeline, or --calls FOLDER"
+        )
+    wanted = texts if texts is not None else _shipped_prompts(source, seed)
+    with terminal.step("loading the pipeline"), quiet_diffusers():
+        pipeline = source.pipeline()
+    with terminal.step(f"recording {len(wanted)} prompts") as progress:
+        calls = ppcl_fx.record(
+            pipeline,
+            wanted,
+            batch_size=batch_size,
+            num_inference_steps=steps,
+            seed=seed,
+            progress=progress,
+        )
+    return pipeline.transformer, calls
+
+
+def _shipped_prompts(source: Source, seed: int) -> list[str]:
+    """The prompts that come with the shipped model; another model has none."""
+    from ppcl_fx.shapes.captions import CATEGORIES
+    from ppcl_fx.shapes.captions import prompts as draw
+
+    if source.name != "shapes":
+        raise PpclError(f"{source.name}: no prompts to record; give --prompts FILE, one prompt a line")
+    return [prompt.text for category in CATEGORIES for prompt in draw(category, SHIPPED_PROMPTS, seed)]
+
+
+def _result(out: Path, calls: Path, analysis: Redundancy) -> Result:
+    found = {
+        stack.name: [[interval.first, interval.last] for interval in stack.curves(analysis.stream).candidates]
+        for stack in analysis.stacks
+    }
+    blocks = sum(len(stack.blocks) for stack in analysis.stacks)
+    data = {
+        "run": str(out),
+        "calls": str(calls),
+        "analysis": str(out / ANALYSIS),
+        "report": str(out / REPORT),
+        "model": analysis.model,
+        "params": analysis.teacher_params,
+        "blocks": blocks,
+        "calls_used": analysis.calls_used,
+        "stream": analysis.stream,
+        "candidates": found,
+    }
+    lines = [f"{analysis.teacher_params:,} parameters in {blocks} blocks, {analysis.calls_used} calls"]
+    for name, intervals in found.items():
+        listed = ", ".join(f"{first}-{last}" for first, last in intervals) or "none"
+        lines.append(f"{name}: candidate intervals {listed}")
+    return Result(data, [*lines, f"report: {out / REPORT}"])

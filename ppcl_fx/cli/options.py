@@ -1,0 +1,102 @@
+"""Options that several commands share, and the checks that come before any long work."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ppcl_fx.errors import PpclError, near
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+
+_PROBE_PREFIX = ".ppcl-fx-"
+
+
+def parse_keep(text: str) -> float:
+    """Return the share of parameters that stays, in (0, 1]."""
+    try:
+        keep = float(text)
+    except ValueError:
+        raise PpclError(
+            f"--keep {text}: not a number; give the share of parameters that stays, such as 0.5"
+        ) from None
+    if not 0.0 < keep <= 1.0:  # NaN fails too
+        raise PpclError(
+            f"--keep {text}: the share of parameters that stays is above 0 and at most 1, such as 0.5"
+        )
+    return keep
+
+
+def parse_keeps(text: str) -> list[float]:
+    """Return the shares of a list such as ``1.0,0.7,0.5``, in the order given, each once."""
+    keeps = [parse_keep(part.strip()) for part in text.split(",")]
+    doubled = sorted({keep for keep in keeps if keeps.count(keep) > 1})
+    if doubled:
+        raise PpclError(f"--keep {text}: {doubled[0]} is there twice; give each share once")
+    return keeps
+
+
+def parse_counts(option: str, text: str) -> list[int]:
+    """Return the positive integers of a list such as ``600,200,100``."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise PpclError(
+            f"{option} {text}: give positive whole numbers with commas between them, such as 600,200,100"
+        )
+    return [int(part) for part in parts]
+
+
+def choice(option: str, value: str, known: Sequence[str]) -> str:
+    """Return `value` if it is one of `known`, else raise with the nearest one."""
+    if value not in known:
+        raise PpclError(f"{option} {value}: not one of {', '.join(known)}{near(value, known)}")
+    return value
+
+
+def choices(option: str, text: str, known: Sequence[str]) -> list[str]:
+    """Return the names of a list with commas, each one of `known` and there once."""
+    values = [choice(option, part.strip(), known) for part in text.split(",")]
+    doubled = sorted({value for value in values if values.count(value) > 1})
+    if doubled:
+        raise PpclError(f"{option} {text}: {doubled[0]} is there twice; give each once")
+    return values
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """Return the options that are not None, so that defaults stay where they are used."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def check_output(path: Path, *, overwrite: bool) -> None:
+    """Refuse an output that exists or cannot be written, before any work is done; nothing is left behind.
+
+    Raises:
+        PpclError: `path` is a file, is a folder with something in it (unless `overwrite`), or cannot be written.
+    """
+    if path.exists() and not path.is_dir():
+        raise PpclError(f"{path}: is a file, and a folder is to be written there; choose another output")
+    if path.is_dir() and not overwrite and any(path.iterdir()):
+        raise PpclError(f"{path}: already exists; choose another output, or replace it with --overwrite")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a folder that cannot be made, or written to where it exists."""
+    place = path.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place, prefix=_PROBE_PREFIX):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PpclError(f"{path}: cannot be written ({reason}: {place}); choose a writable place") from error

@@ -1,0 +1,84 @@
+"""Opening what several commands start from: recorded calls, the teacher they belong to, the pluggable model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ppcl_fx.cli.terminal import Terminal
+from ppcl_fx.errors import PpclError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ppcl_fx.calls import Calls
+    from ppcl_fx.model import PluggableModel
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Calls and the folder they were read from."""
+
+    folder: Path
+    calls: Calls
+
+    def check(self, student: Path, model: str) -> None:
+        """Raise `PpclError` where a pluggable model has another teacher (fingerprint `model`) than these calls."""
+        if model and self.calls.model and model != self.calls.model:
+            raise PpclError(
+                f"{self.folder}: recorded from another model than the teacher of {student}; record its calls"
+            )
+
+
+def open_calls(folder: Path, terminal: Terminal) -> Recorded:
+    """Open recorded calls and check every tensor.
+
+    Raises:
+        PpclError: the folder is missing, a file is damaged, or a tensor holds NaN.
+    """
+    from ppcl_fx.calls import Calls
+
+    if not folder.is_dir():
+        raise PpclError(f"{folder}: no such folder; give recorded calls with --calls")
+    with terminal.step("checking the calls"):
+        return Recorded(folder, Calls.open(folder))
+
+
+def open_teacher(name: str, terminal: Terminal, fingerprints: Mapping[Path, str]) -> nn.Module:
+    """Load a transformer that certain files were made for.
+
+    Args:
+        name: MODEL, as it was typed.
+        fingerprints: file -> the fingerprint of the model that it names; empty where it names none.
+
+    Raises:
+        PpclError: there is no such model, or a file belongs to another one.
+    """
+    from ppcl_fx.fingerprint import fingerprint
+    from ppcl_fx.sources import open_source
+
+    with terminal.step("loading the transformer"):
+        transformer = open_source(name).transformer()
+        mine = fingerprint(transformer)
+    for file, other in fingerprints.items():
+        if other and other != mine:
+            raise PpclError(
+                f"{file}: made for another model than {name}; give that model, or make it again for this one"
+            )
+    return transformer
+
+
+def open_student(folder: Path, terminal: Terminal) -> PluggableModel:
+    """Load a pluggable model.
+
+    Raises:
+        PpclError: the folder is missing, or holds no pluggable model.
+    """
+    import ppcl_fx
+
+    if not folder.is_dir():
+        raise PpclError(f"{folder}: no such folder; give what 'ppcl-fx rewrite' wrote")
+    with terminal.step("loading the student"):
+        return ppcl_fx.load(folder)

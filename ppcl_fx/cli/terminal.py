@@ -1,0 +1,115 @@
+"""What a person sees while a command works: progress and notes, all of it on stderr."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Report(Protocol):
+    """Called with the steps done, the steps in all, and what to call them now if not what they were called."""
+
+    def __call__(self, done: int, total: int, label: str = "") -> None:
+        """Show that `done` of `total` steps are done."""
+
+
+QUIET_SECONDS = 2.0
+LINE_SECONDS = 10.0
+
+
+class Terminal:
+    """Progress bars on a terminal, a line now and then where stderr is a file. `verbose` adds notes and log lines."""
+
+    def __init__(self, verbose: bool = False) -> None:
+        self.verbose = verbose
+        _set_up_libraries(verbose)
+
+    def note(self, line: str) -> None:
+        """Say something that only `-v` wants to know."""
+        if self.verbose:
+            print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+    @contextmanager
+    def step(self, label: str) -> Iterator[Report]:
+        """Show how far one step of the work is; the block reports by calling what it is given."""
+        started = time.monotonic()
+        show = _bar(label) if sys.stderr.isatty() else _lines(label)
+        with show as report:
+            yield report
+        self.note(f"{label}: {time.monotonic() - started:.1f} s")
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Hide diffusers' own bars while a model loads: the step has one, or is short."""
+    from diffusers.utils import logging as diffusers_logging
+
+    shown = diffusers_logging.is_progress_bar_enabled()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            diffusers_logging.enable_progress_bar()
+
+
+@contextmanager
+def _bar(label: str) -> Iterator[Report]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(label, total=None)
+
+        def report(done: int, total: int, label: str = label) -> None:
+            bars.update(task, completed=done, total=total, description=label)
+
+        yield report
+
+
+@contextmanager
+def _lines(label: str) -> Iterator[Report]:
+    """Where no bar can be drawn: one line after two seconds, then one every ten."""
+    due = time.monotonic() + QUIET_SECONDS
+
+    def report(done: int, total: int, label: str = label) -> None:
+        nonlocal due
+        now = time.monotonic()
+        if now >= due:
+            due = now + LINE_SECONDS
+            print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)  # noqa: T201
+
+    yield report
+
+
+def _set_up_libraries(verbose: bool) -> None:
+    """Libraries keep quiet unless asked; must come before they are imported."""
+    level = "warning" if verbose else "error"
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", level)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", level)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.ERROR, stream=sys.stderr, format="%(name)s: %(message)s"
+    )
+    if not verbose and not sys.warnoptions:
+        warnings.simplefilter("ignore")

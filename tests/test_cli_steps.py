@@ -1,0 +1,233 @@
+"""The four steps on a small random model folder, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import ppcl_fx
+from ppcl_fx.cli.app import main
+from ppcl_fx.files import read_safetensors
+from tests.shapes_folder import BLOCKS, save_pipeline
+
+PROMPTS = ("a red circle", "two squares")
+STEPS = 2
+PLAN = {
+    "edits": [
+        {"kind": "depth", "stack": "transformer_blocks", "first": 1, "last": 3},
+        {"kind": "ffn", "stack": "transformer_blocks", "block": 4},
+    ]
+}
+
+
+class Workplace:
+    """A folder with a model, prompts and a plan, and the program run in it."""
+
+    def __init__(self, folder: Path, capture: pytest.CaptureFixture[str] | None = None) -> None:
+        self.folder = folder
+        self.model = folder / "model"
+        self.run, self.calls = folder / "run", folder / "run" / "calls"
+        self.plan = folder / "plan.json"
+        self.student = folder / "student"
+        self.capture = capture
+
+    def ok(self, *arguments: object) -> dict[str, Any]:
+        """Run a command that must succeed, and return its JSON."""
+        code, out, err = self.call(*arguments)
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    def refused(self, *arguments: object) -> str:
+        """Run a command that must be refused, and return its line."""
+        code, out, err = self.call(*arguments)
+        assert code == 2, err
+        line: str = json.loads(out)["error"]
+        assert err.splitlines()[-1] == f"ppcl-fx: {line}"
+        assert "Traceback" not in err
+        return line
+
+    def call(self, *arguments: object) -> tuple[int, str, str]:
+        assert self.capture is not None
+        self.capture.readouterr()
+        code = main([*map(str, arguments), "--json"])
+        return code, *self.capture.readouterr()
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A model folder, its calls and analysis, and a student by a plan: made once, copied for each test."""
+    folder = tmp_path_factory.mktemp("steps")
+    place = Workplace(folder)
+    save_pipeline(place.model)
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n".join(PROMPTS) + "\n\n", encoding="utf-8")
+    place.plan.write_text(json.dumps(PLAN), encoding="utf-8")
+    analyze = ["analyze", place.model, "-o", place.run, "--prompts", prompts, "--steps", STEPS]
+    assert main([*map(str, analyze)]) == 0
+    rewrite = ["rewrite", place.model, "--plan", place.plan, "--calls", place.calls, "-o", place.student]
+    assert main([*map(str, rewrite)]) == 0
+    yield folder
+
+
+@pytest.fixture
+def place(prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Workplace:
+    """The prepared folder, copied."""
+    shutil.copytree(prepared, tmp_path / "copy")
+    return Workplace(tmp_path / "copy", capfd)
+
+
+def test_analyze_records_and_writes_three_results(place: Workplace) -> None:
+    assert {path.name for path in place.run.iterdir()} == {"calls", "analysis.json", "report.html"}
+    calls = ppcl_fx.Calls.open(place.calls)
+    assert len(calls) == 2 * STEPS  # both branches of guidance
+    assert set(calls[0].prompts) == set(PROMPTS)
+    analysis = ppcl_fx.Redundancy.load(place.run / "analysis.json")
+    assert (analysis.model, analysis.calls) == (calls.model, calls.fingerprint)
+    assert [len(stack.blocks) for stack in analysis.stacks] == [BLOCKS]
+    assert (place.run / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+
+
+def test_analyze_can_use_recorded_calls_again(place: Workplace) -> None:
+    said = place.ok("analyze", place.model, "--calls", place.calls, "-o", place.folder / "again")
+    first = ppcl_fx.Redundancy.load(place.run / "analysis.json")
+    assert ppcl_fx.Redundancy.load(said["analysis"]) == first
+    assert (said["calls"], said["params"], said["blocks"]) == (str(place.calls), first.teacher_params, BLOCKS)
+
+
+def test_results_are_not_overwritten_unasked(place: Workplace) -> None:
+    before = (place.run / "analysis.json").stat().st_mtime_ns
+    line = place.refused("analyze", place.model, "-o", place.run, "--prompts", place.folder / "prompts.txt")
+    assert "already exists" in line
+    assert "--overwrite" in line
+    line = place.refused("rewrite", place.model, "--plan", place.plan, "-o", place.student)
+    assert "--overwrite" in line
+    assert (place.run / "analysis.json").stat().st_mtime_ns == before
+
+
+def test_rewrite_meets_the_budget_to_the_parameter(place: Workplace) -> None:
+    out = place.folder / "half"
+    said = place.ok(
+        "rewrite", place.model, "--analysis", place.run / "analysis.json", "--keep", "0.6", "-o", out
+    )
+    model = ppcl_fx.load(out)
+    assert said["params"] == model.param_count() == model.param_count(said["edits"])
+    assert said["teacher_params"] == model.teacher_params
+    assert said["keep"] == said["params"] / said["teacher_params"] <= 0.6
+    assert list(model.students) == model.edits == said["edits"]
+
+
+def test_with_every_edit_switched_back_the_student_is_the_teacher(place: Workplace) -> None:
+    from ppcl_fx.sources import open_source
+
+    model = ppcl_fx.load(place.student)
+    teacher = open_source(str(place.model)).transformer()
+    kwargs = ppcl_fx.Calls.open(place.calls).examples()
+    with torch.no_grad():
+        expected = teacher(**kwargs)[0]
+        assert torch.equal(model.plug(students=[])(**kwargs)[0], expected)
+        assert not torch.equal(model.plug(students=model.edits)(**kwargs)[0], expected)
+
+
+def test_train_changes_the_students_in_place_and_nothing_else(place: Workplace) -> None:
+    teacher = place.student / "teacher" / "diffusion_pytorch_model.safetensors"
+    before, weights = read_safetensors(place.student / "students.safetensors"), teacher.read_bytes()
+    before = {name: tensor.clone() for name, tensor in before.items()}
+    said = place.ok("train", place.student, "--calls", place.calls, "--steps", "3,2,2", "--every", "2")
+    after = read_safetensors(place.student / "students.safetensors")
+    assert before.keys() == after.keys()
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any(name.startswith("students.") for name in changed)
+    assert any(name.startswith("projectors.") for name in changed)
+    assert teacher.read_bytes() == weights
+    assert [(stage["stage"], stage["steps"]) for stage in said["stages"]] == [
+        ("depth", 3),
+        ("width", 2),
+        ("finetune", 2),
+    ]
+    for name in ("losses", "checkpoints", "finetuned", "report"):
+        assert Path(said[name]).is_relative_to(place.student)
+        assert Path(said[name]).exists()
+
+
+def test_a_resumed_training_ends_where_an_unbroken_one_does(place: Workplace) -> None:
+    options = ["--calls", place.calls, "--stage", "depth", "--steps", "4", "--every", "2"]
+    other = place.folder / "other"
+    shutil.copytree(place.student, other)
+    place.ok("train", place.student, *options)
+    place.ok("train", other, *options)
+    latest = sorted((other / "checkpoints").iterdir())
+    assert latest, "no checkpoint was written"
+    resumed = place.ok("train", other, *options, "--resume")
+    assert resumed["stages"][0]["steps"] == 4
+    one, two = (read_safetensors(folder / "students.safetensors") for folder in (place.student, other))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_export_writes_one_checked_file_for_each_share(place: Workplace) -> None:
+    pytest.importorskip("onnxruntime")
+    out = place.folder / "engines"
+    least = ppcl_fx.load(place.student).param_count(ppcl_fx.load(place.student).edits)
+    share = least / ppcl_fx.load(place.student).teacher_params + 1e-4
+    said = place.ok(
+        "export", place.student, "--keep", f"1.0,{share:.4f}", "-o", out, "--runs", 1, "--calls", place.calls
+    )
+    assert [ratio["keep"] for ratio in said["ratios"]] == [1.0, float(f"{share:.4f}")]
+    assert said["ratios"][1]["params"] == least < said["ratios"][0]["params"]
+    for ratio in said["ratios"]:
+        assert Path(ratio["onnx"]).is_file()
+        assert ratio["parity_max_abs"] <= 1e-4
+
+
+def test_files_of_another_model_are_refused(place: Workplace) -> None:
+    other = save_pipeline(place.folder / "other", seed=1)
+    line = place.refused("analyze", other, "--calls", place.calls, "-o", place.folder / "x")
+    assert str(place.calls) in line
+    assert "another model" in line
+    analysis = place.run / "analysis.json"
+    line = place.refused("rewrite", other, "--analysis", analysis, "-o", place.folder / "x")
+    assert str(analysis) in line
+    assert "another model" in line
+    assert not (place.folder / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        ({"kind": "depth", "stack": "transformer_blocks", "first": 3, "last": 4}, "overlap"),
+        ({"kind": "depth", "stack": "transformer_blocks", "first": 4, "last": 9}, "9"),
+        ({"kind": "depht", "stack": "transformer_blocks", "first": 4, "last": 5}, "depht"),
+    ],
+)
+def test_bad_plans_are_refused_in_one_line(place: Workplace, edit: dict[str, Any], words: str) -> None:
+    place.plan.write_text(json.dumps({"edits": [PLAN["edits"][0], edit]}), encoding="utf-8")
+    line = place.refused(
+        "rewrite", place.model, "--plan", place.plan, "--calls", place.calls, "-o", place.folder / "x"
+    )
+    assert words in line
+    assert not (place.folder / "x").exists()
+
+
+def test_missing_and_damaged_inputs_are_refused_in_one_line(place: Workplace) -> None:
+    x = place.folder / "x"
+    assert "no such model" in place.refused("analyze", place.folder / "modle", "-o", x)
+    assert "give --prompts" in place.refused("analyze", place.model, "-o", x)
+    bare = place.model / "transformer"
+    assert "bare transformer" in place.refused("analyze", bare, "-o", x)
+    assert "no such file" in place.refused("analyze", place.model, "-o", x, "--prompts", x).lower()
+    line = place.refused("rewrite", place.model, "--analysis", x / "analysis.json", "-o", x)
+    assert "no such file" in line
+    assert "no such folder" in place.refused("train", x, "--calls", place.calls)
+    assert "no such folder" in place.refused("train", place.student, "--calls", x)
+    assert "no such folder" in place.refused("export", x, "-o", x / "y")
+    (shard,) = place.calls.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert "truncated" in place.refused("train", place.student, "--calls", place.calls)
+    assert not x.exists()
