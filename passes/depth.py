@@ -117,9 +117,9 @@ class CutDepth(Pass):
         _, begin, end = interval(stacks(gm), self.stack, self.first, self.last)
         mark(gm)
         gone = {f"{self.stack}.{i}" for i in range(self.first + 1, self.last + 1)}
+        inside = set(end.nodes)
         for source, teacher in _pairs(begin, end):
-            inside = set(end.nodes)
-            teacher.replace_all_uses_with(source, delete_user_cb=lambda user, inside=inside: user not in inside)
+            teacher.replace_all_uses_with(source, delete_user_cb=lambda user: user not in inside)
             if teacher.meta.pop(SINK, False):
                 source.meta[SINK] = True
         # Impure nodes would keep the removed blocks' parameters alive.

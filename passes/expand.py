@@ -133,6 +133,11 @@ def map_values(argument: Any, values: dict[Node, Any]) -> Any:
 def map_arg_to(argument: Any, old: Node, new: Any) -> Any:
     """Replace one node in an argument by a value that may be a container."""
     nodes: list[Node] = []
-    map_arg(argument, lambda n: nodes.append(n) or n)
+
+    def note(node: Node) -> Node:
+        nodes.append(node)
+        return node
+
+    map_arg(argument, note)
     plain = tuple(argument) if isinstance(argument, tuple) else dict(argument)
     return map_values(plain, {**{n: n for n in nodes}, old: new})

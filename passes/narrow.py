@@ -32,7 +32,9 @@ class Narrow(Pass):
                 continue
             linear = chunk.args[0]
             used = sorted({int(user.args[1]) for user in chunk.users if user.users or user.meta.get(SINK)})
-            if _shrinkable(gm, linear, chunk) and 0 < len(used) < chunk.args[1]:
+            pieces = chunk.args[1]
+            assert isinstance(pieces, int)
+            if _shrinkable(gm, linear, chunk) and 0 < len(used) < pieces:
                 _shrink(gm, linear, chunk, used)
                 narrowed = True
         return Result(gm, narrowed)
@@ -53,7 +55,9 @@ def _shrinkable(gm: GraphModule, linear: Any, chunk: Node) -> bool:
     calls = [n for n in linear.graph.nodes if n.op == "call_module" and n.target == linear.target]
     module = gm.get_submodule(str(linear.target))
     # A subclass (a quantised layer, a LoRA wrapper) may not be a plain matrix.
-    return len(calls) == 1 and type(module) is nn.Linear and module.out_features % chunk.args[1] == 0
+    pieces = chunk.args[1]
+    assert isinstance(pieces, int)
+    return len(calls) == 1 and type(module) is nn.Linear and module.out_features % pieces == 0
 
 
 def _shrink(gm: GraphModule, linear: Node, chunk: Node, used: list[int]) -> None:

@@ -139,7 +139,7 @@ def _inline(gm: GraphModule, call: Node) -> None:
     for user in list(call.users):
         index = user.args[1]
         assert user.target is operator.getitem and isinstance(index, int)
-        user.replace_all_uses_with(values[results[index]])  # type: ignore[index]
+        user.replace_all_uses_with(values[results[index]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
     container = nn.Module()

@@ -1,0 +1,47 @@
+"""How well a linear projector stands in for each feed-forward: what an FFN edit is chosen by (appendix 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from torch.fx import GraphModule
+
+from ppcl_fx.passes.contract import Pass, Result
+
+if TYPE_CHECKING:
+    from ppcl_fx.passes.measure import Measured
+
+
+@dataclass(frozen=True)
+class FfnFits(Pass):
+    """Fit ``h + W h + b`` to each feed-forward by least squares over all tokens of all calls.
+
+    Annotates the node after the gated feed-forward with ``node.meta["ppcl"]["ffn"]``, a
+    `ppcl_fx.redundancy.FfnFit`: the squared error relative to what the feed-forward adds, and the cosine of
+    the states after it, real and projected.
+    """
+
+    measured: Measured
+    ridge: float = 1e-6
+
+    name: ClassVar[str] = "ffn-fit"
+    kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
+
+    def requires(self, gm: GraphModule) -> None:
+        """Raises `PpclError` if the measurements are of another graph."""
+        self.measured.require(gm)
+
+    def apply(self, gm: GraphModule) -> Result:
+        from ppcl_fx.redundancy import FfnFit
+
+        for (block, site), sums in zip(self.measured.ffn, self.measured.ffn_sums, strict=True):
+            projector = sums.solve(self.ridge)
+            fit = FfnFit(
+                block=block.index,
+                stream=site.stream,
+                error=sums.error(projector),
+                similarity=sums.cosine(projector),
+            )
+            site.after.meta.setdefault("ppcl", {})["ffn"] = fit
+        return Result(gm, modified=False)

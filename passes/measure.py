@@ -1,0 +1,207 @@
+"""One forward pass of the teacher for each call, and all that the analysis passes need from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.probes import NormalEquations, Projector
+from ppcl_fx.passes.reservoir import Key, Reservoir
+from ppcl_fx.passes.similarity import Curves, curves
+from ppcl_fx.passes.watch import Watch, Watcher
+from ppcl_fx.sites import FfnSite, ffn_sites
+from ppcl_fx.stacks import Block, Stack, stacks
+
+if TYPE_CHECKING:
+    from ppcl_fx.calls import Call
+
+Progress = Callable[[int, int], None]
+"""Called with the number of calls done and the number of all."""
+
+SAMPLES = 160
+"""Sample-timesteps that CKA averages over: the size of the paper's calibration set."""
+
+MEMORY = 4 * 2**30
+"""Bytes of activations kept at most."""
+
+
+@dataclass(frozen=True, eq=False)
+class StreamSite:
+    """One stream through one stack: the nodes that enter and leave each block, in order."""
+
+    stack: Stack
+    stream: str
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+
+    @property
+    def key(self) -> Key:
+        """Stack name and stream."""
+        return self.stack.name, self.stream
+
+
+@dataclass(eq=False)
+class Measured:
+    """Sums over all tokens of all calls, and the kept activations of some samples; results are computed when
+    asked for."""
+
+    gm: GraphModule
+    streams: tuple[StreamSite, ...]
+    ffn: tuple[tuple[Block, FfnSite], ...]
+    kept: Reservoir
+    calls_used: int = 0
+    probe_sums: dict[Key, list[NormalEquations]] = field(default_factory=dict)
+    ffn_sums: list[NormalEquations] = field(default_factory=list)
+    _probes: dict[tuple[Key, float, int], list[Projector]] = field(default_factory=dict)
+    _curves: dict[tuple[Key, float, int], Curves] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where curves are computed."""
+        return next((parameter.device for parameter in self.gm.parameters()), torch.device("cpu"))
+
+    def require(self, gm: GraphModule) -> None:
+        """Check that `gm` is the graph that was measured.
+
+        Raises:
+            PpclError: it is another graph.
+        """
+        if gm.graph is not self.gm.graph:
+            raise PpclError("the measurements belong to another graph; run measure() on this one first")
+
+    def probes(self, site: StreamSite, ridge: float, refine_steps: int) -> list[Projector]:
+        """The solved probe of each block (Eq. 1, refined by Eq. 2)."""
+        key = (site.key, ridge, refine_steps)
+        if key not in self._probes:
+            self._probes[key] = [sums.solve(ridge, refine_steps) for sums in self.probe_sums[site.key]]
+        return self._probes[key]
+
+    def fits(self, site: StreamSite, ridge: float, refine_steps: int) -> list[float]:
+        """Relative squared error of each block's probe over all calls."""
+        solved = self.probes(site, ridge, refine_steps)
+        return [sums.error(probe) for sums, probe in zip(self.probe_sums[site.key], solved, strict=True)]
+
+    def curves(self, site: StreamSite, ridge: float, refine_steps: int) -> Curves:
+        """CKA and gap curves and the heatmap over the kept samples."""
+        key = (site.key, ridge, refine_steps)
+        if key not in self._curves:
+            solved = self.probes(site, ridge, refine_steps)
+            batches = self.kept.batches(site.key, self.device)
+            self._curves[key] = curves((states[1:] for states in batches), solved)
+        return self._curves[key]
+
+
+def stream_sites(gm: GraphModule) -> list[StreamSite]:
+    """Every stream of every stack of `gm`.
+
+    Raises:
+        PpclError: the graph has no block stack.
+    """
+    sites = []
+    for stack in stacks(gm):
+        for stream in stack.streams:
+            blocks = [block for block in stack.blocks if stream in block.inputs and stream in block.outputs]
+            if len(blocks) == len(stack.blocks):
+                inputs = tuple(block.inputs[stream] for block in blocks)
+                sites.append(
+                    StreamSite(stack, stream, inputs, tuple(block.outputs[stream] for block in blocks))
+                )
+    if not sites:
+        raise PpclError("the model has no stack of transformer blocks; there is nothing to analyse")
+    return sites
+
+
+def measure(
+    gm: GraphModule,
+    calls: Sequence[Call],
+    *,
+    max_samples: int = SAMPLES,
+    memory: int = MEMORY,
+    progress: Progress | None = None,
+) -> Measured:
+    """Run the teacher once on each call and collect the statistics of all analysis passes.
+
+    Args:
+        gm: a traced graph; it is not changed.
+        calls: recorded calls. Every token of every call is a sample of the probes.
+        max_samples: how many sample-timesteps CKA averages over (chosen evenly at random, the same ones each
+            time).
+        memory: bytes of activations kept for CKA; fewer samples are kept where they do not fit.
+        progress: called after each call.
+
+    Raises:
+        PpclError: there are no calls, the model has no blocks, or a value is NaN or infinite.
+    """
+    if not len(calls):
+        raise PpclError("there are no calls to analyse; record some first")
+    if max_samples < 1:
+        raise PpclError(f"max_samples is {max_samples}; CKA needs at least one sample")
+    sites = tuple(stream_sites(gm))
+    blocks = [block for stack in stacks(gm) for block in stack.blocks]
+    found = tuple((block, site) for block in blocks for site in ffn_sites(gm, block))
+    measured = Measured(gm, sites, found, Reservoir(max_samples, memory))
+    collector = _Collector(measured)
+    watcher = Watcher(gm, collector.watches())
+    for position, call in enumerate(calls):
+        collector.begin(position)
+        watcher.watch(call.kwargs)
+        collector.end()
+        if progress is not None:
+            progress(position + 1, len(calls))
+    measured.calls_used = len(calls)
+    return measured
+
+
+class _Collector:
+    """Observers that feed one `Measured`."""
+
+    def __init__(self, measured: Measured) -> None:
+        self._measured = measured
+        self._call = 0
+        self._ranks: list[float] | None = None
+        self._rows: dict[int, dict[Key, list[Tensor]]] = {}
+
+    def watches(self) -> list[Watch]:
+        """What to watch: each block's input with its output, each state alone, each feed-forward's two
+        ends."""
+        out = []
+        for site in self._measured.streams:
+            out.append(Watch((site.inputs[0],), partial(self._keep, site.key)))
+            sums = self._measured.probe_sums[site.key] = [NormalEquations() for _ in site.outputs]
+            for before, after, equations in zip(site.inputs, site.outputs, sums, strict=True):
+                out.append(Watch((before, after), equations.add))
+                out.append(Watch((after,), partial(self._keep, site.key)))
+        for _, ffn in self._measured.ffn:
+            equations = NormalEquations(bias=True)
+            self._measured.ffn_sums.append(equations)
+            out.append(Watch((ffn.before, ffn.after), equations.add))
+        return out
+
+    def begin(self, position: int) -> None:
+        """A call starts."""
+        self._call, self._ranks, self._rows = position, None, {}
+
+    def end(self) -> None:
+        """A call is over: hand its chosen samples to the reservoir."""
+        for row, activations in self._rows.items():
+            assert self._ranks is not None
+            self._measured.kept.add(self._ranks[row], activations)
+
+    def _keep(self, key: Key, state: Tensor) -> None:
+        if state.ndim != 3:
+            raise PpclError(
+                f"stack {key[0]}: the {key[1]} stream is of shape {tuple(state.shape)}, not "
+                "[batch, tokens, channels]; such a model cannot be analysed"
+            )
+        if self._ranks is None:
+            self._ranks = self._measured.kept.ranks(self._call, len(state))
+            self._rows = {row: {} for row, rank in enumerate(self._ranks) if self._measured.kept.wants(rank)}
+        for row, activations in self._rows.items():
+            activations.setdefault(key, []).append(state[row].to("cpu", copy=True))

@@ -1,0 +1,198 @@
+"""Linear probes by streamed normal equations (Eq. 1 and 2), and the pass that writes their fit onto the
+graph."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.contract import Pass, Result
+
+if TYPE_CHECKING:
+    from ppcl_fx.passes.measure import Measured
+
+WIDE = 2048
+"""Above this many channels sums are made and kept in float32: sixty blocks of width 3072 in float64 take 20
+GB."""
+
+
+@dataclass(frozen=True)
+class Projector:
+    """The residual map ``x -> x + x W^T + b``: `weight` is ``[D_out, D_in]`` as in `torch.nn.Linear`, `bias`
+    may be None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to ``[..., D]``."""
+        return x + torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+class NormalEquations:
+    """Sums that determine the least-squares map from `x` to the residual ``y - x``, whatever the number of
+    samples.
+
+    Tokens are samples. Kept are ``G = sum x x^T``, ``C = sum x r^T`` (``r = y - x``), ``sum r^2`` and, for
+    the cosine of the outputs, ``sum y^2``; memory is ``O(D^2)``. With `bias`, a constant 1 is appended to x.
+    """
+
+    def __init__(self, bias: bool = False) -> None:
+        self.bias = bias
+        self.samples = 0
+        self._gram: Tensor | None = None
+        self._cross: Tensor | None = None
+        self._residual = 0.0
+        self._target = 0.0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add the tokens of `x` and `y`, both ``[..., D]``.
+
+        Raises:
+            PpclError: a value is NaN or infinite.
+        """
+        if x.shape != y.shape:
+            raise RuntimeError(
+                f"a residual map needs equal shapes, got {tuple(x.shape)} and {tuple(y.shape)}"
+            )
+        precision = torch.float64 if x.shape[-1] <= WIDE else torch.float32
+        rows = x.detach().reshape(-1, x.shape[-1]).to(precision)
+        targets = y.detach().reshape(-1, y.shape[-1]).to(precision)
+        residual = targets - rows
+        if self.bias:
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
+        if self._gram is None or self._cross is None:
+            self._gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+            self._cross = rows.new_zeros(rows.shape[1], targets.shape[1])
+        energy = float(residual.square().sum(dtype=torch.float64))
+        target = float(targets.square().sum(dtype=torch.float64))
+        # One NaN anywhere makes a sum NaN, so the two sums check every value.
+        if not (abs(energy) < float("inf") and abs(target) < float("inf")):
+            raise PpclError(
+                "activations hold NaN or infinity; check the model's weights and the recorded calls"
+            )
+        self._gram += rows.T @ rows
+        self._cross += rows.T @ residual
+        self._residual += energy
+        self._target += target
+        self.samples += len(rows)
+
+    def solve(self, ridge: float = 1e-6, refine_steps: int = 0) -> Projector:
+        """The minimiser of Eq. 2 with a ridge (Eq. 1), then `refine_steps` gradient steps on Eq. 2 without
+        it.
+
+        `ridge` is relative to the mean of the Gram matrix's diagonal; a bias is not shrunk. Eq. 2 over the
+        samples is a quadratic that G and C determine, so its exact gradient costs one product, and steps of
+        1/lambda_max never raise it. A `ridge` below the rounding of the sums is raised to it.
+
+        Raises:
+            PpclError: the regularised Gram matrix is singular (all activations are zero).
+        """
+        gram, cross = self._sums()
+        assert self._gram is not None
+        # A Gram matrix of low rank is indefinite by its rounding error, at most eps times its trace.
+        least = len(gram) * torch.finfo(self._gram.dtype).eps
+        shrink = torch.full_like(gram[0], max(ridge, least) * self._scale(gram))
+        if self.bias:
+            shrink[-1] = 0.0
+        factor, info = torch.linalg.cholesky_ex(gram + torch.diag(shrink))
+        if int(info) != 0:
+            raise PpclError(
+                f"the Gram matrix of a probe is singular at ridge {ridge:g}: its inputs are all zero; check the model"
+            )
+        solution = torch.cholesky_solve(cross, factor)
+        if refine_steps:
+            step = 1.0 / float(torch.linalg.eigvalsh(gram)[-1])
+            for _ in range(refine_steps):
+                solution = solution - step * (gram @ solution - cross)
+        weight = solution.T.float()
+        if self.bias:
+            return Projector(weight[:, :-1].contiguous(), weight[:, -1].contiguous())
+        return Projector(weight.contiguous())
+
+    def error(self, projector: Projector) -> float:
+        """Squared error of `projector` relative to ``sum (y - x)^2``: 1 for a projector of zeros.
+
+        A map that changes nothing has the error 0.
+        """
+        if self._residual == 0.0:
+            return 0.0
+        return max(0.0, self._squared_error(projector)) / self._residual
+
+    def cosine(self, projector: Projector) -> float:
+        """Cosine between the projector's outputs and y, all tokens taken as one vector.
+
+        Raises:
+            PpclError: all outputs are zero.
+        """
+        gram, cross = self._sums()
+        width = cross.shape[1]
+        solution = self._solution(projector)
+        inputs = gram[:, :width]  # sum [x, 1] x^T
+        squares = float(torch.trace(inputs[:width]))
+        residual_dot_x = float(torch.trace(cross[:width]))
+        # <x + Wx + b, y> and |x + Wx + b|^2, with y = x + r, from the sums alone.
+        dot = squares + residual_dot_x + float((solution * (inputs + cross)).sum())
+        made = squares + 2 * float((solution * inputs).sum()) + float((solution * (gram @ solution)).sum())
+        if made <= 0.0 or self._target <= 0.0:
+            raise PpclError(
+                "block outputs are all zero, so their similarity is undefined; check the model's weights"
+            )
+        return min(1.0, dot / math.sqrt(made * self._target))
+
+    def _squared_error(self, projector: Projector) -> float:
+        gram, cross = self._sums()
+        solution = self._solution(projector)
+        return self._residual + float((solution * (gram @ solution - 2 * cross)).sum())
+
+    def _solution(self, projector: Projector) -> Tensor:
+        gram, _ = self._sums()
+        rows = projector.weight.T
+        if self.bias:
+            if projector.bias is None:
+                raise RuntimeError("sums with a bias need a projector with a bias")
+            rows = torch.cat([rows, projector.bias[None]], dim=0)
+        return rows.to(gram)
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        if self._gram is None or self._cross is None:
+            raise RuntimeError("no samples were added")
+        return self._gram.double(), self._cross.double()
+
+    def _scale(self, gram: Tensor) -> float:
+        """Mean squared channel, summed over samples; the appended constant does not count."""
+        diagonal = gram.diagonal()
+        return float((diagonal[:-1] if self.bias else diagonal).mean())
+
+
+@dataclass(frozen=True)
+class LinearProbes(Pass):
+    """Solve the probe of every block and stream, and write its relative fit to the block's output nodes.
+
+    Annotates ``node.meta["ppcl"]["fit"]`` (float, Eq. 2 relative to the block's own change).
+    """
+
+    measured: Measured
+    ridge: float = 1e-6
+    refine_steps: int = 0
+
+    name: ClassVar[str] = "linear-probes"
+    kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
+
+    def requires(self, gm: GraphModule) -> None:
+        """Raises `PpclError` if the measurements are of another graph."""
+        self.measured.require(gm)
+
+    def apply(self, gm: GraphModule) -> Result:
+        for site in self.measured.streams:
+            for node, fit in zip(
+                site.outputs, self.measured.fits(site, self.ridge, self.refine_steps), strict=True
+            ):
+                node.meta.setdefault("ppcl", {})["fit"] = fit
+        return Result(gm, modified=False)

@@ -1,0 +1,162 @@
+"""The selection rules: "paper", and the control "uniform"."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.cover import Cover, Span, cheapest_covers, within
+from ppcl_fx.passes.savings import saved
+from ppcl_fx.passes.select import Choice, Options, rule
+from ppcl_fx.passes.width_rules import width_edits
+from ppcl_fx.plan import DepthEdit, Edit
+from ppcl_fx.redundancy import Redundancy, StackAnalysis
+
+
+@rule("paper")
+def paper(analysis: Redundancy, options: Options) -> Choice:
+    """Algorithm 1's candidates by least predicted damage, then the width edits of appendix 6.
+
+    Candidates cover a stack back to back, so this rule picks sub-intervals of them: for each number of
+    removed blocks the disjoint ones whose predicted damages sum to the least. Only where the budget cannot be
+    met inside single candidates are neighbours merged. Width edits go on the blocks that depth left alone, so
+    depth removes no more than the budget asks for beyond them; of width edits that are not needed the weakest
+    are dropped again.
+    """
+    need = analysis.teacher_params - options.budget
+    if need == 0:
+        return Choice([], ["the budget is the whole teacher: nothing is replaced"])
+    longest = max(len(stack.curves(options.stream).candidates) for stack in analysis.stacks)
+    for merged in range(1, max(1, longest) + 1):
+        best = _cheapest(analysis, options, need, merged)
+        if best is not None:
+            return Choice(
+                best.edits,
+                [*_explain_stacks(analysis, options, merged), *_explain_edits(analysis, best.edits)],
+            )
+    raise PpclError(
+        f"no plan keeps {options.budget:,} of {analysis.teacher_params:,} parameters: the candidate intervals of "
+        f"stream {options.stream!r} save too little; ask for more parameters"
+    )
+
+
+@rule("uniform")
+def uniform_blocks(analysis: Redundancy, options: Options) -> Choice:
+    """Split each stack into runs of near-equal length and keep one block of each, the same share in every
+    stack."""
+    need = analysis.teacher_params - options.budget
+    total = sum(len(stack.blocks) for stack in analysis.stacks)
+    for removed in range(total + 1):
+        edits = [edit for stack in analysis.stacks for edit in _even(stack, removed, total, options.init)]
+        if saved(analysis, edits) >= need:
+            count = sum(edit.last - edit.first for edit in edits)
+            return Choice(
+                edits,
+                [f"{count} evenly spaced blocks of {total} are removed; nothing about them was looked at"],
+            )
+    raise PpclError(
+        f"no uniform plan keeps {options.budget:,} of {analysis.teacher_params:,} parameters: one block of each "
+        "stack has to stay; ask for more parameters"
+    )
+
+
+def depth_damage(stack: StackAnalysis, span: Span) -> float:
+    """Predicted damage of one student for blocks `span` (positions): Eq. 6 between surrogate and teacher at
+    its end.
+
+    The surrogate is the first block followed by linear probes, which a student that starts from this block
+    can imitate. Summed over the streams that something reads afterwards.
+    """
+    first, last = span
+    at_end = last == len(stack.blocks) - 1
+    values = [
+        curves.gap[first][last]
+        for curves in stack.streams.values()
+        if curves.live or not at_end or len(stack.streams) == 1
+    ]
+    return sum(value for value in values if value is not None)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    edits: Sequence[Edit]
+    damage: float
+
+
+def _cheapest(analysis: Redundancy, options: Options, need: int, merged: int) -> _Candidate | None:
+    """The least depth damage that meets the budget together with its width edits."""
+    found: _Candidate | None = None
+    for covers in itertools.product(*(_covers(stack, options, merged) for stack in analysis.stacks)):
+        damage = sum(cover.damage for cover in covers)
+        if found is not None and damage >= found.damage:
+            continue
+        depth = [
+            edit
+            for stack, cover in zip(analysis.stacks, covers, strict=True)
+            for edit in depth_edits(stack, cover.spans, options.init)
+        ]
+        width = width_edits(analysis, depth, options, need) if options.width else []
+        if saved(analysis, [*depth, *width]) >= need:
+            found = _Candidate([*depth, *width], damage)
+    return found
+
+
+def _covers(stack: StackAnalysis, options: Options, merged: int) -> list[Cover]:
+    candidates = stack.curves(options.stream).candidates
+    reach = min(merged, max(1, len(candidates)))
+    allowed = within(candidates, stack.first, reach)
+    covers = cheapest_covers(len(stack.blocks), allowed, lambda span: depth_damage(stack, span))
+    return [cover for cover in covers if cover is not None]
+
+
+def depth_edits(
+    stack: StackAnalysis, spans: Sequence[Span], init: Literal["first", "middle"]
+) -> list[DepthEdit]:
+    """Depth edits for the intervals `spans` (positions in the stack), with their predicted damage."""
+    return [
+        DepthEdit(
+            stack=stack.path,
+            first=first + stack.first,
+            last=last + stack.first,
+            init=init,
+            damage=depth_damage(stack, (first, last)),
+        )
+        for first, last in spans
+    ]
+
+
+def _even(
+    stack: StackAnalysis, removed: int, total: int, init: Literal["first", "middle"]
+) -> list[DepthEdit]:
+    """Depth edits that cut the stack into runs of near-equal length, removing its share of `removed` blocks
+    of `total`."""
+    blocks = len(stack.blocks)
+    runs = max(1, blocks - -(-removed * blocks // total))
+    bounds = [run * blocks // runs for run in range(runs + 1)]
+    spans = [(start, stop - 1) for start, stop in itertools.pairwise(bounds) if stop - start > 1]
+    return depth_edits(stack, spans, init)
+
+
+def _explain_stacks(analysis: Redundancy, options: Options, merged: int) -> list[str]:
+    lines = []
+    for stack in analysis.stacks:
+        candidates = stack.curves(options.stream).candidates
+        listed = " ".join(f"[{c.first}, {c.last}]{'+' if c.open_ended else ''}" for c in candidates) or "none"
+        lines.append(f"stack {stack.name}: candidate intervals {listed} (+: Delta never rises)")
+    if merged > 1:
+        lines.append(
+            f"up to {merged} neighbouring candidates were merged: alone they save too little for this budget"
+        )
+    return lines
+
+
+def _explain_edits(analysis: Redundancy, edits: Sequence[Edit]) -> list[str]:
+    lines = []
+    for position, edit in enumerate(edits):
+        saves = saved(analysis, edits[: position + 1]) - saved(analysis, edits[:position])
+        damage = "unknown" if edit.damage is None else f"{edit.damage:.3g}"
+        lines.append(f"{edit.id}: saves {saves:,} parameters, predicted damage {damage}")
+    return lines

@@ -1,0 +1,137 @@
+"""From an analysis to a plan for a budget. How the edits are chosen is a rule; rules are registered by
+name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from ppcl_fx.errors import PpclError, near
+from ppcl_fx.passes.savings import saved
+from ppcl_fx.plan import Edit, Plan
+from ppcl_fx.redundancy import Redundancy
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a rule may be told.
+
+    budget: parameters that may stay. stream: the stream whose candidates count. width: whether feed-forwards
+    and text streams may be replaced too. ffn: at most so many blocks lose their feed-forwards (appendix 6:
+    3). text_cka: least text-stream CKA of a block that loses its text stream (appendix 6: 0.999). init: which
+    teacher block a student starts from.
+    """
+
+    budget: int
+    stream: str = "image"
+    width: bool = True
+    ffn: int = 3
+    text_cka: float = 0.999
+    init: Literal["first", "middle"] = "first"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a rule chose: edits with their predicted damage, and lines that say why."""
+
+    edits: Sequence[Edit]
+    reason: Sequence[str]
+
+
+Rule = Callable[[Redundancy, Options], Choice]
+
+RULES: dict[str, Rule] = {}
+"""Selection rules by name; add one with the decorator `rule`."""
+
+
+def rule(name: str) -> Callable[[Rule], Rule]:
+    """Register a selection rule. It gets the analysis and the options, and its edits must meet the budget."""
+
+    def register(function: Rule) -> Rule:
+        if name in RULES:
+            raise RuntimeError(f"the selection rule {name!r} is registered twice")
+        RULES[name] = function
+        return function
+
+    return register
+
+
+def select(
+    analysis: Redundancy,
+    keep: float | None = None,
+    *,
+    params: int | None = None,
+    rule: str = "paper",
+    stream: str | None = None,
+    width: bool = True,
+    ffn: int = 3,
+    text_cka: float = 0.999,
+    init: Literal["first", "middle"] = "first",
+) -> Plan:
+    """Choose edits so that at most `keep` of the teacher's parameters stay, and as few less as the rule can.
+
+    Args:
+        analysis: what `analyze` found.
+        keep: share of the transformer's parameters that stays, in (0, 1]; 0.5 when neither it nor `params` is
+            given.
+        params: the same as a number of parameters.
+        rule: "paper" (candidates of Algorithm 1 by least predicted damage, then the width edits of appendix
+            6) or "uniform" (evenly spaced blocks: a control).
+        stream: decide on this stream; default: the one the analysis was made with.
+        width: allow feed-forward and text-stream edits.
+        ffn: number of blocks whose feed-forwards may go.
+        text_cka: least text-stream similarity for a text-stream edit.
+        init: which block of an interval a student starts from (Sec. 3.3: the first).
+
+    Returns:
+        A plan with its exact parameter count, the predicted damage of each edit and the reasons.
+
+    Raises:
+        PpclError: the budget is no budget or cannot be met, or `rule` or `stream` is unknown.
+    """
+    from ppcl_fx.passes import rules  # noqa: F401  (registers the rules)
+
+    if rule not in RULES:
+        raise PpclError(
+            f"no selection rule {rule!r}{near(rule, RULES)}; the rules are {', '.join(sorted(RULES))}"
+        )
+    budget = _budget(analysis, keep, params)
+    options = Options(budget, stream or analysis.stream, width, ffn, text_cka, init)
+    choice = RULES[rule](analysis, options)
+    left = analysis.teacher_params - saved(analysis, choice.edits)
+    if left > budget:
+        raise RuntimeError(f"the rule {rule!r} kept {left} parameters for a budget of {budget}")
+    share = left / analysis.teacher_params
+    reason = [
+        f"rule {rule}: at most {budget:,} of {analysis.teacher_params:,} parameters may stay; "
+        f"{left:,} do ({share:.2%}), with {len(choice.edits)} edits",
+        *choice.reason,
+    ]
+    return Plan(
+        model=analysis.model,
+        teacher_params=analysis.teacher_params,
+        params=left,
+        edits=list(choice.edits),
+        reason=reason,
+    )
+
+
+def uniform(analysis: Redundancy, keep: float | None = None, *, params: int | None = None) -> Plan:
+    """Remove evenly spaced blocks for the same budget: the control that knows nothing about the blocks."""
+    return select(analysis, keep, params=params, rule="uniform", width=False)
+
+
+def _budget(analysis: Redundancy, keep: float | None, params: int | None) -> int:
+    if keep is not None and params is not None:
+        raise PpclError("give either keep (a share) or params (a number), not both")
+    if params is not None:
+        if not 0 < params <= analysis.teacher_params:
+            raise PpclError(
+                f"params is {params}; it must lie between 1 and the teacher's {analysis.teacher_params}"
+            )
+        return params
+    share = 0.5 if keep is None else keep
+    if not 0.0 < share <= 1.0:
+        raise PpclError(f"keep is {share:g}; it is the share of parameters that stays, above 0 and at most 1")
+    return int(share * analysis.teacher_params)

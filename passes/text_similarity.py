@@ -1,0 +1,52 @@
+"""How little each block changes the text stream: what a text-stream edit is chosen by (appendix 6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch.fx import GraphModule
+
+from ppcl_fx.passes.contract import Pass, Result
+from ppcl_fx.passes.similarity import linear_cka
+
+if TYPE_CHECKING:
+    from ppcl_fx.passes.measure import Measured
+
+
+@dataclass(frozen=True)
+class TextSimilarity(Pass):
+    """CKA between the text state that enters a block and the one that leaves it, for each block of each
+    stack.
+
+    The first block of a stack is compared with what enters the stack. Annotates the text output nodes with
+    ``node.meta["ppcl"]["text_similarity"]`` (float, or None where no sample has two different tokens). A
+    stack without a stream of this name is left alone.
+    """
+
+    measured: Measured
+    stream: str = "text"
+
+    name: ClassVar[str] = "text-similarity"
+    kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
+
+    def requires(self, gm: GraphModule) -> None:
+        """Raises `PpclError` if the measurements are of another graph."""
+        self.measured.require(gm)
+
+    def apply(self, gm: GraphModule) -> Result:
+        for site in self.measured.streams:
+            if site.stream != self.stream:
+                continue
+            sums = torch.zeros(len(site.outputs), dtype=torch.float64)
+            counts = torch.zeros(len(site.outputs), dtype=torch.int64)
+            for states in self.measured.kept.batches(site.key, self.measured.device):
+                for position in range(len(site.outputs)):
+                    values = linear_cka(states[position], states[position + 1])
+                    known = values[~values.isnan()]
+                    sums[position] += known.double().sum().cpu()
+                    counts[position] += len(known)
+            for node, total, count in zip(site.outputs, sums.tolist(), counts.tolist(), strict=True):
+                node.meta.setdefault("ppcl", {})["text_similarity"] = total / count if count else None
+        return Result(gm, modified=False)

@@ -1,0 +1,117 @@
+"""The streamed normal equations against plain least squares."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.probes import NormalEquations, Projector
+
+
+def _data(
+    samples: int = 300, width: int = 12, noise: float = 0.1, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(samples, width, generator=generator)
+    weight = torch.randn(width, width, generator=generator) / width
+    y = x + x @ weight.T + 0.7 + noise * torch.randn(samples, width, generator=generator)
+    return x, y
+
+
+def _fed(x: torch.Tensor, y: torch.Tensor, bias: bool = False, chunks: int = 5) -> NormalEquations:
+    sums = NormalEquations(bias=bias)
+    for a, b in zip(x.chunk(chunks), y.chunk(chunks), strict=True):
+        sums.add(a[None], b[None])
+    return sums
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_solution_is_the_least_squares_solution(bias: bool) -> None:
+    x, y = _data()
+    projector = _fed(x, y, bias).solve(ridge=1e-12)
+    rows = torch.cat([x, torch.ones(len(x), 1)], dim=1) if bias else x
+    expected = torch.linalg.lstsq(rows.double(), (y - x).double()).solution
+    torch.testing.assert_close(projector.weight.double(), expected[: x.shape[1]].T, atol=1e-5, rtol=0)
+    if bias:
+        assert projector.bias is not None
+        torch.testing.assert_close(projector.bias.double(), expected[-1], atol=1e-5, rtol=0)
+    else:
+        assert projector.bias is None
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_error_and_cosine_from_the_sums_are_those_of_the_data(bias: bool) -> None:
+    x, y = _data(noise=0.5)
+    sums = _fed(x, y, bias)
+    projector = sums.solve()
+    made = projector(x)
+    error = (made - y).square().sum() / (y - x).square().sum()
+    cosine = torch.nn.functional.cosine_similarity(made.flatten(), y.flatten(), dim=0)
+    assert sums.error(projector) == pytest.approx(float(error), rel=1e-4)
+    assert sums.cosine(projector) == pytest.approx(float(cosine), rel=1e-5)
+    assert sums.samples == len(x)
+
+
+def test_a_projector_of_zeros_has_error_one() -> None:
+    x, y = _data()
+    assert _fed(x, y).error(Projector(torch.zeros(12, 12))) == pytest.approx(1.0)
+
+
+def test_fewer_tokens_than_channels_need_the_ridge() -> None:
+    x, y = _data(samples=5)
+    for ridge in (0.0, 1e-12, 1e-6):
+        sums = _fed(x, y, chunks=1)
+        assert sums.error(sums.solve(ridge)) < 1e-3
+
+
+def test_tokens_of_low_rank_are_no_obstacle() -> None:
+    """Text states of a small vocabulary: many tokens, few directions, one of them far larger than the
+    rest."""
+    generator = torch.Generator().manual_seed(0)
+    words = torch.randn(6, 40, generator=generator)
+    words[0] *= 1000
+    x = words[torch.randint(6, (5000,), generator=generator)]
+    y = x + x @ torch.randn(40, 40, generator=generator) / 40
+    sums = _fed(x, y)
+    assert sums.error(sums.solve(1e-9)) < 1e-3
+
+
+def test_zeros_are_refused() -> None:
+    x, y = _data()
+    with pytest.raises(PpclError, match="inputs are all zero"):
+        _fed(0 * x, y).solve()
+
+
+def test_gradient_steps_lower_the_error_that_the_ridge_left() -> None:
+    x, y = _data()
+    sums = _fed(x, y)
+    errors = [sums.error(sums.solve(ridge=0.5, refine_steps=steps)) for steps in (0, 5, 50)]
+    best = sums.error(sums.solve(ridge=1e-12))
+    assert errors[0] > errors[1] > errors[2] >= best - 1e-9
+    assert errors[2] == pytest.approx(best, rel=1e-3)
+
+
+def test_a_block_that_changes_nothing_fits_perfectly() -> None:
+    x, _ = _data()
+    sums = _fed(x, x)
+    assert sums.error(sums.solve()) == 0.0
+    assert sums.cosine(sums.solve()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_nan_is_refused(bad: float) -> None:
+    x, y = _data()
+    y[3, 4] = bad
+    with pytest.raises(PpclError, match="NaN or infinity"):
+        _fed(x, y)
+
+
+def test_bfloat16_activations_are_summed_in_full_precision() -> None:
+    x, y = _data()
+    x, y = x.bfloat16(), y.bfloat16()
+    projector = _fed(x, y).solve(ridge=1e-12)
+    expected = torch.linalg.lstsq(x.double(), y.double() - x.double()).solution.T
+    torch.testing.assert_close(projector.weight.double(), expected, atol=1e-5, rtol=0)
