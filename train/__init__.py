@@ -1,0 +1,43 @@
+"""Training: what makes the students good.
+
+`train` runs the stages: "depth" and "width" distil each edit's students from the teacher's own states, edit
+by edit, "finetune" trains one whole mixture on the teacher's output. `load_finetuned` reads its result back.
+Names are imported when they are first used, so that importing this package does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ppcl_fx.errors import near
+
+if TYPE_CHECKING:
+    from ppcl_fx.train.curves import Losses, StageCurves
+    from ppcl_fx.train.finetuned import load_finetuned
+    from ppcl_fx.train.losses import Weights
+    from ppcl_fx.train.options import STAGES
+    from ppcl_fx.train.run import TrainResult, train
+
+_HOME = {
+    "STAGES": "options",
+    "Losses": "curves",
+    "StageCurves": "curves",
+    "TrainResult": "run",
+    "Weights": "losses",
+    "load_finetuned": "finetuned",
+    "train": "run",
+}
+
+__all__ = ["STAGES", "Losses", "StageCurves", "TrainResult", "Weights", "load_finetuned", "train"]
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any:
+        """Import a public name when it is first used (PEP 562)."""
+        home = _HOME.get(name)
+        if home is None:
+            raise AttributeError(f"module 'ppcl_fx.train' has no attribute {name!r}{near(name, __all__)}")
+        value = getattr(importlib.import_module(f"ppcl_fx.train.{home}"), name)
+        globals()[name] = value
+        return value

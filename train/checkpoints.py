@@ -1,0 +1,205 @@
+"""Checkpoints that a killed run cannot spoil: tensors in safetensors, the rest in validated JSON, no pickle
+anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.files import new_folder, read_json, read_safetensors, write_json, write_safetensors
+from ppcl_fx.train.curves import StageCurves
+
+KEPT = 2
+"""Checkpoints that stay on disk: the last, and the one before in case the last is damaged."""
+TENSORS = "state.safetensors"
+STATE = "state.json"
+_NAME = re.compile(r"^(\d{2})-(\d{8})$")
+_log = logging.getLogger("ppcl_fx.train")
+
+
+class Identity(BaseModel):
+    """What a checkpoint belongs to. A run goes on from it only where all three are the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    plan: str
+    calls: str
+    options: dict[str, Any]
+
+    def check(self, wanted: Identity, where: Path) -> None:
+        """Raise PpclError, naming the first difference, unless `wanted` is this identity."""
+        mend = "give what that run was given, or train into another folder"
+        if self.plan != wanted.plan:
+            raise PpclError(f"{where}: this checkpoint is of another plan or model; {mend}")
+        if self.calls != wanted.calls:
+            raise PpclError(f"{where}: this checkpoint was trained on other calls; {mend}")
+        for name in sorted(self.options.keys() | wanted.options.keys()):
+            was, now = self.options.get(name), wanted.options.get(name)
+            if was != now:
+                raise PpclError(
+                    f"{where}: this checkpoint was trained with {name} {was!r}, not {now!r}; {mend}"
+                )
+
+
+class State(BaseModel):
+    """The JSON half of a checkpoint: where the run stood and the curves up to there."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: Literal[1] = 1
+    identity: Identity
+    stage: int = Field(ge=0)
+    step: int = Field(ge=0)
+    curves: list[StageCurves]
+    size: int = Field(ge=0, description="bytes of the tensors' file")
+
+    @property
+    def ended(self) -> bool:
+        """Whether this is the last step of the run's last stage."""
+        steps = self.identity.options["steps"]
+        return self.stage == len(steps) - 1 and self.step == steps[-1]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back: its JSON half, its tensors by name, and the folder it came from."""
+
+    state: State
+    tensors: dict[str, Tensor]
+    folder: Path
+
+
+def save(
+    folder: Path,
+    identity: Identity,
+    stage: int,
+    step: int,
+    curves: list[StageCurves],
+    tensors: Mapping[str, Tensor],
+) -> Path:
+    """Write a checkpoint into `folder`, drop all but the last `KEPT`, and return the new checkpoint's folder.
+
+    `stage` counts the run's stages from 0, `step` the steps of that stage that are done.
+    """
+    target = folder / f"{stage:02d}-{step:08d}"
+    with new_folder(target, overwrite=True) as beside:
+        write_safetensors(beside / TENSORS, tensors)
+        size = (beside / TENSORS).stat().st_size
+        write_json(beside / STATE, State(identity=identity, stage=stage, step=step, curves=curves, size=size))
+    for old in existing(folder)[:-KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def existing(folder: Path) -> list[Path]:
+    """Return the checkpoints' folders in `folder`, oldest first; what a killed run left half-written is not
+    among them.
+    """
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.match(path.name))
+
+
+def clear(folder: Path) -> None:
+    """Remove all checkpoints from `folder`, half-written ones included."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        name = path.name.removeprefix(".").split(".")[0]
+        if path.is_dir() and _NAME.match(name):
+            shutil.rmtree(path)
+
+
+def latest(folder: Path, identity: Identity) -> Checkpoint | None:
+    """Return the newest whole checkpoint in `folder`, or None where there is none at all.
+
+    A damaged one is passed over with a warning for the one before it.
+
+    Raises:
+        PpclError: Every checkpoint there is damaged, or the newest whole one belongs to another plan, calls
+            or options.
+    """
+    damaged: PpclError | None = None
+    for path in reversed(existing(folder)):
+        try:
+            found = _read(path)
+        except PpclError as error:
+            _log.warning("damaged checkpoint passed over: %s", error)
+            damaged = error
+            continue
+        found.state.identity.check(identity, path)
+        return found
+    if damaged is not None:
+        raise PpclError(
+            f"{folder}: no whole checkpoint is left ({damaged}); remove the folder and train again"
+        )
+    return None
+
+
+def peek(folder: Path) -> State | None:
+    """Return the JSON half of the newest readable checkpoint, or None where there is none."""
+    for path in reversed(existing(folder)):
+        try:
+            return read_json(path / STATE, State)
+        except PpclError as error:
+            _log.warning("damaged checkpoint passed over: %s", error)
+    return None
+
+
+def _read(path: Path) -> Checkpoint:
+    state = read_json(path / STATE, State)
+    file = path / TENSORS
+    if file.is_file() and file.stat().st_size != state.size:
+        raise PpclError(f"{file}: truncated, {file.stat().st_size} bytes of {state.size}")
+    return Checkpoint(state, read_safetensors(file), path)
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's random generators, of the CPU and of `device`, as tensors."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set what `rng_state` returned."""
+    torch.set_rng_state(states["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in states:
+        torch.cuda.set_rng_state(states["rng.cuda"], device)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state as tensors called ``optimizer.<number of the parameter>.<key>``.
+
+    Raises:
+        RuntimeError: The optimiser keeps something that is no tensor.
+    """
+    tensors: dict[str, Tensor] = {}
+    for number, slots in optimizer.state_dict()["state"].items():
+        for key, value in slots.items():
+            if not isinstance(value, Tensor):
+                raise RuntimeError(
+                    f"the optimiser keeps a {type(value).__name__} as {key!r}; only tensors can be stored"
+                )
+            tensors[f"optimizer.{number}.{key}"] = value
+    return tensors
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Set what `optimizer_state` returned; other names in `tensors` are left alone."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".", 2)
+            slots.setdefault(int(number), {})[key] = value.clone()
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})

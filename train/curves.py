@@ -1,0 +1,67 @@
+"""The loss curves of a training, one for each edit and stage, as `losses.json` keeps them for the report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ppcl_fx.files import read_json, write_json
+
+LOSSES = "losses.json"
+
+
+class StageCurves(BaseModel):
+    """One stage's curves.
+
+    Attributes:
+        name: The stage: "depth", "width" or "finetune".
+        label: The name in the report: the stage, and for fine-tuning of part of the students the ratio
+            ("finetune-0.7").
+        steps: The steps done; as many values as each curve has.
+        seconds: Wall time of those steps.
+        losses: Edit id -> loss at each step ("model" for fine-tuning). Eq. 6, Eq. 10 or the mean squared
+            velocity error.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    label: str
+    steps: int = Field(0, ge=0)
+    seconds: float = Field(0.0, ge=0)
+    losses: dict[str, list[float]] = {}
+
+    def append(self, losses: dict[str, float]) -> None:
+        """Add one step's loss of each edit."""
+        for edit, loss in losses.items():
+            self.losses.setdefault(edit, []).append(loss)
+        self.steps += 1
+
+
+class Losses(BaseModel):
+    """The file `losses.json`: what was trained on what, and every curve."""
+
+    model_config = ConfigDict(extra="forbid")
+    version: Literal[1] = 1
+    plan: str
+    calls: str
+    sequential: bool
+    stages: list[StageCurves]
+
+    def save(self, path: Path) -> None:
+        """Write the curves to `path`, keeping those of stages that an earlier run of the same plan left
+        there.
+        """
+        kept: list[StageCurves] = []
+        if path.is_file():
+            before = read_json(path, Losses)
+            ours = {stage.label for stage in self.stages}
+            same = (before.plan, before.calls, before.sequential) == (self.plan, self.calls, self.sequential)
+            kept = [stage for stage in before.stages if stage.label not in ours] if same else []
+        write_json(path, self.model_copy(update={"stages": kept + self.stages}))
+
+    @classmethod
+    def open(cls, path: Path) -> Losses:
+        """Read `losses.json`. Raises PpclError where it is missing or damaged."""
+        return read_json(path, cls)
