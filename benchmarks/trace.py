@@ -1,0 +1,118 @@
+"""Tracing and rewriting the full-size Qwen-Image on the meta device, beside torch.export in the same run.
+
+    python -m benchmarks.trace
+
+Nothing is downloaded and no weight is stored: the 20.43 B parameters have shapes only. A two-block model goes through
+everything once before the clock starts, so that imports and first-call costs count for nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+import ppcl_fx
+from benchmarks.clock import RESULTS, timed
+from ppcl_fx.files import write_json
+from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.report.machine import describe, slug
+
+STACK = "transformer_blocks"
+EQ_13 = (
+    (3, 4), (5, 7), (8, 10), (11, 12), (15, 24), (25, 27), (29, 30),
+    (42, 43), (45, 47), (48, 49), (52, 53), (54, 55), (56, 57),
+)  # fmt: skip
+TEXT_GROUPS = ((36, 37), (40, 41), (50, 59))
+FFN_BLOCKS = (2, 58, 59)
+
+
+def model(blocks: int) -> QwenImageTransformer2DModel:
+    """Return Qwen-Image's transformer with `blocks` blocks (60 in the released model), on the meta device."""
+    with torch.device("meta"):
+        return QwenImageTransformer2DModel(num_layers=blocks).eval()
+
+
+def inputs(side: int = 64, text: int = 128) -> dict[str, Any]:
+    """Return one call's arguments: `side` x `side` image tokens (64: a 1024 x 1024 picture), `text` text tokens."""
+    return {
+        "hidden_states": torch.empty(1, side * side, 64, device="meta"),
+        "encoder_hidden_states": torch.empty(1, text, 3584, device="meta"),
+        "timestep": torch.empty(1, device="meta"),
+        "img_shapes": [[(1, side, side)]],
+        "return_dict": False,
+    }
+
+
+def paper_plan() -> Plan:
+    """Return the paper's Eq. 13 with the text groups and FFNs of its released script, as a plan."""
+    edits = [DepthEdit(stack=STACK, first=first, last=last) for first, last in EQ_13]
+    width = [TextStreamEdit(stack=STACK, source=source, last=last) for source, last in TEXT_GROUPS]
+    return Plan(edits=[*edits, *width, *(FfnEdit(stack=STACK, block=block) for block in FFN_BLOCKS)])
+
+
+def depth_plan() -> Plan:
+    """Return Eq. 13 alone: 25 blocks less."""
+    return Plan(edits=[DepthEdit(stack=STACK, first=first, last=last) for first, last in EQ_13])
+
+
+def measure(repeats: int, exports: int) -> dict[str, Any]:
+    """Return the seconds of tracing, rewriting and torch.export, the ratio, and the parameter counts."""
+    small, kwargs = model(2), inputs()
+    ppcl_fx.rewrite(ppcl_fx.trace(small, kwargs), Plan(edits=[DepthEdit(stack=STACK, first=0, last=1)]))
+    torch.export.export(small, (), kwargs, strict=False)
+    teacher = model(60)
+    gm = ppcl_fx.trace(teacher, kwargs)
+    result: dict[str, Any] = {
+        "model": "Qwen-Image, 60 blocks, meta device",
+        "teacher_params": sum(p.numel() for p in teacher.parameters()),
+        "nodes": len(gm.graph.nodes),
+        "trace": timed(lambda: ppcl_fx.trace(teacher, kwargs), repeats),
+    }
+    for name, plan in (("rewrite_eq_13", depth_plan()), ("rewrite_paper_plan", paper_plan())):
+        result[name] = timed(partial(ppcl_fx.rewrite, gm, plan), repeats)
+        pluggable = ppcl_fx.rewrite(gm, plan)
+        result[name] |= {"params": pluggable.param_count(pluggable.edits), "edits": len(plan.edits)}
+    result["torch_export"] = timed(lambda: torch.export.export(teacher, (), kwargs, strict=False), exports)
+    result["times_quicker_than_torch_export"] = round(
+        result["torch_export"]["least"] / result["trace"]["least"], 2
+    )
+    return result
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    """Measure, print and write the result; return its path."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.trace", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--repeats", type=int, default=3, help="of tracing and of rewriting (default: 3)")
+    parser.add_argument("--exports", type=int, default=2, help="of torch.export, which is slow (default: 2)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
+    )
+    options = parser.parse_args(arguments)
+    result = {
+        "what": "trace",
+        **describe(("torch", "diffusers", "ppcl-fx")),
+        **measure(options.repeats, options.exports),
+    }
+    path = options.out or RESULTS / f"{slug()}-trace.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    print(f"trace    {result['trace']['least']:8.2f} s   ({result['nodes']} nodes)")
+    for name in ("rewrite_eq_13", "rewrite_paper_plan"):
+        print(f"{name:<22} {result[name]['least']:.2f} s   {result[name]['params']:,} parameters")
+    print(
+        f"torch.export {result['torch_export']['least']:.2f} s: {result['times_quicker_than_torch_export']} x as long"
+    )
+    print(path)
+    return path
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

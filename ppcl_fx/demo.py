@@ -1,0 +1,336 @@
+"""The whole pipeline on the model that ships: ``python -m ppcl_fx.demo --out build/demo``.
+
+Record, trace, analyse, select, rewrite, distil, export, score: every step is a call of the public interface, with fixed
+seeds. Needs no GPU and no network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ppcl_fx.errors import PpclError, near
+from ppcl_fx.files import write_json
+from ppcl_fx.report import write_report
+from ppcl_fx.report.contact import write_contact_sheet
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ppcl_fx.calls import Calls
+    from ppcl_fx.model import PluggableModel
+    from ppcl_fx.plan import Plan
+    from ppcl_fx.redundancy import Redundancy
+    from ppcl_fx.shapes.pipeline import ShapesPipeline
+    from ppcl_fx.train import TrainResult
+
+VARIANTS = ("ppcl", "uniform", "sequential")
+KEEPS = (1.0, 0.7, 0.6, 0.5)
+LEAVES = (
+    "calls", "analysis.json", "plan.json", "student", "train", "engines", "pictures", "report.html", "summary.json",
+)  # fmt: skip
+SEED = 42
+EMA = 0.98
+RIDGE = 1e-4
+LEADS = {
+    "ppcl": "Pruned by the paper's method: candidate intervals, non-sequential distillation, fine-tuning at the end.",
+    "uniform": "A control: evenly spaced blocks removed, whatever they do; the same budget, training and steps.",
+    "sequential": "A control: each student distilled on what the students before it give; the same plan and steps.",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the demo was asked for.
+
+    Attributes:
+        out: the folder that everything is written to.
+        weights: the folder of another shapes pipeline; the one that ships when None.
+        steps: of the stages depth, width and finetune.
+        per_category: prompts scored in each of the six categories.
+        variant: "ppcl", or one of the two controls: "uniform" removes evenly spaced blocks instead of the plan,
+            "sequential" distils each student on the output of the students before it.
+        recorded: prompts recorded in each category, for analysis and training.
+        batch: pictures drawn at once while recording, and samples in one recorded call.
+        analysed: recorded calls that the analysis looks at.
+        calls_a_step: recorded calls in one training step.
+        lr: peak learning rate of distillation.
+        finetune_lr: peak learning rate of fine-tuning.
+    """
+
+    out: Path
+    steps: tuple[int, int, int] = (600, 200, 100)
+    per_category: int = 64
+    variant: str = "ppcl"
+    weights: Path | None = None
+    recorded: int = 48
+    batch: int = 16
+    analysed: int = 96
+    calls_a_step: int = 2
+    lr: float = 1e-3
+    finetune_lr: float = 3e-4
+
+
+@dataclass
+class Clock:
+    """Prints each stage with its seconds, and keeps them."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Time a stage; what is said to the yielded function stands beside its seconds."""
+        said: list[str] = []
+        begin = time.perf_counter()
+        with self.console.status(f"{name} ..."):
+            yield said.append
+        self.seconds[name] = round(time.perf_counter() - begin, 1)
+        self.console.print(
+            f"{name:<10} {self.seconds[name]:7.1f} s   {'; '.join(said)}", highlight=False, soft_wrap=True
+        )
+
+
+def run(settings: Settings, console: Console, command: str = "") -> list[dict[str, Any]]:
+    """Run the pipeline, write everything to ``settings.out`` and return the objects of summary.json.
+
+    Args:
+        settings: what to do.
+        console: where each stage and its seconds are printed.
+        command: the command line, for the report.
+
+    Raises:
+        PpclError: a setting makes no sense or the output cannot be written.
+    """
+    from ppcl_fx import demo_results as results
+
+    out = settings.out
+    clear(out)
+    clock = Clock(console)
+    pipeline = _load(settings, clock)
+    calls = _record(settings, clock, pipeline)
+    analysis, plan, model = _prune(settings, clock, pipeline, calls)
+    trained = _train(settings, clock, model, calls)
+    with clock.stage("score") as say:
+        rows = results.score_ratios(pipeline, model, KEEPS, trained.finetuned_model, settings.per_category)
+        say(", ".join(f"{row.name} {row.score['overall']:.3f}" for row in rows))
+    with clock.stage("export") as say:
+        engines = results.export_ratios(out / "engines", model, KEEPS, trained.finetuned_model, calls)
+        say(f"{len(engines)} ONNX files, checked by onnxruntime on three shapes")
+    with clock.stage("report"):
+        blocks = sum(len(stack.blocks) for stack in analysis.stacks)
+        ratios = results.summary(rows, engines, model, blocks)
+        grid = results.picture_grid(rows)
+        write_contact_sheet(out / "pictures", grid)
+        write_report(
+            out / "report.html",
+            redundancy=analysis,
+            plan=plan,
+            losses={stage.label: stage.losses for stage in trained.stages},
+            ratios=ratios,
+            pictures=grid,
+            title="shapes: one teacher, and what is left of it",
+            lead=LEADS[settings.variant],
+            provenance=results.provenance(command, clock.seconds),
+        )
+        write_json(out / "summary.json", ratios)
+    return ratios
+
+
+def _load(settings: Settings, clock: Clock) -> ShapesPipeline:
+    from ppcl_fx.shapes import load_pipeline
+    from ppcl_fx.shapes.pipeline import ShapesPipeline
+
+    with clock.stage("load") as say:
+        own = settings.weights
+        pipeline = load_pipeline() if own is None else ShapesPipeline.from_pretrained(own)
+        pipeline.set_progress_bar_config(disable=True)
+        say(f"{sum(p.numel() for p in pipeline.transformer.parameters()):,} parameters")
+    return pipeline
+
+
+def _record(settings: Settings, clock: Clock, pipeline: ShapesPipeline) -> Calls:
+    """Record prompts of each category; order and noise differ from those of the scores."""
+    import ppcl_fx
+    from ppcl_fx.shapes.captions import CATEGORIES, prompts
+
+    with clock.stage("record") as say:
+        groups = [prompts(category, settings.recorded, SEED) for category in CATEGORIES]
+        texts = [prompt.text for together in zip(*groups, strict=True) for prompt in together]
+        calls = ppcl_fx.record(pipeline, texts, batch_size=settings.batch, seed=SEED)
+        calls.save(settings.out / "calls")
+        say(f"{len(calls)} calls of {settings.batch} samples, from {len(texts)} prompts")
+    return calls
+
+
+def _prune(
+    settings: Settings, clock: Clock, pipeline: ShapesPipeline, calls: Calls
+) -> tuple[Redundancy, Plan, PluggableModel]:
+    """Trace, analyse, select and rewrite."""
+    import ppcl_fx
+
+    with clock.stage("trace") as say:
+        gm = ppcl_fx.trace(pipeline.transformer, calls.examples())
+        say(f"{len(gm.graph.nodes)} nodes, {sum(len(stack.blocks) for stack in ppcl_fx.stacks(gm))} blocks")
+    some = calls[:: max(1, len(calls) // settings.analysed)]
+    with clock.stage("analyze") as say:
+        analysis = ppcl_fx.analyze(gm, some, ridge=RIDGE)
+        analysis.save(settings.out / "analysis.json")
+        found = [
+            interval for stack in analysis.stacks for interval in stack.curves(analysis.stream).candidates
+        ]
+        say(f"{analysis.calls_used} calls, {len(found)} candidate intervals")
+    with clock.stage("select") as say:
+        uniform = settings.variant == "uniform"
+        options = {"rule": "uniform", "width": False} if uniform else {"rule": "paper"}
+        plan = ppcl_fx.select(analysis, keep=min(KEEPS), **options)
+        write_json(settings.out / "plan.json", plan)
+        say(f"{plan.params:,} of {plan.teacher_params:,} parameters stay; {len(plan.edits)} edits")
+    with clock.stage("rewrite"):
+        model = ppcl_fx.rewrite(gm, plan, some)
+    return analysis, plan, model
+
+
+def _train(settings: Settings, clock: Clock, model: PluggableModel, calls: Calls) -> TrainResult:
+    """Distil depth and width, fine-tune the smallest mixture, save both."""
+    from ppcl_fx.train import train
+
+    with clock.stage("train") as say:
+        trained = train(
+            model,
+            calls,
+            steps=fitting_steps(settings.steps, {edit.kind for edit in model.plan.edits}),
+            out=settings.out / "train",
+            batch=settings.calls_a_step,
+            lr=settings.lr,
+            finetune_lr=settings.finetune_lr,
+            ema=EMA,
+            seed=SEED,
+            sequential=settings.variant == "sequential",
+        )
+        model.save(settings.out / "student")
+        say(
+            ", ".join(
+                f"{stage.label} {stage.steps} steps in {stage.seconds:.0f} s" for stage in trained.stages
+            )
+        )
+    return trained
+
+
+def fitting_steps(steps: tuple[int, int, int], kinds: set[str]) -> dict[str, int]:
+    """Return the steps of each stage; those of a stage that the plan has no edit for go to the other one.
+
+    So every variant gets the same number of steps, whatever its plan holds.
+    """
+    depth, width, finetune = steps
+    if not kinds - {"depth"}:
+        return {"depth": depth + width, "width": 1, "finetune": finetune}
+    if "depth" not in kinds:
+        return {"depth": 1, "width": depth + width, "finetune": finetune}
+    return {"depth": depth, "width": width, "finetune": finetune}
+
+
+def clear(out: Path) -> None:
+    """Remove what an earlier demo left in `out`, and nothing else.
+
+    Raises:
+        PpclError: `out` is a file, or something in it cannot be removed.
+    """
+    try:
+        for name in LEAVES:
+            path = out / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.exists() or path.is_symlink():
+                path.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PpclError(
+            f"{out}: cannot be used as output ({error.strerror}); choose another --out"
+        ) from error
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    """Read the command line.
+
+    Raises:
+        PpclError: an option's value makes no sense.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m ppcl_fx.demo", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/demo"), help="folder for the results (%(default)s)"
+    )
+    parser.add_argument(
+        "--steps", default="600,200,100", help="of depth, width and fine-tuning (%(default)s)"
+    )
+    parser.add_argument(
+        "--per-category", type=int, default=64, help="prompts scored a category (%(default)s)"
+    )
+    parser.add_argument("--variant", default="ppcl", help=f"one of {', '.join(VARIANTS)} (%(default)s)")
+    parser.add_argument(
+        "--weights", type=Path, help="another shapes pipeline, as ppcl_fx.shapes.teach writes it"
+    )
+    parser.add_argument("--recorded", type=int, default=48, help="prompts recorded a category (%(default)s)")
+    given = parser.parse_args(arguments)
+    if given.variant not in VARIANTS:
+        known = ", ".join(VARIANTS)
+        raise PpclError(
+            f"--variant {given.variant}: unknown{near(given.variant, VARIANTS)}; it is one of {known}"
+        )
+    for name in ("per_category", "recorded"):
+        if getattr(given, name) < 1:
+            raise PpclError(f"--{name.replace('_', '-')} is {getattr(given, name)}; give 1 or more")
+    steps = parse_steps(given.steps)
+    return Settings(given.out, steps, given.per_category, given.variant, given.weights, given.recorded)
+
+
+def parse_steps(text: str) -> tuple[int, int, int]:
+    """Return the three numbers of "600,200,100".
+
+    Raises:
+        PpclError: they are not three whole numbers of 1 or more.
+    """
+    parts = text.split(",")
+    if len(parts) != 3 or not all(part.strip().isdigit() and int(part) > 0 for part in parts):
+        raise PpclError(
+            f"--steps {text}: give three numbers of 1 or more, for depth, width and fine-tuning: 600,200,100"
+        )
+    depth, width, finetune = (int(part) for part in parts)
+    return depth, width, finetune
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo from the command line; return the exit code (2: one line on stderr says what to mend)."""
+    from rich.console import Console
+
+    console = Console()
+    try:
+        settings = parse(arguments)
+        command = shlex.join(
+            ["python", "-m", "ppcl_fx.demo", *(sys.argv[1:] if arguments is None else arguments)]
+        )
+        begin = time.perf_counter()
+        ratios = run(settings, console, command)
+    except PpclError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    from ppcl_fx.demo_results import tables
+
+    for table in tables(ratios):
+        console.print(table)
+    print(f"{time.perf_counter() - begin:.0f} s in all. Report: {settings.out / 'report.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The page around the sections: head, cards, navigation, provenance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from ppcl_fx.plan import Plan
+from ppcl_fx.redundancy import Redundancy
+from ppcl_fx.report.html import Html, definitions, join, quantity, tag
+from ppcl_fx.report.style import STYLE
+
+# Nothing may be fetched, whatever a file from outside says: only pictures inside the page and its own style.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+_NAMES = {
+    "ratios": "Ratios",
+    "pictures": "Pictures",
+    "plan": "Plan",
+    "analysis": "Analysis",
+    "losses": "Distillation",
+    "provenance": "Provenance",
+}
+
+
+def page(title: str, sections: Mapping[str, Html], cards: Sequence[tuple[str, str]], lead: str) -> str:
+    """Return the whole document; `sections` maps an anchor of the page to its section, in the order shown."""
+    head = tag(
+        "head",
+        tag("meta", charset="utf-8"),
+        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
+        tag("title", title),
+        tag("style", Html(STYLE)),
+    )
+    links = [tag("a", _NAMES.get(anchor, anchor), href=f"#{anchor}") for anchor in sections]
+    top = tag(
+        "header",
+        tag("h1", title),
+        tag("p", lead, class_="lead"),
+        tag("nav", links, aria_label="Sections") if len(links) > 1 else None,
+        tag(
+            "div", [tag("div", tag("b", value), tag("span", words)) for value, words in cards], class_="cards"
+        )
+        if cards
+        else None,
+        class_="top",
+    )
+    body = tag("body", top, tag("main", list(sections.values())), tag("footer", "Made by ppcl-fx."))
+    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+
+
+def plan_section(plan: Plan, teacher_params: int | None) -> Html:
+    """Return the plan in words: sizes, the edits, and the selector's reasons."""
+    whole = teacher_params or plan.teacher_params
+    facts = {
+        "parameters": f"{plan.params:,} of {whole:,} ({plan.params / whole:.2%})"
+        if whole
+        else f"{plan.params:,}",
+        "depth": _ids(plan, "depth"),
+        "FFN": _ids(plan, "ffn"),
+        "text stream": _ids(plan, "text_stream"),
+    }
+    reasons = (
+        [tag("h3", "Why"), tag("ul", [tag("li", line) for line in plan.reason], class_="reasons")]
+        if plan.reason
+        else []
+    )
+    return tag("section", tag("h2", "Plan"), definitions(facts), reasons, id="plan")
+
+
+def provenance_section(facts: Mapping[str, object], redundancy: Redundancy | None) -> Html:
+    """Return where the numbers come from: what the caller says, and the fingerprints of model and calls."""
+    known: dict[str, object] = dict(facts)
+    if redundancy is not None:
+        known.setdefault("model fingerprint", redundancy.model)
+        known.setdefault("calls fingerprint", redundancy.calls)
+        known.setdefault("analysed", f"{redundancy.calls_used} calls, {redundancy.samples_used} samples")
+    return tag("section", tag("h2", "Provenance"), definitions(known), id="provenance")
+
+
+def analysis_cards(redundancy: Redundancy) -> list[tuple[str, str]]:
+    """Return (value, words) pairs for a page that holds an analysis but no ratios."""
+    blocks = sum(len(stack.blocks) for stack in redundancy.stacks)
+    found = sum(len(stack.curves(redundancy.stream).candidates) for stack in redundancy.stacks)
+    return [
+        (quantity(redundancy.teacher_params), "parameters"),
+        (
+            str(blocks),
+            f"blocks in {len(redundancy.stacks)} stack" + ("s" if len(redundancy.stacks) != 1 else ""),
+        ),
+        (str(found), "candidate intervals"),
+        (str(redundancy.calls_used), "calls analysed"),
+    ]
+
+
+def _ids(plan: Plan, kind: str) -> Html | str:
+    found = [edit.id.partition(":")[2] for edit in plan.edits if edit.kind == kind]
+    return ", ".join(found) if found else join("none")

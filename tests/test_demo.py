@@ -1,0 +1,222 @@
+"""The demo: its options, its arithmetic, and the whole pipeline once on a small random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import ppcl_fx
+from ppcl_fx import demo, demo_results
+from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
+from ppcl_fx.redundancy import Redundancy
+from ppcl_fx.shapes.captions import CATEGORIES, prompts
+from ppcl_fx.shapes.score import Drawn
+from tests import shapes_folder
+
+BLOCKS = shapes_folder.BLOCKS
+KEYS = {
+    "name",
+    "keep",
+    "finetuned",
+    "params",
+    "blocks",
+    "score",
+    "drop_pct",
+    "latency_ms",
+    "speedup",
+    "parity_max_abs",
+}
+
+
+class Cut:
+    """As much of a pluggable model as counting blocks needs."""
+
+    plan = Plan(
+        edits=[
+            DepthEdit(stack="b", first=1, last=3),
+            DepthEdit(stack="b", first=4, last=5),
+            FfnEdit(stack="b", block=0),
+        ]
+    )
+
+
+def _row(
+    name_keep: float, overall: float, students: tuple[str, ...] = (), finetuned: bool = False
+) -> demo_results.Row:
+    drawn = [
+        Drawn(prompt, torch.full((3, 24, 24), 1.0 if i else -1.0), i)
+        for category in CATEGORIES
+        for i, prompt in enumerate(prompts(category, 2, 0))
+    ]
+    return demo_results.Row(
+        name_keep, finetuned, 100, students, drawn, dict.fromkeys([*CATEGORIES, "overall"], overall)
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]], str]:
+    """One run of the demo on six random blocks: its folder, what it returned, what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    weights = shapes_folder.save_pipeline(folder / "weights")
+    settings = demo.Settings(folder / "out", (2, 2, 2), 1, weights=weights, recorded=1, batch=6, analysed=24)
+    console = Console(record=True, quiet=False, width=200, file=(folder / "log").open("w"))
+    return folder / "out", demo.run(settings, console, "the command"), console.export_text()
+
+
+def test_demo_leaves_everything_it_promises(finished: tuple[Path, list[dict[str, Any]], str]) -> None:
+    out, ratios, _ = finished
+    assert sorted(entry.name for entry in out.iterdir()) == sorted(demo.LEAVES)
+    assert json.loads((out / "summary.json").read_text()) == ratios
+    with Image.open(out / "pictures" / "grid.png") as grid:
+        assert grid.width > 5 * 96
+    assert "the command" in (out / "report.html").read_text()
+
+
+def test_summary_is_what_the_models_are(finished: tuple[Path, list[dict[str, Any]], str]) -> None:
+    out, ratios, _ = finished
+    model = ppcl_fx.load(out / "student")
+    assert [(r["keep"], r["finetuned"]) for r in ratios] == [(k, False) for k in demo.KEEPS] + [(0.5, True)]
+    assert all(set(r) == KEYS for r in ratios)
+    assert all(set(r["score"]) == {*CATEGORIES, "overall"} for r in ratios)
+    teacher = ratios[0]
+    assert teacher["params"] == model.teacher_params
+    assert teacher["blocks"] == BLOCKS
+    assert teacher["drop_pct"] in (0.0, None)
+    assert teacher["speedup"] == 1.0
+    for ratio in ratios:
+        assert ratio["params"] <= ratio["keep"] * model.teacher_params
+        assert ratio["params"] == model.plug(keep=ratio["keep"]).param_count()
+        assert 0 <= ratio["parity_max_abs"] < 1e-4
+        assert ratio["latency_ms"] > 0
+        assert ratio["speedup"] == pytest.approx(teacher["latency_ms"] / ratio["latency_ms"], rel=1e-2)
+    assert ratios[-1]["blocks"] == ratios[-2]["blocks"]
+
+
+def test_plan_and_analysis_can_be_used_again(finished: tuple[Path, list[dict[str, Any]], str]) -> None:
+    out, ratios, _ = finished
+    analysis = Redundancy.load(out / "analysis.json")
+    plan = Plan.model_validate_json((out / "plan.json").read_text())
+    assert plan == ppcl_fx.select(analysis, keep=0.5)
+    assert plan.model == analysis.model
+    assert plan.params == ratios[-1]["params"]
+
+
+def test_each_stage_is_printed_with_its_seconds(finished: tuple[Path, list[dict[str, Any]], str]) -> None:
+    stages = [line.split()[0] for line in finished[2].splitlines() if " s   " in line]
+    assert stages == [
+        "load",
+        "record",
+        "trace",
+        "analyze",
+        "select",
+        "rewrite",
+        "train",
+        "score",
+        "export",
+        "report",
+    ]
+
+
+def test_clear_removes_what_a_demo_left_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "calls").mkdir()
+    (tmp_path / "calls" / "index.json").write_text("{}")
+    (tmp_path / "summary.json").write_text("[]")
+    (tmp_path / "mine.txt").write_text("keep me")
+    target = tmp_path / "elsewhere"
+    target.mkdir()
+    (target / "file").write_text("")
+    (tmp_path / "student").symlink_to(target)
+    demo.clear(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["elsewhere", "mine.txt"]
+    assert (target / "file").exists()
+
+
+def test_output_that_is_a_file_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("")
+    assert demo.main(["--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--variant", "unifrom"], "did you mean 'uniform'?"),
+        (["--steps", "600,200"], "give three numbers"),
+        (["--steps", "600,200,0"], "give three numbers"),
+        (["--steps", "a,b,c"], "give three numbers"),
+        (["--per-category", "0"], "--per-category is 0"),
+        (["--recorded", "-1"], "--recorded is -1"),
+    ],
+)
+def test_bad_options_say_what_to_do(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert demo.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_options_become_settings() -> None:
+    given = demo.parse(["--steps", "3,2,1", "--variant", "sequential", "--out", "x", "--per-category", "5"])
+    assert (given.steps, given.variant, given.out, given.per_category) == (
+        (3, 2, 1),
+        "sequential",
+        Path("x"),
+        5,
+    )
+    assert demo.parse([]) == demo.Settings(Path("build/demo"))
+
+
+def test_every_variant_gets_the_same_number_of_steps() -> None:
+    assert demo.fitting_steps((6, 3, 2), {"depth", "ffn"}) == {"depth": 6, "width": 3, "finetune": 2}
+    assert demo.fitting_steps((6, 3, 2), {"depth"})["depth"] == 9
+    assert demo.fitting_steps((6, 3, 2), {"text_stream"})["width"] == 9
+
+
+def test_blocks_of_a_mixture() -> None:
+    model: Any = Cut()
+    assert demo_results.blocks_left(model, (), 8) == 8
+    assert demo_results.blocks_left(model, ("depth:b.1-3", "ffn:b.0"), 8) == 6
+    assert demo_results.blocks_left(model, ("depth:b.1-3", "depth:b.4-5"), 8) == 5
+
+
+def test_drop_and_speed_up_are_against_the_teacher() -> None:
+    model: Any = Cut()
+    rows = [
+        _row(1.0, 0.8),
+        _row(0.5, 0.6, ("depth:b.1-3",)),
+        _row(0.5, 0.9, ("depth:b.1-3",), finetuned=True),
+    ]
+    engines = [{"latency_ms": ms, "parity_max_abs": 1e-6} for ms in (8.0, 4.0, 2.0)]
+    ratios = demo_results.summary(rows, engines, model, 8)
+    assert [r["drop_pct"] for r in ratios] == [0.0, 25.0, -12.5]
+    assert [r["speedup"] for r in ratios] == [1.0, 2.0, 4.0]
+    assert [r["blocks"] for r in ratios] == [8, 6, 6]
+    assert [r["name"] for r in ratios] == ["teacher", "50%", "50%, fine-tuned"]
+    nothing = demo_results.summary([_row(1.0, 0.0)], engines[:1], model, 8)
+    assert nothing[0]["drop_pct"] is None
+    assert [t.row_count for t in demo_results.tables([*ratios, *nothing])] == [4, 4]
+
+
+def test_grid_has_every_category_and_every_model() -> None:
+    grid = demo_results.picture_grid([_row(1.0, 1.0), _row(0.5, 1.0)])
+    assert list(grid.columns) == ["teacher", "50%"]
+    assert len(grid.prompts) == 2 * len(CATEGORIES)
+    assert grid.marks is not None
+    assert grid.marks[0] == [False, False]
+    assert grid.marks[1] == [True, True]
+
+
+def test_pictures_become_pixels() -> None:
+    picture = torch.tensor([-1.0, 0.0, 1.0, 9.0]).reshape(1, 2, 2).expand(3, 2, 2)
+    image = demo_results.to_image(picture)
+    assert [image.getpixel((x, y)) for y in (0, 1) for x in (0, 1)] == [(v, v, v) for v in (0, 128, 255, 255)]
