@@ -1,0 +1,56 @@
+"""What leaves PyTorch: lowering, ONNX, TensorRT. Names are imported when they are first used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppcl_fx.export.complex_to_real import ComplexToReal
+    from ppcl_fx.export.drop_guards import DropGuards
+    from ppcl_fx.export.exporting import Exported, ExportResult, export, export_graph
+    from ppcl_fx.export.lowering import Lowered, lower
+    from ppcl_fx.export.positions import PositionsAsInputs
+    from ppcl_fx.export.sidecar import Sidecar
+    from ppcl_fx.export.tensorrt import EngineCard, Profile, build_engine
+    from ppcl_fx.export.tuples_apart import TuplesApart
+
+_HOME = {
+    "ComplexToReal": "complex_to_real",
+    "DropGuards": "drop_guards",
+    "EngineCard": "tensorrt",
+    "ExportResult": "exporting",
+    "Exported": "exporting",
+    "Lowered": "lowering",
+    "PositionsAsInputs": "positions",
+    "Profile": "tensorrt",
+    "Sidecar": "sidecar",
+    "TuplesApart": "tuples_apart",
+    "build_engine": "tensorrt",
+    "export": "exporting",
+    "export_graph": "exporting",
+    "lower": "lowering",
+}
+
+__all__ = [
+    "ComplexToReal",
+    "DropGuards",
+    "EngineCard",
+    "ExportResult",
+    "Exported",
+    "Lowered",
+    "PositionsAsInputs",
+    "Profile",
+    "Sidecar",
+    "TuplesApart",
+    "build_engine",
+    "export",
+    "export_graph",
+    "lower",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ppcl_fx.export.{_HOME[name]}"), name)

@@ -1,0 +1,85 @@
+"""From a student's graph to one that can leave PyTorch: no guards, no complex numbers, positions as inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export.complex_to_real import ComplexToReal
+from ppcl_fx.export.drop_guards import DropGuards
+from ppcl_fx.export.positions import PositionsAsInputs, tables
+from ppcl_fx.export.tuples_apart import TuplesApart, holds_tensors
+from ppcl_fx.graphs import copy_graph_module
+from ppcl_fx.passes.contract import Pass, run
+from ppcl_fx.passes.dead_code import DeadCode
+from ppcl_fx.passes.expand import Expand
+
+
+def works_with_complex(gm: GraphModule, node: Node) -> bool:
+    """Tell whether a module takes or returns complex tensors, so that its inside must be seen."""
+    return any(_complex(value) for value in (node.meta.get("val"), *(n.meta.get("val") for n in node.all_input_nodes)))
+
+
+def _complex(value: Any) -> bool:
+    if holds_tensors(value):
+        return any(_complex(item) for item in value)
+    return isinstance(value, torch.Tensor) and value.is_complex()
+
+
+PASSES: tuple[Pass, ...] = (
+    TuplesApart(),
+    PositionsAsInputs(),
+    DropGuards(),
+    Expand(works_with_complex),
+    DropGuards(),
+    TuplesApart(),
+    DeadCode(sinks=False),
+    ComplexToReal(),
+    DeadCode(sinks=False),
+)
+"""What `lower` runs, in order. Every pass is exact."""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A graph ready for export.
+
+    Attributes:
+        graph: takes tensors only, by the names in `inputs`, and holds no complex value and no guard.
+        inputs: the names of its inputs, in order: those tensors of the call that are used, then position tables.
+    """
+
+    graph: GraphModule
+    inputs: tuple[str, ...]
+
+    def feeds(self, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the inputs for one call, given the arguments of the graph as it was before lowering."""
+        known = {**kwargs, **tables(self.graph, kwargs)}
+        return {name: known[name] for name in self.inputs}
+
+
+def lower(gm: GraphModule) -> Lowered:
+    """Lower a copy of a graph; the weights stay shared, the original stays as it is.
+
+    Args:
+        gm: a traced graph in which nodes carry their examples (``node.meta["val"]``).
+
+    Raises:
+        PpclError: the graph holds something that cannot leave PyTorch; the message names the nodes.
+    """
+    result = run(PASSES, copy_graph_module(gm))
+    if result.refused:
+        first = result.refused[0]
+        raise PpclError(
+            f"the model cannot be exported: {first.reason} (pass {first.edit}, at {', '.join(first.nodes[:4])}); "
+            "export a model without it"
+        )
+    graph = result.graph_module
+    for node in [n for n in graph.graph.nodes if n.op == "placeholder" and not n.users]:
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return Lowered(graph, tuple(str(n.target) for n in graph.graph.nodes if n.op == "placeholder"))

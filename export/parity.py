@@ -1,0 +1,88 @@
+"""Run an ONNX file in onnxruntime: the differences to PyTorch, and the time it takes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export.extras import need
+
+
+def session(path: str | Path, threads: int = 0) -> Any:
+    """Open an ONNX file in onnxruntime, on the CPU.
+
+    Args:
+        path: the file.
+        threads: threads within one operator; 0 lets onnxruntime choose.
+
+    Raises:
+        PpclError: onnxruntime is missing, or does not take the file.
+    """
+    runtime = need("onnxruntime")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong comes as an exception
+    options.intra_op_num_threads = threads
+    try:
+        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except (RuntimeError, ValueError, OSError) + _runtime_errors() as error:
+        raise PpclError(f"{path}: onnxruntime does not take it ({_line(error)}); export the model again") from error
+
+
+def _runtime_errors() -> tuple[type[Exception], ...]:
+    state = need("onnxruntime.capi.onnxruntime_pybind11_state")
+    names = ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException", "NoSuchFile")
+    return tuple(getattr(state, name) for name in names)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def run(running: Any, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Run a session once and return its first output.
+
+    Raises:
+        PpclError: onnxruntime cannot run the file on these inputs.
+    """
+    try:
+        outputs = running.run(None, {name: tensor.contiguous().numpy() for name, tensor in feeds.items()})
+    except _runtime_errors() as error:
+        shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
+        raise PpclError(
+            f"onnxruntime cannot run the exported file on {shapes}: {_line(error)}; nothing was kept"
+        ) from error
+    return torch.from_numpy(outputs[0])
+
+
+def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest absolute difference; infinity where the shapes differ or a value is not a number."""
+    if result.shape != expected.shape:
+        return float("inf")
+    largest = float((result.double() - expected.double()).abs().max())
+    return largest if largest == largest else float("inf")
+
+
+def latency(running: Any, feeds: Mapping[str, torch.Tensor], runs: int = 10, warmup: int = 2) -> float:
+    """Return the median time of one run in milliseconds.
+
+    Args:
+        running: what `session` returned.
+        feeds: the inputs by name.
+        runs: how many runs are timed.
+        warmup: how many come before, untimed.
+    """
+    arrays = {name: tensor.contiguous().numpy() for name, tensor in feeds.items()}
+    for _ in range(warmup):
+        running.run(None, arrays)
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        running.run(None, arrays)
+        times.append(1e3 * (time.perf_counter() - started))
+    return statistics.median(times)

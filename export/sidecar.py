@@ -1,0 +1,61 @@
+"""What is written beside an exported file: where it comes from, what it takes, and how well it was checked."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from ppcl_fx.plan import Plan
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Port(_Strict):
+    """An input or an output: name, type, and sizes, where a name stands for a size that may change."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class Sidecar(_Strict):
+    """The JSON beside an ONNX file.
+
+    Attributes:
+        file: name of the ONNX file in the same folder.
+        dtype: type of the weights.
+        keep: the share of the teacher's parameters asked for.
+        params: parameters of this mixture, as the plan counts them.
+        params_in_file: parameters in the file: those of them that have an effect on the output.
+        students: ids of the edits that are plugged.
+        plan: the plan they come from.
+        opset: version of the ONNX operators.
+        positions: inputs that hold position tables, computed from the call's Python arguments.
+        parity: for each shape the largest difference between onnxruntime and PyTorch.
+        parity_max_abs: the largest of them.
+        tolerance: the largest difference that was allowed.
+        latency_ms: median time of a run in onnxruntime, on the CPU, at the traced shape.
+        made: versions and passes.
+    """
+
+    version: Literal[1] = 1
+    kind: Literal["onnx"] = "onnx"
+    file: str
+    dtype: str
+    keep: float
+    params: int
+    params_in_file: int
+    students: list[str]
+    plan: Plan | None
+    opset: int
+    inputs: list[Port]
+    outputs: list[Port]
+    positions: list[str]
+    parity: dict[str, float]
+    parity_max_abs: float
+    tolerance: float
+    latency_ms: float
+    made: dict[str, JsonValue]

@@ -1,0 +1,185 @@
+"""Put the translated segments of a graph together into one ONNX model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch.fx import GraphModule, Node
+
+from ppcl_fx.export.graph_run import Seen
+from ppcl_fx.export.masks import widen_masks
+from ppcl_fx.export.segment_onnx import OPSET, translate
+from ppcl_fx.export.segments import Segment, segments, structure
+
+IR_VERSION = 11
+
+
+@dataclass
+class Translations:
+    """Segments translated so far, by structure: look-alike blocks, of other students too, are translated once."""
+
+    graphs: dict[str, ir.Graph] = field(default_factory=dict)
+    made: int = 0
+    reused: int = 0
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Shape and type of every tensor of a graph for its example, and which sizes change with which axis.
+
+    Attributes:
+        sizes: the shape in the example.
+        types: the type in the example.
+        axes: for each dimension the names of the axes it changes with.
+    """
+
+    sizes: dict[Node, tuple[int, ...]]
+    types: dict[Node, torch.dtype]
+    axes: dict[Node, tuple[tuple[str, ...], ...]]
+
+    def changing(self, node: Node) -> tuple[int, ...]:
+        """Return the dimensions of a node whose size changes."""
+        return tuple(dim for dim, names in enumerate(self.axes[node]) if names)
+
+    def open_shape(self, node: Node) -> ir.Shape:
+        """Return the shape with the axes' names where it changes."""
+        return ir.Shape(
+            [_dim(node, dim, names, size) for dim, (size, names) in enumerate(
+                zip(self.sizes[node], self.axes[node], strict=True)
+            )]
+        )
+
+
+def _dim(node: Node, dim: int, names: tuple[str, ...], size: int) -> int | str:
+    if not names:
+        return size
+    return names[0] if len(names) == 1 else f"{node.name}_{dim}"
+
+
+def observed(base: dict[Node, Seen], others: dict[str, dict[Node, Seen]]) -> Shapes:
+    """Compare the shapes seen with each axis changed alone to those of the example."""
+    axes = {
+        node: tuple(
+            tuple(name for name, seen in others.items() if seen[node][0][dim] != size) for dim, size in enumerate(shape)
+        )
+        for node, (shape, _) in base.items()
+    }
+    return Shapes({n: s for n, (s, _) in base.items()}, {n: t for n, (_, t) in base.items()}, axes)
+
+
+def stitch(gm: GraphModule, shapes: Shapes, known: Translations, output_name: str = "sample") -> ir.Model:
+    """Translate a lowered graph into one ONNX model, segment by segment.
+
+    Args:
+        gm: a lowered graph.
+        shapes: the shapes of its tensors.
+        known: translations to use again; new ones are added.
+        output_name: the name of the first output.
+
+    Raises:
+        PpclError: a segment cannot be translated.
+    """
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="transformer")
+    values: dict[Node, ir.Value] = {}
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            values[node] = _value(str(node.target), shapes.types[node], shapes.open_shape(node))
+            graph.inputs.append(values[node])
+    weights = _Weights(gm, graph)
+    for number, segment in enumerate(segments(gm)):
+        _add(segment, number, graph, values, weights, _translated(segment, shapes, known))
+    for index, node in enumerate(gm.graph.output_node().all_input_nodes):
+        value = values[node]
+        value.name = output_name if index == 0 else f"{output_name}_{index}"
+        value.shape = shapes.open_shape(node)
+        value.dtype = _dtype(shapes.types[node])
+        graph.outputs.append(value)
+    return ir.Model(graph, ir_version=IR_VERSION, producer_name="ppcl-fx")
+
+
+def _translated(segment: Segment, shapes: Shapes, known: Translations) -> ir.Graph:
+    described = [f"{shapes.types[n]} {shapes.sizes[n]} {shapes.changing(n)}" for n in segment.inputs]
+    key = structure(segment, described)
+    if key in known.graphs:
+        known.reused += 1
+        return known.graphs[key]
+    examples = [torch.zeros(shapes.sizes[n], dtype=shapes.types[n]) for n in segment.inputs]
+    graph = translate(segment, examples, [shapes.changing(n) for n in segment.inputs])
+    widen_masks(graph)
+    known.graphs[key] = graph
+    known.made += 1
+    return graph
+
+
+def _add(
+    segment: Segment,
+    number: int,
+    graph: ir.Graph,
+    values: dict[Node, ir.Value],
+    weights: _Weights,
+    translated: ir.Graph,
+) -> None:
+    """Copy a translated segment into the whole, with the segment's own weights."""
+    part = translated.clone()
+    split = len(segment.inputs)
+    for value, node in zip(part.inputs[:split], segment.inputs, strict=True):
+        value.replace_all_uses_with(values[node], replace_graph_outputs=True)
+    for value, name in zip(part.inputs[split:], segment.parameters, strict=True):
+        if value.uses():
+            value.replace_all_uses_with(weights(name))
+    for value in part.initializers.values():
+        if value.uses():
+            value.replace_all_uses_with(weights.constant(f"{segment.name}/{number}/{value.name}", value))
+    outputs = list(part.outputs)
+    part.outputs.clear()
+    nodes = list(part)
+    part.remove(nodes)
+    for node in nodes:
+        node.name = f"{segment.name}/{number}/{node.name}"
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.name = f"{segment.name}/{number}/{value.name}"
+            value.shape = None  # its names for open sizes mean nothing outside of the segment
+            value.metadata_props.clear()
+    graph.extend(nodes)
+    for fx_node, value in zip(segment.outputs, outputs, strict=True):
+        values[fx_node] = value
+
+
+class _Weights:
+    """The initializers of the model: each tensor once, under the name of its parameter."""
+
+    def __init__(self, gm: GraphModule, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.state = {
+            **dict(gm.named_parameters(remove_duplicate=False)),
+            **dict(gm.named_buffers(remove_duplicate=False)),
+        }
+        self.seen: dict[tuple[int, torch.Size], ir.Value] = {}
+
+    def __call__(self, name: str) -> ir.Value:
+        tensor = self.state[name]
+        key = (id(tensor), tensor.shape)
+        if key not in self.seen:
+            const = TorchTensor(tensor.detach().contiguous(), name=name)
+            value = ir.Value(name=name, const_value=const, shape=const.shape, type=ir.TensorType(const.dtype))
+            self.graph.register_initializer(value)
+            self.seen[key] = value
+        return self.seen[key]
+
+    def constant(self, name: str, value: ir.Value) -> ir.Value:
+        new = ir.Value(name=name, const_value=value.const_value, shape=value.shape, type=value.type)
+        self.graph.register_initializer(new)
+        return new
+
+
+def _value(name: str, dtype: torch.dtype, shape: ir.Shape) -> ir.Value:
+    return ir.Value(name=name, shape=shape, type=ir.TensorType(_dtype(dtype)))
+
+
+def _dtype(dtype: torch.dtype) -> ir.DataType:
+    return TorchTensor(torch.empty(0, dtype=dtype)).dtype

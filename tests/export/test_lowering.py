@@ -1,0 +1,175 @@
+"""Lowered graphs give what the models give, to the bit, also on other shapes; positions are inputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export import DropGuards, PositionsAsInputs, TuplesApart, lower
+from ppcl_fx.export.axes import find_axes, resized, variants, widened
+from ppcl_fx.export.complex_to_real import complex_nodes
+from ppcl_fx.export.graph_run import run_graph
+from ppcl_fx.export.positions import position_nodes, tables
+from ppcl_fx.graphs import copy_graph_module
+from ppcl_fx.passes.contract import run
+from ppcl_fx.tracing import bind, trace
+from ppcl_fx.tracing.guards import guards
+from tests import models
+
+Tiny = tuple[nn.Module, dict[str, Any]]
+
+
+def test_lowered_equals_the_model_on_both_shapes(tiny: Tiny) -> None:
+    model, kwargs = tiny
+    gm = trace(model, kwargs)
+    lowered = lower(gm)
+    for call in (kwargs, models.other_kwargs(model)):
+        with torch.no_grad():
+            expected = model(**call)[0]
+        assert torch.equal(run_graph(lowered.graph, lowered.feeds(bind(gm, call)))[0], expected)
+
+
+def test_lowering_leaves_the_original(tiny: Tiny) -> None:
+    gm = trace(*tiny)
+    before = str(gm.graph)
+    lowered = lower(gm)
+    assert str(gm.graph) == before
+    assert guards(lowered.graph) == []
+    assert complex_nodes(lowered.graph) == set()
+    assert [dict(p)["name"] for p in lowered.graph.meta["ppcl"]["passes"]][-1] in ("dead-code", "complex-to-real")
+
+
+def test_inputs_are_tensors_only(tiny_qwen: Tiny, tiny_flux: Tiny, tiny_sd3: Tiny) -> None:
+    assert lower(trace(*tiny_qwen)).inputs == (
+        "hidden_states", "encoder_hidden_states", "timestep", "pos_embed_0", "pos_embed_1",
+    )  # fmt: skip
+    flux = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance")
+    assert lower(trace(*tiny_flux)).inputs == flux
+    sd3 = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
+    assert lower(trace(*tiny_sd3)).inputs == sd3
+
+
+def test_position_tables_are_real_views(tiny_qwen: Tiny) -> None:
+    model, kwargs = tiny_qwen
+    gm = trace(model, kwargs)
+    lowered = lower(gm)
+    found = tables(lowered.graph, bind(gm, kwargs))
+    image, text = model.pos_embed(kwargs["img_shapes"], max_txt_seq_len=5, device=torch.device("cpu"))
+    assert torch.equal(found["pos_embed_0"], torch.view_as_real(image))
+    assert torch.equal(found["pos_embed_1"], torch.view_as_real(text))
+
+
+def test_positions_pass_alone_is_exact_and_idempotent(tiny_qwen: Tiny) -> None:
+    model, kwargs = tiny_qwen
+    gm = trace(model, kwargs)
+    view = copy_graph_module(gm)
+    first = run([TuplesApart(), PositionsAsInputs()], view, debug=True)
+    assert first.modified and not first.refused
+    assert position_nodes(view) == set()
+    call = bind(gm, kwargs)
+    with torch.no_grad():
+        expected = model(**kwargs)[0]
+    assert torch.equal(run_graph(view, {**call, **tables(view, call)})[0], expected)
+    assert not run([TuplesApart(), PositionsAsInputs()], view, debug=True).modified
+
+
+def test_tensor_positions_stay_as_they_are(tiny_flux: Tiny) -> None:
+    gm = trace(*tiny_flux)
+    assert not PositionsAsInputs()(gm).modified
+
+
+def test_python_number_among_tensors_is_refused() -> None:
+    def scaled(x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    gm = torch.fx.symbolic_trace(scaled)
+    for node in gm.graph.nodes:
+        node.meta["val"] = {"x": torch.empty(2, device="meta"), "factor": 2.0}.get(node.name)
+    result = PositionsAsInputs()(gm)
+    assert not result.modified
+    assert result.refused[0].nodes == ("factor",)
+    with pytest.raises(PpclError, match="a Python value is used together with tensors"):
+        lower(gm)
+
+
+def test_missing_position_argument_is_named(tiny_qwen: Tiny) -> None:
+    gm = trace(*tiny_qwen)
+    call = bind(gm, tiny_qwen[1])
+    del call["img_shapes"]
+    with pytest.raises(PpclError, match="need the argument 'img_shapes'"):
+        lower(gm).feeds(call)
+
+
+def test_drop_guards_removes_all_and_nothing_else(tiny: Tiny) -> None:
+    gm = trace(*tiny)
+    count, all_nodes = len(guards(gm)), len(gm.graph.nodes)
+    assert count > 0
+    result = run([DropGuards()], gm, debug=True)
+    assert result.modified
+    assert len(gm.graph.nodes) == all_nodes - count
+    assert not run([DropGuards()], gm, debug=True).modified
+
+
+def test_tuples_apart_leaves_one_getitem_for_each_item(tiny: Tiny) -> None:
+    model, kwargs = tiny
+    gm = trace(model, kwargs)
+    with torch.no_grad():
+        expected = model(**kwargs)[0]
+    run([DropGuards(), TuplesApart()], gm, debug=True)
+    for node in gm.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "call_module" and isinstance(value, tuple):
+            assert all(user.target.__name__ == "getitem" for user in node.users)
+            assert len({user.args[1] for user in node.users}) == len(node.users)
+    assert torch.equal(run_graph(gm, bind(gm, kwargs))[0], expected)
+    assert not run([TuplesApart()], gm, debug=True).modified
+
+
+EXPECTED_AXES = {
+    "qwen": {"batch": (2, 3), "hidden_states_1": (16, 36), "encoder_hidden_states_1": (5, 21)},
+    "flux": {"batch": (2, 3), "hidden_states_1": (16, 32), "encoder_hidden_states_1": (5, 21)},
+    "sd3": {"batch": (2, 3), "hidden_states_2": (8, 24), "hidden_states_3": (8, 24), "encoder_hidden_states_1": (5, 21)},
+}
+
+
+@pytest.mark.parametrize("name", EXPECTED_AXES)
+def test_axes_are_found_by_trying(name: str) -> None:
+    model, kwargs = getattr(models, f"tiny_{name}")()
+    gm = trace(model, kwargs)
+    lowered = lower(gm)
+    call = bind(gm, kwargs)
+    axes = find_axes(gm, lowered.graph, call, 2)
+    assert {axis.name: (axis.size, axis.other) for axis in axes} == EXPECTED_AXES[name]
+    shapes = variants(call, axes)
+    assert list(shapes) == ["traced", *(f"{axis.name}={axis.other}" for axis in axes), "all"]
+    for shape in shapes.values():
+        with torch.no_grad():
+            expected = model(**shape, return_dict=False)[0]
+        assert torch.equal(run_graph(lowered.graph, lowered.feeds(shape))[0], expected)
+
+
+def test_ids_change_with_the_tokens_they_belong_to(tiny_flux: Tiny) -> None:
+    gm = trace(*tiny_flux)
+    axes = {axis.name: axis for axis in find_axes(gm, lower(gm).graph, bind(gm, tiny_flux[1]), 2)}
+    assert axes["hidden_states_1"].dims == (("hidden_states", 1), ("img_ids", 0))
+    assert axes["encoder_hidden_states_1"].dims == (("encoder_hidden_states", 1), ("txt_ids", 0))
+
+
+def test_a_single_sample_becomes_two() -> None:
+    call = widened({"x": torch.rand(1, 4), "shapes": [(1, 2, 2)], "ids": torch.zeros(4, 3)}, 1)
+    assert call["x"].shape == (2, 4)
+    assert call["shapes"] == [(1, 2, 2), (1, 2, 2)]
+    assert call["ids"].shape == (4, 3)
+
+
+def test_resizing_is_deterministic(tiny_qwen: Tiny) -> None:
+    gm = trace(*tiny_qwen)
+    call = bind(gm, tiny_qwen[1])
+    axis = find_axes(gm, lower(gm).graph, call, 2)[1]
+    one, two = resized(call, axis), resized(call, axis)
+    assert torch.equal(one["hidden_states"], two["hidden_states"])
+    assert one["img_shapes"] == [[(1, 6, 6)]] * 2
