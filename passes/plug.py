@@ -20,7 +20,7 @@ from ppcl_fx.passes.switches import switches
 class Plug(Pass):
     """Resolve every switch: to the student for the given edits, to the teacher for all others.
 
-    With no edit given the graph is the teacher's again, node for node.
+    With no edit given the graph computes what the teacher computes, to the bit.
     """
 
     name: ClassVar[str] = "plug"

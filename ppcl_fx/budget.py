@@ -27,12 +27,10 @@ def choose(model: PluggableModel, keep: float) -> tuple[str, ...]:
     least = model.param_count(plugged)
     if least > budget:
         raise PpclError(
-            f"keep={keep:g} is out of reach: with all {len(plugged)} edits of the plan {least / model.teacher_params:.3f} "
-            "of the parameters stay; select a plan for a smaller share"
+            f"keep={keep:g} is out of reach: with all {len(plugged)} edits of the plan "
+            f"{least / model.teacher_params:.3f} of the parameters stay; select a plan for a smaller share"
         )
-    order = sorted(
-        range(len(plugged)), key=lambda i: (-(model.plan.edits[i].damage or 0.0), -i)
-    )
+    order = sorted(range(len(plugged)), key=lambda i: (-(model.plan.edits[i].damage or 0.0), -i))
     for edit in [model.edits[i] for i in order]:
         without = [other for other in plugged if other != edit]
         if model.param_count(without) <= budget:
@@ -43,4 +41,6 @@ def choose(model: PluggableModel, keep: float) -> tuple[str, ...]:
 def check_keep(keep: float) -> None:
     """Raise `PpclError` unless a share of parameters lies in (0, 1]."""
     if not 0.0 < keep <= 1.0:
-        raise PpclError(f"keep is the share of parameters that stays, in (0, 1]; {keep:g} is outside, give for example 0.5")
+        raise PpclError(
+            f"keep is the share of parameters that stays, in (0, 1]; {keep:g} is outside, give for example 0.5"
+        )

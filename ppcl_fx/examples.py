@@ -33,8 +33,12 @@ def describe(value: Any) -> JsonValue:
     raise PpclError(f"an argument of type {type(value).__name__} cannot be saved; record calls with plain values")
 
 
-def build(description: JsonValue) -> Any:
+def build(description: JsonValue, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> Any:
     """Turn a description back into an argument; tensors come on the meta device.
+
+    Args:
+        description: what `describe` wrote.
+        dtypes: dtypes to replace by others, for a model that is loaded in another dtype than it was saved in.
 
     Raises:
         PpclError: the description is not one that `describe` writes.
@@ -46,15 +50,16 @@ def build(description: JsonValue) -> Any:
         name = str(content.get("dtype"))
         if name not in _DTYPES:
             raise PpclError(f"the saved example of a call has the unknown dtype {name!r}{near(name, _DTYPES)}")
+        dtype = (dtypes or {}).get(_DTYPES[name], _DTYPES[name])
         shape = content.get("shape")
         if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
             raise PpclError("the saved example of a call has a tensor without a shape; save the model again")
-        return torch.empty([int(size) for size in shape], dtype=_DTYPES[name], device="meta")  # type: ignore[call-overload,arg-type]
+        return torch.empty([int(size) for size in shape], dtype=dtype, device="meta")  # type: ignore[arg-type]
     if kind in ("list", "tuple") and isinstance(content, list):
-        items = [build(item) for item in content]
+        items = [build(item, dtypes) for item in content]
         return tuple(items) if kind == "tuple" else items
     if kind == "dict" and isinstance(content, dict):
-        return {key: build(item) for key, item in content.items()}
+        return {key: build(item, dtypes) for key, item in content.items()}
     if kind == "value" and not isinstance(content, (list, dict)):
         return content
     raise PpclError(f"the saved example of a call has an unknown entry {kind!r}; save the model again")

@@ -17,7 +17,7 @@ def normal_path(path: str) -> str:
     """Write a module path the plain way, ``transformer_blocks.0.attn``, whichever front end made it."""
     if "[" not in path:
         return path
-    path = _DYNAMO_PREFIX.sub("", path)
+    path = _DYNAMO_PREFIX.sub(r".\1", path)
     path = _BRACKETS.sub(r".\1", path)
     return re.sub(r"\.+", ".", path).strip(".")
 

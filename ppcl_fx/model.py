@@ -53,6 +53,9 @@ class PluggableModel(nn.Module):
         plan: the plan it was made by.
     """
 
+    _views: dict[frozenset[str], GraphModule]
+    _counts: dict[frozenset[str], int]
+
     def __init__(self, graph: GraphModule, plan: Plan) -> None:
         super().__init__()
         self.graph = graph
@@ -175,7 +178,7 @@ class PluggableModel(nn.Module):
         self.__dict__["_counts"] = {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> PluggableModel:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._forget()
         return self
 
@@ -239,15 +242,21 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
     weights = read_safetensors(inside(folder, STUDENTS))
     kept = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
     teacher = open_source(str(inside(folder, TEACHER))).transformer(dtype=dtype or kept)
-    graph = insert_edits(trace(teacher, {name: build(value) for name, value in card.example.items()}), plan)
+    dtypes = {kept: dtype} if kept is not None and dtype is not None else {}
+    example = {name: build(value, dtypes) for name, value in card.example.items()}
+    graph = insert_edits(trace(teacher, example), plan)
     model = PluggableModel(graph, plan)
     wanted = dict(model.students_module.state_dict())
     for name, tensor in wanted.items():
         if name not in weights or weights[name].shape != tensor.shape:
-            raise PpclError(f"{folder / STUDENTS} does not fit the plan: {name} is missing or of another shape; save again")
+            raise PpclError(
+                f"{folder / STUDENTS} does not fit the plan: {name} is missing or of another shape; save again"
+            )
     extra = sorted(set(weights) - set(wanted))
     if extra:
-        raise PpclError(f"{folder / STUDENTS} does not fit the plan: it holds {extra[0]}, which no edit has; save again")
+        raise PpclError(
+            f"{folder / STUDENTS} does not fit the plan: it holds {extra[0]}, which no edit has; save again"
+        )
     model.students_module.load_state_dict(weights)
     return model.plug(students=card.plugged).eval()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -117,14 +118,14 @@ class Plan(BaseModel):
                 raise PpclError(f"the plan holds {edit.id} twice; remove one")
             seen.add(edit.id)
         intervals = self.depth()
-        for before, after in zip(intervals, intervals[1:], strict=False):
+        for before, after in itertools.pairwise(intervals):
             if before.stack == after.stack and after.first <= before.last:
                 raise PpclError(
                     f"the intervals [{before.first}, {before.last}] and [{after.first}, {after.last}] of "
                     f"{after.stack} overlap; let the second begin at {before.last + 1} or later"
                 )
         groups = sorted((e for e in self.edits if isinstance(e, TextStreamEdit)), key=lambda e: (e.stack, e.source))
-        for one, two in zip(groups, groups[1:], strict=False):
+        for one, two in itertools.pairwise(groups):
             if one.stack == two.stack and two.source < one.last:
                 raise PpclError(f"the text groups {one.id} and {two.id} overlap; let the second begin at {one.last}")
 
@@ -133,4 +134,5 @@ def known(ids: Sequence[str], names: Sequence[str]) -> None:
     """Raise `PpclError` for the first of `names` that is not among `ids`, with a near match."""
     for name in names:
         if name not in ids:
-            raise PpclError(f"no edit {name!r} in this model{near(name, ids)}; its edits are {', '.join(ids) or 'none'}")
+            have = ", ".join(ids) or "none"
+            raise PpclError(f"no edit {name!r} in this model{near(name, ids)}; its edits are {have}")

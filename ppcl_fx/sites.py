@@ -124,7 +124,7 @@ def text_site(gm: GraphModule, block: Block) -> TextSite:
     if "text" not in block.inputs or "text" not in block.outputs:
         raise Refusal(f"{block.path} has no text stream of its own, so it cannot lose one; choose another block")
     inside = set(block.nodes)
-    streams = {name: node for name, node in block.inputs.items()}
+    streams = dict(block.inputs)
     for node in block.nodes:
         if not is_attention(gm, node):
             continue
@@ -134,9 +134,10 @@ def text_site(gm: GraphModule, block: Block) -> TextSite:
             sources = ancestors([argument], stop=streams.values(), within=inside | set(streams.values()))
             if {name for name, entering in streams.items() if entering in sources} == {"text"}:
                 return TextSite(block.path, node, argument, streams["text"], block.outputs["text"])
+    looked = ", ".join(node.name for node in block.nodes if is_attention(gm, node)) or "no attention node"
     raise Refusal(
-        f"the attention of {block.path} takes no argument computed from the text stream alone "
-        f"({', '.join(n.name for n in block.nodes if is_attention(gm, n)) or 'no attention node'}); choose another block"
+        f"the attention of {block.path} takes no argument computed from the text stream alone ({looked}); "
+        "choose another block"
     )
 
 

@@ -201,7 +201,7 @@ def _stack(
                 index=int(number),
                 nodes=tuple(regions[path]),
                 inputs={name: outer[index] for name, index in entry.items() if index < len(outer)},
-                outputs={name: outputs[path][position] for position, name in names.items() if position in outputs[path]},
+                outputs={name: outputs[path][at] for at, name in names.items() if at in outputs[path]},
             )
         )
     parent = run[0].rpartition(".")[0]
@@ -225,7 +225,8 @@ def _stream_names(
             reached = descendants([node], stop=_inputs(list(first.nodes)))
             for name, entering in first.inputs.items():
                 # Only what lies between the two blocks links them: not what runs through the block itself.
-                if entering is node or (entering in reached and not (_numbered_paths(entering) - _numbered_paths(node))):
+                between = not _numbered_paths(entering) - _numbered_paths(node)
+                if entering is node or (entering in reached and between):
                     found.setdefault(position, name)
     else:
         output = gm.graph.output_node()

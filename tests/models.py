@@ -106,7 +106,7 @@ def tiny_sd3(seed: int = 0) -> tuple[nn.Module, Kwargs]:
 def qwen_kwargs(
     batch: int = 2, height: int = 4, width: int = 4, text: int = 5, seed: int = 1, mask: bool = False
 ) -> Kwargs:
-    """Inputs of `tiny_qwen`; `height` x `width` image tokens. With `mask`, one text token of the last sample is padding."""
+    """Inputs of `tiny_qwen`; `height` x `width` image tokens. With `mask`, one text token is padding."""
     generator = torch.Generator().manual_seed(seed)
     valid = torch.ones(batch, text, dtype=torch.bool)
     valid[-1, -1] = False

@@ -115,8 +115,10 @@ def _graph_module(
     root = nn.Module()
     for name, child in model.named_children():
         root.add_module(name, child)
-    for name, tensor in [*model.named_parameters(recurse=False), *model.named_buffers(recurse=False)]:
-        (root.register_parameter if isinstance(tensor, nn.Parameter) else root.register_buffer)(name, tensor)  # type: ignore[operator]
+    for name, parameter in model.named_parameters(recurse=False):
+        root.register_parameter(name, parameter)
+    for name, buffer in model.named_buffers(recurse=False):
+        root.register_buffer(name, buffer)
     for name, tensor in tracer.constants.items():
         root.register_buffer(name, tensor, persistent=False)
     gm = GraphModule(root, graph, class_name=type(model).__name__)

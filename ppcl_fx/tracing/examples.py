@@ -20,6 +20,8 @@ def examples(argument: Any) -> Any:
         return META  # example tensors have no storage, whatever device the model asks for
     if isinstance(argument, tuple) and not isinstance(argument, torch.Size):
         parts = [examples(item) for item in argument]
+        if hasattr(argument, "n_sequence_fields"):
+            return type(argument)(parts)  # what `max(dim=...)` and the like return: its fields have names
         return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
     if isinstance(argument, list):
         return [examples(item) for item in argument]

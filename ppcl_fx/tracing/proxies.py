@@ -30,7 +30,7 @@ class ExampleProxy(Proxy):
     """
 
     node: Node
-    tracer: ExampleTracer  # type: ignore[assignment]
+    tracer: ExampleTracer
 
     def __init__(self, node: Node, tracer: ExampleTracer) -> None:
         super().__init__(node, tracer)
@@ -40,7 +40,7 @@ class ExampleProxy(Proxy):
         """The example value of this node."""
         return self.node.meta["val"]
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:
         # isinstance(x, torch.Tensor) and the like in model code must see the concrete type.
         return type(self.node.meta["val"])
@@ -75,7 +75,8 @@ class ExampleProxy(Proxy):
         if isinstance(self.example, dict):
             return iter(self.keys())
         # Not a generator: the guard must stand before the first item is used.
-        return iter([self[i] for i in range(self.tracer.decide_length(self))])
+        length = self.tracer.decide_length(self)
+        return iter([self.tracer.create_proxy("call_function", operator.getitem, (self, i), {}) for i in range(length)])
 
     def keys(self) -> Any:
         """The keys of a dict-valued proxy, decided by the example and guarded."""

@@ -21,6 +21,7 @@ from ppcl_fx.tracing.patches import patched
 from ppcl_fx.tracing.proxies import ExampleProxy
 from ppcl_fx.tracing.shadow import shadow, to_meta
 
+
 class ExampleTracer(TracerBase):
     """Records a model into a graph, deciding branches by example values and guarding each decision.
 
@@ -143,7 +144,7 @@ class ExampleTracer(TracerBase):
             return self.read_tensor(a).node
         return super().create_arg(a)
 
-    def create_proxy(  # type: ignore[override]
+    def create_proxy(
         self,
         kind: str,
         target: Any,
@@ -198,11 +199,13 @@ class ExampleTracer(TracerBase):
     def _classify(self, node: Node, value: Any) -> None:
         """Note what follows from the number of dimensions alone, and what was taken out of a given container."""
         sources = node.all_input_nodes
-        if node.target is getattr and node.args[1] == "ndim" or node.op == "call_method" and node.target == "dim":
-            self._structural.add(node)
-        elif node.target is len and (isinstance(sources[0].meta["val"], torch.Size) or sources[0].op == "call_module"):
-            self._structural.add(node)
-        elif sources and all(source in self._structural for source in sources):
+        dims = node.target is getattr and node.args[1] == "ndim"
+        dims |= node.op == "call_method" and node.target == "dim"
+        length = node.target is len and (
+            isinstance(sources[0].meta["val"], torch.Size) or sources[0].op == "call_module"
+        )
+        derived = bool(sources) and all(source in self._structural for source in sources)
+        if dims or length or derived:
             self._structural.add(node)
         if sources and sources[0] in self._containers and node.target in (operator.getitem, getattr):
             if isinstance(value, torch.Tensor):
@@ -221,7 +224,10 @@ class ExampleTracer(TracerBase):
                 f"{self._where()} decides by the values of a tensor ({proxy.node.name}), which a trace cannot follow; "
                 "give the model inputs that avoid that branch"
             ) from error
-        self.guard(proxy.node, value, f"{kind.__name__}({proxy.node.name}) at {self._where()}")
+        words = f"{kind.__name__}({proxy.node.name}) at {self._where()}"
+        # What was decided is the answer, not the value: a list that is not empty may hold anything.
+        same = type(proxy.example) is type(value)
+        self.guard(proxy.node if same else self.create_proxy("call_function", kind, (proxy,), {}).node, value, words)
         return value
 
     def decide_length(self, proxy: ExampleProxy) -> int:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
+from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.passes.analyze import analyze
 from ppcl_fx.passes.ffn_fit import FfnFits
 from ppcl_fx.passes.intervals import CandidateIntervals
@@ -46,7 +47,7 @@ def _calls(model: nn.Module, kwargs: Kwargs) -> Calls:
     """Three calls of two shapes."""
     scaled = {**kwargs, "hidden_states": 0.5 * kwargs["hidden_states"]}
     every = [kwargs, models.other_kwargs(model), scaled]
-    return Calls([_call(k, i) for i, k in enumerate(every)], "model")
+    return Calls([_call(k, i) for i, k in enumerate(every)], fingerprint(model))
 
 
 @functools.cache
@@ -284,6 +285,8 @@ def test_bad_requests_are_refused(tiny_qwen: tuple[nn.Module, Kwargs]) -> None:
         analyze(gm, _calls(model, kwargs), stream="imgae")
     with pytest.raises(PpclError, match="at least one sample"):
         analyze(gm, _calls(model, kwargs), max_samples=0)
+    with pytest.raises(PpclError, match="recorded from another model"):
+        analyze(gm, Calls([_call(kwargs, 0)], "0" * 64))
     with pytest.raises(PpclError, match="no transformer blocks"):
         analyze(torch.fx.symbolic_trace(nn.Linear(2, 2)), _calls(model, kwargs))
 

@@ -1,0 +1,124 @@
+"""Hand-written models with blocks, each of which does one thing that a trace must not get wrong."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+WIDTH = 8
+
+
+class Attention(nn.Module):
+    """Self-attention with one head, without an output projection."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(WIDTH, WIDTH)
+        self.to_k = nn.Linear(WIDTH, WIDTH)
+        self.to_v = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the tokens of ``[batch, tokens, channels]``."""
+        return torch.nn.functional.scaled_dot_product_attention(self.to_q(x), self.to_k(x), self.to_v(x))
+
+
+class Block(nn.Module):
+    """Attention with its residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = Attention()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add what attention gives."""
+        return x + self.attn(x)
+
+
+class Toy(nn.Module):
+    """Three blocks; `before` is what the models below differ in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(3)])
+
+    def before(self, x: Tensor) -> Tensor:
+        """What happens before the blocks."""
+        return x
+
+    def forward(self, x: Tensor, return_dict: bool = True) -> Any:
+        """Run the blocks; the answer is a tuple or, with `return_dict`, a dict."""
+        x = self.before(x)
+        for block in self.blocks:
+            x = block(x)
+        return {"sample": x} if return_dict else (x,)
+
+
+class CountsTheBatch(Toy):
+    """Loops over the batch by its size."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Scale each sample by its number."""
+        return torch.stack([x[i] * (i + 1) for i in range(x.shape[0])])
+
+
+class WalksTheBatch(Toy):
+    """Loops over the batch by iterating over the tensor."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Scale each sample by its number."""
+        return torch.stack([row * (i + 1) for i, row in enumerate(x)])
+
+
+class CutsTheBatch(Toy):
+    """Only the first samples are looped over: another batch size would give an answer of the right shape."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Add the sum of a prefix whose length is the batch size at most 3."""
+        total = torch.zeros_like(x[0])
+        for i in range(min(len(x), 3)):
+            total = total + x[i]
+        return x + total
+
+
+class WalksAList(Toy):
+    """Loops over a list among its arguments."""
+
+    def forward(self, x: Tensor, factors: list[float] | None = None, return_dict: bool = True) -> Any:
+        """Scale the input by each factor, then run the blocks."""
+        for factor in factors or []:
+            x = x * factor
+        return super().forward(x, return_dict)
+
+
+class BranchesOnLength(Toy):
+    """Treats long sequences in another way than short ones."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Double the values of sequences of more than four tokens."""
+        if x.shape[1] > 4:
+            return 2 * x
+        return x
+
+
+class BranchesOnValues(Toy):
+    """Decides by the values of its input, which no trace can follow."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Double the values when their sum is positive."""
+        if x.sum() > 0:
+            return 2 * x
+        return x
+
+
+def example(batch: int = 2, tokens: int = 6) -> dict[str, Any]:
+    """Inputs for the models above."""
+    return {"x": torch.randn(batch, tokens, WIDTH, generator=torch.Generator().manual_seed(batch + tokens))}
+
+
+def build(kind: type[Toy]) -> nn.Module:
+    """Build a toy with the same weights each time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return kind().eval()
