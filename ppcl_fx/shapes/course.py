@@ -1,0 +1,143 @@
+"""What a teaching run keeps between steps: weights, their average, optimizers; and how it is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+
+from ppcl_fx.shapes.fastpath import speed_up
+from ppcl_fx.shapes.growth import empty_transformer, grow, new_transformer
+from ppcl_fx.shapes.keeping import load_state, replace_folder, save_state
+from ppcl_fx.shapes.muon import Muon
+from ppcl_fx.shapes.pipeline import ShapesPipeline
+from ppcl_fx.shapes.words import WordEncoder
+
+SHIFT = 3.0
+"""Timestep shift towards noise of the pipeline's scheduler."""
+STATE = "state.safetensors"
+
+
+@dataclass
+class Course:
+    """A teaching run: the transformer, its averaged weights, and how far it has come.
+
+    ``stage_step`` counts from the last growth; ``seconds`` is the time used so far.
+    """
+
+    model: Any
+    average: dict[str, torch.Tensor]
+    optimizers: Sequence[torch.optim.Optimizer]
+    blocks: int
+    step: int = 0
+    stage_step: int = 0
+    seconds: float = 0.0
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Return the transformer's weights by name, not copied."""
+        return {name: weight.detach() for name, weight in self.model.named_parameters()}
+
+
+def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
+    """Return Muon for the blocks' attention and MLP matrices, and AdamW for all else."""
+    turned: list[Any] = []
+    others: list[Any] = []
+    for name, weight in model.named_parameters():
+        inner = "transformer_blocks." in name and "_mod." not in name and weight.dim() == 2
+        (turned if inner else others).append(weight)
+    return [Muon(turned), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+
+
+def begin(blocks: int, seed: int, compiled: bool, weights: dict[str, torch.Tensor] | None = None) -> Course:
+    """Start a course with new weights, or with given ones."""
+    if weights is None:
+        model = new_transformer(blocks, seed)
+    else:
+        model = empty_transformer(blocks)
+        model.load_state_dict(weights)
+    speed_up(model, compiled)
+    course = Course(model.train(), {}, _optimizers(model), blocks)
+    course.average = {name: weight.clone() for name, weight in course.weights().items()}
+    return course
+
+
+def grown(course: Course, compiled: bool) -> Course:
+    """Return the course gone on with twice the blocks; the optimizers start afresh."""
+    new = begin(course.blocks * 2, 0, compiled, grow(course.weights()))
+    new.average = grow(course.average)
+    new.step, new.seconds = course.step, course.seconds
+    return new
+
+
+def pipeline_of(average: dict[str, torch.Tensor], blocks: int, words: WordEncoder) -> ShapesPipeline:
+    """Return a pipeline with the given weights, rounded to bfloat16 but kept in float32."""
+    model = empty_transformer(blocks)
+    model.load_state_dict({name: weight.bfloat16().float() for name, weight in average.items()})
+    pipeline = ShapesPipeline(model.eval(), FlowMatchEulerDiscreteScheduler(shift=SHIFT), words)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save(course: Course, out: Path, words: WordEncoder, blocks: int) -> None:
+    """Write a checkpoint, and the averaged weights in bfloat16 as the pipeline folder ``out/latest``.
+
+    A course that has not grown to its final number of blocks is grown for the folder only.
+    """
+    names = {id(weight): name for name, weight in course.model.named_parameters()}
+    tensors = {f"model/{name}": weight for name, weight in course.weights().items()}
+    tensors |= {f"average/{name}": weight for name, weight in course.average.items()}
+    for optimizer in course.optimizers:
+        for weight, slots in optimizer.state.items():
+            tensors |= {f"optimizer/{names[id(weight)]}/{key}": value for key, value in slots.items()}
+    facts = {
+        "blocks": course.blocks,
+        "step": course.step,
+        "stage_step": course.stage_step,
+        "seconds": course.seconds,
+    }
+    save_state(out / STATE, tensors, facts)
+
+    average, count = course.average, course.blocks
+    while count < blocks:
+        average, count = grow(average), count * 2
+    pipeline = pipeline_of(average, count, words)
+    pipeline.transformer.bfloat16()
+    replace_folder(out / "latest", pipeline.save_pretrained)
+
+
+def resume(out: Path, compiled: bool) -> Course:
+    """Return the course of the checkpoint in a folder.
+
+    Raises:
+        PpclError: there is no checkpoint.
+    """
+    tensors, facts = load_state(out / STATE)
+    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
+    for name, value in tensors.items():
+        kind, rest = name.split("/", 1)
+        parts[kind][rest] = value
+    course = begin(int(facts["blocks"]), 0, compiled, parts["model"])
+    course.average = parts["average"]
+    course.step, course.stage_step = int(facts["step"]), int(facts["stage_step"])
+    course.seconds = facts["seconds"]
+    _restore(course, parts["optimizer"])
+    return course
+
+
+def _restore(course: Course, slots: dict[str, torch.Tensor]) -> None:
+    """Give the optimizers back what they remembered."""
+    weights = dict(course.model.named_parameters())
+    owner = {
+        id(weight): optimizer
+        for optimizer in course.optimizers
+        for group in optimizer.param_groups
+        for weight in group["params"]
+    }
+    for name, value in slots.items():
+        weight_name, key = name.rsplit("/", 1)
+        weight = weights[weight_name]
+        owner[id(weight)].state[weight][key] = value

@@ -1,0 +1,114 @@
+"""Score a pipeline: draw pictures for fixed prompts and count those that show what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.shapes.captions import CATEGORIES, Prompt, prompts
+from ppcl_fx.shapes.checker import check
+from ppcl_fx.shapes.pipeline import GUIDANCE, STEPS
+
+BATCH = 64
+"""Pictures drawn at once."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One scored picture: its prompt, its pixels (3, 24, 24) in [-1, 1], and its score, 1 or 0."""
+
+    prompt: Prompt
+    picture: torch.Tensor
+    score: int
+
+
+def generate(
+    pipeline: Callable[..., object],
+    wanted: list[Prompt],
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    batch: int = BATCH,
+) -> torch.Tensor:
+    """Draw one picture for each prompt, each from its own seeded noise.
+
+    The noise of prompt i depends on ``seed`` and i only, so the batch size does not change it.
+
+    Returns:
+        Pictures of shape (len(wanted), 3, 24, 24) in [-1, 1], float32.
+    """
+    parts = [torch.zeros(0, 3, 24, 24)]
+    for start in range(0, len(wanted), batch):
+        group = wanted[start : start + batch]
+        sources = [torch.Generator().manual_seed(seed * 1_000_003 + start + i) for i in range(len(group))]
+        images = pipeline(
+            [prompt.text for prompt in group],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=sources,
+            output_type="pt",
+            return_dict=False,
+        )
+        assert isinstance(images, tuple)
+        parts.append(images[0].float().cpu() * 2 - 1)
+    return torch.cat(parts)
+
+
+def score_pictures(
+    pipeline: Callable[..., object],
+    per_category: int = 64,
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    batch: int = BATCH,
+) -> list[Drawn]:
+    """Draw and check ``per_category`` pictures in each of the six categories.
+
+    Args:
+        pipeline: a ``ShapesPipeline``, or a callable with the same arguments.
+        per_category: prompts in each category, at least 1.
+        seed: fixes the order of the prompts and all noise.
+        steps: denoising steps.
+        guidance: guidance scale.
+        batch: pictures drawn at once.
+
+    Raises:
+        PpclError: ``per_category`` or ``batch`` is below 1.
+    """
+    if per_category < 1 or batch < 1:
+        raise PpclError(f"per_category is {per_category} and batch is {batch}; both must be 1 or more")
+    wanted = [prompt for category in CATEGORIES for prompt in prompts(category, per_category, seed)]
+    pictures = generate(pipeline, wanted, seed, steps, guidance, batch)
+    return [
+        Drawn(prompt, picture, check(picture, prompt))
+        for prompt, picture in zip(wanted, pictures, strict=True)
+    ]
+
+
+def summarise(drawn: list[Drawn]) -> dict[str, float]:
+    """Return the mean score of each category, and under "overall" the mean of those means."""
+    means = {}
+    for category in CATEGORIES:
+        scores = [item.score for item in drawn if item.prompt.category == category]
+        if scores:
+            means[category] = sum(scores) / len(scores)
+    means["overall"] = sum(means.values()) / max(1, len(means))
+    return means
+
+
+def score(
+    pipeline: Callable[..., object],
+    per_category: int = 64,
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    batch: int = BATCH,
+) -> dict[str, float]:
+    """Return the share of right pictures in each category, and "overall", their mean.
+
+    Arguments are those of ``score_pictures``, which gives the pictures too.
+    """
+    return summarise(score_pictures(pipeline, per_category, seed, steps, guidance, batch))

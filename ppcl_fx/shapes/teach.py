@@ -1,0 +1,245 @@
+"""Teach the shapes model from nothing: ``python -m ppcl_fx.shapes.teach --out DIR``.
+
+The transformer learns by flow matching: the picture x0 and noise are mixed to
+``x_t = (1 - s) * x0 + s * noise`` and the transformer learns the velocity ``noise - x0``.  It starts
+with a quarter of its blocks and is grown twice by doubling (``growth.grow``), because early steps then
+cost less.  The learning rate and the growth follow the share of the time budget that is used up, so a
+run takes the same time on any machine, and a slower machine takes fewer steps.
+
+DIR holds ``latest/``, a pipeline folder with the averaged weights, and ``state.safetensors``, from
+which ``--resume`` goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.multiprocessing.spawn import spawn
+from torch.nn import functional
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
+from ppcl_fx.shapes.course import Course, begin, grown, pipeline_of, resume, save
+from ppcl_fx.shapes.pipeline import SIDE, pack
+from ppcl_fx.shapes.scenes import draw_prompts
+from ppcl_fx.shapes.score import score
+from ppcl_fx.shapes.words import WordEncoder
+
+SHARES = {
+    "single_object": 1.0,
+    "two_object": 1.5,
+    "counting": 3.0,
+    "colors": 1.0,
+    "position": 3.0,
+    "color_attr": 2.5,
+}
+"""How often each category is taught, relative to the others."""
+DROPOUT = 0.1
+"""Share of captions that are replaced by the empty one."""
+WARM_UP = 100
+"""Steps over which the learning rate rises, at the start and after each growth."""
+
+
+def blocks_at(share: float, blocks: int, growth: tuple[float, float]) -> int:
+    """Return the number of blocks at a share of the time budget, in the end ``blocks``."""
+    return blocks // (4 if share < growth[0] else 2 if share < growth[1] else 1)
+
+
+def rate_at(share: float, stage_step: int, peak: float) -> float:
+    """Return the learning rate: one cosine over the budget, and a short warm-up at each stage."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    return peak * min(1.0, (stage_step + 1) / WARM_UP) * max(0.002, cosine)
+
+
+def _batch(step: int, words: WordEncoder, args: argparse.Namespace) -> tuple[torch.Tensor, ...]:
+    """Return (picture tokens, word vectors, noise levels, noise); the step number alone decides them."""
+    source = random.Random(f"{args.seed}/{step}/{args.worker}")
+    names = source.choices(CATEGORIES, [SHARES[name] for name in CATEGORIES], k=args.batch)
+    prompts = [source.choice(every_prompt(name)) for name in names]
+    texts = ["" if source.random() < DROPOUT else prompt.text for prompt in prompts]
+    generator = torch.Generator().manual_seed((args.seed * 64 + args.worker) * 10_000_019 + step)
+    # Noise levels lean towards noise: that is where the layout is decided.
+    level = torch.sigmoid(torch.randn(args.batch, generator=generator) * 1.1 + 0.5)
+    pictures = pack(draw_prompts(prompts, source))
+    return pictures, words.encode(texts), level, torch.randn(pictures.shape, generator=generator)
+
+
+def _slope(course: Course, words: WordEncoder, args: argparse.Namespace) -> torch.Tensor:
+    """Compute the gradients of one step and return its loss."""
+    pictures, captions, level, noise = _batch(course.step, words, args)
+    mix = level[:, None, None]
+    with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
+        velocity = course.model(
+            hidden_states=(1 - mix) * pictures + mix * noise,
+            encoder_hidden_states=captions,
+            timestep=level,
+            img_shapes=[[(1, SIDE, SIDE)]] * args.batch,
+            return_dict=False,
+        )[0]
+    loss = functional.mse_loss(velocity.float(), noise - pictures)
+    loss.backward()
+    for weight in course.model.parameters():
+        if weight.grad is None:  # The last block's words go nowhere.
+            weight.grad = torch.zeros_like(weight)
+    return loss.detach()
+
+
+def _share(course: Course) -> None:
+    """Give all workers the mean of their gradients, and the first worker's clock."""
+    slopes = [weight.grad for weight in course.model.parameters()]
+    clock = torch.tensor([course.seconds if distributed.get_rank() == 0 else 0.0])
+    flat = torch.cat([slope.flatten() for slope in slopes] + [clock])
+    distributed.all_reduce(flat)
+    course.seconds = float(flat[-1])
+    parts = (flat[:-1] / distributed.get_world_size()).split([slope.numel() for slope in slopes])
+    torch._foreach_copy_(slopes, [part.view_as(slope) for part, slope in zip(parts, slopes, strict=True)])
+
+
+def _learn(course: Course, words: WordEncoder, args: argparse.Namespace, rate: float) -> float:
+    """Take one step and return its loss."""
+    loss = _slope(course, words, args)
+    if args.workers > 1:
+        _share(course)
+    torch.nn.utils.clip_grad_norm_(course.model.parameters(), 1.0)
+    for optimizer in course.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    decay = min(args.average, (1 + course.step) / (10 + course.step))
+    weights = course.weights()
+    torch._foreach_lerp_(list(course.average.values()), [weights[name] for name in course.average], 1 - decay)
+    course.step += 1
+    course.stage_step += 1
+    return float(loss)
+
+
+def _warm(course: Course, words: WordEncoder, args: argparse.Namespace) -> None:
+    """Compile: the first worker alone, then the others, who find its work in the cache."""
+    for turn in (True, False):
+        if turn == (args.worker == 0):
+            _slope(course, words, args)
+        if args.workers > 1:
+            distributed.barrier()
+    course.model.zero_grad(set_to_none=True)
+
+
+def _say(line: str) -> None:
+    """Write a line of the log at once."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def _report(course: Course, words: WordEncoder, count: int, head: str) -> None:
+    """Print the scores of the averaged weights."""
+    if count:
+        means = score(pipeline_of(course.average, course.blocks, words), count)
+        _say(f"{head} {json.dumps({name: round(value, 3) for name, value in means.items()})}")
+
+
+def teach(args: argparse.Namespace) -> None:
+    """Teach until the time budget is used up; with several workers, this is what each of them does.
+
+    Raises:
+        PpclError: ``--resume`` is given and there is no checkpoint.
+    """
+    words, out, first = WordEncoder(), Path(args.out), args.worker == 0
+    budget, compiled = args.minutes * 60, not args.no_compile
+    course = resume(out, compiled) if args.resume else begin(args.blocks // 4, args.seed, compiled)
+    _warm(course, words, args)
+    saved = tested = clock = time.monotonic()
+    total = 0.0
+    while course.seconds < budget:
+        share = course.seconds / budget
+        if blocks_at(share, args.blocks, args.grow) > course.blocks:
+            course = grown(course, compiled)
+        rate = rate_at(share, course.stage_step, args.rate)
+        # The clock runs before the step, in which workers agree on it: all must stop at the same step.
+        now = time.monotonic()
+        course.seconds += now - clock
+        clock = now
+        total += _learn(course, words, args, rate)
+        if not first:
+            continue
+        if course.step % 50 == 0:
+            _say(
+                f"step {course.step} blocks {course.blocks} loss {total / 50:.4f} rate {rate:.2e} "
+                f"minutes {course.seconds / 60:.1f}"
+            )
+            total = 0.0
+        if now - saved > args.save_every * 60:
+            save(course, out, words, args.blocks)
+            saved = now
+        if now - tested > args.score_every * 60:
+            _report(course, words, args.score_prompts, "score")
+            tested = now
+    if first:
+        save(course, out, words, args.blocks)
+        _report(course, words, args.score_prompts, "final score")
+
+
+def _work(worker: int, args: argparse.Namespace) -> None:
+    """Be one worker: join the others and teach."""
+    args.worker = worker
+    torch.set_num_threads(args.threads)
+    if args.workers > 1:
+        meeting = f"file://{Path(args.out).resolve()}/meeting"
+        distributed.init_process_group("gloo", meeting, rank=worker, world_size=args.workers)
+    teach(args)
+
+
+def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line.
+
+    Raises:
+        PpclError: the number of blocks cannot be grown to from a quarter of it.
+    """
+    parser = argparse.ArgumentParser(description="teach the shapes model from nothing")
+    parser.add_argument("--out", required=True, help="folder for checkpoints and the pipeline")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--minutes", type=float, default=60.0, help="time budget, over all resumed runs")
+    parser.add_argument("--blocks", type=int, default=16, help="blocks in the end; a multiple of 4")
+    parser.add_argument("--grow", type=float, nargs=2, default=(0.42, 0.66), help="shares of the budget")
+    parser.add_argument("--batch", type=int, default=32, help="pictures a step, for each worker")
+    parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--average", type=float, default=0.998, help="decay of the weights' average")
+    parser.add_argument("--seed", type=int, default=0, help="of the starting weights and all data")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share the work")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of each worker")
+    parser.add_argument("--save-every", type=float, default=6.0, help="minutes between checkpoints")
+    parser.add_argument("--score-every", type=float, default=15.0, help="minutes between quick scores")
+    parser.add_argument("--score-prompts", type=int, default=16, help="prompts a category; 0 for no scores")
+    parser.add_argument("--float32", action="store_true", help="compute all products in float32")
+    parser.add_argument("--no-compile", action="store_true", help="do not use torch.compile")
+    parser.set_defaults(worker=0)
+    args = parser.parse_args(words)
+    if args.blocks < 4 or args.blocks % 4:
+        raise PpclError(f"--blocks is {args.blocks}; use a multiple of 4, because the model is grown twice")
+    return args
+
+
+def main() -> None:
+    """Read the command line and teach."""
+    try:
+        args = read_arguments()
+        out = Path(args.out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "meeting").unlink(missing_ok=True)
+        if args.workers == 1:
+            _work(0, args)
+        else:
+            spawn(_work, (args,), nprocs=args.workers)
+    except PpclError as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    main()

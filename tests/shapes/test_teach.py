@@ -1,0 +1,141 @@
+"""Teaching: growth keeps the function, the quick path is exact, checkpoints go on where they stopped."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.shapes.fastpath import speed_up
+from ppcl_fx.shapes.growth import empty_transformer, grow, new_transformer
+from ppcl_fx.shapes.keeping import load_state, replace_folder, save_state
+from ppcl_fx.shapes.muon import Muon, orthogonal
+from ppcl_fx.shapes.pipeline import ShapesPipeline
+from ppcl_fx.shapes.teach import read_arguments, teach
+
+
+def _inputs() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(2, 64, 27, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 10, 64, generator=generator),
+        "timestep": torch.tensor([0.2, 0.9]),
+        "img_shapes": [[(1, 8, 8)]] * 2,
+        "return_dict": False,
+    }
+
+
+def _random(blocks: int) -> Any:
+    torch.manual_seed(0)
+    return empty_transformer(blocks)
+
+
+def _answer(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        answer: torch.Tensor = model(**_inputs())[0]
+    return answer
+
+
+def test_a_new_transformer_answers_zero() -> None:
+    assert float(_answer(new_transformer(1, 0)).abs().max()) == 0.0
+
+
+def test_growing_nearly_keeps_the_function() -> None:
+    small = _random(2)
+    large, plain = empty_transformer(4), empty_transformer(4)
+    large.load_state_dict(grow(small.state_dict()))
+    twice = grow(small.state_dict())
+    for name in twice:
+        match = re.match(r"transformer_blocks\.(\d+)\.(.*)", name)
+        if match:
+            twice[name] = small.state_dict()[f"transformer_blocks.{int(match[1]) // 2}.{match[2]}"]
+    plain.load_state_dict(twice)
+    truth = _answer(small)
+    near, far = ((_answer(model) - truth).norm() / truth.norm() for model in (large, plain))
+    assert float(near) < 1e-3
+    assert float(near) < 0.1 * float(far)
+
+
+def test_the_quick_path_gives_the_same_answer() -> None:
+    model = _random(2)
+    truth = _answer(model)
+    names = list(model.state_dict())
+    speed_up(model, compiled=False)
+    assert torch.allclose(_answer(model), truth, atol=2e-5)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 16, 8), (2, 8, 16)])
+def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    batch = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonal(batch))
+    assert float(values.min()) > 0.5
+    assert float(values.max()) < 1.5
+
+
+def test_muon_moves_as_torchs_own() -> None:
+    shapes = [(8, 8), (16, 8), (8, 8), (8, 16)]
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
+    steps = [
+        Muon(ours, 0.01),
+        torch.optim.Muon(theirs, lr=0.01, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for turn in range(3):
+        for weights, optimizer in zip((ours, theirs), steps, strict=True):
+            generator = torch.Generator().manual_seed(turn)
+            for weight in weights:
+                weight.grad = torch.randn(weight.shape, generator=generator)
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=2e-3)
+
+
+def test_a_state_is_read_back_and_a_failed_write_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    with pytest.raises(PpclError, match="no checkpoint"):
+        load_state(path)
+    save_state(path, {"a": torch.ones(2)}, {"step": 3, "seconds": 0.5})
+    with pytest.raises(Exception, match="."):
+        save_state(path, {"a": "not a tensor"}, {})  # type: ignore[dict-item]
+    tensors, facts = load_state(path)
+    assert torch.equal(tensors["a"], torch.ones(2)) and facts == {"step": 3, "seconds": 0.5}
+
+
+def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "latest"
+    for text in ("old", "new"):
+
+        def write(beside: Path, text: str = text) -> None:
+            beside.mkdir()
+            (beside / text).write_text(text)
+
+        replace_folder(folder, write)
+    assert [path.name for path in folder.iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
+
+
+def _arguments(out: Path, *more: str) -> argparse.Namespace:
+    common = ["--blocks", "4", "--batch", "2", "--workers", "1", "--no-compile", "--score-prompts", "0"]
+    return read_arguments(["--out", str(out), *common, *more])
+
+
+def test_a_run_stops_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teach(_arguments(tmp_path, "--minutes", "0.01"))
+    tensors, facts = load_state(tmp_path / "state.safetensors")
+    assert facts["step"] >= 1 and facts["seconds"] >= 0.6
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+    pipeline = ShapesPipeline.from_pretrained(tmp_path / "latest")
+    assert len(pipeline.transformer.transformer_blocks) == 4
+
+    more = str(facts["seconds"] / 60 + 0.01)
+    teach(_arguments(tmp_path, "--minutes", more, "--resume"))
+    later, then = load_state(tmp_path / "state.safetensors")
+    assert then["step"] > facts["step"]
+    assert set(later) >= {name for name in tensors if name.startswith("model/")}
