@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ppcl_fx.export.lowering import Lowered, lower
     from ppcl_fx.export.positions import PositionsAsInputs
     from ppcl_fx.export.sidecar import Sidecar
+    from ppcl_fx.export.stitching import Translations
     from ppcl_fx.export.tensorrt import EngineCard, Profile, build_engine
     from ppcl_fx.export.tuples_apart import TuplesApart
 
@@ -25,6 +26,7 @@ _HOME = {
     "PositionsAsInputs": "positions",
     "Profile": "tensorrt",
     "Sidecar": "sidecar",
+    "Translations": "stitching",
     "TuplesApart": "tuples_apart",
     "build_engine": "tensorrt",
     "export": "exporting",
@@ -42,6 +44,7 @@ __all__ = [
     "PositionsAsInputs",
     "Profile",
     "Sidecar",
+    "Translations",
     "TuplesApart",
     "build_engine",
     "export",

@@ -11,6 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from ppcl_fx.errors import PpclError
 from ppcl_fx.graphs import attribute
 from ppcl_fx.passes.contract import Pass, Refused, Result
 from ppcl_fx.tracing.guards import is_guard
@@ -54,7 +55,7 @@ class ComplexToReal(Pass):
 
 
 def operation(node: Node) -> str:
-    """Return the plain name of what a node does: ``mul`` for ``torch.mul``, ``*``, ``x.mul`` and ``aten.mul.Tensor``."""
+    """Return the plain name of what a node does: ``mul`` for ``torch.mul``, ``x.mul``, ``*``, ``aten.mul.Tensor``."""
     if node.op == "call_function" and node.target is getattr:
         return f"getattr.{node.args[1]}"
     if isinstance(node.target, torch._ops.OpOverload):
@@ -86,11 +87,8 @@ def _rewrite(gm: GraphModule, node: Node, found: set[Node], real: dict[Node, Nod
     def emit(function: Callable[..., Any], *args: Any) -> Node:
         new = gm.graph.call_function(function, args)
         new.meta = {key: value for key, value in node.meta.items() if key not in ("val", "tensor_meta")}
-        examples = map_arg(args, lambda n: n.meta.get("val"))
-        nodes: list[Node] = []
-        map_arg(args, lambda n: nodes.append(n) or n)
-        if all(n.meta.get("val") is not None for n in nodes):
-            new.meta["val"] = function(*examples)
+        if all(n.meta.get("val") is not None for n in new.all_input_nodes):
+            new.meta["val"] = function(*map_arg(args, lambda n: n.meta["val"]))
         return new
 
     if node.op == "get_attr":
@@ -135,8 +133,10 @@ def _mul(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
 
 def _sum(function: Callable[..., Any]) -> Callable[..., Node]:
     def rule(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
-        if all(which[:2]):
-            return emit(function, *args[:2])
+        if kwargs or len(args) != 2:
+            raise PpclError(f"a complex {function.__name__} with a factor (alpha) cannot be exported; multiply first")
+        if all(which):
+            return emit(function, *args)
         return emit(torch.stack, _parts_with_real(emit, function, args, which), -1)
 
     return rule
@@ -214,7 +214,8 @@ def _expand(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def _select(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
-    dim, index = (*args[1:], *(kwargs[name] for name in ("dim", "index") if name in kwargs))
+    given = dict(zip(("dim", "index"), args[1:], strict=False)) | kwargs
+    dim, index = given["dim"], given["index"]
     return emit(torch.select, args[0], _shift(dim), index)
 
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ppcl_fx.export.exporting import Exported, example, in_type
-from ppcl_fx.export.onnx_file import floats_as, ports, prepare, write_onnx
+from ppcl_fx.export.exporting import Exported, in_type
+from ppcl_fx.export.onnx_file import ports, prepare, write_onnx
 from ppcl_fx.export.stitching import Translations
 from ppcl_fx.export.tensorrt import Profile, build_engine, default_profile, load_tensorrt
 
@@ -45,9 +45,7 @@ def build_engines(
     results = []
     for ratio in exported:
         model.plug(students=ratio.students)
-        gm = in_type(model.graph_module(), torch.bfloat16)
-        kwargs, batch = example(gm, calls)
-        prepared = prepare(gm, floats_as(kwargs, torch.bfloat16), batch)
+        prepared = prepare(*in_type(model.graph_module(), calls, torch.bfloat16))
         typed = ratio.onnx.with_name(TYPED_FILE)
         written = write_onnx(prepared, typed, known)
         inputs = ports(written.graph.inputs)

@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.extras import check_export, need
+from ppcl_fx.export.graph_run import refresh_examples
 from ppcl_fx.export.onnx_file import Prepared, compare, floats_as, parameters_in, ports, prepare, write_onnx
 from ppcl_fx.export.parity import latency
 from ppcl_fx.export.sidecar import Sidecar
@@ -25,8 +26,8 @@ from ppcl_fx.tracing import bind
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
-    from ppcl_fx.export.tensorrt import Profile
     from ppcl_fx.export.stitching import Translations
+    from ppcl_fx.export.tensorrt import Profile
     from ppcl_fx.model import PluggableModel
     from ppcl_fx.plan import Plan
 
@@ -90,12 +91,13 @@ def export(
     keeps: Sequence[float],
     out: str | Path,
     *,
-    format: Literal["onnx", "tensorrt"] = "onnx",  # noqa: A002
+    format: Literal["onnx", "tensorrt"] = "onnx",
     calls: Calls | None = None,
     tolerance: float = 1e-4,
     runs: int = 10,
     overwrite: bool = False,
     profile: Profile | None = None,
+    known: Translations | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Export a pluggable model once for each ratio.
@@ -116,6 +118,7 @@ def export(
         runs: runs timed for the latency.
         overwrite: replace the folders of these ratios where they exist.
         profile: for TensorRT, the range of each open size; by default one around the example.
+        known: translations of look-alike blocks to use again; those made here are added.
         progress: called with the steps done and the number of all.
 
     Raises:
@@ -130,7 +133,7 @@ def export(
 
     folder = Path(out)
     before = model.students
-    known = Translations()
+    known = known if known is not None else Translations()
     steps = _Steps(progress, STEPS * len(keeps))
     try:
         mixtures = [(keep, model.plug(keep=keep).students) for keep in keeps]  # all can be reached, or none is begun
@@ -196,9 +199,7 @@ def export_graph(
 
     started = time.perf_counter()
     final = Path(folder)
-    plain = in_type(gm, torch.float32)
-    kwargs, batch = example(plain, calls)
-    prepared = prepare(plain, floats_as(kwargs, torch.float32), batch)
+    prepared = prepare(*in_type(gm, calls, torch.float32))
     step()
     with new_folder(final, overwrite=overwrite) as beside:
         written = write_onnx(prepared, beside / FILE, known if known is not None else Translations())
@@ -259,13 +260,27 @@ def _described(prepared: Prepared, written: Any) -> dict[str, Any]:
     }
 
 
-def in_type(gm: GraphModule, dtype: torch.dtype) -> GraphModule:
-    """Return a graph on the CPU with weights of a type: itself where it is that already, else a copy."""
+def in_type(
+    gm: GraphModule, calls: Calls | None, dtype: torch.dtype
+) -> tuple[GraphModule, dict[str, Any], int]:
+    """Return a graph on the CPU with weights of a type, and a call for it in that type.
+
+    Args:
+        gm: the graph; stays as it is.
+        calls: where the call comes from, see `example`.
+        dtype: the type of weights and floating-point inputs, as in a pipeline of that type.
+
+    Returns:
+        The graph, itself where it is of that type already, else a copy; the arguments of the call; its samples.
+    """
+    kwargs, batch = example(gm, calls)
+    kwargs = floats_as(kwargs, dtype)
     if all(p.dtype == dtype and p.device.type == "cpu" for p in gm.parameters() if p.is_floating_point()):
-        return gm
+        return gm, kwargs, batch
     converted = copy.deepcopy(gm).to(device="cpu", dtype=dtype)
     converted.meta = dict(gm.meta)
-    return converted
+    refresh_examples(converted, kwargs)
+    return converted, kwargs, batch
 
 
 def example(gm: GraphModule, calls: Calls | None) -> tuple[dict[str, Any], int]:

@@ -81,7 +81,8 @@ def write_onnx(prepared: Prepared, path: Path, known: Any) -> Any:
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise PpclError(f"{path.name}: onnx.checker refuses it ({str(error).splitlines()[0]}); nothing was kept") from error
+        reason = str(error).splitlines()[0]
+        raise PpclError(f"{path.name}: onnx.checker refuses it ({reason}); nothing was kept") from error
     return model
 
 

@@ -30,14 +30,14 @@ def session(path: str | Path, threads: int = 0) -> Any:
     options.intra_op_num_threads = threads
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except (RuntimeError, ValueError, OSError) + _runtime_errors() as error:
+    except _runtime_errors() as error:
         raise PpclError(f"{path}: onnxruntime does not take it ({_line(error)}); export the model again") from error
 
 
 def _runtime_errors() -> tuple[type[Exception], ...]:
     state = need("onnxruntime.capi.onnxruntime_pybind11_state")
     names = ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException", "NoSuchFile")
-    return tuple(getattr(state, name) for name in names)
+    return (RuntimeError, ValueError, OSError, *(getattr(state, name) for name in names))
 
 
 def _line(error: BaseException) -> str:

@@ -36,7 +36,8 @@ class PositionsAsInputs(Pass):
         inside = position_nodes(gm)
         leaving = [n for n in gm.graph.nodes if n in inside and any(u not in inside for u in n.users)]
         stuck = [n for n in leaving if not isinstance(n.meta.get("val"), torch.Tensor)]
-        python = [n for n in gm.graph.nodes if n.op == "placeholder" and not isinstance(n.meta.get("val"), torch.Tensor)]
+        inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+        python = [n for n in inputs if not isinstance(n.meta.get("val"), torch.Tensor)]
         stuck += [n for n in python if any(user not in inside for user in n.users)]
         if stuck:
             reason = "a Python value is used together with tensors, so it cannot become a tensor input"

@@ -49,7 +49,7 @@ def translate(segment: Segment, inputs: list[torch.Tensor], changing: list[tuple
         PpclError: PyTorch cannot export the segment, or only for one size of what must stay open.
     """
     weights = [_like(tensor) for tensor in _tensors(segment)]
-    dims: list[Any] = [{dim: Dim.DYNAMIC for dim in dims} or None for dims in changing]
+    dims: list[Any] = [dict.fromkeys(dims, Dim.DYNAMIC) or None for dims in changing]
     module = _WithWeightsAsInputs(segment).eval()
     try:
         with _quiet(), torch.no_grad():

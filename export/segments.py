@@ -183,7 +183,8 @@ def _value(value: Any, depth: int) -> str:
         return repr(value)
     if isinstance(value, torch.Tensor):  # a constant on a plain attribute: its values count
         data = value.detach().cpu().contiguous().resolve_conj()
-        return hashlib.sha256(torch.view_as_real(data).numpy() if data.is_complex() else _bytes(data)).hexdigest()
+        real = torch.view_as_real(data) if data.is_complex() else data
+        return f"{_tensor(data)} {hashlib.sha256(real.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()}"
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(_value(item, depth) for item in value)}]"
     if isinstance(value, dict):
@@ -195,7 +196,3 @@ def _value(value: Any, depth: int) -> str:
     if depth < 3 and hasattr(value, "__dict__"):  # an attention processor
         return f"{type(value).__qualname__}({', '.join(_attributes(value, depth + 1))})"
     return f"{type(value).__qualname__} {id(value)}"  # unknown: alike only to itself
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    return tensor.view(torch.uint8).numpy() if tensor.ndim else tensor.reshape(1).view(torch.uint8).numpy()

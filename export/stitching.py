@@ -125,8 +125,8 @@ def _add(
     """Copy a translated segment into the whole, with the segment's own weights."""
     part = translated.clone()
     split = len(segment.inputs)
-    for value, node in zip(part.inputs[:split], segment.inputs, strict=True):
-        value.replace_all_uses_with(values[node], replace_graph_outputs=True)
+    for value, source in zip(part.inputs[:split], segment.inputs, strict=True):
+        value.replace_all_uses_with(values[source], replace_graph_outputs=True)
     for value, name in zip(part.inputs[split:], segment.parameters, strict=True):
         if value.uses():
             value.replace_all_uses_with(weights(name))
@@ -141,10 +141,10 @@ def _add(
         node.name = f"{segment.name}/{number}/{node.name}"
         node.metadata_props.clear()
         node.doc_string = None
-        for value in node.outputs:
-            value.name = f"{segment.name}/{number}/{value.name}"
-            value.shape = None  # its names for open sizes mean nothing outside of the segment
-            value.metadata_props.clear()
+        for result in node.outputs:
+            result.name = f"{segment.name}/{number}/{result.name}"
+            result.shape = None  # its names for open sizes mean nothing outside of the segment
+            result.metadata_props.clear()
     graph.extend(nodes)
     for fx_node, value in zip(segment.outputs, outputs, strict=True):
         values[fx_node] = value

@@ -107,7 +107,8 @@ def default_profile(inputs: list[Port], sizes: dict[str, int]) -> Profile:
         sizes: the example's size for each open size by name.
     """
     names = {str(size) for port in inputs for size in port.shape if isinstance(size, str)}
-    return Profile(sizes={n: Range(min=1, opt=s, max=(2 if n == "batch" else 4) * s) for n, s in sizes.items() if n in names})
+    open_sizes = {name: size for name, size in sizes.items() if name in names}
+    return Profile(sizes={n: Range(min=1, opt=s, max=(2 if n == "batch" else 4) * s) for n, s in open_sizes.items()})
 
 
 def build_engine(

@@ -47,7 +47,7 @@ def _apart(gm: GraphModule, node: Node) -> bool:
     readers = [user for user in node.users if _reads_item(user)]
     others = [user for user in node.users if user not in readers]
     behind = _following(node, len(value))
-    indices = {int(user.args[1]) % len(value) for user in readers}  # type: ignore[arg-type, operator]
+    indices = {int(user.args[1]) % len(value) for user in readers}  # type: ignore[arg-type]
     if not others and set(readers) == set(behind.values()) and len(readers) == len(indices):
         return False  # already apart
     items = {}
@@ -58,7 +58,7 @@ def _apart(gm: GraphModule, node: Node) -> bool:
             item.meta.pop("block_out", None)
             items[index] = item
     for user in readers:
-        item = items[int(user.args[1]) % len(value)]  # type: ignore[arg-type, operator]
+        item = items[int(user.args[1]) % len(value)]  # type: ignore[arg-type]
         item.meta = {**item.meta, **user.meta}
         user.replace_all_uses_with(item)
         gm.graph.erase_node(user)

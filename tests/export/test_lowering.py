@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import DropGuards, PositionsAsInputs, TuplesApart, lower
 from ppcl_fx.export.axes import find_axes, resized, variants, widened
 from ppcl_fx.export.complex_to_real import complex_nodes
+from ppcl_fx.export.exporting import in_type
 from ppcl_fx.export.graph_run import run_graph
 from ppcl_fx.export.positions import position_nodes, tables
 from ppcl_fx.graphs import copy_graph_module
@@ -47,10 +49,9 @@ def test_inputs_are_tensors_only(tiny_qwen: Tiny, tiny_flux: Tiny, tiny_sd3: Tin
     assert lower(trace(*tiny_qwen)).inputs == (
         "hidden_states", "encoder_hidden_states", "timestep", "pos_embed_0", "pos_embed_1",
     )  # fmt: skip
-    flux = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep", "img_ids", "txt_ids", "guidance")
-    assert lower(trace(*tiny_flux)).inputs == flux
     sd3 = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     assert lower(trace(*tiny_sd3)).inputs == sd3
+    assert lower(trace(*tiny_flux)).inputs == (*sd3, "img_ids", "txt_ids", "guidance")
 
 
 def test_position_tables_are_real_views(tiny_qwen: Tiny) -> None:
@@ -132,7 +133,12 @@ def test_tuples_apart_leaves_one_getitem_for_each_item(tiny: Tiny) -> None:
 EXPECTED_AXES = {
     "qwen": {"batch": (2, 3), "hidden_states_1": (16, 36), "encoder_hidden_states_1": (5, 21)},
     "flux": {"batch": (2, 3), "hidden_states_1": (16, 32), "encoder_hidden_states_1": (5, 21)},
-    "sd3": {"batch": (2, 3), "hidden_states_2": (8, 24), "hidden_states_3": (8, 24), "encoder_hidden_states_1": (5, 21)},
+    "sd3": {
+        "batch": (2, 3),
+        "hidden_states_2": (8, 24),
+        "hidden_states_3": (8, 24),
+        "encoder_hidden_states_1": (5, 21),
+    },
 }
 
 
@@ -173,3 +179,18 @@ def test_resizing_is_deterministic(tiny_qwen: Tiny) -> None:
     one, two = resized(call, axis), resized(call, axis)
     assert torch.equal(one["hidden_states"], two["hidden_states"])
     assert one["img_shapes"] == [[(1, 6, 6)]] * 2
+
+
+def test_another_type_lowers_like_its_own(tiny: Tiny) -> None:
+    model, kwargs = tiny
+    gm = trace(model, kwargs)
+    calls = Calls([Call(kwargs=kwargs, prompts=("a",), timestep=0.5, index=0, batch=2)])
+    typed, call, batch = in_type(gm, calls, torch.bfloat16)
+    assert batch == 2
+    assert {p.dtype for p in typed.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in gm.parameters()} == {torch.float32}
+    lowered = lower(typed)
+    result = run_graph(lowered.graph, lowered.feeds(call))[0]
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, run_graph(typed, call)[0])
+    assert in_type(gm, calls, torch.float32)[0] is gm

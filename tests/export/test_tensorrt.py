@@ -25,11 +25,17 @@ from ppcl_fx.export.extras import need
 from ppcl_fx.export.sidecar import Port
 from ppcl_fx.export.tensorrt import Profile, Range, _shapes, default_profile, load_tensorrt
 
-SYMBOLS = (
-    "createInferBuilder_INTERNAL createInferRefitter_INTERNAL createInferRuntime_INTERNAL "
-    "createNvOnnxParserRefitter_INTERNAL createNvOnnxParser_INTERNAL getBuilderPluginRegistry getNvOnnxParserVersion "
-    "getPluginRegistry initLibNvInferPlugins"
-).split()
+SYMBOLS = [
+    "createInferBuilder_INTERNAL",
+    "createInferRefitter_INTERNAL",
+    "createInferRuntime_INTERNAL",
+    "createNvOnnxParserRefitter_INTERNAL",
+    "createNvOnnxParser_INTERNAL",
+    "getBuilderPluginRegistry",
+    "getNvOnnxParserVersion",
+    "getPluginRegistry",
+    "initLibNvInferPlugins",
+]
 
 LOOK = """
 import json, sys
@@ -59,7 +65,13 @@ def bindings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for library, text in (("nvinfer", "stub.c"), ("nvonnxparser", "empty.c"), ("nvinfer_plugin", "empty.c")):
         target = folder / f"lib{library}.so.11"
         subprocess.run([compiler, "-shared", "-fPIC", "-o", str(target), str(folder / text)], check=True)
-    names = [*tensorrt_api.CALLS, *tensorrt_api.VALUES, *tensorrt_api.PROPERTIES, "NoSuchThing", "Builder.no_such"]
+    names = [
+        *tensorrt_api.CALLS,
+        *tensorrt_api.VALUES,
+        *tensorrt_api.PROPERTIES,
+        "NoSuchThing",
+        "Builder.no_such",
+    ]
     paths = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     done = subprocess.run(
         [sys.executable, "-c", LOOK],
@@ -139,7 +151,9 @@ def test_missing_tensorrt_is_one_line_that_names_the_extra() -> None:
     reason="there are TensorRT and a GPU here",
 )
 def test_load_tensorrt_says_what_stays() -> None:
-    with pytest.raises(PpclError, match=r'pip install "ppcl-fx\[tensorrt\]".*the ONNX files stay in ENGINES') as caught:
+    with pytest.raises(
+        PpclError, match=r'pip install "ppcl-fx\[tensorrt\]".*the ONNX files stay in ENGINES'
+    ) as caught:
         load_tensorrt("the ONNX files stay in ENGINES")
     assert "\n" not in str(caught.value)
 
@@ -152,7 +166,10 @@ def test_profile_ranges_are_ordered() -> None:
 
 
 def test_profile_gives_each_input_three_shapes() -> None:
-    inputs = [Port(name="x", dtype="bfloat16", shape=["batch", "x_1", 16]), Port(name="t", dtype="bfloat16", shape=["batch"])]
+    inputs = [
+        Port(name="x", dtype="bfloat16", shape=["batch", "x_1", 16]),
+        Port(name="t", dtype="bfloat16", shape=["batch"]),
+    ]
     profile = default_profile(inputs, {"batch": 2, "x_1": 64, "unused": 5})
     assert profile.sizes == {"batch": Range(min=1, opt=2, max=4), "x_1": Range(min=1, opt=64, max=256)}
     assert _shapes(inputs[0], profile) == ((1, 1, 16), (2, 64, 16), (4, 256, 16))
@@ -161,7 +178,9 @@ def test_profile_gives_each_input_three_shapes() -> None:
 
 def test_profile_without_a_size_is_refused_by_name() -> None:
     port = Port(name="x", dtype="bfloat16", shape=["batch", "x_1", 16])
-    with pytest.raises(PpclError, match=r"no range for the size 'batch' of the input 'x' \(did you mean 'bathc'\?\)"):
+    with pytest.raises(
+        PpclError, match=r"no range for the size 'batch' of the input 'x' \(did you mean 'bathc'\?\)"
+    ):
         _shapes(port, Profile(sizes={"bathc": Range(min=1, opt=1, max=1), "x_1": Range(min=1, opt=1, max=1)}))
 
 

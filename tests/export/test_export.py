@@ -1,0 +1,222 @@
+"""From pluggable models to ONNX files that onnxruntime runs like PyTorch, on other shapes too."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+import ppcl_fx
+from ppcl_fx.calls import Call, Calls
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export import Sidecar, export, export_graph, exporting
+from ppcl_fx.export.parity import difference, session
+from ppcl_fx.files import read_json
+from ppcl_fx.model import PluggableModel
+from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.tracing import trace
+from tests import models
+
+BLOCKS = "transformer_blocks"
+
+
+def call(kwargs: dict[str, Any], batch: int = 2) -> Call:
+    return Call(kwargs=kwargs, prompts=("a", "b"), timestep=0.5, index=0, batch=batch)
+
+
+@pytest.fixture(scope="module")
+def qwen() -> PluggableModel:
+    """Three blocks; one edit makes a student of the first two."""
+    teacher, kwargs = models.tiny_qwen(blocks=3)
+    return ppcl_fx.rewrite(trace(teacher, kwargs), Plan(edits=[DepthEdit(stack=BLOCKS, first=0, last=1)]))
+
+
+@pytest.fixture(scope="module")
+def exported(qwen: PluggableModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The model at two ratios, with the steps that were reported."""
+    seen: list[tuple[int, int]] = []
+    result = export(
+        qwen,
+        [1.0, 0.75],
+        tmp_path_factory.mktemp("engines"),
+        calls=Calls([call(models.qwen_kwargs())]),
+        runs=3,
+        progress=lambda done, total: seen.append((done, total)),
+    )
+    return result, seen
+
+
+def test_each_ratio_has_a_checked_file(exported: Any, qwen: PluggableModel) -> None:
+    result, _ = exported
+    assert [ratio.onnx.parent.name for ratio in result.ratios] == ["keep-1", "keep-0.75"]
+    assert [ratio.students for ratio in result.ratios] == [(), tuple(qwen.edits)]
+    for ratio in result.ratios:
+        assert sorted(p.name for p in ratio.onnx.parent.iterdir()) == [
+            "transformer.json", "transformer.onnx", "transformer.onnx.data",
+        ]  # fmt: skip
+        onnx.checker.check_model(str(ratio.onnx), full_check=True)
+        assert set(ratio.parity) == {"traced", "batch=3", "hidden_states_1=36", "encoder_hidden_states_1=21", "all"}
+        assert 0 < ratio.parity_max_abs == max(ratio.parity.values()) < 1e-5
+        assert ratio.latency_ms > 0
+    assert qwen.students == ()
+
+
+def test_inputs_are_open_where_sizes_change(exported: Any) -> None:
+    running = session(exported[0].ratios[1].onnx)
+    assert {i.name: i.shape for i in running.get_inputs()} == {
+        "hidden_states": ["batch", "hidden_states_1", 16],
+        "encoder_hidden_states": ["batch", "encoder_hidden_states_1", 24],
+        "timestep": ["batch"],
+        "pos_embed_0": ["hidden_states_1", 8, 2],
+        "pos_embed_1": ["encoder_hidden_states_1", 8, 2],
+    }
+    assert {o.name: o.shape for o in running.get_outputs()} == {"sample": ["batch", "hidden_states_1", 16]}
+
+
+def test_file_agrees_with_the_model_on_a_call_it_never_saw(exported: Any, qwen: PluggableModel) -> None:
+    unseen = models.qwen_kwargs(batch=1, height=3, width=7, text=11, seed=9)
+    rope = models.tiny_qwen()[0].pos_embed
+    image, text = rope(unseen["img_shapes"], max_txt_seq_len=11, device=torch.device("cpu"))
+    feeds = {name: unseen[name] for name in ("hidden_states", "encoder_hidden_states", "timestep")}
+    feeds |= {"pos_embed_0": torch.view_as_real(image), "pos_embed_1": torch.view_as_real(text)}
+    for ratio in exported[0].ratios:
+        with torch.no_grad():
+            expected = qwen.plug(students=ratio.students)(**unseen)[0]
+        result = session(ratio.onnx).run(None, {name: tensor.numpy() for name, tensor in feeds.items()})[0]
+        assert difference(torch.from_numpy(result), expected) < 1e-5
+    qwen.plug(students=[])
+
+
+def test_sidecar_says_how_the_file_was_made(exported: Any, qwen: PluggableModel) -> None:
+    for ratio in exported[0].ratios:
+        card = read_json(ratio.onnx.with_name("transformer.json"), Sidecar)
+        assert card.opset == 23
+        assert card.params == ratio.params == qwen.param_count(ratio.students)
+        # The text half of the last block has no effect on the picture, so it is not in the file.
+        assert 0 < card.params_in_file < card.params
+        model = onnx.load(str(ratio.onnx), load_external_data=False)
+        sizes = {i.name: int(torch.tensor(i.dims).prod()) for i in model.graph.initializer}
+        names = {name for name, _ in qwen.graph.named_parameters(remove_duplicate=False)}
+        assert sum(size for name, size in sizes.items() if name in names) == card.params_in_file
+        assert card.positions == ["pos_embed_0", "pos_embed_1"]
+        assert card.plan is not None and card.plan.ids == qwen.edits
+        assert {"positions-as-inputs", "complex-to-real", "drop-guards", "expand"} <= set(card.made["passes"])
+        assert card.parity == ratio.parity
+        assert not any(str(Path.cwd()) in str(prop) for node in model.graph.node for prop in node.metadata_props)
+
+
+def test_smaller_ratio_has_fewer_weights(exported: Any) -> None:
+    sizes = [ratio.onnx.with_name("transformer.onnx.data").stat().st_size for ratio in exported[0].ratios]
+    assert sizes[1] < 0.8 * sizes[0]
+
+
+def test_progress_counts_to_the_end(exported: Any) -> None:
+    result, seen = exported
+    assert seen[0] == (0, 8) and seen[-1] == (8, 8)
+    assert [done for done, _ in seen] == list(range(9))
+    assert json.loads(json.dumps(result.to_json()))["ratios"][1]["keep"] == 0.75
+
+
+@pytest.fixture
+def translated_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the segments that are translated while a test runs."""
+    from ppcl_fx.export import stitching
+
+    names: list[str] = []
+    real: Callable[..., Any] = stitching.translate
+
+    def counting(segment: Any, *args: Any) -> Any:
+        names.append(segment.name)
+        return real(segment, *args)
+
+    monkeypatch.setattr(stitching, "translate", counting)
+    return names
+
+
+def test_flux_without_calls(tmp_path: Path, translated_once: list[str]) -> None:
+    gm = trace(*models.tiny_flux())
+    ratio = export_graph(gm, tmp_path / "flux", runs=1)
+    assert set(ratio.parity) == {"traced", "batch=3", "hidden_states_1=32", "encoder_hidden_states_1=21", "all"}
+    assert ratio.parity_max_abs < 2e-5
+    # Nine blocks: two kinds, and the last, whose text half nobody reads.
+    singles = ["single_transformer_blocks.0", "single_transformer_blocks.4"]
+    assert [name for name in translated_once if "blocks" in name] == [f"{BLOCKS}.0", *singles]
+    assert {i.name: i.shape[0] for i in session(ratio.onnx).get_inputs()}["img_ids"] == "hidden_states_1"
+
+
+def test_sd3_with_latents_of_any_size(tmp_path: Path, translated_once: list[str]) -> None:
+    gm = trace(*models.tiny_sd3())
+    ratio = export_graph(gm, tmp_path / "sd3", calls=Calls([call(models.sd3_kwargs())]), runs=1)
+    assert set(ratio.parity) == {
+        "traced", "batch=3", "hidden_states_2=24", "hidden_states_3=24", "encoder_hidden_states_1=21", "all",
+    }  # fmt: skip
+    assert ratio.parity_max_abs < 2e-5
+    assert [name for name in translated_once if "blocks" in name] == [f"{BLOCKS}.0", f"{BLOCKS}.3", f"{BLOCKS}.7"]
+    unseen = models.sd3_kwargs(batch=1, height=10, width=14, text=9, seed=4)
+    running = session(ratio.onnx)
+    feeds = {i.name: unseen[i.name].numpy() for i in running.get_inputs()}
+    with torch.no_grad():
+        expected = gm(**{name: unseen[name] for name in gm.meta["ppcl"]["inputs"]})[0]
+    assert difference(torch.from_numpy(running.run(None, feeds)[0]), expected) < 2e-5
+
+
+def test_too_large_a_difference_leaves_nothing(
+    qwen: PluggableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporting, "write_onnx", lambda *_: None)
+    monkeypatch.setattr(exporting, "compare", lambda *_: ({"traced": 1e-6, "all": 3e-3}, None))
+    with pytest.raises(PpclError, match="differs from PyTorch by 0.003 at the shape 'all', more than 0.0001"):
+        export(qwen, [1.0], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert qwen.students == ()
+
+
+def test_difference_is_never_small_for_nonsense() -> None:
+    ones = torch.ones(2, 3)
+    assert difference(ones, ones + 1e-3) == pytest.approx(1e-3, rel=1e-3)
+    assert difference(ones, torch.ones(2, 4)) == float("inf")
+    assert difference(ones * float("nan"), ones) == float("inf")
+
+
+def test_existing_folder_is_kept(qwen: PluggableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keep-1").mkdir()
+    (tmp_path / "keep-1" / "mine.txt").write_text("mine")
+    with pytest.raises(PpclError, match="already exists"):
+        export(qwen, [1.0], tmp_path)
+    assert (tmp_path / "keep-1" / "mine.txt").read_text() == "mine"
+
+
+def test_unreachable_ratio_stops_before_anything_is_written(qwen: PluggableModel, tmp_path: Path) -> None:
+    with pytest.raises(PpclError):
+        export(qwen, [1.0, 0.01], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_format_has_a_near_match(qwen: PluggableModel, tmp_path: Path) -> None:
+    with pytest.raises(PpclError, match=r"no format 'onxx' \(did you mean 'onnx'\?\)"):
+        export(qwen, [1.0], tmp_path, format="onxx")  # type: ignore[arg-type]
+
+
+def test_no_calls_to_take_an_example_from(qwen: PluggableModel, tmp_path: Path) -> None:
+    with pytest.raises(PpclError, match="no calls to take an example from"):
+        export(qwen, [1.0], tmp_path / "out", calls=Calls([]))
+
+
+def test_tensorrt_without_tensorrt_leaves_the_onnx(
+    qwen: PluggableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ppcl_fx.export import engines
+
+    def missing(left: str) -> Any:
+        raise PpclError(f'tensorrt is not installed: pip install "ppcl-fx[tensorrt]"; {left}')
+
+    monkeypatch.setattr(engines, "load_tensorrt", missing)
+    done = exporting.Exported(1.0, tmp_path / "keep-1" / "transformer.onnx", 1, (), 23, {}, 0.0, 1.0, 1.0)
+    monkeypatch.setattr(exporting, "export_graph", lambda *_, **__: done)
+    with pytest.raises(PpclError, match=f"the ONNX files stay in {tmp_path}"):
+        export(qwen, [1.0], tmp_path, format="tensorrt")

@@ -1,0 +1,74 @@
+"""Cutting a graph into segments: nothing but tensors crosses, and look-alike blocks share one structure."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ppcl_fx.export import lower
+from ppcl_fx.export.graph_run import run_graph
+from ppcl_fx.export.segments import Segment, segments, structure
+from ppcl_fx.tracing import bind, trace
+from tests import models
+
+Tiny = tuple[nn.Module, dict[str, Any]]
+
+
+def keys(found: list[Segment]) -> dict[str, str]:
+    return {s.name: structure(s, [str(n.meta["val"].shape) for n in s.inputs]) for s in found}
+
+
+def test_running_the_segments_is_running_the_graph(tiny: Tiny) -> None:
+    model, kwargs = tiny
+    gm = trace(model, kwargs)
+    lowered = lower(gm)
+    call = bind(gm, models.other_kwargs(model))
+    feeds = lowered.feeds(call)
+    values = {node: feeds[str(node.target)] for node in lowered.graph.graph.nodes if node.op == "placeholder"}
+    for segment in segments(lowered.graph):
+        with torch.no_grad():
+            results = segment.graph(*(values[node] for node in segment.inputs))
+        assert all(isinstance(result, torch.Tensor) for result in results)
+        values |= dict(zip(segment.outputs, results, strict=True))
+    (last,) = lowered.graph.graph.output_node().all_input_nodes
+    assert torch.equal(values[last], run_graph(gm, call)[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        # The text half of the last block is dead, so it is a class of its own.
+        ("qwen", [["0", "1", "2", "3", "4"], ["5"]]),
+        ("flux", [["0", "1", "2", "3"], ["s0", "s1", "s2", "s3"], ["s4"]]),
+        ("sd3", [["0", "1", "2"], ["3", "4", "5", "6"], ["7"]]),
+    ],
+)
+def test_look_alike_blocks_share_a_structure(name: str, classes: list[list[str]]) -> None:
+    gm = lower(trace(*getattr(models, f"tiny_{name}")())).graph
+    found: dict[str, list[str]] = {}
+    for path, key in keys(segments(gm)).items():
+        if path.rpartition(".")[2].isdigit():
+            stack, _, index = path.rpartition(".")
+            found.setdefault(key, []).append(f"s{index}" if stack.startswith("single") else index)
+    assert sorted(found.values()) == sorted(classes)
+
+
+def test_structure_sees_settings_that_are_in_no_shape(tiny_sd3: Tiny) -> None:
+    model, kwargs = tiny_sd3
+    gm = lower(trace(model, kwargs)).graph
+    before = keys(segments(gm))
+    changed = copy.deepcopy(gm)
+    changed.get_submodule("transformer_blocks.3.attn.norm_q").eps = 0.5  # a plain attribute, deep inside a leaf
+    after = keys(segments(changed))
+    different = {name for name in before if before[name] != after[name]}
+    assert different == {"transformer_blocks.3"}
+
+
+def test_parameters_have_the_same_order_in_look_alike_blocks(tiny_flux: Tiny) -> None:
+    found = {s.name: s for s in segments(lower(trace(*tiny_flux)).graph)}
+    one, two = found["transformer_blocks.1"], found["transformer_blocks.2"]
+    assert [name.replace("blocks.1.", "blocks.2.") for name in one.parameters] == list(two.parameters)
