@@ -35,6 +35,7 @@ class Saving(Interpreter):
 
     def __init__(self, gm: GraphModule, *, checkpointing: bool) -> None:
         super().__init__(gm)
+        self.extra_traceback = False  # it would make several lines of an error's one
         self._gm = gm
         self._checkpointing = checkpointing
 

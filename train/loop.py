@@ -16,6 +16,7 @@ from ppcl_fx.train import checkpoints, schedule
 from ppcl_fx.train.checkpoints import Checkpoint, Identity
 from ppcl_fx.train.curves import StageCurves
 from ppcl_fx.train.data import Batches
+from ppcl_fx.train.masters import Masters
 from ppcl_fx.train.stages import Stage
 
 Progress = Callable[[str, int, int, float], None]
@@ -42,13 +43,14 @@ class Journal:
     device: torch.device
     curves: list[StageCurves] = field(default_factory=list)
 
-    def write(self, stage_number: int, step: int, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
+    def write(
+        self, number: int, step: int, stage: Stage, masters: Masters, optimizer: torch.optim.Optimizer
+    ) -> None:
         """Write a checkpoint of the current stage after `step` of its steps."""
         tensors = {f"students.{name}": value for name, value in self.students.items()}
-        tensors |= (
-            stage.tensors() | checkpoints.optimizer_state(optimizer) | checkpoints.rng_state(self.device)
-        )
-        checkpoints.save(self.folder, self.identity, stage_number, step, self.curves, tensors)
+        tensors |= stage.tensors() | masters.tensors()
+        tensors |= checkpoints.optimizer_state(optimizer) | checkpoints.rng_state(self.device)
+        checkpoints.save(self.folder, self.identity, number, step, self.curves, tensors)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Set the students and the curves to what the checkpoint holds."""
@@ -83,20 +85,23 @@ def run_stage(
             update of that step is done, so the last checkpoint is good.
     """
     curves = journal.curves[-1]
-    optimizer = schedule.optimizer(stage.groups, lr)
+    masters = Masters(stage.groups)
+    optimizer = schedule.optimizer(masters.groups, lr)
     done = 0
     if start is not None:
         stage.load(start.tensors)
+        masters.load(start.tensors)
         checkpoints.load_optimizer_state(optimizer, start.tensors)
         checkpoints.set_rng_state(start.tensors, journal.device)
         done = start.state.step
     before, began = curves.seconds, time.perf_counter()
     for step in range(done, total):
-        losses = _step(stage, batches, optimizer, step, lr * schedule.factor(step, total), clip, curves)
+        rate = lr * schedule.factor(step, total)
+        losses = _step(stage, batches, masters, optimizer, step, rate, clip, curves)
         curves.append(losses)
         curves.seconds = before + time.perf_counter() - began
         if (step + 1) % journal.every == 0 or step + 1 == total:
-            journal.write(number, step + 1, stage, optimizer)
+            journal.write(number, step + 1, stage, masters, optimizer)
         if progress is not None:
             progress(curves.label, step + 1, total, sum(losses.values()))
     optimizer.zero_grad(set_to_none=True)
@@ -105,6 +110,7 @@ def run_stage(
 def _step(
     stage: Stage,
     batches: Batches,
+    masters: Masters,
     optimizer: torch.optim.Optimizer,
     step: int,
     lr: float,
@@ -115,12 +121,14 @@ def _step(
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     found = stage.step(batches.kwargs(step))
-    norms = schedule.clip(stage.groups, clip)
+    masters.take_gradients()
+    norms = schedule.clip(masters.groups, clip)
     where = f"stage {curves.label}, step {step + 1}"
     losses = _numbers(found)
     _check("loss", losses, where)
     _check("gradient norm", _numbers(norms), where)
     optimizer.step()
+    masters.write_back()
     stage.updated(step)
     return losses
 

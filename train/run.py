@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
 
 CHECKPOINTS = "checkpoints"
-_LOW = (torch.bfloat16, torch.float16)
 _log = logging.getLogger("ppcl_fx.train")
 
 
@@ -100,8 +99,8 @@ def train(
         seed: Decides the order of the calls.
         sequential: Distil sequentially (the paper's control) in "depth" and "width".
         checkpointing: Gradient checkpointing: less memory, one more forward pass of what trains.
-        autocast: bf16 matrix products with float32 weights in training; None: where the machine has it
-            (CUDA), or where the model is stored in 16 bits.
+        autocast: bf16 matrix products with float32 weights; None: for a float32 model where the machine has
+            it (CUDA). A model stored in 16 bits computes in them, and trains float32 masters of its weights.
         keep: The share of the teacher's parameters of the mixture to fine-tune; None: all students.
         weights: Weights of the loss terms.
         clip: The largest norm of the gradients of one edit, None for no limit.
@@ -142,7 +141,7 @@ def train(
     _check_writable(folder)
     start = _starting_point(folder / CHECKPOINTS, identity, resume)
     runner = _Runner(model, options, cast, identity, folder, "" if keep is None else f"-{keep:g}", progress)
-    with _training(model, seed, cast):
+    with _training(model, seed):
         finetuned = runner.run(calls, start)
     losses = Losses(
         plan=identity.plan, calls=identity.calls, sequential=sequential, stages=runner.journal.curves
@@ -184,8 +183,6 @@ class _Runner:
     def run(self, calls: Calls, start: Checkpoint | None) -> GraphModule | None:
         """Run all stages that are not done yet; return the fine-tuned model, if there is one."""
         options = self._options
-        if start is not None:
-            self.journal.restore(start)
         batches = Batches(
             calls, options.batch, options.seed, device=self._model.device, dtype=self._model.dtype
         )
@@ -195,23 +192,33 @@ class _Runner:
             resumed = start if start is not None and number == start.state.stage else None
             if resumed is None:
                 self.journal.curves.append(StageCurves(name=name, label=self._label(name)))
+            else:
+                self.journal.restore(resumed)
+                _forget_mixtures(self._model)
             stage = self._stage(name)
-            run_stage(
-                stage,
-                batches,
-                self.journal,
-                number=number,
-                total=total,
-                lr=options.finetune_lr if name == "finetune" else options.lr,
-                clip=options.clip,
-                start=resumed,
-                progress=self._progress,
-            )
+            self._run_stage(stage, batches, number, total, resumed)
+            _forget_mixtures(self._model)
             if isinstance(stage, FineTuning):
                 finetuned = stage.result()
                 save_finetuned(finetuned, self._model, list(options.students), self.finetuned_folder)
                 return finetuned
         return None
+
+    def _run_stage(
+        self, stage: Stage, batches: Batches, number: int, total: int, resumed: Checkpoint | None
+    ) -> None:
+        options = self._options
+        run_stage(
+            stage,
+            batches,
+            self.journal,
+            number=number,
+            total=total,
+            lr=options.finetune_lr if isinstance(stage, FineTuning) else options.lr,
+            clip=options.clip,
+            start=resumed,
+            progress=self._progress,
+        )
 
     def _label(self, name: str) -> str:
         return name + self._suffix if name == "finetune" else name
@@ -278,8 +285,8 @@ def _mixture(model: PluggableModel, keep: float | None) -> tuple[str, ...]:
 def _autocast(model: PluggableModel, wanted: bool | None) -> torch.dtype | None:
     """Return the dtype to cast matrix products to, or None."""
     if wanted is None:
-        fast = model.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        wanted = fast or model.dtype in _LOW
+        cuda = model.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        wanted = cuda and model.dtype == torch.float32
     return torch.bfloat16 if wanted else None
 
 
@@ -311,29 +318,24 @@ def _starting_point(folder: Path, identity: Identity, resume: bool) -> Checkpoin
 
 
 @contextmanager
-def _training(model: PluggableModel, seed: int, cast: torch.dtype | None) -> Iterator[None]:
-    """Let the students train, and nothing else; put gradients' flags, dtypes and the random state back
+def _training(model: PluggableModel, seed: int) -> Iterator[None]:
+    """Let the students train, and nothing else; put the gradients' flags and the random state back
     afterwards.
     """
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    students = list(model.students_module.parameters())
-    dtypes = [p.dtype for p in students]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         try:
             model.requires_grad_(False)
-            for parameter in students:
-                parameter.requires_grad_(True)
-                if cast is not None:
-                    parameter.data = parameter.data.float()
+            model.students_module.requires_grad_(True)
             yield
         finally:
-            for parameter, dtype in zip(students, dtypes, strict=True):
-                parameter.data = parameter.data.to(dtype)
-                parameter.grad = None
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            # Mixtures that were built before hold what the weights were; a move, even to where it is, drops
-            # them.
-            model.to(model.device)
+                parameter.grad = None
+
+
+def _forget_mixtures(model: PluggableModel) -> None:
+    """Drop the mixtures that were built before: they may hold what the students' weights were."""
+    model.to(model.device)  # a move, even to where it is, drops them

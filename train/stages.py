@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.passes.split_module import split_module
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.graphs import copy_graph_module, module_paths
+from ppcl_fx.graphs import module_paths
 from ppcl_fx.passes.distil import distil, pairs
-from ppcl_fx.passes.outline import Outline, outline
+from ppcl_fx.passes.liveness import owner
+from ppcl_fx.passes.outline import outline
 from ppcl_fx.train.executor import Distiller, Groups, Saving, casting, inputs
 from ppcl_fx.train.losses import Weights, output_loss
 
@@ -106,7 +108,7 @@ class FineTuning:
         ema: Decay of an exponential moving average of the weights, which then is the result; None for the
             last weights.
         checkpointing: Recompute the blocks' insides in the backward pass instead of keeping them.
-        autocast: The dtype of matrix products, or None; with one, the copy trains in float32.
+        autocast: The dtype of matrix products, or None.
     """
 
     def __init__(
@@ -120,17 +122,14 @@ class FineTuning:
     ) -> None:
         self._teacher = mixture(model, ())
         self.student = copy.deepcopy(mixture(model, students)).requires_grad_(True)
-        if autocast is not None:
-            self.student.float()
         # The blocks as modules of their own, over the same parameters: what gradient checkpointing works on.
-        view = Outline()(copy_graph_module(self.student)).graph_module if checkpointing else self.student
+        view = segmented(self.student) if checkpointing else self.student
         self._runner = Saving(view, checkpointing=checkpointing)
         self._autocast = autocast
         self._device = model.device
         self._decay = ema
-        self._average = (
-            {n: p.detach().clone() for n, p in self.student.named_parameters()} if ema is not None else {}
-        )
+        start = self.student.named_parameters() if ema is not None else ()
+        self._average = {name: p.detach().to(torch.float32, copy=True) for name, p in start}
         self.groups: Groups = {WHOLE: list(self.student.parameters())}
 
     def step(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -150,7 +149,7 @@ class FineTuning:
         share = 1.0 - min(self._decay, (step + 1) / (step + 10))
         with torch.no_grad():
             for name, parameter in self.student.named_parameters():
-                self._average[name].lerp_(parameter, share)
+                self._average[name].lerp_(parameter.float(), share)
 
     def result(self) -> GraphModule:
         """Return the fine-tuned model, not training any more, with the averaged weights if there are any."""
@@ -192,6 +191,23 @@ def outline_students(gm: GraphModule) -> None:
     for path, nodes in regions.items():
         outline(gm, path, nodes)
     gm.recompile()
+
+
+def segmented(gm: GraphModule) -> GraphModule:
+    """Return the graph cut into modules, one from each block's first node to the next block's: the same
+    parameters.
+
+    Blocks are cut along the order of the nodes and not outlined, since a projector may stand between their
+    nodes.
+    """
+    number, current = 0, ""
+    part: dict[Node, int] = {}
+    for node in gm.graph.nodes:
+        block = owner(node)
+        if block and block != current:
+            number, current = number + 1, block
+        part[node] = number
+    return split_module(gm, gm, lambda node: part[node])
 
 
 def mixture(model: PluggableModel, students: Sequence[str]) -> GraphModule:

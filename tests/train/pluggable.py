@@ -6,6 +6,8 @@ import copy
 import functools
 from typing import Any
 
+import torch
+
 import ppcl_fx
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.fingerprint import fingerprint
@@ -49,20 +51,28 @@ _CASES: dict[str, tuple[Any, Any, list[Edit]]] = {
 }
 
 
-def build(kind: str = "qwen") -> tuple[Any, Calls]:
+def build(kind: str = "qwen", dtype: torch.dtype = torch.float32) -> tuple[Any, Calls]:
     """Return a pluggable model ("qwen", "flux" or "sd3") with nothing trained, and `CALLS` calls of its teacher."""
-    model, calls = _built(kind)
+    model, calls = _built(kind, dtype)
     return copy.deepcopy(model), calls
 
 
 @functools.cache
-def _built(kind: str) -> tuple[Any, Calls]:
+def _built(kind: str, dtype: torch.dtype) -> tuple[Any, Calls]:
     make, kwargs, edits = _CASES[kind]
     teacher, example = make()
+    teacher.to(dtype)
     mark = fingerprint(teacher)
-    model = ppcl_fx.rewrite(ppcl_fx.trace(teacher, example), Plan(model=mark, edits=edits))
-    recorded = [kwargs(seed=seed) for seed in range(CALLS)]
+    model = ppcl_fx.rewrite(ppcl_fx.trace(teacher, _cast(example, dtype)), Plan(model=mark, edits=edits))
+    recorded = [_cast(kwargs(seed=seed), dtype) for seed in range(CALLS)]
     calls = [
         Call(k, ("a square",), float(k["timestep"][0]), i, len(k["timestep"])) for i, k in enumerate(recorded)
     ]
     return model, Calls(calls, mark)
+
+
+def _cast(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in kwargs.items()
+    }

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError
+from ppcl_fx.tracing.guards import expect
 from ppcl_fx.train.executor import Distiller, edit_parameters, live_nodes
 from ppcl_fx.train.losses import Weights, edit_loss, normalized_error, squared_error
 from tests.train.graphs import EDITS, distillation_graph, inputs
@@ -168,3 +169,12 @@ def test_autocast_computes_in_bf16_and_keeps_float32_gradients() -> None:
 def test_a_call_outside_of_the_trace_is_refused() -> None:
     with pytest.raises(GuardError, match="'y'"):
         Distiller(distillation_graph()).step({**inputs(), "y": torch.ones(1)})
+
+
+def test_an_error_inside_of_the_graph_stays_one_line() -> None:
+    gm = distillation_graph()
+    with gm.graph.inserting_before(gm.graph.output_node()):
+        gm.graph.call_function(expect, (1, 2, "the answer"))
+    with pytest.raises(GuardError, match="the answer was 2") as caught:
+        Distiller(gm).step(inputs())
+    assert "\n" not in str(caught.value)

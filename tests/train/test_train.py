@@ -209,14 +209,21 @@ def test_bf16_autocast_trains_float32_weights(tmp_path: Path) -> None:
 
 
 def test_a_model_stored_in_bf16_trains_in_float32_and_goes_back(tmp_path: Path) -> None:
-    model, calls = build()
-    model.to(torch.bfloat16)
+    straight, calls = build(dtype=torch.bfloat16)
+    model, _ = build(dtype=torch.bfloat16)
     before = _weights(model.students_module)
-    result = _run(model, calls, tmp_path)
+    expected = _run(straight, calls, tmp_path / "straight")
+    with pytest.raises(_Killed):
+        _run(model, calls, tmp_path / "killed", progress=_kill_at("depth", 5))
+    model, _ = build(dtype=torch.bfloat16)
+    result = _run(model, calls, tmp_path / "killed", resume=True)
+    assert _curves(result) == _curves(expected)
+    for one, two in zip(straight.parameters(), model.parameters(), strict=True):
+        assert torch.equal(one, two)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert any(not torch.equal(p, before[n]) for n, p in model.students_module.named_parameters())
     assert result.finetuned_model is not None
-    loaded = load_finetuned(model, tmp_path / "finetuned")
+    loaded = load_finetuned(model, tmp_path / "killed" / "finetuned")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
