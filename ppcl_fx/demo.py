@@ -7,6 +7,7 @@ seeds. Needs no GPU and no network.
 from __future__ import annotations
 
 import argparse
+import itertools
 import shlex
 import shutil
 import sys
@@ -24,16 +25,18 @@ from ppcl_fx.report.contact import write_contact_sheet
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from torch.fx import GraphModule
 
     from ppcl_fx.calls import Calls
     from ppcl_fx.model import PluggableModel
     from ppcl_fx.plan import Plan
     from ppcl_fx.redundancy import Redundancy
     from ppcl_fx.shapes.pipeline import ShapesPipeline
-    from ppcl_fx.train import TrainResult
+    from ppcl_fx.train import StageCurves
 
 VARIANTS = ("ppcl", "uniform", "sequential")
 KEEPS = (1.0, 0.7, 0.6, 0.5)
+STEPS = (600, 200, 300)
 LEAVES = (
     "calls", "analysis.json", "plan.json", "student", "train", "engines", "pictures", "report.html", "summary.json",
 )  # fmt: skip
@@ -59,24 +62,28 @@ class Settings:
         variant: "ppcl", or one of the two controls: "uniform" removes evenly spaced blocks instead of the plan,
             "sequential" distils each student on the output of the students before it.
         recorded: prompts recorded in each category, for analysis and training.
+        keeps: the ratios, the teacher's 1.0 first, the smallest last.
         batch: pictures drawn at once while recording, and samples in one recorded call.
         analysed: recorded calls that the analysis looks at.
-        calls_a_step: recorded calls in one training step.
+        distil_calls: recorded calls in one step of distillation.
+        finetune_calls: recorded calls in one step of fine-tuning.
         lr: peak learning rate of distillation.
         finetune_lr: peak learning rate of fine-tuning.
     """
 
     out: Path
-    steps: tuple[int, int, int] = (600, 200, 100)
+    steps: tuple[int, int, int] = STEPS
     per_category: int = 64
     variant: str = "ppcl"
     weights: Path | None = None
-    recorded: int = 48
-    batch: int = 16
-    analysed: int = 96
-    calls_a_step: int = 2
+    recorded: int = 32
+    keeps: tuple[float, ...] = KEEPS
+    batch: int = 8
+    analysed: int = 48
+    distil_calls: int = 2
+    finetune_calls: int = 4
     lr: float = 1e-3
-    finetune_lr: float = 3e-4
+    finetune_lr: float = 1e-3
 
 
 @dataclass
@@ -118,13 +125,13 @@ def run(settings: Settings, console: Console, command: str = "") -> list[dict[st
     pipeline = _load(settings, clock)
     calls = _record(settings, clock, pipeline)
     analysis, plan, model = _prune(settings, clock, pipeline, calls)
-    trained = _train(settings, clock, model, calls)
+    curves, finetuned = _train(settings, clock, model, calls)
     with clock.stage("score") as say:
-        rows = results.score_ratios(pipeline, model, KEEPS, trained.finetuned_model, settings.per_category)
+        rows = results.score_ratios(pipeline, model, settings.keeps, finetuned, settings.per_category)
         say(", ".join(f"{row.name} {row.score['overall']:.3f}" for row in rows))
     with clock.stage("export") as say:
-        engines = results.export_ratios(out / "engines", model, KEEPS, trained.finetuned_model, calls)
-        say(f"{len(engines)} ONNX files, checked by onnxruntime on three shapes")
+        engines = results.export_ratios(out / "engines", model, settings.keeps, finetuned, calls)
+        say(f"{len(engines)} ONNX files, each checked on {engines[0]['shapes']:.0f} shapes")
     with clock.stage("report"):
         blocks = sum(len(stack.blocks) for stack in analysis.stacks)
         ratios = results.summary(rows, engines, model, blocks)
@@ -134,7 +141,7 @@ def run(settings: Settings, console: Console, command: str = "") -> list[dict[st
             out / "report.html",
             redundancy=analysis,
             plan=plan,
-            losses={stage.label: stage.losses for stage in trained.stages},
+            losses={stage.label: stage.losses for stage in curves},
             ratios=ratios,
             pictures=grid,
             title="shapes: one teacher, and what is left of it",
@@ -191,7 +198,7 @@ def _prune(
     with clock.stage("select") as say:
         uniform = settings.variant == "uniform"
         options = {"rule": "uniform", "width": False} if uniform else {"rule": "paper"}
-        plan = ppcl_fx.select(analysis, keep=min(KEEPS), **options)
+        plan = ppcl_fx.select(analysis, keep=min(settings.keeps), **options)
         write_json(settings.out / "plan.json", plan)
         say(f"{plan.params:,} of {plan.teacher_params:,} parameters stay; {len(plan.edits)} edits")
     with clock.stage("rewrite"):
@@ -199,30 +206,42 @@ def _prune(
     return analysis, plan, model
 
 
-def _train(settings: Settings, clock: Clock, model: PluggableModel, calls: Calls) -> TrainResult:
-    """Distil depth and width, fine-tune the smallest mixture, save both."""
+def _train(
+    settings: Settings, clock: Clock, model: PluggableModel, calls: Calls
+) -> tuple[list[StageCurves], GraphModule]:
+    """Distil depth and width, fine-tune the smallest mixture, save both; return the curves and the fine-tuned model."""
     from ppcl_fx.train import train
 
-    with clock.stage("train") as say:
-        trained = train(
-            model,
-            calls,
-            steps=fitting_steps(settings.steps, {edit.kind for edit in model.plan.edits}),
-            out=settings.out / "train",
-            batch=settings.calls_a_step,
-            lr=settings.lr,
-            finetune_lr=settings.finetune_lr,
-            ema=EMA,
-            seed=SEED,
-            sequential=settings.variant == "sequential",
-        )
-        model.save(settings.out / "student")
-        say(
-            ", ".join(
-                f"{stage.label} {stage.steps} steps in {stage.seconds:.0f} s" for stage in trained.stages
+    steps = fitting_steps(settings.steps, {edit.kind for edit in model.plan.edits})
+    folder, sequential = settings.out / "train", settings.variant == "sequential"
+    curves: list[StageCurves] = []
+    for stages, batch, rate in (
+        (("depth", "width"), settings.distil_calls, settings.lr),
+        (("finetune",), settings.finetune_calls, settings.finetune_lr),
+    ):
+        with clock.stage("distil" if len(stages) > 1 else "finetune") as say:
+            trained = train(
+                model,
+                calls,
+                stages=stages,
+                steps={stage: steps[stage] for stage in stages},
+                out=folder,
+                batch=batch,
+                lr=rate,
+                finetune_lr=rate,
+                ema=EMA,
+                seed=SEED,
+                sequential=sequential,
             )
-        )
-    return trained
+            curves += trained.stages
+            say(
+                ", ".join(
+                    f"{stage.label} {stage.steps} steps in {stage.seconds:.0f} s" for stage in trained.stages
+                )
+            )
+    assert trained.finetuned_model is not None
+    model.save(settings.out / "student")
+    return curves, trained.finetuned_model
 
 
 def fitting_steps(steps: tuple[int, int, int], kinds: set[str]) -> dict[str, int]:
@@ -270,9 +289,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     parser.add_argument(
         "--out", type=Path, default=Path("build/demo"), help="folder for the results (%(default)s)"
     )
-    parser.add_argument(
-        "--steps", default="600,200,100", help="of depth, width and fine-tuning (%(default)s)"
-    )
+    steps, keeps = ",".join(map(str, STEPS)), ",".join(map(str, KEEPS))
+    parser.add_argument("--steps", default=steps, help="of depth, width and fine-tuning (%(default)s)")
     parser.add_argument(
         "--per-category", type=int, default=64, help="prompts scored a category (%(default)s)"
     )
@@ -280,7 +298,8 @@ def parse(arguments: list[str] | None = None) -> Settings:
     parser.add_argument(
         "--weights", type=Path, help="another shapes pipeline, as ppcl_fx.shapes.teach writes it"
     )
-    parser.add_argument("--recorded", type=int, default=48, help="prompts recorded a category (%(default)s)")
+    parser.add_argument("--keep", default=keeps, help="ratios, the teacher's 1.0 first (%(default)s)")
+    parser.add_argument("--recorded", type=int, default=32, help="prompts recorded a category (%(default)s)")
     given = parser.parse_args(arguments)
     if given.variant not in VARIANTS:
         known = ", ".join(VARIANTS)
@@ -290,8 +309,15 @@ def parse(arguments: list[str] | None = None) -> Settings:
     for name in ("per_category", "recorded"):
         if getattr(given, name) < 1:
             raise PpclError(f"--{name.replace('_', '-')} is {getattr(given, name)}; give 1 or more")
-    steps = parse_steps(given.steps)
-    return Settings(given.out, steps, given.per_category, given.variant, given.weights, given.recorded)
+    return Settings(
+        out=given.out,
+        steps=parse_steps(given.steps),
+        per_category=given.per_category,
+        variant=given.variant,
+        weights=given.weights,
+        recorded=given.recorded,
+        keeps=parse_keeps(given.keep),
+    )
 
 
 def parse_steps(text: str) -> tuple[int, int, int]:
@@ -307,6 +333,22 @@ def parse_steps(text: str) -> tuple[int, int, int]:
         )
     depth, width, finetune = (int(part) for part in parts)
     return depth, width, finetune
+
+
+def parse_keeps(text: str) -> tuple[float, ...]:
+    """Return the shares of "1.0,0.7,0.5": 1.0 first, then falling.
+
+    Raises:
+        PpclError: they are not that.
+    """
+    try:
+        keeps = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        keeps = ()
+    falling = all(after < before for before, after in itertools.pairwise(keeps))
+    if len(keeps) < 2 or keeps[0] != 1.0 or not falling or keeps[-1] <= 0:
+        raise PpclError(f"--keep {text}: give 1.0 (the teacher) and then falling shares above 0: 1.0,0.7,0.5")
+    return keeps
 
 
 def main(arguments: list[str] | None = None) -> int:

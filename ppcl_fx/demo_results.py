@@ -12,7 +12,6 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ppcl_fx.files import read_json
 from ppcl_fx.plan import DepthEdit
 from ppcl_fx.report import PictureGrid
 from ppcl_fx.report.machine import describe
@@ -111,25 +110,25 @@ def export_ratios(
 
     Returns:
         For each, in the order of the rows: ``latency_ms`` (median of one call with the samples of a recorded one) and
-        ``parity_max_abs`` (largest difference between onnxruntime and PyTorch over three shapes and more).
+        ``parity_max_abs`` (largest difference between onnxruntime and PyTorch over ``shapes`` shapes).
     """
-    from ppcl_fx.export import Sidecar, export, export_graph, lower
+    from ppcl_fx.export import export, export_graph, lower
 
-    call = calls[0]
-    files = [
-        (done.onnx, model.plug(keep=done.keep).graph_module())
-        for done in export(model, keeps, folder, calls=calls).ratios
-    ]
+    done = list(export(model, keeps, folder, calls=calls[:1]).ratios)
+    graphs = [model.plug(keep=keep).graph_module() for keep in keeps]
     if finetuned is not None:
         path = folder / f"keep-{min(keeps):g}-finetuned"
-        export_graph(finetuned, path, call.kwargs, call.batch)
-        files.append((path / files[0][0].name, finetuned))
-    feeds = [lower(graph).feeds(bind(graph, call.kwargs)) for _, graph in files]
-    medians = latencies([path for path, _ in files], feeds)
-    cards = [read_json(path.with_suffix(".json"), Sidecar) for path, _ in files]
+        share = done[-1].params / model.teacher_params
+        students = done[-1].students
+        done.append(
+            export_graph(finetuned, path, calls=calls[:1], keep=share, students=students, plan=model.plan)
+        )
+        graphs.append(finetuned)
+    feeds = [lower(graph).feeds(bind(graph, calls[0].kwargs)) for graph in graphs]
+    medians = latencies([one.onnx for one in done], feeds)
     return [
-        {"latency_ms": median, "parity_max_abs": float(card.parity_max_abs or 0.0)}
-        for median, card in zip(medians, cards, strict=True)
+        {"latency_ms": median, "parity_max_abs": one.parity_max_abs, "shapes": len(one.parity)}
+        for median, one in zip(medians, done, strict=True)
     ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +60,7 @@ class Workplace:
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder, its calls and analysis, and a student by a plan: made once, copied for each test."""
     folder = tmp_path_factory.mktemp("steps")
     place = Workplace(folder)
@@ -73,7 +72,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     assert main([*map(str, analyze)]) == 0
     rewrite = ["rewrite", place.model, "--plan", place.plan, "--calls", place.calls, "-o", place.student]
     assert main([*map(str, rewrite)]) == 0
-    yield folder
+    return folder
 
 
 @pytest.fixture

@@ -64,7 +64,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     """One run of the demo on six random blocks: its folder, what it returned, what it printed."""
     folder = tmp_path_factory.mktemp("demo")
     weights = shapes_folder.save_pipeline(folder / "weights")
-    settings = demo.Settings(folder / "out", (2, 2, 2), 1, weights=weights, recorded=1, batch=6, analysed=24)
+    settings = demo.Settings(
+        folder / "out", (2, 2, 2), 1, weights=weights, recorded=1, keeps=(1.0, 0.5), batch=6, analysed=24
+    )
     console = Console(record=True, quiet=False, width=200, file=(folder / "log").open("w"))
     return folder / "out", demo.run(settings, console, "the command"), console.export_text()
 
@@ -74,14 +76,19 @@ def test_demo_leaves_everything_it_promises(finished: tuple[Path, list[dict[str,
     assert sorted(entry.name for entry in out.iterdir()) == sorted(demo.LEAVES)
     assert json.loads((out / "summary.json").read_text()) == ratios
     with Image.open(out / "pictures" / "grid.png") as grid:
-        assert grid.width > 5 * 96
+        assert grid.width > 3 * 96
     assert "the command" in (out / "report.html").read_text()
 
 
 def test_summary_is_what_the_models_are(finished: tuple[Path, list[dict[str, Any]], str]) -> None:
     out, ratios, _ = finished
     model = ppcl_fx.load(out / "student")
-    assert [(r["keep"], r["finetuned"]) for r in ratios] == [(k, False) for k in demo.KEEPS] + [(0.5, True)]
+    assert [(r["keep"], r["finetuned"]) for r in ratios] == [
+        (1.0, False),
+        (0.7, False),
+        (0.5, False),
+        (0.5, True),
+    ]
     assert all(set(r) == KEYS for r in ratios)
     assert all(set(r["score"]) == {*CATEGORIES, "overall"} for r in ratios)
     teacher = ratios[0]
@@ -156,6 +163,9 @@ def test_output_that_is_a_file_is_one_line_and_exit_code_2(
         (["--steps", "a,b,c"], "give three numbers"),
         (["--per-category", "0"], "--per-category is 0"),
         (["--recorded", "-1"], "--recorded is -1"),
+        (["--keep", "0.7,0.5"], "give 1.0 (the teacher)"),
+        (["--keep", "1.0,0.5,0.7"], "then falling shares"),
+        (["--keep", "1.0,half"], "then falling shares"),
     ],
 )
 def test_bad_options_say_what_to_do(

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from safetensors.torch import load_file
 
+from ppcl_fx.errors import PpclError
 from ppcl_fx.shapes.fastpath import speed_up
 from ppcl_fx.shapes.growth import empty_transformer, grow, new_transformer
 from ppcl_fx.shapes.keeping import load_state, replace_folder, save_state
@@ -107,6 +109,18 @@ def save(course: Course, out: Path, words: WordEncoder, blocks: int) -> None:
     pipeline = pipeline_of(average, count, words)
     pipeline.transformer.bfloat16()
     replace_folder(out / "latest", pipeline.save_pretrained)
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the transformer's weights of a pipeline folder, in float32.
+
+    Raises:
+        PpclError: there is no such pipeline.
+    """
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    if not file.is_file():
+        raise PpclError(f"no transformer weights at {file}; give a pipeline folder that teach wrote")
+    return {name: weight.float() for name, weight in load_file(file).items()}
 
 
 def resume(out: Path, compiled: bool) -> Course:

@@ -27,21 +27,14 @@ from torch.nn import functional
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
-from ppcl_fx.shapes.course import Course, begin, grown, pipeline_of, resume, save
+from ppcl_fx.shapes.course import Course, begin, grown, pipeline_of, read_weights, resume, save
 from ppcl_fx.shapes.pipeline import SIDE, pack
 from ppcl_fx.shapes.scenes import draw_prompts
 from ppcl_fx.shapes.score import score
 from ppcl_fx.shapes.words import WordEncoder
 
-SHARES = {
-    "single_object": 1.0,
-    "two_object": 1.5,
-    "counting": 3.0,
-    "colors": 1.0,
-    "position": 3.0,
-    "color_attr": 2.5,
-}
-"""How often each category is taught, relative to the others."""
+SHARES = (1.0, 1.5, 3.0, 1.0, 3.0, 2.5)
+"""How often each category is taught, relative to the others, in the order of ``CATEGORIES``."""
 DROPOUT = 0.1
 """Share of captions that are replaced by the empty one."""
 WARM_UP = 100
@@ -62,12 +55,12 @@ def rate_at(share: float, stage_step: int, peak: float) -> float:
 def _batch(step: int, words: WordEncoder, args: argparse.Namespace) -> tuple[torch.Tensor, ...]:
     """Return (picture tokens, word vectors, noise levels, noise); the step number alone decides them."""
     source = random.Random(f"{args.seed}/{step}/{args.worker}")
-    names = source.choices(CATEGORIES, [SHARES[name] for name in CATEGORIES], k=args.batch)
+    names = source.choices(CATEGORIES, args.shares, k=args.batch)
     prompts = [source.choice(every_prompt(name)) for name in names]
     texts = ["" if source.random() < DROPOUT else prompt.text for prompt in prompts]
     generator = torch.Generator().manual_seed((args.seed * 64 + args.worker) * 10_000_019 + step)
     # Noise levels lean towards noise: that is where the layout is decided.
-    level = torch.sigmoid(torch.randn(args.batch, generator=generator) * 1.1 + 0.5)
+    level = torch.sigmoid(torch.randn(args.batch, generator=generator) * 1.1 + args.lean)
     pictures = pack(draw_prompts(prompts, source))
     return pictures, words.encode(texts), level, torch.randn(pictures.shape, generator=generator)
 
@@ -145,6 +138,16 @@ def _report(course: Course, words: WordEncoder, count: int, head: str) -> None:
         _say(f"{head} {json.dumps({name: round(value, 3) for name, value in means.items()})}")
 
 
+def _first_course(args: argparse.Namespace) -> Course:
+    """Return the course to go on with: a checkpoint's, one from a pipeline's weights, or a new one."""
+    compiled = not args.no_compile
+    if args.resume:
+        return resume(Path(args.out), compiled)
+    if args.start:
+        return begin(args.blocks, args.seed, compiled, read_weights(Path(args.start)))
+    return begin(args.blocks // 4, args.seed, compiled)
+
+
 def teach(args: argparse.Namespace) -> None:
     """Teach until the time budget is used up; with several workers, this is what each of them does.
 
@@ -153,7 +156,7 @@ def teach(args: argparse.Namespace) -> None:
     """
     words, out, first = WordEncoder(), Path(args.out), args.worker == 0
     budget, compiled = args.minutes * 60, not args.no_compile
-    course = resume(out, compiled) if args.resume else begin(args.blocks // 4, args.seed, compiled)
+    course = _first_course(args)
     _warm(course, words, args)
     saved = tested = clock = time.monotonic()
     total = 0.0
@@ -205,11 +208,14 @@ def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="teach the shapes model from nothing")
     parser.add_argument("--out", required=True, help="folder for checkpoints and the pipeline")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--start", help="pipeline folder whose weights to start from, with all blocks")
     parser.add_argument("--minutes", type=float, default=60.0, help="time budget, over all resumed runs")
     parser.add_argument("--blocks", type=int, default=16, help="blocks in the end; a multiple of 4")
     parser.add_argument("--grow", type=float, nargs=2, default=(0.42, 0.66), help="shares of the budget")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step, for each worker")
     parser.add_argument("--rate", type=float, default=2e-3, help="highest learning rate")
+    parser.add_argument("--lean", type=float, default=0.5, help="lean of noise levels towards noise")
+    parser.add_argument("--shares", type=float, nargs=6, default=SHARES, help="how often each category comes")
     parser.add_argument("--average", type=float, default=0.998, help="decay of the weights' average")
     parser.add_argument("--seed", type=int, default=0, help="of the starting weights and all data")
     parser.add_argument("--workers", type=int, default=2, help="processes that share the work")
