@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 VARIANTS = ("ppcl", "uniform", "sequential")
 KEEPS = (1.0, 0.7, 0.6, 0.5)
-STEPS = (600, 200, 300)
+STEPS = (300, 80, 150)
 LEAVES = (
     "calls", "analysis.json", "plan.json", "student", "train", "engines", "pictures", "report.html", "summary.json",
 )  # fmt: skip
@@ -76,7 +76,7 @@ class Settings:
     per_category: int = 64
     variant: str = "ppcl"
     weights: Path | None = None
-    recorded: int = 32
+    recorded: int = 16
     keeps: tuple[float, ...] = KEEPS
     batch: int = 8
     analysed: int = 48
@@ -299,7 +299,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         "--weights", type=Path, help="another shapes pipeline, as ppcl_fx.shapes.teach writes it"
     )
     parser.add_argument("--keep", default=keeps, help="ratios, the teacher's 1.0 first (%(default)s)")
-    parser.add_argument("--recorded", type=int, default=32, help="prompts recorded a category (%(default)s)")
+    parser.add_argument("--recorded", type=int, default=16, help="prompts recorded a category (%(default)s)")
     given = parser.parse_args(arguments)
     if given.variant not in VARIANTS:
         known = ", ".join(VARIANTS)

@@ -176,7 +176,7 @@ class FineTuning:
 def terms(gm: GraphModule) -> set[str]:
     """Return the names of the loss terms in a distillation graph."""
     found = (node.args[1] for node in gm.graph.nodes if node.op == "call_function" and node.target is pairs)
-    return {str(term[0]) for group in found if isinstance(group, tuple) for term in group}  # type: ignore[index]
+    return {str(term[0]) for group in found if isinstance(group, tuple) for term in group}
 
 
 def outline_students(gm: GraphModule) -> None:
