@@ -192,7 +192,12 @@ def _signalled(number: signal.Signals, folder: Path) -> subprocess.CompletedProc
         "sys.exit(guarded(lambda args: app(args=[], standalone_mode=False), []))\n"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, str(folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test run in the background ignores Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"

@@ -109,6 +109,6 @@ def _set_up_libraries(verbose: bool) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", level)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
     logging.basicConfig(level=logging.WARNING if verbose else logging.ERROR, format="%(name)s: %(message)s")
-    logging.getLogger("ppcl_fx").setLevel(logging.INFO if verbose else logging.ERROR)
+    logging.getLogger("ppcl_fx").setLevel(logging.INFO if verbose else logging.WARNING)
     if not verbose and not sys.warnoptions:
         warnings.simplefilter("ignore")
