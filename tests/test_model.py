@@ -165,7 +165,8 @@ def test_a_folder_is_loaded_in_another_dtype(pluggable: Any, folder: Path) -> No
     assert {p.dtype for p in loaded.parameters() if p.is_floating_point()} == {torch.bfloat16}
     half = {k: v.bfloat16() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for k, v in kwargs.items()}
     expected = answer(model.plug(students=loaded.students), kwargs)
-    assert torch.allclose(answer(loaded, half).float(), expected, atol=0.1)
+    # bfloat16 keeps 8 bits: a wrong mixture or a lost part is off by far more than 2 % of the output's norm.
+    assert (answer(loaded, half).float() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_students_alone_are_saved_again(pluggable: Any, folder: Path, tmp_path: Path) -> None:

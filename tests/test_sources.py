@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.recording import record
-from ppcl_fx.shapes import weights_folder
 from ppcl_fx.shapes.pipeline import CHANNELS, ShapesPipeline
 from ppcl_fx.shapes.words import WordEncoder
 from ppcl_fx.sources import open_source
@@ -85,9 +84,6 @@ def test_a_pipeline_with_empty_components(tmp_path: Path) -> None:
     assert open_source(str(tmp_path / "flux")).kind == "pipeline"
 
 
-@pytest.mark.skipif(
-    not (weights_folder() / "model_index.json").is_file(), reason="the weights are not built yet"
-)
 def test_shapes() -> None:
     source = open_source("shapes")
     assert source.kind == "pipeline" and source.transformer().config.num_layers > 2
