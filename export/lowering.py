@@ -13,7 +13,7 @@ from ppcl_fx.export.complex_to_real import ComplexToReal
 from ppcl_fx.export.drop_guards import DropGuards
 from ppcl_fx.export.positions import PositionsAsInputs, tables
 from ppcl_fx.export.tuples_apart import TuplesApart, holds_tensors
-from ppcl_fx.graphs import copy_graph_module
+from ppcl_fx.graphs import draft
 from ppcl_fx.passes.contract import Pass, run
 from ppcl_fx.passes.dead_code import DeadCode
 from ppcl_fx.passes.expand import Expand
@@ -71,7 +71,7 @@ def lower(gm: GraphModule) -> Lowered:
     Raises:
         PpclError: the graph holds something that cannot leave PyTorch; the message names the nodes.
     """
-    result = run(PASSES, copy_graph_module(gm))
+    result = run(PASSES, draft(gm))
     if result.refused:
         first = result.refused[0]
         raise PpclError(

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch.fx import GraphModule, Node
 
-from ppcl_fx.graphs import copy_graph_module
+from ppcl_fx.graphs import Draft, draft, finished
 from ppcl_fx.passes.contract import Pass, Result, run
 from ppcl_fx.passes.dead_code import DeadCode
 from ppcl_fx.passes.expand import Expand
@@ -45,9 +45,11 @@ def plugged(gm: GraphModule, students: frozenset[str]) -> GraphModule:
 
     Parameters are shared with `gm`; nothing that the mixture does not use is left in the result.
     """
-    view = copy_graph_module(gm)
+    return finished(mixture(gm, students))
+
+
+def mixture(gm: GraphModule, students: frozenset[str]) -> Draft:
+    """Return what `plugged` returns, as a draft: enough to look at or to count."""
+    view = draft(gm)
     run([Plug(students), DeadCode(), Expand(), DeadCode(), Narrow(), DeadCode()], view)
-    clean = GraphModule(view, view.graph, class_name=gm.__class__.__name__)
-    clean.meta = dict(view.meta)
-    clean.train(gm.training)
-    return clean
+    return view

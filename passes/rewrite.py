@@ -9,14 +9,14 @@ from torch.fx import GraphModule
 
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError, Refusal
-from ppcl_fx.graphs import copy_graph_module, parameter_count
+from ppcl_fx.graphs import Draft, draft, finished, parameter_count
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.contract import Result, options
 from ppcl_fx.passes.depth import Depth, interval, student_path
 from ppcl_fx.passes.ffn import Ffn
 from ppcl_fx.passes.initialise import fit_projectors
 from ppcl_fx.passes.liveness import mark
-from ppcl_fx.passes.plug import plugged
+from ppcl_fx.passes.plug import mixture
 from ppcl_fx.passes.switches import surface, switches
 from ppcl_fx.passes.text_stream import TextStream
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
@@ -44,9 +44,7 @@ def rewrite(gm: GraphModule, plan: Plan, calls: Calls | None = None) -> Pluggabl
     graph = insert_edits(gm, plan)
     if calls is not None:
         fit_projectors(graph, calls)
-    filled = plan.model_copy(update={"model": plan.model or mine})
-    model = PluggableModel(graph, filled)
-    filled.teacher_params, filled.params = model.teacher_params, model.param_count(plan.ids)
+    model = PluggableModel(graph, plan.model_copy(update={"model": plan.model or mine}))
     return model.train(gm.training)
 
 
@@ -59,8 +57,13 @@ def insert_edits(gm: GraphModule, plan: Plan) -> GraphModule:
         PpclError: the plan contradicts itself.
         Refusal: an edit does not fit the model; the message says why.
     """
+    return finished(edited(gm, plan))
+
+
+def edited(gm: GraphModule, plan: Plan) -> Draft:
+    """Return what `insert_edits` returns, as a draft."""
     plan.check()
-    gm = copy_graph_module(gm)
+    gm = draft(gm)
     mark(gm)
     have = {str(node.args[2]) for node in switches(gm)}
     found = stacks(gm)
@@ -89,7 +92,6 @@ def insert_edits(gm: GraphModule, plan: Plan) -> GraphModule:
             text = TextStream(width.stack, width.source, width.last)
             _record(gm, text, text.insert(gm, source, blocks))
     gm.graph.lint()
-    gm.recompile()
     return gm
 
 
@@ -147,5 +149,5 @@ def count(gm: GraphModule, plan: Plan) -> int:
         gm: the traced teacher; only shapes matter, the meta device will do.
         plan: the edits.
     """
-    return parameter_count(plugged(insert_edits(gm, plan), frozenset(plan.ids)))
+    return parameter_count(mixture(edited(gm, plan), frozenset(plan.ids)))
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import PythonCode
 
 _DYNAMO_PREFIX = re.compile(r"L\['self'\]\.?|__dict__\['_modules'\]|\._modules|_modules\['([^']*)'\]")
+_Kind = TypeVar("_Kind", bound=GraphModule)
 _BRACKETS = re.compile(r"\['?([^'\]]*)'?\]")
 
 
@@ -106,15 +109,36 @@ def example(node: Node) -> object:
     return node.meta.get("val")
 
 
-def copy_graph_module(gm: GraphModule) -> GraphModule:
-    """Return a graph module with a graph of its own over the same modules and parameters."""
+class Draft(GraphModule):
+    """A graph module that is still being edited: it has no code, so edits cost no compilation. See `finished`."""
+
+    def recompile(self) -> PythonCode:
+        """Write no code: nobody runs a draft."""
+        return PythonCode("", {}, None)
+
+
+def draft(gm: GraphModule) -> Draft:
+    """Return a draft with a graph of its own over the modules and parameters of `gm`."""
     graph = Graph(tracer_cls=None)
-    mapping: dict[Node, Node] = {}
-    result = graph.graph_copy(gm.graph, mapping)
+    result = graph.graph_copy(gm.graph, {})
     output = gm.graph.output_node()
     graph.output(result)
     graph.output_node().meta = dict(output.meta)
-    copied = GraphModule(gm, graph, class_name=gm.__class__.__name__)
-    copied.meta = {key: dict(value) if isinstance(value, dict) else value for key, value in gm.meta.items()}
-    copied.train(gm.training)
-    return copied
+    return _over(gm, graph, Draft)
+
+
+def finished(gm: Draft) -> GraphModule:
+    """Return a draft as a graph module that runs, without the submodules that its graph does not use."""
+    return _over(gm, gm.graph, GraphModule)
+
+
+def copy_graph_module(gm: GraphModule) -> GraphModule:
+    """Return a graph module with a graph of its own over the same modules and parameters."""
+    return finished(draft(gm))
+
+
+def _over(gm: GraphModule, graph: Graph, kind: type[_Kind]) -> _Kind:
+    made = kind(gm, graph, class_name=gm.__class__.__name__)
+    made.meta = {key: dict(value) if isinstance(value, dict) else value for key, value in gm.meta.items()}
+    made.train(gm.training)
+    return made

@@ -59,16 +59,25 @@ class PluggableModel(nn.Module):
     def __init__(self, graph: GraphModule, plan: Plan) -> None:
         super().__init__()
         self.graph = graph
-        self.plan = plan
+        self._plan = plan
+        self._plan_counted = False
         self.students: tuple[str, ...] = ()
         self._forget()
 
     # ---- what it is --------------------------------------------------------------------------------------------
 
     @property
+    def plan(self) -> Plan:
+        """The plan, with the exact parameter counts of the teacher and of the model with every edit plugged."""
+        if not self._plan_counted:
+            counts = {"teacher_params": self.teacher_params, "params": self.param_count(self.edits)}
+            self._plan, self._plan_counted = self._plan.model_copy(update=counts), True
+        return self._plan
+
+    @property
     def edits(self) -> list[str]:
         """The ids of all edits, in the plan's order."""
-        return self.plan.ids
+        return self._plan.ids
 
     @property
     def students_module(self) -> nn.Module:
@@ -109,7 +118,9 @@ class PluggableModel(nn.Module):
         """
         wanted = frozenset(self.students if students is None else students)
         if wanted not in self._counts:
-            self._counts[wanted] = parameter_count(self._view(wanted))
+            from ppcl_fx.passes.plug import mixture
+
+            self._counts[wanted] = parameter_count(mixture(self.graph, wanted))
         return self._counts[wanted]
 
     # ---- plugging ----------------------------------------------------------------------------------------------
