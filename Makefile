@@ -28,7 +28,7 @@ types: $(VENV)/.ready-test
 	$(BIN)/mypy
 
 pytest: $(VENV)/.ready-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # torch comes first and alone: it is the largest, and a wrong build of it shows at once.
 $(VENV)/.ready-torch: constraints.txt
