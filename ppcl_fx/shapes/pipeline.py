@@ -21,7 +21,7 @@ CHANNELS = 3 * PATCH * PATCH
 """Channels of a token: the values of one patch."""
 STEPS = 12
 """Default number of denoising steps."""
-GUIDANCE = 2.5
+GUIDANCE = 1.5
 """Default guidance scale."""
 
 
