@@ -121,12 +121,14 @@ def _stack_analysis(
 def _stream_curves(site: StreamSite) -> StreamCurves:
     found = [node.meta["ppcl"] for node in site.outputs]
     delta = [meta["delta"] for meta in found]
+    whole = found[-1]["energy"]
     return StreamCurves(
         fit=[meta["fit"] for meta in found],
         cka=[meta["cka"] for meta in found],
         delta=delta,
         gap=[meta["gap"] for meta in found],
         similarity=[meta["similarity"] for meta in found],
+        energy=[meta["energy"] / whole if whole else 1.0 for meta in found],
         candidates=shifted(algorithm_1(delta), site.stack.blocks[0].index),
         live=site.outputs[-1].graph.output_node() in descendants([site.outputs[-1]]),
     )

@@ -125,6 +125,11 @@ class NormalEquations:
             return 0.0
         return max(0.0, self._squared_error(projector)) / self._residual
 
+    @property
+    def energy(self) -> float:
+        """Mean squared length of a token of y."""
+        return self._target / max(1, self.samples)
+
     def cosine(self, projector: Projector) -> float:
         """Cosine between the projector's outputs and y, all tokens taken as one vector.
 
@@ -175,7 +180,8 @@ class NormalEquations:
 class LinearProbes(Pass):
     """Solve the probe of every block and stream, and write its relative fit to the block's output nodes.
 
-    Annotates ``node.meta["ppcl"]["fit"]`` (float, Eq. 2 relative to the block's own change).
+    Annotates ``node.meta["ppcl"]`` with ``fit`` (Eq. 2 relative to the block's own change) and ``energy`` (the mean
+    squared length of a token of the block's output).
     """
 
     measured: Measured
@@ -191,8 +197,7 @@ class LinearProbes(Pass):
 
     def apply(self, gm: GraphModule) -> Result:
         for site in self.measured.streams:
-            for node, fit in zip(
-                site.outputs, self.measured.fits(site, self.ridge, self.refine_steps), strict=True
-            ):
-                node.meta.setdefault("ppcl", {})["fit"] = fit
+            fits = self.measured.fits(site, self.ridge, self.refine_steps)
+            for node, fit, sums in zip(site.outputs, fits, self.measured.probe_sums[site.key], strict=True):
+                node.meta.setdefault("ppcl", {}).update(fit=fit, energy=sums.energy)
         return Result(gm, modified=False)

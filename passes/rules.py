@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.cover import Cover, Span, cheapest_covers, within
@@ -20,23 +19,21 @@ from ppcl_fx.redundancy import Redundancy, StackAnalysis
 def paper(analysis: Redundancy, options: Options) -> Choice:
     """Algorithm 1's candidates by least predicted damage, then the width edits of appendix 6.
 
-    Candidates cover a stack back to back, so this rule picks sub-intervals of them: for each number of
-    removed blocks the disjoint ones whose predicted damages sum to the least. Only where the budget cannot be
-    met inside single candidates are neighbours merged. Width edits go on the blocks that depth left alone, so
-    depth removes no more than the budget asks for beyond them; of width edits that are not needed the weakest
-    are dropped again.
+    Candidates cover a stack back to back, so this rule picks sub-intervals of them, or of several neighbours
+    merged: for each number of removed blocks the disjoint ones whose predicted damages sum to the least. Width
+    edits go on the blocks that depth left alone, where that is predicted to do less damage than more depth; of
+    width edits that are not needed the weakest are dropped again.
     """
     need = analysis.teacher_params - options.budget
     if need == 0:
         return Choice([], ["the budget is the whole teacher: nothing is replaced"])
-    longest = max(len(stack.curves(options.stream).candidates) for stack in analysis.stacks)
-    for merged in range(1, max(1, longest) + 1):
-        best = _cheapest(analysis, options, need, merged)
-        if best is not None:
-            return Choice(
-                best.edits,
-                [*_explain_stacks(analysis, options, merged), *_explain_edits(analysis, best.edits)],
-            )
+    longest = max(1, *(len(stack.curves(options.stream).candidates) for stack in analysis.stacks))
+    tried = [(_cheapest(analysis, options, need, merged), merged) for merged in range(1, longest + 1)]
+    feasible = [(plan.damage, merged, plan) for plan, merged in tried if plan is not None]
+    if feasible:
+        _, merged, best = min(feasible, key=lambda entry: entry[:2])
+        reasons = [*_explain_stacks(analysis, options, merged), *_explain_edits(analysis, best.edits)]
+        return Choice(best.edits, reasons)
     raise PpclError(
         f"no plan keeps {options.budget:,} of {analysis.teacher_params:,} parameters: the candidate intervals of "
         f"stream {options.stream!r} save too little; ask for more parameters"
@@ -50,7 +47,7 @@ def uniform_blocks(analysis: Redundancy, options: Options) -> Choice:
     need = analysis.teacher_params - options.budget
     total = sum(len(stack.blocks) for stack in analysis.stacks)
     for removed in range(total + 1):
-        edits = [edit for stack in analysis.stacks for edit in _even(stack, removed, total, options.init)]
+        edits = [edit for stack in analysis.stacks for edit in _even(stack, removed, total, options)]
         if saved(analysis, edits) >= need:
             count = sum(edit.last - edit.first for edit in edits)
             return Choice(
@@ -63,21 +60,20 @@ def uniform_blocks(analysis: Redundancy, options: Options) -> Choice:
     )
 
 
-def depth_damage(stack: StackAnalysis, span: Span) -> float:
+def depth_damage(stack: StackAnalysis, span: Span, stream: str) -> float:
     """Predicted damage of one student for blocks `span` (positions): Eq. 6 between surrogate and teacher at
     its end.
 
     The surrogate is the first block followed by linear probes, which a student that starts from this block
-    can imitate. Summed over the streams that something reads afterwards.
+    can imitate. Weighted by the energy of the state, because an error travels on in the residual stream as it is
+    and counts there by its size against the last state. Only the deciding stream counts; at the stack's end, only if
+    something reads it there.
     """
     first, last = span
-    at_end = last == len(stack.blocks) - 1
-    values = [
-        curves.gap[first][last]
-        for curves in stack.streams.values()
-        if curves.live or not at_end or len(stack.streams) == 1
-    ]
-    return sum(value for value in values if value is not None)
+    curves = stack.curves(stream)
+    if last == len(stack.blocks) - 1 and not curves.live:
+        return 0.0
+    return (curves.gap[first][last] or 0.0) * curves.energy[last]
 
 
 @dataclass(frozen=True)
@@ -87,20 +83,21 @@ class _Candidate:
 
 
 def _cheapest(analysis: Redundancy, options: Options, need: int, merged: int) -> _Candidate | None:
-    """The least depth damage that meets the budget together with its width edits."""
+    """The plan of least predicted damage that meets the budget, depth and its width edits together."""
     found: _Candidate | None = None
     for covers in itertools.product(*(_covers(stack, options, merged) for stack in analysis.stacks)):
-        damage = sum(cover.damage for cover in covers)
-        if found is not None and damage >= found.damage:
+        if found is not None and sum(cover.damage for cover in covers) >= found.damage:
             continue
         depth = [
             edit
             for stack, cover in zip(analysis.stacks, covers, strict=True)
-            for edit in depth_edits(stack, cover.spans, options.init)
+            for edit in depth_edits(stack, cover.spans, options)
         ]
         width = width_edits(analysis, depth, options, need) if options.width else []
-        if saved(analysis, [*depth, *width]) >= need:
-            found = _Candidate([*depth, *width], damage)
+        edits = [*depth, *width]
+        damage = sum(edit.damage or 0.0 for edit in edits)
+        if saved(analysis, edits) >= need and (found is None or damage < found.damage):
+            found = _Candidate(edits, damage)
     return found
 
 
@@ -108,36 +105,32 @@ def _covers(stack: StackAnalysis, options: Options, merged: int) -> list[Cover]:
     candidates = stack.curves(options.stream).candidates
     reach = min(merged, max(1, len(candidates)))
     allowed = within(candidates, stack.first, reach)
-    covers = cheapest_covers(len(stack.blocks), allowed, lambda span: depth_damage(stack, span))
+    covers = cheapest_covers(len(stack.blocks), allowed, lambda span: depth_damage(stack, span, options.stream))
     return [cover for cover in covers if cover is not None]
 
 
-def depth_edits(
-    stack: StackAnalysis, spans: Sequence[Span], init: Literal["first", "middle"]
-) -> list[DepthEdit]:
+def depth_edits(stack: StackAnalysis, spans: Sequence[Span], options: Options) -> list[DepthEdit]:
     """Depth edits for the intervals `spans` (positions in the stack), with their predicted damage."""
     return [
         DepthEdit(
             stack=stack.path,
             first=first + stack.first,
             last=last + stack.first,
-            init=init,
-            damage=depth_damage(stack, (first, last)),
+            init=options.init,
+            damage=depth_damage(stack, (first, last), options.stream),
         )
         for first, last in spans
     ]
 
 
-def _even(
-    stack: StackAnalysis, removed: int, total: int, init: Literal["first", "middle"]
-) -> list[DepthEdit]:
+def _even(stack: StackAnalysis, removed: int, total: int, options: Options) -> list[DepthEdit]:
     """Depth edits that cut the stack into runs of near-equal length, removing its share of `removed` blocks
     of `total`."""
     blocks = len(stack.blocks)
     runs = max(1, blocks - -(-removed * blocks // total))
     bounds = [run * blocks // runs for run in range(runs + 1)]
     spans = [(start, stop - 1) for start, stop in itertools.pairwise(bounds) if stop - start > 1]
-    return depth_edits(stack, spans, init)
+    return depth_edits(stack, spans, options)
 
 
 def _explain_stacks(analysis: Redundancy, options: Options, merged: int) -> list[str]:
@@ -148,7 +141,7 @@ def _explain_stacks(analysis: Redundancy, options: Options, merged: int) -> list
         lines.append(f"stack {stack.name}: candidate intervals {listed} (+: Delta never rises)")
     if merged > 1:
         lines.append(
-            f"up to {merged} neighbouring candidates were merged: alone they save too little for this budget"
+            f"up to {merged} neighbouring candidates were merged: that is predicted to do less damage"
         )
     return lines
 

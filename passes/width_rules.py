@@ -28,7 +28,7 @@ def ffn_edits(analysis: Redundancy, depth: Sequence[DepthEdit], options: Options
     first.
 
     A block's similarity is the least of its streams'. The predicted damage is ``2 - 2 similarity``, summed
-    over streams: what Eq. 6 gives for vectors of that cosine.
+    over streams: what Eq. 6 gives for vectors of that cosine, weighted by the energy as for depth.
     """
     ranked = []
     for stack in analysis.stacks:
@@ -36,7 +36,9 @@ def ffn_edits(analysis: Redundancy, depth: Sequence[DepthEdit], options: Options
             index = position + stack.first
             fits = [fit for fit in stack.ffn if fit.block == index]
             if savings.ffn is not None and savings.ffn > 0 and fits and not _inside(depth, stack.path, index):
-                damage = sum(2 - 2 * fit.similarity for fit in fits)
+                damage = sum(
+                    (2 - 2 * fit.similarity) * stack.streams[fit.stream].energy[position] for fit in fits
+                )
                 ranked.append(
                     (
                         -min(fit.similarity for fit in fits),
@@ -94,8 +96,9 @@ def _group(stack: StackAnalysis, depth: Sequence[DepthEdit], source: int, last: 
     if not lost:
         return None
     # As for depth: Eq. 6 between what linear maps make of the source's text state and the teacher's, block by block.
-    gaps = stack.streams["text"].gap[source - stack.first]
-    damage = sum(gaps[index - stack.first] or 0.0 for index in lost)
+    text = stack.streams["text"]
+    gaps = text.gap[source - stack.first]
+    damage = sum((gaps[i - stack.first] or 0.0) * text.energy[i - stack.first] for i in lost)
     return TextStreamEdit(stack=stack.path, source=source, last=last, damage=damage)
 
 

@@ -50,6 +50,7 @@ class StreamCurves(_Record):
     gap: mean over tokens of ``||Norm(x) - Norm(T_k)||^2`` between the surrogate x of Eq. 3 and the teacher,
         the measure of Eq. 6: 0 on the diagonal, at most 4.
     similarity: CKA between the teacher's own block outputs, every pair (the paper's Fig. 5).
+    energy: per block, the mean squared length of a token of its output, relative to that of the stack's last block.
     candidates: intervals by Eq. 5 and Algorithm 1.
     live: whether anything after the stack reads its last block's output of this stream.
     """
@@ -59,6 +60,7 @@ class StreamCurves(_Record):
     delta: Matrix
     gap: Matrix
     similarity: Matrix
+    energy: list[float]
     candidates: list[Interval]
     live: bool = True
 
@@ -69,6 +71,8 @@ class StreamCurves(_Record):
             matrix: Matrix = getattr(self, name)
             if len(matrix) != blocks or any(len(row) != blocks for row in matrix):
                 raise ValueError(f"{name} is not {blocks} x {blocks}, the number of blocks in fit")
+        if len(self.energy) != blocks:
+            raise ValueError(f"energy has {len(self.energy)} entries, but fit has {blocks}")
         return self
 
 

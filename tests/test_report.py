@@ -82,6 +82,7 @@ def _curves(blocks: int, first: int, candidates: list[tuple[int, int, bool]]) ->
         delta=square,
         gap=square,
         similarity=similarity,
+        energy=[1.0] * blocks,
         candidates=[Interval(first=first + a, last=first + b, open_ended=c) for a, b, c in candidates],
     )
 

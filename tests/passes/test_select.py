@@ -34,6 +34,7 @@ def _curves(change: list[float], candidates: list[tuple[int, int]], first: int) 
         delta=first_difference(cka),
         gap=gap,
         similarity=cka,
+        energy=[1.0] * size,
         candidates=[Interval(first=a + first, last=b + first) for a, b in candidates],
     )
 
@@ -110,13 +111,33 @@ def test_a_number_of_parameters_is_a_budget_too() -> None:
     assert select(_eight(), width=False) == select(_eight(), 0.5, width=False)
 
 
-def test_neighbours_merge_only_where_the_budget_asks_for_it() -> None:
-    most = select(_eight(), params=3000, width=False)  # 2 + 2 + 1 blocks: all that single candidates give
-    assert most.ids == ["depth:blocks.0-2", "depth:blocks.3-5", "depth:blocks.6-7"]
-    merged = select(_eight(), params=2000, width=False)
-    assert merged.params == 2000
-    assert any("2 neighbouring candidates were merged" in line for line in merged.reason)
+def test_neighbours_merge_where_that_does_less_damage() -> None:
+    single = select(_eight(), params=6000, width=False)
+    assert single.ids == ["depth:blocks.1-2", "depth:blocks.3-4"]
+    assert not any("merged" in line for line in single.reason)
+    # [0, 2], [3, 5] and [6, 7] would do, but a change of 0.9 at block 0 and of 0.8 at block 7 can be left alone.
+    merged = select(_eight(), params=3000, width=False)
+    assert merged.ids == ["depth:blocks.1-6"]
+    assert any("3 neighbouring candidates were merged" in line for line in merged.reason)
     assert select(_eight(), params=1000, width=False).ids == ["depth:blocks.0-7"]
+
+
+def test_an_early_error_counts_by_its_size_against_the_last_state() -> None:
+    change, candidates = [0.1] * 6, [(0, 1), (2, 3), (4, 5)]
+    even = _stack(change, candidates)
+    growing = even.streams["image"].model_copy(update={"energy": [1.0, 1.0, 0.5, 0.3, 0.8, 1.0]})
+    assert select(_analysis(even), params=5000).ids == ["depth:blocks.0-1"]
+    plan = select(_analysis(even.model_copy(update={"streams": {"image": growing}})), params=5000)
+    assert plan.ids == ["depth:blocks.2-3"]
+    assert plan.edits[0].damage == pytest.approx(0.1 * 1.1 * 0.3)
+
+
+def test_only_the_deciding_stream_counts() -> None:
+    stack = _stack([0.1, 0.1, 0.1, 0.2], [(0, 1), (2, 3)], text=[0.9] * 4)
+    noisy = _curves([0.1, 5.0, 0.1, 0.1], [(0, 1), (2, 3)], 0)
+    analysis = _analysis(stack.model_copy(update={"streams": {**stack.streams, "text": noisy}}))
+    assert select(analysis, params=3000).ids == ["depth:blocks.0-1"]
+    assert select(analysis, params=3000, stream="text").ids == ["depth:blocks.2-3"]
 
 
 def test_a_budget_below_one_block_is_refused() -> None:
@@ -125,8 +146,10 @@ def test_a_budget_below_one_block_is_refused() -> None:
 
 
 def test_top_feed_forwards_outside_of_intervals_go() -> None:
-    plan = select(_eight(), params=6000, ffn=2)
-    # Depth takes [1, 2]; of the blocks left, 7 is the most similar, then 3 to 6 alike.
+    stack = _eight().stacks[0]
+    fits = [fit.model_copy(update={"similarity": 0.975 if fit.block == 3 else fit.similarity}) for fit in stack.ffn]
+    plan = select(_analysis(stack.model_copy(update={"ffn": fits})), params=6000, ffn=2)
+    # Depth takes [1, 2]; of the blocks left, 7 is the most similar, then 3: less damage than a second interval.
     assert plan.ids == ["depth:blocks.1-2", "ffn:blocks.7", "ffn:blocks.3"]
     assert plan.edits[1].damage == pytest.approx(0.04)
     assert plan.params == 8000 - 1000 - 2 * 550
