@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import random
 import shlex
 import shutil
 import sys
@@ -36,13 +37,12 @@ if TYPE_CHECKING:
 
 VARIANTS = ("ppcl", "uniform", "sequential")
 KEEPS = (1.0, 0.7, 0.6, 0.5)
-STEPS = (300, 80, 150)
+STEPS = (600, 60, 300)
 LEAVES = (
     "calls", "analysis.json", "plan.json", "student", "train", "engines", "pictures", "report.html", "summary.json",
 )  # fmt: skip
 SEED = 42
 EMA = 0.98
-RIDGE = 1e-4
 LEADS = {
     "ppcl": "Pruned by the paper's method: candidate intervals, non-sequential distillation, fine-tuning at the end.",
     "uniform": "A control: evenly spaced blocks removed, whatever they do; the same budget, training and steps.",
@@ -61,7 +61,7 @@ class Settings:
         per_category: prompts scored in each of the six categories.
         variant: "ppcl", or one of the two controls: "uniform" removes evenly spaced blocks instead of the plan,
             "sequential" distils each student on the output of the students before it.
-        recorded: prompts recorded in each category, for analysis and training.
+        recorded: how often each distinct prompt is recorded, each time with other noise, for analysis and training.
         keeps: the ratios, the teacher's 1.0 first, the smallest last.
         batch: pictures drawn at once while recording, and samples in one recorded call.
         analysed: recorded calls that the analysis looks at.
@@ -76,14 +76,14 @@ class Settings:
     per_category: int = 64
     variant: str = "ppcl"
     weights: Path | None = None
-    recorded: int = 16
+    recorded: int = 2
     keeps: tuple[float, ...] = KEEPS
-    batch: int = 8
+    batch: int = 16
     analysed: int = 48
-    distil_calls: int = 2
-    finetune_calls: int = 4
-    lr: float = 1e-3
-    finetune_lr: float = 1e-3
+    distil_calls: int = 1
+    finetune_calls: int = 2
+    lr: float = 1.5e-3
+    finetune_lr: float = 1.5e-4
 
 
 @dataclass
@@ -165,13 +165,13 @@ def _load(settings: Settings, clock: Clock) -> ShapesPipeline:
 
 
 def _record(settings: Settings, clock: Clock, pipeline: ShapesPipeline) -> Calls:
-    """Record prompts of each category; order and noise differ from those of the scores."""
+    """Record every prompt there is; the noise differs from that of the scores."""
     import ppcl_fx
-    from ppcl_fx.shapes.captions import CATEGORIES, prompts
+    from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
 
     with clock.stage("record") as say:
-        groups = [prompts(category, settings.recorded, SEED) for category in CATEGORIES]
-        texts = [prompt.text for together in zip(*groups, strict=True) for prompt in together]
+        texts = [prompt.text for category in CATEGORIES for prompt in every_prompt(category)] * settings.recorded
+        random.Random(SEED).shuffle(texts)
         calls = ppcl_fx.record(pipeline, texts, batch_size=settings.batch, seed=SEED)
         calls.save(settings.out / "calls")
         say(f"{len(calls)} calls of {settings.batch} samples, from {len(texts)} prompts")
@@ -189,7 +189,7 @@ def _prune(
         say(f"{len(gm.graph.nodes)} nodes, {sum(len(stack.blocks) for stack in ppcl_fx.stacks(gm))} blocks")
     some = calls[:: max(1, len(calls) // settings.analysed)]
     with clock.stage("analyze") as say:
-        analysis = ppcl_fx.analyze(gm, some, ridge=RIDGE)
+        analysis = ppcl_fx.analyze(gm, some)
         analysis.save(settings.out / "analysis.json")
         found = [
             interval for stack in analysis.stacks for interval in stack.curves(analysis.stream).candidates
@@ -211,6 +211,7 @@ def _train(
 ) -> tuple[list[StageCurves], GraphModule]:
     """Distil depth and width, fine-tune the smallest mixture, save both; return the curves and the fine-tuned model."""
     from ppcl_fx.train import train
+    from ppcl_fx.train.losses import Weights
 
     steps = fitting_steps(settings.steps, {edit.kind for edit in model.plan.edits})
     folder, sequential = settings.out / "train", settings.variant == "sequential"
@@ -232,6 +233,7 @@ def _train(
                 ema=EMA,
                 seed=SEED,
                 sequential=sequential,
+                weights=Weights(relative=1.0),
             )
             curves += trained.stages
             say(
@@ -299,7 +301,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         "--weights", type=Path, help="another shapes pipeline, as ppcl_fx.shapes.teach writes it"
     )
     parser.add_argument("--keep", default=keeps, help="ratios, the teacher's 1.0 first (%(default)s)")
-    parser.add_argument("--recorded", type=int, default=16, help="prompts recorded a category (%(default)s)")
+    parser.add_argument("--recorded", type=int, default=2, help="recordings of each prompt (%(default)s)")
     given = parser.parse_args(arguments)
     if given.variant not in VARIANTS:
         known = ", ".join(VARIANTS)
