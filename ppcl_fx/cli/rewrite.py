@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from ppcl_fx.errors import PpclError
 
 if TYPE_CHECKING:
     from ppcl_fx.plan import Plan
+    from ppcl_fx.plans import NamedPlan
 
 INITS = ("first", "middle")
 DEFAULT_KEEP = 0.5
@@ -32,8 +33,11 @@ def rewrite(
         str | None, typer.Option(metavar="SHARE", help="Share of the parameters that stays, 0.5 if left out.")
     ] = None,
     plan: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A plan to follow, instead of an analysis to choose by."),
+        str | None,
+        typer.Option(
+            metavar="PLAN",
+            help="A plan to follow, instead of an analysis to choose by: a file, or paper:NAME for one of the paper.",
+        ),
     ] = None,
     calls: Annotated[
         Path | None,
@@ -50,11 +54,12 @@ def rewrite(
     json: Json = False,
 ) -> Result:
     """Cut MODEL by an analysis or a plan, and save teacher and student parts side by side in STUDENT."""
+    choice("--init", init, INITS)
     given_file = _one_of(analysis, plan)
+    named = _named(plan, init, calls)
     if plan is not None and keep is not None:
         raise PpclError("--keep: a plan has its size already; leave --keep out, or give --analysis")
     share = parse_keep(keep) if keep is not None else DEFAULT_KEEP
-    choice("--init", init, INITS)
     check_output(out, overwrite=overwrite)
     terminal = Terminal(verbose)
 
@@ -63,6 +68,8 @@ def rewrite(
     if analysis is not None:
         options = given(rule=rule, stream=stream, width=width, init=init)
         chosen = ppcl_fx.select(ppcl_fx.Redundancy.load(analysis), keep=share, **options)
+    elif named is not None:
+        chosen = named.plan(_init(init))
     else:
         chosen = _read_plan(given_file)
     recorded = open_calls(calls or given_file.parent / "calls", terminal)
@@ -72,21 +79,41 @@ def rewrite(
     with terminal.step("tracing"):
         graph = ppcl_fx.trace(teacher, recorded.calls.examples())
     with terminal.step("rewriting"):
+        if named is not None:
+            named.check(graph)
         student = ppcl_fx.rewrite(graph, chosen, recorded.calls)
-    params, whole = student.param_count(student.edits), student.teacher_params
+    plugged = named.students(student) if named is not None else student.edits
+    params, whole = student.param_count(plugged), student.teacher_params
     if analysis is not None and params != chosen.params:
         raise RuntimeError(f"the plan promised {chosen.params} parameters and the model has {params}")
     with terminal.step("saving"):
-        student.plug(students=student.edits).save(out, overwrite=overwrite)
-    return _result(out, student.plan, params, whole)
+        student.plug(students=plugged).save(out, overwrite=overwrite)
+    return _result(out, student.plan, plugged, params, whole)
 
 
-def _one_of(analysis: Path | None, plan: Path | None) -> Path:
+def _one_of(analysis: Path | None, plan: str | None) -> Path:
     if analysis is not None and plan is None:
         return analysis
     if plan is not None and analysis is None:
-        return plan
+        return Path(plan)
     raise PpclError("--analysis, --plan: give one of the two, the analysis to choose by or a plan to follow")
+
+
+def _named(plan: str | None, init: str, calls: Path | None) -> NamedPlan | None:
+    """The plan that was given by name, checked; None where none or a file was given."""
+    from ppcl_fx import plans
+
+    if plan is None or not plans.is_name(plan):
+        return None
+    found = plans.named(plan)
+    found.plan(_init(init))
+    if calls is None:
+        raise PpclError(f"--plan {plan}: no calls lie beside a plan of this package; give them with --calls")
+    return found
+
+
+def _init(init: str) -> Literal["first", "middle"]:
+    return "middle" if init == "middle" else "first"
 
 
 def _read_plan(path: Path) -> Plan:
@@ -99,14 +126,17 @@ def _read_plan(path: Path) -> Plan:
     return plan
 
 
-def _result(out: Path, plan: Plan, params: int, whole: int) -> Result:
+def _result(out: Path, plan: Plan, plugged: list[str], params: int, whole: int) -> Result:
+    back = [edit for edit in plan.ids if edit not in plugged]
     data = {
         "student": str(out),
         "teacher_params": whole,
         "params": params,
         "keep": params / whole,
         "edits": plan.ids,
+        "plugged": plugged,
         "reason": plan.reason,
     }
-    lines = [*plan.reason, *plan.ids, f"{params:,} of {whole:,} parameters ({params / whole:.2%}): {out}"]
+    swapped = [f"swapped back to the teacher for the budget: {', '.join(back)}"] if back else []
+    lines = [*plan.reason, *plan.ids, *swapped, f"{params:,} of {whole:,} parameters ({params / whole:.2%}): {out}"]
     return Result(data, lines)
