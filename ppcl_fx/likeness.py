@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.fingerprint import tensor_digest
-from ppcl_fx.graphs import attribute
+from ppcl_fx.graphs import ancestors, attribute
 from ppcl_fx.tracing.guards import is_guard
 
 
@@ -29,9 +29,9 @@ def difference(one: GraphModule, two: GraphModule, rename: Callable[[str], str])
     mine, other = _values(one, rename), _values(two, lambda path: path)
     if mine[one.graph.output_node()] == other[two.graph.output_node()] and _effects(one, mine) == _effects(two, other):
         return ""
-    have = set(other.values())
+    have, live = set(other.values()), ancestors([one.graph.output_node()])
     for node in one.graph.nodes:
-        if not is_guard(node) and mine[node] not in have and (node.users or node.op == "output"):
+        if node in live and mine[node] not in have:
             return f"{node.format_node() or node.name}"
     return "the order of operations with effects"
 

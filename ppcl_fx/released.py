@@ -57,7 +57,7 @@ class ReleasedModel(nn.Module):
             _register(self, name, tensor)
         self.layout = layout
         kept = [Kept(index, index, f"{STACK}.{index}") for index in range(layout.num_layers)]
-        self._paths = graph_paths(Plan(edits=layout.edits()), kept, layout)
+        self._paths = graph_paths([], Plan(edits=layout.edits()), kept, layout)
         # Plain attributes, so that torch does not take what has no weights for submodules.
         self.__dict__["_skeleton"] = skeleton
         self.__dict__["_edited"] = None

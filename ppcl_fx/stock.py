@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build as build_example
@@ -25,8 +26,10 @@ from ppcl_fx.folders.checkpoint import WEIGHTS
 from ppcl_fx.folders.numbering import Kept, kept_blocks, renumbered, translated
 from ppcl_fx.folders.pruned import PRUNED, plugged_plan, pruned
 from ppcl_fx.folders.skeleton import build
+from ppcl_fx.graphs import draft, finished
 from ppcl_fx.likeness import difference
 from ppcl_fx.model import PluggableModel
+from ppcl_fx.passes.plug import Plug
 from ppcl_fx.plan import DepthEdit
 from ppcl_fx.sources import diffusers_class
 from ppcl_fx.tracing import trace
@@ -76,13 +79,19 @@ def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor
             "released layout"
         )
     kept = kept_blocks(info["blocks"], plan.depth())
-    paths = renumbered(kept)
-    view = model.graph_module()
-    tensors = {translated(name, paths): tensor for name, tensor in view.state_dict().items()}
     kind = diffusers_class(config["_class_name"])
-    skeleton, found = _fitting(kind, config, kept, tensors, model.dtype)
+    skeleton, found, tensors = _fitting(kind, config, kept, model)
     example = {name: build_example(value) for name, value in info["example"].items()}
-    apart = difference(view, trace(skeleton, example), lambda path: translated(path, paths))
+    paths = renumbered(info["blocks"], kept)
+    try:
+        shorter = trace(skeleton, example)
+    except (PpclError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PpclError(
+            f"{kind.__name__} does not work with fewer blocks ({reason}), so there is no diffusers folder for this "
+            "model; save the pluggable model"
+        ) from error
+    apart = difference(_resolved(model), shorter, lambda path: translated(path, paths))
     if apart:
         raise PpclError(
             f"{kind.__name__} with fewer blocks computes something else than the pruned model (at {apart}), so a "
@@ -91,27 +100,32 @@ def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor
     return {**found, "_class_name": config["_class_name"]}, tensors, kept
 
 
+def _resolved(model: PluggableModel) -> GraphModule:
+    """Return the mixture with whole layers: those rows too that a class computes and does not read."""
+    view = draft(model.graph)
+    Plug(frozenset(model.students)).apply(view)
+    return finished(view)
+
+
 def _fitting(
-    kind: type[nn.Module],
-    config: Mapping[str, Any],
-    kept: Mapping[str, Sequence[Kept]],
-    tensors: Mapping[str, torch.Tensor],
-    dtype: torch.dtype,
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Return the class without weights, and its configuration, whose parameters are named and shaped as `tensors`."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    kind: type[nn.Module], config: Mapping[str, Any], kept: Mapping[str, Sequence[Kept]], model: PluggableModel
+) -> tuple[nn.Module, dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the class without weights, its configuration, and the weights of the blocks that are left by its names."""
+    back = {f"{stack}.{place}": block.path for stack, blocks in kept.items() for place, block in enumerate(blocks)}
+    held = model.graph.state_dict()
     apart = "no entry of its configuration counts the blocks"
     for tried in itertools.islice(_configurations(config, kept), MOST_TRIES):
         try:
-            skeleton = build(kind, tried, dtype)
+            skeleton = build(kind, tried, model.dtype)
         except PpclError:
             continue
-        have = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-        if have == wanted:
-            return skeleton, tried
-        if all(_length(skeleton, stack) == len(blocks) for stack, blocks in kept.items()):
-            name = sorted(n for n in {*have, *wanted} if have.get(n) != wanted.get(n))[0]
-            apart = f"its parameters differ then, {name} for one"
+        if any(_length(skeleton, stack) != len(blocks) for stack, blocks in kept.items()):
+            continue
+        wanted = {name: (translated(name, back), tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        odd = sorted(n for n, (source, shape) in wanted.items() if source not in held or held[source].shape != shape)
+        if not odd:
+            return skeleton, tried, {name: held[source] for name, (source, _) in wanted.items()}
+        apart = f"its parameters differ then, {odd[0]} for one"
     raise PpclError(
         f"{kind.__name__} cannot be built with the blocks that are left ({apart}), so there is no diffusers folder for "
         "this model; save the pluggable model"

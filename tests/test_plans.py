@@ -13,8 +13,10 @@ from torch.fx import GraphModule
 
 import ppcl_fx
 from ppcl_fx.cli.app import main
+from ppcl_fx.cli.rewrite import Wish
 from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.model import PluggableModel
+from ppcl_fx.passes.damage import depth_damage, ffn_damage, text_damage
 from ppcl_fx.passes.rewrite import count, insert_edits
 from ppcl_fx.plan import DepthEdit
 from ppcl_fx.plans import named, names
@@ -22,6 +24,7 @@ from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.models import flux_kwargs, qwen_kwargs
+from tests.passes.test_frontier import analysis_of, random_stack
 from tests.shapes_folder import save_pipeline
 
 PAPER = {
@@ -175,3 +178,20 @@ def test_a_model_without_such_blocks_is_refused() -> None:
     gm = trace(model, kwargs)
     with pytest.raises(Refusal, match="made for a model with 38 single_transformer_blocks, and this one has none"):
         named("paper:flux-dev-6.5b").model_copy(update={"blocks": {"single_transformer_blocks": 38}}).check(gm)
+
+
+def test_an_analysis_beside_the_name_says_what_each_edit_costs(tmp_path: Path) -> None:
+    """Then a budget swaps back the students that do most damage, and not the plan's last ones."""
+    stack = random_stack(1, 60, "transformer_blocks", grows=True)
+    analysis = analysis_of(stack)
+    analysis.save(tmp_path / "analysis.json")
+    wish = Wish(tmp_path / "analysis.json", "paper:qwen-image-14b", None, "first")
+    plan = wish.plan_given(wish.named())
+    assert plan is not None and plan.model == analysis.model
+    assert plan.ids == named("paper:qwen-image-10b").plan().ids
+    damages = {edit.id: edit.damage for edit in plan.edits}
+    assert damages["depth:transformer_blocks.15-24"] == depth_damage(stack, (15, 24))
+    assert damages["ffn:transformer_blocks.2"] == ffn_damage(stack, 2)
+    assert damages["ffn:transformer_blocks.58"] == ffn_damage(stack, 58, text=False)
+    assert damages["text_stream:transformer_blocks.40-41"] == text_damage(stack, 40, 41)
+    assert wish.calls_beside() == tmp_path / "calls"

@@ -87,6 +87,29 @@ def test_a_width_edit_or_an_unknown_class_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+def test_what_reads_a_removed_block_from_elsewhere_is_refused(tmp_path: Path) -> None:
+    """This class conditions its output with a part of block 0; a student of block 0 has a copy of its own."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        teacher = diffusers.DiTTransformer2DModel(
+            num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=4, sample_size=8
+        ).eval()
+    kwargs = {
+        "hidden_states": torch.ones(2, 4, 8, 8),
+        "timestep": torch.tensor([3, 7]),
+        "class_labels": torch.tensor([1, 2]),
+        "return_dict": False,
+    }
+    plan = Plan(edits=[DepthEdit(stack=DUAL, first=0, last=1), DepthEdit(stack=DUAL, first=2, last=3)])
+    model = rewrite(trace(teacher, kwargs), plan)
+    with pytest.raises(PpclError, match="computes something else than the pruned model"):
+        save_stock(model.plug(students=model.edits), tmp_path / "x")
+    folder = save_stock(model.plug(students=model.edits[1:]), tmp_path / "y")
+    loaded = diffusers.DiTTransformer2DModel.from_pretrained(folder)
+    with torch.no_grad():
+        assert torch.equal(loaded(**kwargs)[0], model(**kwargs)[0])
+
+
 class ByNumber(toys.Toy):
     """Each block's output is scaled by its number: with fewer blocks the class computes something else."""
 
@@ -112,7 +135,8 @@ def test_a_class_that_counts_its_blocks_is_told_by_its_graph() -> None:
         model = rewrite(gm, Plan(edits=[edit])).plug(students=[edit.id])
         shorter = ByNumber(2) if kind else toys.build(toys.Toy)
         shorter.blocks = nn.ModuleList(list(shorter.blocks)[:2])
-        paths = renumbered(kept_blocks(gm.meta["ppcl"]["blocks"], [edit]))
+        blocks = gm.meta["ppcl"]["blocks"]
+        paths = renumbered(blocks, kept_blocks(blocks, [edit]))
         apart = difference(
             model.graph_module(), trace(shorter, toys.example()), lambda path, paths=paths: translated(path, paths)
         )

@@ -11,7 +11,7 @@ from torch import nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.folders.checkpoint import Weights
-from ppcl_fx.folders.numbering import Kept
+from ppcl_fx.folders.numbering import Kept, renumbered
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.sources import RELEASED_LISTS
 
@@ -167,10 +167,11 @@ def compare(weights: Weights, model: nn.Module, layout: Layout) -> None:
         raise PpclError(f"{where}: the lists disagree with the weights: {wrong[0]} is {shapes}; {advice}")
 
 
-def graph_paths(plan: Plan, kept: Sequence[Kept], layout: Layout) -> dict[str, str]:
+def graph_paths(blocks: Sequence[str], plan: Plan, kept: Sequence[Kept], layout: Layout) -> dict[str, str]:
     """Return module path in a pluggable graph -> module path in the released layout.
 
     Args:
+        blocks: the block paths of the graph's teacher.
         plan: the edits that are plugged, in the teacher's block numbers.
         kept: the blocks that are left, in order.
         layout: the lists for these blocks.
@@ -178,7 +179,7 @@ def graph_paths(plan: Plan, kept: Sequence[Kept], layout: Layout) -> dict[str, s
     from ppcl_fx.passes.ffn import projector_path
 
     number = {block.index: place for place, block in enumerate(kept)}
-    paths = {block.path: f"{STACK}.{place}" for place, block in enumerate(kept)}
+    paths = renumbered(blocks, {STACK: kept})
     holder = layout.state_blocks()
     for edit in plan.edits:
         if isinstance(edit, FfnEdit):

@@ -45,9 +45,14 @@ def kept_blocks(blocks: Sequence[str], depth: Sequence[DepthEdit]) -> dict[str, 
     return found
 
 
-def renumbered(kept: Mapping[str, Sequence[Kept]]) -> dict[str, str]:
-    """Return module path in the graph -> module path in the pruned model, of every block that is left."""
-    return {block.path: f"{stack}.{number}" for stack, blocks in kept.items() for number, block in enumerate(blocks)}
+def renumbered(blocks: Sequence[str], kept: Mapping[str, Sequence[Kept]]) -> dict[str, str]:
+    """Return module path in the graph -> module path in the pruned model, of every block.
+
+    A block that is not left gets a path that no model has: what a model reads of it from elsewhere must not be taken
+    for the block that has its number now.
+    """
+    left = {block.path: f"{stack}.{number}" for stack, own in kept.items() for number, block in enumerate(own)}
+    return {**{path: f"removed.{path}" for path in blocks}, **left}
 
 
 def translated(name: str, paths: Mapping[str, str]) -> str:

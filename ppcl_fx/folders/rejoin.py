@@ -55,7 +55,7 @@ def rejoin(
     _check_plan(folder, plan, left, layout)
     plan = plan.model_copy(update={"model": gm.meta["ppcl"]["model"], "teacher_params": 0, "params": 0})
     model = PluggableModel(insert_edits(gm, plan), plan)
-    paths = graph_paths(plan, left, layout)
+    paths = graph_paths(blocks, plan, left, layout)
     _check_teacher(folder, teacher, tensors, left)
     _fill(model.students_module, tensors, paths)
     return model.plug(students=model.edits).train(teacher.training)

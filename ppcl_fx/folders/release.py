@@ -75,7 +75,7 @@ def _check(model: PluggableModel, plan: Plan) -> None:
 
 
 def _tensors(model: PluggableModel, plan: Plan, kept: list[Kept], layout: Layout) -> dict[str, torch.Tensor]:
-    paths = graph_paths(plan, kept, layout)
+    paths = graph_paths(model.graph.meta["ppcl"]["blocks"], plan, kept, layout)
     found = {translated(name, paths): tensor for name, tensor in model.graph_module().state_dict().items()}
     skeleton = build(diffusers_class(str(layout.config["_class_name"])), layout.config, model.dtype)
     must, may = expected(skeleton, layout)

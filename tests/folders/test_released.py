@@ -282,3 +282,24 @@ def test_a_group_without_its_second_projector_passes_the_text_state_through(tmp_
     write_safetensors(copied / WEIGHTS, {name: tensor for name, tensor in tensors.items() if name not in zero})
     _lists(ehs_proj_index=[6])(copied)
     assert torch.equal(answer(ppcl_fx.load(copied), kwargs), with_zeros)
+
+
+def test_a_whole_pipeline_around_a_released_checkpoint_draws(tmp_path: Path) -> None:
+    from tests.shapes_folder import save_pipeline
+
+    whole = open_source(str(save_pipeline(tmp_path / "model"))).pipeline()
+    calls = ppcl_fx.record(whole, ["a red circle"], num_inference_steps=2, seed=0)
+    edits: list[Edit] = [DepthEdit(stack=STACK, first=1, last=2), TextStreamEdit(stack=STACK, source=3, last=5)]
+    model = rewrite(trace(whole.transformer, calls.examples()), Plan(edits=edits), calls)
+    model.plug(students=model.edits)
+    pruned_folder = shutil.copytree(tmp_path / "model", tmp_path / "pruned")
+    released.save_released(model, pruned_folder / "transformer", overwrite=True)
+    pipeline = open_source(str(pruned_folder)).pipeline()
+    assert isinstance(pipeline.transformer, released.ReleasedModel)
+    assert isinstance(ppcl_fx.load(pruned_folder), released.ReleasedModel)
+    whole.transformer = model
+    ours, theirs = (ppcl_fx.record(p, ["a red circle"], num_inference_steps=2, seed=0) for p in (pipeline, whole))
+    # The second step's input is the first step's answer.
+    assert torch.equal(ours[-1].kwargs["hidden_states"], theirs[-1].kwargs["hidden_states"])
+    with pytest.raises(PpclError, match="has no transformer blocks|holds no transformer blocks"):
+        trace(pipeline.transformer, calls.examples())
