@@ -190,7 +190,7 @@ def test_an_analysis_beside_the_name_says_what_each_edit_costs(tmp_path: Path) -
     assert plan is not None and plan.model == analysis.model
     assert plan.ids == named("paper:qwen-image-10b").plan().ids
     damages = {edit.id: edit.damage for edit in plan.edits}
-    assert damages["depth:transformer_blocks.15-24"] == depth_damage(stack, (15, 24))
+    assert damages["depth:transformer_blocks.15-24"] == depth_damage(stack, (15, 24), "image")
     assert damages["ffn:transformer_blocks.2"] == ffn_damage(stack, 2)
     assert damages["ffn:transformer_blocks.58"] == ffn_damage(stack, 58, text=False)
     assert damages["text_stream:transformer_blocks.40-41"] == text_damage(stack, 40, 41)
