@@ -20,16 +20,12 @@ from diffusers import QwenImageTransformer2DModel
 import ppcl_fx
 from benchmarks.clock import RESULTS, timed
 from ppcl_fx.files import write_json
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.plans import named
 from ppcl_fx.report.machine import describe, slug
 
 STACK = "transformer_blocks"
-EQ_13 = (
-    (3, 4), (5, 7), (8, 10), (11, 12), (15, 24), (25, 27), (29, 30),
-    (42, 43), (45, 47), (48, 49), (52, 53), (54, 55), (56, 57),
-)  # fmt: skip
-TEXT_GROUPS = ((36, 37), (40, 41), (50, 59))
-FFN_BLOCKS = (2, 58, 59)
+PLANS = {"rewrite_eq_13": "paper:qwen-image-12b", "rewrite_paper_plan": "paper:qwen-image-10b"}
 
 
 def model(blocks: int) -> QwenImageTransformer2DModel:
@@ -49,18 +45,6 @@ def inputs(side: int = 64, text: int = 128) -> dict[str, Any]:
     }
 
 
-def paper_plan() -> Plan:
-    """Return the paper's Eq. 13 with the text groups and FFNs of its released script, as a plan."""
-    edits = [DepthEdit(stack=STACK, first=first, last=last) for first, last in EQ_13]
-    width = [TextStreamEdit(stack=STACK, source=source, last=last) for source, last in TEXT_GROUPS]
-    return Plan(edits=[*edits, *width, *(FfnEdit(stack=STACK, block=block) for block in FFN_BLOCKS)])
-
-
-def depth_plan() -> Plan:
-    """Return Eq. 13 alone: 25 blocks less."""
-    return Plan(edits=[DepthEdit(stack=STACK, first=first, last=last) for first, last in EQ_13])
-
-
 def measure(repeats: int, exports: int) -> dict[str, Any]:
     """Return the seconds of tracing, rewriting and torch.export, the ratio, and the parameter counts."""
     small, kwargs = model(2), inputs()
@@ -74,11 +58,16 @@ def measure(repeats: int, exports: int) -> dict[str, Any]:
         "nodes": len(gm.graph.nodes),
         "trace": timed(lambda: ppcl_fx.trace(teacher, kwargs), repeats),
     }
-    for name, plan in (("rewrite_eq_13", depth_plan()), ("rewrite_paper_plan", paper_plan())):
+    for name, plan in ((name, named(plan).plan()) for name, plan in PLANS.items()):
         result[name] = timed(partial(ppcl_fx.rewrite, gm, plan), repeats)
         pluggable = ppcl_fx.rewrite(gm, plan)
         counted = timed(partial(getattr, pluggable, "plan"), 1)
-        result[name] |= {"params": pluggable.plan.params, "edits": len(plan.edits), "counting": counted["least"]}
+        result[name] |= {
+            "plan": PLANS[name],
+            "params": pluggable.plan.params,
+            "edits": len(plan.edits),
+            "counting": counted["least"],
+        }
     result["torch_export"] = timed(lambda: torch.export.export(teacher, (), kwargs, strict=False), exports)
     result["times_quicker_than_torch_export"] = round(
         result["torch_export"]["least"] / result["trace"]["least"], 2
@@ -106,7 +95,7 @@ def main(arguments: list[str] | None = None) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, result)
     print(f"trace    {result['trace']['least']:8.2f} s   ({result['nodes']} nodes)")
-    for name in ("rewrite_eq_13", "rewrite_paper_plan"):
+    for name in PLANS:
         print(f"{name:<22} {result[name]['least']:.2f} s   {result[name]['params']:,} parameters")
     print(
         f"torch.export {result['torch_export']['least']:.2f} s: {result['times_quicker_than_torch_export']} x as long"

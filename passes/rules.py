@@ -1,4 +1,4 @@
-"""The selection rules: "paper", and the control "uniform"."""
+"""The selection rules: "paper", "budget", and the control "uniform"."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.cover import Cover, Span, cheapest_covers, within
+from ppcl_fx.passes.damage import depth_damage
+from ppcl_fx.passes.frontier import frontier
 from ppcl_fx.passes.savings import saved
 from ppcl_fx.passes.select import Choice, Options, rule
 from ppcl_fx.passes.width_rules import width_edits
@@ -40,6 +42,26 @@ def paper(analysis: Redundancy, options: Options) -> Choice:
     )
 
 
+@rule("budget")
+def budget(analysis: Redundancy, options: Options) -> Choice:
+    """The least predicted damage of all sets of edits that meet the budget: the point of the frontier."""
+    points = frontier(analysis, options)
+    fitting = [point for point in points if point.params <= options.budget]
+    if not fitting:
+        raise PpclError(
+            f"no plan keeps {options.budget:,} of {analysis.teacher_params:,} parameters: the smallest keeps "
+            f"{points[-1].params:,}; ask for more parameters"
+        )
+    chosen = fitting[0]
+    lines = [f"the least predicted damage, {chosen.damage:.3g}, of all sets of edits within the budget"]
+    place = points.index(chosen)
+    for word, other in (("larger", place - 1), ("smaller", place + 1)):
+        if 0 <= other < len(points):
+            point = points[other]
+            lines.append(f"the next {word} model: {point.params:,} parameters, predicted damage {point.damage:.3g}")
+    return Choice(chosen.edits, [*lines, *_explain_edits(analysis, chosen.edits)])
+
+
 @rule("uniform")
 def uniform_blocks(analysis: Redundancy, options: Options) -> Choice:
     """Split each stack into runs of near-equal length and keep one block of each, the same share in every
@@ -58,22 +80,6 @@ def uniform_blocks(analysis: Redundancy, options: Options) -> Choice:
         f"no uniform plan keeps {options.budget:,} of {analysis.teacher_params:,} parameters: one block of each "
         "stack has to stay; ask for more parameters"
     )
-
-
-def depth_damage(stack: StackAnalysis, span: Span, stream: str) -> float:
-    """Predicted damage of one student for blocks `span` (positions): Eq. 6 between surrogate and teacher at
-    its end.
-
-    The surrogate is the first block followed by linear probes, which a student that starts from this block
-    can imitate. Weighted by the energy of the state, because an error travels on in the residual stream as it is
-    and counts there by its size against the last state. Only the deciding stream counts; at the stack's end, only if
-    something reads it there.
-    """
-    first, last = span
-    curves = stack.curves(stream)
-    if last == len(stack.blocks) - 1 and not curves.live:
-        return 0.0
-    return (curves.gap[first][last] or 0.0) * curves.energy[last]
 
 
 @dataclass(frozen=True)

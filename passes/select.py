@@ -77,7 +77,8 @@ def select(
             given.
         params: the same as a number of parameters.
         rule: "paper" (candidates of Algorithm 1 by least predicted damage, then the width edits of appendix
-            6) or "uniform" (evenly spaced blocks: a control).
+            6), "budget" (the least predicted damage of all sets of edits: `ppcl_fx.passes.frontier`) or
+            "uniform" (evenly spaced blocks: a control).
         stream: decide on this stream; default: the one the analysis was made with.
         width: allow feed-forward and text-stream edits.
         ffn: number of blocks whose feed-forwards may go.

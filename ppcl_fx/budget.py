@@ -22,14 +22,21 @@ def choose(model: PluggableModel, keep: float) -> tuple[str, ...]:
         PpclError: `keep` is not in (0, 1], or all students together save too little.
     """
     check_keep(keep)
-    plugged = list(model.edits)
-    budget = keep * model.teacher_params
-    least = model.param_count(plugged)
-    if least > budget:
+    least = model.param_count(model.edits)
+    if least > keep * model.teacher_params:
         raise PpclError(
-            f"keep={keep:g} is out of reach: with all {len(plugged)} edits of the plan "
+            f"keep={keep:g} is out of reach: with all {len(model.edits)} edits of the plan "
             f"{least / model.teacher_params:.3f} of the parameters stay; select a plan for a smaller share"
         )
+    return swapped_back(model, keep * model.teacher_params)
+
+
+def swapped_back(model: PluggableModel, budget: float) -> tuple[str, ...]:
+    """Return the edits that stay plugged when as many as fit into `budget` parameters go back to the teacher.
+
+    See `choose`. Where all students together save too little, all stay.
+    """
+    plugged = list(model.edits)
     order = sorted(range(len(plugged)), key=lambda i: (-(model.plan.edits[i].damage or 0.0), -i))
     for edit in [model.edits[i] for i in order]:
         without = [other for other in plugged if other != edit]

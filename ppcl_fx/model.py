@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue
@@ -20,6 +20,9 @@ from ppcl_fx.files import inside, new_folder, read_json, read_safetensors, write
 from ppcl_fx.graphs import parameter_count
 from ppcl_fx.plan import Plan, known
 from ppcl_fx.tracing import bind, trace
+
+if TYPE_CHECKING:
+    from ppcl_fx.released import ReleasedModel
 
 CARD = "ppcl.json"
 PLAN = "plan.json"
@@ -206,6 +209,8 @@ class PluggableModel(nn.Module):
             PpclError: the folder exists, cannot be written, or the teacher is not a diffusers model.
         """
         info = self.graph.meta["ppcl"]
+        if info.get("released"):
+            raise PpclError("a released checkpoint has no teacher to save; its own folder is all there is")
         if not info.get("config", {}).get("_class_name"):
             raise PpclError("the teacher has no diffusers configuration, so it cannot be saved; save its graph instead")
         card = Card(
@@ -234,20 +239,29 @@ class PluggableModel(nn.Module):
         return {name: tensor for name, tensor in state.items() if name not in mine}, mine
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableModel:
-    """Load a pluggable model that `PluggableModel.save` wrote. No code from the folder is run.
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableModel | ReleasedModel:
+    """Load a model that `PluggableModel.save` wrote, or a checkpoint of the released layout (`ppcl_fx.released`).
+
+    No code from the folder is run.
 
     Args:
         folder: the folder.
         dtype: dtype of the weights; by default as saved.
 
+    Returns:
+        A pluggable model; of a released checkpoint, which has no teacher, a model of one size.
+
     Raises:
         PpclError: a file is missing, damaged, or does not fit the others.
     """
     from ppcl_fx.passes.rewrite import insert_edits
-    from ppcl_fx.sources import open_source
+    from ppcl_fx.sources import is_released, open_source
 
     folder = Path(folder)
+    if not (folder / CARD).exists() and is_released(folder):
+        from ppcl_fx import released
+
+        return released.load(folder, dtype=dtype)
     card = read_json(inside(folder, CARD), Card)
     plan = read_json(inside(folder, PLAN), Plan)
     weights = read_safetensors(inside(folder, STUDENTS))

@@ -29,6 +29,8 @@ LIBRARIES = ("diffusers", "transformers", "ppcl_fx.shapes.words")
 """Where the classes of a pipeline's components may come from."""
 STUDENT_FILES = ("ppcl.json", "plan.json", "finetuned.json")
 """Files that tell a folder which `ppcl_fx` saved."""
+RELEASED_LISTS = ("single_stream_index", "ffn_proj_index", "ehs_proj_index")
+"""Lists of block numbers in ``config.json`` that tell a checkpoint of the released layout."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -63,8 +65,14 @@ class Source:
             raise PpclError(f"{self.name}: a transformer without its pipeline; name the pipeline's folder")
         found = _pipeline_class(_read(self.folder / "model_index.json"), self.folder / "model_index.json")
         transformer = self.transformer(dtype)
+        released = is_released(self.folder)
         with _loading(self.name):
-            return found.from_pretrained(self.folder, transformer=transformer, **_options(dtype))
+            # diffusers wants a class of its own here, and takes any module afterwards.
+            given = None if released else transformer
+            pipeline = found.from_pretrained(self.folder, transformer=given, **_options(dtype))
+        if released:
+            pipeline.register_modules(transformer=transformer)
+        return pipeline
 
     def transformer(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Load the transformer alone, with its weights in `dtype` (float32 when None), in evaluation mode.
@@ -73,7 +81,13 @@ class Source:
             PpclError: a file is missing or damaged, or the weights do not fit the class.
         """
         folder = self.folder / "transformer" if self.kind == "pipeline" else self.folder
-        found = _transformer_class(folder / "config.json")
+        if is_released(folder):
+            import torch
+
+            from ppcl_fx.released import load
+
+            return load(folder, dtype=dtype or torch.float32)
+        found = transformer_class(folder / "config.json")
         with _loading(self.name):
             model, info = found.from_pretrained(folder, output_loading_info=True, **_options(dtype))
         # diffusers only logs what is missing or too much, and leaves missing weights random.
@@ -113,6 +127,18 @@ def open_source(name: str) -> Source:
     )
 
 
+def is_released(folder: Path) -> bool:
+    """Tell whether a folder, or the ``transformer`` folder in it, is of the released layout (`ppcl_fx.released`)."""
+    folder = transformer_folder(folder)
+    path = folder / "config.json"
+    return path.is_file() and any(name in _read(path) for name in RELEASED_LISTS)
+
+
+def transformer_folder(folder: Path) -> Path:
+    """Return the folder of the transformer: ``folder/transformer`` where `folder` is a whole pipeline's."""
+    return folder / "transformer" if (folder / "model_index.json").is_file() else folder
+
+
 def _shapes_folder() -> Path:
     from ppcl_fx.shapes import weights_folder
 
@@ -131,7 +157,7 @@ def _open_folder(name: str, folder: Path) -> Source:
         return Source(name, "pipeline", folder)
     if (folder / "config.json").is_file():
         _refuse_code(folder)
-        _transformer_class(folder / "config.json")
+        transformer_class(folder / "config.json")
         return Source(name, "transformer", folder)
     raise PpclError(f"{name}: holds neither model_index.json nor config.json; give a diffusers folder")
 
@@ -151,7 +177,7 @@ def _check_pipeline(folder: Path) -> None:
                 if library not in LIBRARIES:
                     raise _code(path, f"{name!r} is of the module {library!r}")
                 if name == "transformer":
-                    _transformer_class(folder / name / "config.json")
+                    transformer_class(folder / name / "config.json")
                 else:
                     _class(library, class_name, path)
             case _:
@@ -195,12 +221,22 @@ def _pipeline_class(index: dict[str, JsonValue], path: Path) -> Any:
     return found
 
 
-def _transformer_class(path: Path) -> Any:
+def transformer_class(path: Path) -> Any:
+    """Return the class that a transformer's ``config.json`` names: one of diffusers' models.
+
+    Raises:
+        PpclError: the file is damaged or asks for code, or there is no such class.
+    """
     name = _read(path).get("_class_name")
     found = _class("diffusers", name, path)
     if not issubclass(found, _import("diffusers", "ModelMixin")):
         raise PpclError(f"{path}: {name} is not a model; give a transformer's folder")
     return found
+
+
+def diffusers_class(name: str) -> Any:
+    """Return the model class `name` of diffusers, for a configuration that was checked before."""
+    return _class("diffusers", name, Path("config.json"))
 
 
 def _class(library: str, name: JsonValue, path: Path) -> Any:

@@ -14,15 +14,15 @@ BLOCKS = 6
 WORD_CHANNELS = 16
 
 
-def save_pipeline(folder: Path, seed: int = 0) -> Path:
-    """Write a pipeline of 6 random blocks of width 32 in diffusers' layout, and return its folder."""
+def save_pipeline(folder: Path, seed: int = 0, blocks: int = BLOCKS) -> Path:
+    """Write a pipeline of `blocks` random blocks of width 32 in diffusers' layout, and return its folder."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformer = QwenImageTransformer2DModel(
             patch_size=1,
             in_channels=CHANNELS,
             out_channels=CHANNELS,
-            num_layers=BLOCKS,
+            num_layers=blocks,
             attention_head_dim=16,
             num_attention_heads=2,
             joint_attention_dim=WORD_CHANNELS,

@@ -16,7 +16,15 @@ import typer
 
 from ppcl_fx.cli.app import main
 from ppcl_fx.cli.boundary import Result, guarded
-from ppcl_fx.cli.options import check_output, check_writable, choices, parse_counts, parse_keep, parse_keeps
+from ppcl_fx.cli.options import (
+    check_output,
+    check_writable,
+    choices,
+    parse_counts,
+    parse_keep,
+    parse_keeps,
+    parse_params,
+)
 from ppcl_fx.errors import PpclError
 
 COMMANDS = ("analyze", "rewrite", "train", "export")
@@ -83,6 +91,16 @@ def test_help_needs_no_torch() -> None:
         ),
         (["rewrite", "shapes", "-o", "x", "--analysis", "a.json", "--keep", "half"], ["--keep half", "0.5"]),
         (["rewrite", "shapes", "-o", "x"], ["--analysis", "--plan"]),
+        (["rewrite", "shapes", "-o", "x", "--analysis", "a", "--params", "12X"], ["--params 12X", "12B"]),
+        (["rewrite", "shapes", "-o", "x", "--analysis", "a", "--params", "nanB"], ["--params nanB"]),
+        (
+            ["rewrite", "shapes", "-o", "x", "--analysis", "a", "--params", "1B", "--keep", "0.5"],
+            ["--keep, --params"],
+        ),
+        (["rewrite", "shapes", "-o", "x", "--plan", "p.json", "--params", "1B"], ["--params", "has its size already"]),
+        (["rewrite", "shapes", "-o", "x", "--analysis", "a", "--plan", "p.json"], ["--analysis, --plan"]),
+        (["rewrite", "shapes", "-o", "x", "--analysis", "a", "--released", "r"], ["--analysis, --released"]),
+        (["rewrite", "shapes", "-o", "x", "--released", "r"], ["--released", "--calls"]),
         (["rewrite", "shapes", "-o", "x", "--analysis", "a", "--init", "frist"], ["frist", "'first'"]),
         (["train", "x", "--calls", "c", "--stage", "depth,widht"], ["widht", "'width'"]),
         (["train", "x", "--calls", "c", "--stage", "depth", "--steps", "1,2"], ["--steps 1,2", "1 stage;"]),
@@ -218,6 +236,11 @@ def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
     assert done.returncode == 143
     assert "Traceback" not in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_of_parameters_are_read_as_people_write_them() -> None:
+    written = {"12B": 12_000_000_000, "11.9b": 11_900_000_000, "500M": 500_000_000, "1.5e3": 1500, "7": 7}
+    assert {text: parse_params(text) for text in written} == written
 
 
 def test_lists_are_read_as_given() -> None:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -182,6 +183,58 @@ def test_export_writes_a_checked_file_for_a_share(place: Workplace) -> None:
     assert ratio["params"] == least
     assert Path(ratio["onnx"]).is_file()
     assert ratio["parity_max_abs"] <= 1e-4
+
+
+def test_a_budget_in_parameters_is_met_with_the_least_damage(place: Workplace) -> None:
+    analysis, out = place.run / "analysis.json", place.folder / "budget"
+    whole = ppcl_fx.Redundancy.load(analysis).teacher_params
+    budget = f"{0.7 * whole / 1000:.3f}K"
+    said = place.ok(
+        "rewrite", place.model, "--analysis", analysis, "--select", "budget", "--params", budget, "-o", out
+    )
+    assert said["params"] == ppcl_fx.load(out).param_count() <= 0.7 * whole
+    assert "least predicted damage" in said["reason"][1]
+    line = place.refused("rewrite", place.model, "--analysis", analysis, "--params", "20B", "-o", out / "x")
+    assert "must lie between 1 and" in line
+
+
+def test_folders_that_others_load(place: Workplace) -> None:
+    model = ppcl_fx.load(place.student)
+    depth, ffn = model.edits
+    share = f"{model.param_count([depth]) / model.teacher_params + 1e-4:.4f}"
+    out = place.folder / "stock"
+    (one,) = place.ok("export", place.student, "--format", "diffusers", "--keep", share, "-o", out)["folders"]
+    assert (one["plugged"], one["params"]) == ([depth], model.param_count([depth]))
+    loaded = diffusers.QwenImageTransformer2DModel.from_pretrained(one["folder"])
+    kwargs = ppcl_fx.Calls.open(place.calls).examples()
+    with torch.no_grad():
+        assert torch.equal(loaded(**kwargs)[0], model.plug(students=[depth])(**kwargs)[0])
+    least = f"{model.param_count(model.edits) / model.teacher_params + 1e-4:.4f}"
+    line = place.refused("export", place.student, "--format", "diffusers", "--keep", f"1.0,{least}", "-o", out / "x")
+    assert ffn in line and "no class of diffusers" in line
+    assert not (out / "x").exists()
+
+
+def test_a_released_checkpoint_comes_and_goes(place: Workplace) -> None:
+    model = ppcl_fx.load(place.student)
+    share = f"{model.param_count(model.edits) / model.teacher_params + 1e-4:.4f}"
+    out, joined = place.folder / "out", place.folder / "joined"
+    (one,) = place.ok("export", place.student, "--format", "released", "--keep", share, "-o", out)["folders"]
+    said = place.ok("rewrite", place.model, "--released", one["folder"], "--calls", place.calls, "-o", joined)
+    assert said["edits"] == said["plugged"] == model.edits
+    kwargs = ppcl_fx.Calls.open(place.calls).examples()
+    again = ppcl_fx.load(joined)
+    for students in (model.edits, [], model.edits[:1]):
+        with torch.no_grad():
+            ours, theirs = again.plug(students=students), model.plug(students=students)
+            assert torch.equal(ours(**kwargs)[0], theirs(**kwargs)[0])
+    line = place.refused("train", one["folder"], "--calls", place.calls)
+    assert "without its teacher" in line and "--released" in line
+    config = Path(one["folder"]) / "config.json"
+    config.write_text(config.read_text().replace('"num_layers": 4', '"num_layers": 3'))
+    line = place.refused("rewrite", place.model, "--released", one["folder"], "--calls", place.calls, "-o", out / "x")
+    assert "num_layers is 3" in line or "too much" in line
+    assert not (out / "x").exists()
 
 
 def test_files_of_another_model_are_refused(place: Workplace) -> None:

@@ -223,7 +223,7 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
         names = set(archive.namelist())
     code = {name for name in names if name.endswith(".py")}
     assert code == modules_on_disk()
-    assert {"ppcl_fx/py.typed", *weights_on_disk()} <= names
+    assert {"ppcl_fx/py.typed", "ppcl_fx/plans.json", *weights_on_disk()} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.frontier import frontier
+from ppcl_fx.passes.select import Options
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.redundancy import BlockSavings, FfnFit, Interval, Redundancy, StackAnalysis, StreamCurves
 from ppcl_fx.report import PictureGrid, write_report
@@ -177,7 +179,7 @@ def test_full_report_is_one_file_that_asks_for_nothing(tmp_path: Path) -> None:
     assert policy.startswith("default-src 'none'")
     anchors = {a["href"] for a in page.all("a")}
     assert anchors == {f"#{s['id']}" for s in page.all("section")}
-    assert anchors == {"#ratios", "#pictures", "#plan", "#analysis", "#losses", "#provenance"}
+    assert anchors == {"#ratios", "#pictures", "#plan", "#analysis", "#frontier", "#losses", "#provenance"}
 
 
 def test_everything_shown_has_words(tmp_path: Path) -> None:
@@ -223,7 +225,7 @@ def test_no_text_from_files_becomes_markup(tmp_path: Path) -> None:
 def test_analysis_alone_keeps_candidates_and_selected_apart(tmp_path: Path) -> None:
     redundancy = _redundancy(_stack("blocks", 8, ("image", "text")))
     alone = _write(tmp_path, redundancy=redundancy)
-    assert {s["id"] for s in alone.all("section")} == {"analysis", "provenance"}
+    assert {s["id"] for s in alone.all("section")} == {"analysis", "frontier", "provenance"}
     assert alone.words.count("open-ended") == 2  # one a stream
     assert "selected" not in alone.words
     chosen = _write(tmp_path, redundancy=redundancy, plan=_plan())
@@ -231,6 +233,18 @@ def test_analysis_alone_keeps_candidates_and_selected_apart(tmp_path: Path) -> N
     assert chosen.words.count("candidate") == 5
     part = Plan(edits=[DepthEdit(stack="blocks", first=5, last=6)])
     assert "selected: 5–6" in _write(tmp_path, redundancy=redundancy, plan=part).words
+
+
+def test_the_frontier_is_drawn_with_what_each_step_gives_up(tmp_path: Path) -> None:
+    redundancy = _redundancy(_stack("blocks", 8, ("image", "text")))
+    page = _write(tmp_path, redundancy=redundancy, plan=_plan())
+    points = frontier(redundancy, Options(budget=0))
+    assert len(points) > 2
+    assert f"{len(points)} sizes, from the whole teacher to {points[-1].params:,} parameters." in page.words
+    assert f"{points[1].params:,}" in page.words
+    given_up = [edit.id for edit in points[-1].edits]
+    assert any(edit in words for edit in given_up for words in page.words)
+    assert "the plan" in page.words
 
 
 def test_heatmaps_have_a_cell_for_every_pair_of_every_stream(tmp_path: Path) -> None:

@@ -14,8 +14,11 @@ from ppcl_fx.cli.terminal import Terminal
 
 if TYPE_CHECKING:
     from ppcl_fx.export import ExportResult
+    from ppcl_fx.model import PluggableModel
 
-FORMATS = ("onnx", "tensorrt")
+FORMATS = ("onnx", "tensorrt", "diffusers", "released")
+FOLDERS = ("diffusers", "released")
+"""Formats that are model folders; they need neither onnxruntime nor calls."""
 
 
 def export(
@@ -34,7 +37,10 @@ def export(
     format: Annotated[
         str,
         typer.Option(
-            "--format", metavar="NAME", help="'onnx', or 'tensorrt' for an engine beside each ONNX file."
+            "--format",
+            metavar="NAME",
+            help="'onnx', 'tensorrt' for an engine beside each ONNX file, 'diffusers' for folders that diffusers loads "
+            "by itself (depth edits alone), or 'released' for the layout of the paper's checkpoints.",
         ),
     ] = "onnx",
     calls: Annotated[
@@ -55,10 +61,13 @@ def export(
     check_output(out, overwrite=overwrite)
     terminal = Terminal(verbose)
 
+    if format in FOLDERS:
+        return _folders(open_student(student, terminal), keeps, out, format, overwrite, terminal)
+
     from ppcl_fx.export import export as run
 
-    model = open_student(student, terminal)
     recorded = open_calls(calls, terminal) if calls is not None else None
+    model = open_student(student, terminal, recorded)
     if recorded is not None:
         recorded.check(student, model.plan.model)
     with terminal.step(f"exporting {len(keeps)} ratios") as progress:
@@ -74,6 +83,29 @@ def export(
             progress=progress,
         )
     return _result(exported)
+
+
+def _folders(
+    model: PluggableModel, keeps: list[float], out: Path, format: str, overwrite: bool, terminal: Terminal
+) -> Result:
+    """Write a model folder for each share: OUT/keep-0.5 and so on, all or none."""
+    from ppcl_fx.files import new_folder
+    from ppcl_fx.released import save_released
+    from ppcl_fx.stock import save_stock
+
+    write = save_stock if format == "diffusers" else save_released
+    found = []
+    with new_folder(out, overwrite=overwrite) as beside, terminal.step(f"writing {len(keeps)} folders") as progress:
+        mixtures = [(keep, model.plug(keep=keep).students) for keep in keeps]
+        for done, (keep, students) in enumerate(mixtures, start=1):
+            name = f"keep-{keep:g}"
+            write(model.plug(students=students), beside / name)
+            found.append(
+                {"keep": keep, "params": model.param_count(), "plugged": list(students), "folder": str(out / name)}
+            )
+            progress(done, len(keeps))
+    lines = [f"{one['keep']:<5g} {one['params']:>14,}  {one['folder']}" for one in found]
+    return Result({"format": format, "folders": found}, ["keep      parameters  folder", *lines])
 
 
 def _result(exported: ExportResult) -> Result:

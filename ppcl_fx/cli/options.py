@@ -18,6 +18,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stde
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
+UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 _PROBE_PREFIX = ".ppcl-fx-"
 
 
@@ -34,6 +35,18 @@ def parse_keep(text: str) -> float:
             f"--keep {text}: the share of parameters that stays is above 0 and at most 1, such as 0.5"
         )
     return keep
+
+
+def parse_params(text: str) -> int:
+    """Return the number of parameters that ``12B``, ``11.9e9``, ``500M`` or ``2705371`` stands for."""
+    digits, unit = (text[:-1], UNITS[text[-1:].upper()]) if text[-1:].upper() in UNITS else (text, 1)
+    try:
+        number = float(digits) * unit
+    except ValueError:
+        number = 0.0
+    if not 1.0 <= number < float("inf"):  # NaN fails too
+        raise PpclError(f"--params {text}: not a number of parameters; give one such as 12B, 500M or 2705371")
+    return round(number)
 
 
 def parse_keeps(text: str) -> list[float]:

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import Json, Overwrite, Verbose, check_output, choice, given, parse_keep
+from ppcl_fx.cli.options import (
+    Json,
+    Overwrite,
+    Verbose,
+    check_output,
+    choice,
+    given,
+    parse_keep,
+    parse_params,
+)
 from ppcl_fx.cli.teacher import open_calls, open_teacher
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
 
 if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    from ppcl_fx.calls import Calls
+    from ppcl_fx.model import PluggableModel
     from ppcl_fx.plan import Plan
+    from ppcl_fx.plans import NamedPlan
 
 INITS = ("first", "middle")
-DEFAULT_KEEP = 0.5
 
 
 def rewrite(
@@ -31,15 +45,36 @@ def rewrite(
     keep: Annotated[
         str | None, typer.Option(metavar="SHARE", help="Share of the parameters that stays, 0.5 if left out.")
     ] = None,
+    params: Annotated[
+        str | None, typer.Option(metavar="NUMBER", help="Instead of --keep: how many stay at most, such as 12B.")
+    ] = None,
     plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLAN",
+            help="A plan to follow, instead of an analysis to choose by: a file, or paper:NAME for one of the paper.",
+        ),
+    ] = None,
+    released: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A plan to follow, instead of an analysis to choose by."),
+        typer.Option(
+            metavar="FOLDER",
+            help="A checkpoint of the released layout, pruned from MODEL: its parts become the students. "
+            "--plan says by which plan; told by the weights if left out.",
+        ),
     ] = None,
     calls: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Recorded calls; RUN/calls beside the file if left out."),
     ] = None,
-    rule: Annotated[str, typer.Option(help="Selection rule: 'paper', or 'uniform' as a control.")] = "paper",
+    select: Annotated[
+        str,
+        typer.Option(
+            "--select",
+            "--rule",
+            help="How to choose: 'paper', 'budget' for the least predicted damage, or 'uniform' as a control.",
+        ),
+    ] = "paper",
     stream: Annotated[
         str | None, typer.Option(help="Stream that decides; the one of the analysis if left out.")
     ] = None,
@@ -50,43 +85,128 @@ def rewrite(
     json: Json = False,
 ) -> Result:
     """Cut MODEL by an analysis or a plan, and save teacher and student parts side by side in STUDENT."""
-    given_file = _one_of(analysis, plan)
-    if plan is not None and keep is not None:
-        raise PpclError("--keep: a plan has its size already; leave --keep out, or give --analysis")
-    share = parse_keep(keep) if keep is not None else DEFAULT_KEEP
     choice("--init", init, INITS)
+    wish = Wish(analysis, plan, released, _init(init))
+    wish.check(keep, params)
+    budget = given(
+        keep=parse_keep(keep) if keep is not None else None,
+        params=parse_params(params) if params is not None else None,
+    )
+    named = wish.named()
+    folder = calls or wish.calls_beside()
     check_output(out, overwrite=overwrite)
     terminal = Terminal(verbose)
 
     import ppcl_fx
 
-    if analysis is not None:
-        options = given(rule=rule, stream=stream, width=width, init=init)
-        chosen = ppcl_fx.select(ppcl_fx.Redundancy.load(analysis), keep=share, **options)
+    chosen = wish.plan_given(named)
+    promised = None
+    if chosen is None and analysis is not None:
+        options = given(rule=select, stream=stream, width=width, init=init)
+        chosen = ppcl_fx.select(ppcl_fx.Redundancy.load(analysis), **budget, **options)
+        promised = chosen.params
+    recorded = open_calls(folder, terminal)
+    fingerprints = {analysis or Path(plan or ""): chosen.model} if chosen is not None else {}
+    fingerprints[recorded.folder] = recorded.calls.model
+    teacher = open_teacher(model, terminal, fingerprints=fingerprints)
+    if released is not None:
+        from ppcl_fx.released import with_teacher
+
+        with terminal.step("joining with the teacher"):
+            student = with_teacher(released, teacher, recorded.calls.examples(), plan=chosen)
     else:
-        chosen = _read_plan(given_file)
-    recorded = open_calls(calls or given_file.parent / "calls", terminal)
-    teacher = open_teacher(
-        model, terminal, fingerprints={given_file: chosen.model, recorded.folder: recorded.calls.model}
-    )
-    with terminal.step("tracing"):
-        graph = ppcl_fx.trace(teacher, recorded.calls.examples())
-    with terminal.step("rewriting"):
-        student = ppcl_fx.rewrite(graph, chosen, recorded.calls)
-    params, whole = student.param_count(student.edits), student.teacher_params
-    if analysis is not None and params != chosen.params:
-        raise RuntimeError(f"the plan promised {chosen.params} parameters and the model has {params}")
+        assert chosen is not None
+        with terminal.step("tracing"):
+            graph = ppcl_fx.trace(teacher, recorded.calls.examples())
+        with terminal.step("rewriting"):
+            student = _rewritten(graph, chosen, named, recorded.calls)
+    plugged = named.students(student) if named is not None else student.edits
+    count, whole = student.param_count(plugged), student.teacher_params
+    if promised is not None and count != promised:
+        raise RuntimeError(f"the plan promised {promised} parameters and the model has {count}")
     with terminal.step("saving"):
-        student.plug(students=student.edits).save(out, overwrite=overwrite)
-    return _result(out, student.plan, params, whole)
+        student.plug(students=plugged).save(out, overwrite=overwrite)
+    return _result(out, student.plan, plugged, count, whole)
 
 
-def _one_of(analysis: Path | None, plan: Path | None) -> Path:
-    if analysis is not None and plan is None:
-        return analysis
-    if plan is not None and analysis is None:
-        return plan
-    raise PpclError("--analysis, --plan: give one of the two, the analysis to choose by or a plan to follow")
+@dataclass(frozen=True)
+class Wish:
+    """What a user asked for: an analysis to choose by, a plan by file or name, a checkpoint to take students from."""
+
+    analysis: Path | None
+    plan: str | None
+    released: Path | None
+    init: Literal["first", "middle"]
+
+    def check(self, keep: str | None, params: str | None) -> None:
+        """Raise `PpclError` where the options contradict each other."""
+        from ppcl_fx.plans import is_name
+
+        by_name = self.plan is not None and is_name(self.plan)
+        if self.analysis is None and self.plan is None and self.released is None:
+            raise PpclError("--analysis, --plan: give one of the two, the analysis to choose by or a plan to follow")
+        if self.analysis is not None and (self.released is not None or (self.plan is not None and not by_name)):
+            other = "--released" if self.released is not None else "--plan"
+            raise PpclError(f"--analysis, {other}: give one of the two; with the second the choice is made")
+        if keep is not None and params is not None:
+            raise PpclError("--keep, --params: give one of the two, a share or a number of parameters")
+        for option, value in (("--keep", keep), ("--params", params)):
+            if value is not None and (self.plan is not None or self.released is not None):
+                raise PpclError(f"{option}: a plan has its size already; leave {option} out, or give --analysis alone")
+
+    def named(self) -> NamedPlan | None:
+        """Return the plan that was given by name, checked; None where none or a file was given."""
+        from ppcl_fx import plans
+
+        if self.plan is None or not plans.is_name(self.plan):
+            return None
+        found = plans.named(self.plan)
+        found.plan(self.init)
+        return found
+
+    def calls_beside(self) -> Path:
+        """Return where recorded calls lie when nobody says so: beside the analysis or the plan.
+
+        Raises:
+            PpclError: there is no such file.
+        """
+        from ppcl_fx.plans import is_name
+
+        if self.analysis is not None:
+            return self.analysis.parent / "calls"
+        if self.plan is not None and not is_name(self.plan):
+            return Path(self.plan).parent / "calls"
+        what = f"--plan {self.plan}: no calls lie beside a plan of this package" if self.plan else "--released"
+        raise PpclError(f"{what}; give recorded calls with --calls")
+
+    def plan_given(self, named: NamedPlan | None) -> Plan | None:
+        """Return the plan to follow; None where an analysis chooses, or weights tell.
+
+        Raises:
+            PpclError: a file is missing, damaged, or holds no edit.
+        """
+        if named is None:
+            return _read_plan(Path(self.plan)) if self.plan is not None else None
+        plan = named.plan(self.init)
+        if self.analysis is None:
+            return plan
+        import ppcl_fx
+        from ppcl_fx.passes.damage import predicted
+
+        analysis = ppcl_fx.Redundancy.load(self.analysis)
+        return predicted(analysis, plan).model_copy(update={"model": analysis.model})
+
+
+def _rewritten(graph: GraphModule, plan: Plan, named: NamedPlan | None, calls: Calls) -> PluggableModel:
+    import ppcl_fx
+
+    if named is not None:
+        named.check(graph)
+    return ppcl_fx.rewrite(graph, plan, calls)
+
+
+def _init(init: str) -> Literal["first", "middle"]:
+    return "middle" if init == "middle" else "first"
 
 
 def _read_plan(path: Path) -> Plan:
@@ -99,14 +219,17 @@ def _read_plan(path: Path) -> Plan:
     return plan
 
 
-def _result(out: Path, plan: Plan, params: int, whole: int) -> Result:
+def _result(out: Path, plan: Plan, plugged: list[str], params: int, whole: int) -> Result:
+    back = [edit for edit in plan.ids if edit not in plugged]
     data = {
         "student": str(out),
         "teacher_params": whole,
         "params": params,
         "keep": params / whole,
         "edits": plan.ids,
+        "plugged": plugged,
         "reason": plan.reason,
     }
-    lines = [*plan.reason, *plan.ids, f"{params:,} of {whole:,} parameters ({params / whole:.2%}): {out}"]
+    swapped = [f"swapped back to the teacher for the budget: {', '.join(back)}"] if back else []
+    lines = [*plan.reason, *plan.ids, *swapped, f"{params:,} of {whole:,} parameters ({params / whole:.2%}): {out}"]
     return Result(data, lines)

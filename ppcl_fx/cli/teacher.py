@@ -70,15 +70,29 @@ def open_teacher(name: str, terminal: Terminal, fingerprints: Mapping[Path, str]
     return transformer
 
 
-def open_student(folder: Path, terminal: Terminal) -> PluggableModel:
+def open_student(folder: Path, terminal: Terminal, recorded: Recorded | None = None) -> PluggableModel:
     """Load a pluggable model.
+
+    Args:
+        folder: its folder.
+        terminal: where to show what is going on.
+        recorded: calls; with them a released checkpoint, which has no teacher, is taken too, as it is.
 
     Raises:
         PpclError: the folder is missing, or holds no pluggable model.
     """
     import ppcl_fx
+    from ppcl_fx.model import PluggableModel
 
     if not folder.is_dir():
         raise PpclError(f"{folder}: no such folder; give what 'ppcl-fx rewrite' wrote")
     with terminal.step("loading the student"):
-        return ppcl_fx.load(folder)
+        student = ppcl_fx.load(folder)
+    if isinstance(student, PluggableModel):
+        return student
+    if recorded is None:
+        raise PpclError(
+            f"{folder}: a released checkpoint, without its teacher; join the two with "
+            f"'ppcl-fx rewrite TEACHER --released {folder}', or export it as it is with --calls"
+        )
+    return student.pluggable(recorded.calls.examples())

@@ -49,6 +49,7 @@ def write_report(
     """
     from ppcl_fx.files import write_text
     from ppcl_fx.report.analysis import analysis_section
+    from ppcl_fx.report.frontier import frontier_section
     from ppcl_fx.report.page import analysis_cards, page, plan_section, provenance_section
     from ppcl_fx.report.results import headline, pictures_section, ratios_section
     from ppcl_fx.report.training import losses_section
@@ -62,10 +63,12 @@ def write_report(
         sections["plan"] = plan_section(plan, redundancy.teacher_params if redundancy else None)
     if redundancy is not None:
         sections["analysis"] = analysis_section(redundancy, plan)
+        sections["frontier"] = frontier_section(redundancy, plan)
     if losses:
         sections["losses"] = losses_section(losses)
     if provenance or redundancy is not None:
         sections["provenance"] = provenance_section(provenance or {}, redundancy)
+    sections = {anchor: section for anchor, section in sections.items() if section}
     cards = headline(ratios) if ratios else (analysis_cards(redundancy) if redundancy is not None else [])
     write_text(Path(path), page(title, sections, cards, lead))
     return Path(path)

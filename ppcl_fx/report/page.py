@@ -17,6 +17,7 @@ _NAMES = {
     "pictures": "Pictures",
     "plan": "Plan",
     "analysis": "Analysis",
+    "frontier": "Sizes",
     "losses": "Distillation",
     "provenance": "Provenance",
 }

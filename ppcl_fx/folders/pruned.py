@@ -1,0 +1,54 @@
+"""The file ``pruned.json`` beside a pruned model that others load: which plan made it, from which teacher."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from ppcl_fx._version import __version__
+from ppcl_fx.folders.numbering import Kept
+from ppcl_fx.model import PluggableModel
+from ppcl_fx.plan import Plan
+
+PRUNED = "pruned.json"
+
+
+class Pruned(BaseModel):
+    """Where a pruned model comes from.
+
+    Attributes:
+        plan: the edits that it has, in the teacher's block numbers.
+        kept: block list -> the teacher's number of each block that is left; of a run that was replaced, the first.
+        params: how many parameters it has.
+        example: the arguments of the traced call, as `ppcl_fx.examples.describe` writes them.
+        made: the version of this package and the passes that ran.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    kind: Literal["pruned"] = "pruned"
+    plan: Plan
+    kept: dict[str, list[int]]
+    params: int
+    example: dict[str, JsonValue]
+    made: dict[str, JsonValue]
+
+
+def pruned(model: PluggableModel, kept: dict[str, list[Kept]]) -> Pruned:
+    """Describe the mixture that is plugged now."""
+    info = model.graph.meta["ppcl"]
+    return Pruned(
+        plan=plugged_plan(model),
+        kept={stack: [block.index for block in blocks] for stack, blocks in kept.items()},
+        params=model.param_count(),
+        example=info["example"],
+        made={"version": __version__, "passes": info.get("passes", [])},
+    )
+
+
+def plugged_plan(model: PluggableModel) -> Plan:
+    """Return the plan of the edits that are plugged now, with the parameters that they leave."""
+    edits = [edit for edit in model.plan.edits if edit.id in model.students]
+    return model.plan.model_copy(update={"edits": edits, "params": model.param_count()})

@@ -1,0 +1,262 @@
+"""The layout in which the paper's authors released their pruned models: read it, write it, plug it into its teacher.
+
+A folder of this layout looks like a diffusers folder, but its ``config.json`` lists blocks whose parts were replaced by
+linear projectors, and diffusers cannot load it::
+
+    model = ppcl_fx.released.load(folder)                        # called like the transformer
+    model = ppcl_fx.released.with_teacher(folder, teacher, kw)   # a PluggableModel: every edit switchable
+    ppcl_fx.released.save_released(model, folder)                # a mixture, in this layout
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ppcl_fx.errors import GuardError, PpclError
+from ppcl_fx.files import inside, read_json
+from ppcl_fx.folders.checkpoint import open_weights
+from ppcl_fx.folders.layout import LISTS, STACK, Layout, compare, graph_paths
+from ppcl_fx.folders.numbering import Kept, translated
+from ppcl_fx.folders.skeleton import build
+from ppcl_fx.plan import Plan
+from ppcl_fx.sources import is_released, transformer_class, transformer_folder
+from ppcl_fx.tracing import bind, trace
+
+if TYPE_CHECKING:
+    from ppcl_fx.model import PluggableModel
+
+CONFIG = "config.json"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+__all__ = ["ReleasedModel", "is_released", "load", "save_released", "with_teacher"]
+
+
+class ReleasedModel(nn.Module):
+    """A pruned model read from the released layout; behaves like the transformer it was made from.
+
+    Its ``state_dict`` is the checkpoint's. The graph that computes it is traced at the first call, and again for a call
+    outside of what was traced.
+
+    Args:
+        skeleton: the transformer's class with as many whole blocks, its parameters on the meta device.
+        layout: the lists.
+        tensors: the checkpoint's tensors by name.
+    """
+
+    def __init__(self, skeleton: nn.Module, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            _register(self, name, tensor)
+        self.layout = layout
+        kept = [Kept(index, index, f"{STACK}.{index}") for index in range(layout.num_layers)]
+        self._paths = graph_paths([], Plan(edits=layout.edits()), kept, layout)
+        # Plain attributes, so that torch does not take what has no weights for submodules.
+        self.__dict__["_skeleton"] = skeleton
+        self.__dict__["_edited"] = None
+        self.__dict__["_view"] = None
+
+    @property
+    def plan(self) -> Plan:
+        """The width edits that the lists say, in this model's own block numbers; its blocks are all that is left."""
+        return Plan(edits=self.layout.edits(), params=self.param_count())
+
+    @property
+    def config(self) -> Any:
+        """The configuration, with the three lists, as diffusers pipelines read it."""
+        from diffusers.configuration_utils import FrozenDict
+
+        lists = {name: getattr(self.layout, name) for name in LISTS}
+        return FrozenDict({**self.__dict__["_skeleton"].config, **lists})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the floating-point parameters."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters()).device
+
+    def param_count(self) -> int:
+        """Return the number of parameters of the checkpoint."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Run the model on the transformer's own arguments.
+
+        Raises:
+            PpclError: the call cannot be traced.
+        """
+        names = list(inspect.signature(self.__dict__["_skeleton"].forward).parameters)
+        given = dict(zip(names, args, strict=False)) | kwargs
+        if self.__dict__["_edited"] is None:
+            self._trace(given)
+        try:
+            result = self._call(given)
+        except GuardError:
+            self._trace(given)
+            result = self._call(given)
+        if not return_dict:
+            return result
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=result[0])
+
+    @contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Do nothing: pipelines name the guidance branch here for caches that this model does not have."""
+        del name
+        yield
+
+    def pluggable(self, example_kwargs: Mapping[str, Any]) -> PluggableModel:
+        """Return this model as a pluggable one without an edit: what export takes, with `keep=1.0` alone.
+
+        Args:
+            example_kwargs: the keyword arguments of one call.
+        """
+        from ppcl_fx.model import PluggableModel
+
+        self._trace(example_kwargs)
+        graph = self._bound()
+        graph.meta["ppcl"]["released"] = True
+        return PluggableModel(graph, Plan())
+
+    def _call(self, given: Mapping[str, Any]) -> Any:
+        gm = self._bound()
+        return gm(**bind(gm, given))
+
+    def _trace(self, kwargs: Mapping[str, Any]) -> None:
+        from ppcl_fx.passes.rewrite import insert_edits
+
+        skeleton = nn.Module.to(self.__dict__["_skeleton"], self.dtype)
+        self.__dict__["_edited"] = insert_edits(trace(skeleton, kwargs), Plan(edits=self.layout.edits()))
+        self.__dict__["_view"] = None
+
+    def _bound(self) -> GraphModule:
+        """Return the graph with this module's parameters in it."""
+        if self.__dict__["_view"] is None:
+            from ppcl_fx.passes.plug import plugged
+
+            edits = frozenset(edit.id for edit in self.layout.edits())
+            view = plugged(self.__dict__["_edited"], edits)
+            own = dict(self.named_parameters())
+            for name, shape in [(name, parameter.shape) for name, parameter in view.named_parameters()]:
+                wanted = translated(name, self._paths)
+                parent, _, leaf = name.rpartition(".")
+                value = own.get(wanted)
+                if value is None and wanted.rpartition(".")[0].endswith(".ehs_proj"):
+                    # A group without a second projector passes the text state through: a projector of zeros.
+                    value = nn.Parameter(torch.zeros(shape, dtype=self.dtype), requires_grad=False)
+                if value is None or value.shape != shape:
+                    raise RuntimeError(f"the graph wants {wanted} of shape {list(shape)}, which was not checked for")
+                view.get_submodule(parent)._parameters[leaf] = value
+            self.__dict__["_view"] = view.to(self.device)
+        view = self.__dict__["_view"]
+        assert isinstance(view, GraphModule)
+        return view.train(self.training)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ReleasedModel:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.__dict__["_view"] = None
+        return self
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ReleasedModel:
+    """Load a checkpoint of the released layout. No code from the folder is run, and no teacher is needed.
+
+    Args:
+        folder: the transformer's folder, or a pipeline's folder with one in it.
+        dtype: dtype of the weights; by default as stored.
+
+    Raises:
+        PpclError: a file is missing or truncated, the lists contradict each other, or they disagree with the weights.
+    """
+    folder = transformer_folder(Path(folder))
+    layout, skeleton = open_layout(folder, dtype)
+    return ReleasedModel(skeleton, layout, open_weights(folder).tensors(dtype)).eval()
+
+
+def open_layout(folder: Path, dtype: torch.dtype | None = None) -> tuple[Layout, nn.Module]:
+    """Read and check everything of a checkpoint but its tensors; return the lists and the model without weights.
+
+    Raises:
+        PpclError: see `load`.
+    """
+    path = inside(folder, CONFIG)
+    layout = read_json(path, Layout)
+    layout.check(str(path))
+    kind = transformer_class(path)
+    weights = open_weights(folder)
+    stored = next((DTYPES[name] for name in DTYPES if name in weights.dtypes), torch.float32)
+    skeleton = build(kind, layout.config, dtype or stored)
+    if len(getattr(skeleton, STACK, ())) != layout.num_layers:
+        raise PpclError(f"{path}: {kind.__name__} has no {STACK} that num_layers counts; not of the released layout")
+    compare(weights, skeleton, layout)
+    return layout, skeleton
+
+
+def with_teacher(
+    folder: str | Path,
+    teacher: nn.Module,
+    example_kwargs: Mapping[str, Any],
+    *,
+    plan: Plan | None = None,
+    kept: list[int] | None = None,
+) -> PluggableModel:
+    """Plug a released checkpoint's parts into its teacher, every edit switchable, with all of them plugged.
+
+    A checkpoint holds what its own mixture uses. Where a student block lost its feed-forward or its text stream too,
+    the block alone, without that second edit, has the teacher's weights there.
+
+    Args:
+        folder: the checkpoint.
+        teacher: the transformer that it was pruned from, with its weights.
+        example_kwargs: the keyword arguments of one call.
+        plan: the plan that it was made by, in the teacher's block numbers. Without it and without `kept` the blocks
+            are told by their weights.
+        kept: instead, the teacher's number of each block that is left: of a run that was replaced, the first.
+
+    Raises:
+        PpclError: the checkpoint is damaged, the plan is not the checkpoint's, or a part that no edit replaced is not
+            the teacher's.
+    """
+    from ppcl_fx.folders.rejoin import rejoin
+
+    return rejoin(transformer_folder(Path(folder)), teacher, example_kwargs, plan=plan, kept=kept)
+
+
+def save_released(model: PluggableModel, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the mixture that is plugged now in the released layout.
+
+    Args:
+        model: the model; its teacher must be of a class with the layout's parts (see `ppcl_fx.folders.layout`).
+        folder: where to; written beside and renamed.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        PpclError: the mixture does not fit the layout, or the folder cannot be written.
+    """
+    from ppcl_fx.folders.release import release
+
+    return release(model, Path(folder), overwrite=overwrite)
+
+
+def _register(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Put a tensor at a dotted name, in plain modules made for it."""
+    *path, leaf = name.split(".")
+    for part in path:
+        if part not in root._modules:
+            root.add_module(part, nn.Module())
+        child = root._modules[part]
+        assert child is not None
+        root = child
+    root.register_parameter(leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
