@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +18,7 @@ from ppcl_fx.examples import build, describe
 from ppcl_fx.files import inside, new_folder, read_json, read_safetensors, write_json, write_safetensors
 from ppcl_fx.graphs import parameter_count
 from ppcl_fx.plan import Plan, known
+from ppcl_fx.stock import StockModel
 from ppcl_fx.tracing import bind, trace
 
 CARD = "ppcl.json"
@@ -45,7 +45,7 @@ class Card(BaseModel):
     made: dict[str, JsonValue]
 
 
-class PluggableModel(nn.Module):
+class PluggableModel(StockModel):
     """A teacher and every student part of a plan; behaves like the transformer it was made from.
 
     Args:
@@ -92,23 +92,6 @@ class PluggableModel(nn.Module):
     def teacher_params(self) -> int:
         """Number of parameters of the teacher."""
         return self.param_count(())
-
-    @property
-    def config(self) -> Any:
-        """The teacher's configuration, as diffusers pipelines read it."""
-        from diffusers.configuration_utils import FrozenDict
-
-        return FrozenDict(self.graph.meta["ppcl"].get("config", {}))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the floating-point parameters."""
-        return next(p.dtype for p in self.graph.parameters() if p.is_floating_point())
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.graph.parameters()).device
 
     def param_count(self, students: Sequence[str] | None = None) -> int:
         """Return the exact number of parameters of a mixture.
@@ -160,19 +143,13 @@ class PluggableModel(nn.Module):
             GuardError: the call lies outside of what was traced.
         """
         gm = self.graph_module()
-        given = dict(zip(self.graph.meta["ppcl"]["signature"], args, strict=False)) | kwargs
-        result = gm(**bind(gm, given))
+        given = self._take_scale(dict(zip(self.graph.meta["ppcl"]["signature"], args, strict=False)) | kwargs)
+        result = self._runner(gm)(**bind(gm, given))
         if not return_dict:
             return result
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=result[0])
-
-    @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Do nothing: pipelines name the guidance branch here for caches that a pluggable model does not have."""
-        del name
-        yield
 
     def _view(self, students: frozenset[str]) -> GraphModule:
         from ppcl_fx.passes.plug import plugged
@@ -181,17 +158,17 @@ class PluggableModel(nn.Module):
             # One mixture at a time: narrowed layers are views of weights that training or a move may replace.
             self._views.clear()
             self._views[students] = plugged(self.graph, students)
-        return self._views[students].train(self.training)
+        view = self._views[students]
+        # Only where it differs: a call inside of torch.compile should find nothing to change.
+        return view if view.training == self.training else view.train(self.training)
 
     def _forget(self) -> None:
         # Plain dictionaries, so that torch does not take the views for submodules of their own.
         self.__dict__["_views"] = {}
         self.__dict__["_counts"] = {}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PluggableModel:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def _weights_changed(self) -> None:
         self._forget()
-        return self
 
     # ---- saving ------------------------------------------------------------------------------------------------
 
@@ -229,7 +206,7 @@ class PluggableModel(nn.Module):
         write_safetensors(inside(folder, STUDENTS), self._split()[1])
 
     def _split(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        state = self.graph.state_dict()
+        state = self._lora_state(self.graph.state_dict())
         mine = {name: tensor for name, tensor in state.items() if name.split(".")[0] in ("students", "projectors")}
         return {name: tensor for name, tensor in state.items() if name not in mine}, mine
 
