@@ -13,6 +13,7 @@ from torch import nn
 from ppcl_fx.errors import PpclError
 from ppcl_fx.lora import Adapters, LoraReport, strengths
 from ppcl_fx.lora_files import read_lora
+from ppcl_fx.lora_mark import mark
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -91,6 +92,7 @@ class LoraModel(nn.Module):
         name = adapter_name if adapter_name is not None else f"default_{len(self._adapters.loaded)}"
         onto = self.lora_on_students if on_students is None else on_students
         self._adapters.load(name, layers, onto, swap=hotswap)
+        mark(self)
         self._weights_changed()
         report = self.lora_report(name)
         log.log(logging.WARNING if report.removed + report.projectors else logging.INFO, "%s", report)
@@ -119,16 +121,23 @@ class LoraModel(nn.Module):
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Forget LoRAs; the weights are what they were without them, to the bit."""
         self._adapters.delete([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
+        mark(self)
         self._weights_changed()
 
     def unload_lora(self) -> None:
         """Forget every LoRA; the weights are what they were, to the bit. Where they were fused they stay so."""
         self._adapters.unload()
+        mark(self)
         self._weights_changed()
 
     def active_adapters(self) -> list[str]:
         """Return the names of the LoRAs that count, in the order in which they are added."""
         return list(self._adapters.active)
+
+    @property
+    def lora_is_fused(self) -> bool:
+        """Whether the active LoRAs are to stay in the weights when they are unloaded."""
+        return self._adapters.fused
 
     def enable_lora(self) -> None:
         """Let the active LoRAs count again after `disable_lora`."""

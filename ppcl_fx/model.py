@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +15,20 @@ from ppcl_fx._version import __version__
 from ppcl_fx.budget import choose
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build, describe
-from ppcl_fx.files import inside, new_folder, read_json, read_safetensors, write_json, write_safetensors
+from ppcl_fx.files import (
+    inside,
+    new_folder,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 from ppcl_fx.graphs import parameter_count
+from ppcl_fx.model_card import NAME as MODEL_CARD
+from ppcl_fx.model_card import model_card
+from ppcl_fx.pipeline_model import PipelineModel
 from ppcl_fx.plan import Plan, known
-from ppcl_fx.stock import StockModel
 from ppcl_fx.tracing import bind, trace
 
 CARD = "ppcl.json"
@@ -45,7 +55,7 @@ class Card(BaseModel):
     made: dict[str, JsonValue]
 
 
-class PluggableModel(StockModel):
+class PluggableModel(PipelineModel):
     """A teacher and every student part of a plan; behaves like the transformer it was made from.
 
     Args:
@@ -172,12 +182,15 @@ class PluggableModel(StockModel):
 
     # ---- saving ------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the model: ``teacher/`` (a diffusers folder), the students' weights, the plan, a card.
+    def save(
+        self, folder: str | Path, *, overwrite: bool = False, scores: Mapping[str, float] | None = None
+    ) -> Path:
+        """Write the model: ``teacher/`` (a diffusers folder), the students' weights, the plan, a card, a README.
 
         Args:
             folder: where to; written beside and renamed.
             overwrite: replace a folder that exists.
+            scores: measured scores by name, for the model card.
 
         Raises:
             PpclError: the folder exists, cannot be written, or the teacher is not a diffusers model.
@@ -193,6 +206,8 @@ class PluggableModel(StockModel):
         with new_folder(folder, overwrite=overwrite) as beside:
             write_json(beside / CARD, card)
             write_json(beside / PLAN, self.plan)
+            words = model_card(self.plan, card.plugged, info["config"], card.made, self.param_count(), scores)
+            write_text(beside / MODEL_CARD, words)
             (beside / TEACHER).mkdir()
             write_json(beside / TEACHER / "config.json", info["config"])
             teacher, students = self._split()

@@ -27,7 +27,7 @@ else:
     from diffusers import ModelMixin as _DiffusersModel
 
 
-class StockModel(LoraModel, _DiffusersModel):
+class PipelineModel(LoraModel, _DiffusersModel):
     """A model of diffusers by its class, so that pipelines take it as ``transformer=`` and call its methods.
 
     Device and dtype moves, LoRA, attention backends, ``torch.compile``, ``enable_model_cpu_offload`` and group
