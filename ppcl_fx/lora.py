@@ -223,6 +223,8 @@ class Adapters:
 
     def check_untouched(self) -> None:
         """Raise where somebody else (training, loading weights) has changed a weight that a LoRA is fused into."""
+        if not self._written:
+            return
         parameters = dict(self.graph.named_parameters())
         for path, state in self._written.items():
             if _state(parameters[path]) != state:

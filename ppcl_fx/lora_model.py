@@ -139,6 +139,14 @@ class LoraModel(nn.Module):
         """Whether the active LoRAs are to stay in the weights when they are unloaded."""
         return self._adapters.fused
 
+    def require_no_lora(self, what: str) -> None:
+        """Raise `PpclError` where a LoRA that is not fused counts: `what` would take it for part of the weights."""
+        if "_lora" in self.__dict__ and self._adapters.active and not self._adapters.fused:
+            raise PpclError(
+                f"LoRA {self._adapters.active[0]!r} is loaded, and {what} would take it for part of the weights; call "
+                "unload_lora() to go on without it, or fuse_lora() to make it part of them"
+            )
+
     def enable_lora(self) -> None:
         """Let the active LoRAs count again after `disable_lora`."""
         self._enable(True)
@@ -201,19 +209,6 @@ class LoraModel(nn.Module):
             if name not in traced
         }
         return given | rest
-
-    def _lora_state(self, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return a state dict to be saved.
-
-        Raises:
-            PpclError: a LoRA is loaded and not fused: nobody could tell what the file holds.
-        """
-        if "_lora" in self.__dict__ and self._adapters.active and not self._adapters.fused:
-            raise PpclError(
-                f"LoRA {self._adapters.active[0]!r} is loaded; call unload_lora() to save the model without it, or "
-                "fuse_lora() to make it part of the weights"
-            )
-        return state
 
     def _weights_changed(self) -> None:
         """Forget views of the weights: some hold copies of rows."""

@@ -221,7 +221,8 @@ class PluggableModel(PipelineModel):
         write_safetensors(inside(folder, STUDENTS), self._split()[1])
 
     def _split(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        state = self._lora_state(self.graph.state_dict())
+        self.require_no_lora("saving")
+        state = self.graph.state_dict()
         mine = {name: tensor for name, tensor in state.items() if name.split(".")[0] in ("students", "projectors")}
         return {name: tensor for name, tensor in state.items() if name not in mine}, mine
 

@@ -69,14 +69,14 @@ class PipelineModel(LoraModel, _DiffusersModel):
         Raises:
             PpclError: another dtype, and the teacher is no model of diffusers: it cannot be traced again.
         """
-        if self._offload is not None:
-            raise PpclError("the model is offloaded by blocks, so it is not moved; load it again to move it")
         # Not diffusers' own `to`, which warns of every dtype.
         return nn.Module.to(self, *args, **kwargs)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if "graph" not in self._modules:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._offload is not None:
+            raise PpclError("the model is offloaded by blocks, so it is not moved; load it again to move it")
         self._adapters.check_untouched()
         before, dtypes = self._place(), dtypes_of(fn)
         other = {t.dtype for t in self.graph.parameters() if dtypes(t.dtype) != t.dtype}
@@ -182,9 +182,15 @@ class PipelineModel(LoraModel, _DiffusersModel):
     # ---- saving ------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:
-        """Write the model as `save` does, replacing a folder of that name: what ``pipeline.save_pretrained`` calls."""
+        """Write the model as `save` does: what ``pipeline.save_pretrained`` calls. Replaces a saved model only.
+
+        Raises:
+            PpclError: the folder holds something else.
+        """
+        from ppcl_fx.model import CARD
+
         del ignored
-        self.save(save_directory, overwrite=True)
+        self.save(save_directory, overwrite=(Path(save_directory) / CARD).is_file())
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:

@@ -198,8 +198,10 @@ def test_fused_loras_stay(plain: Any, tmp_path: Path) -> None:
     model, kwargs, folder = plain
     before = weights(model)
     model.load_lora_adapter(folder)
-    with pytest.raises(PpclError, match=r"LoRA 'default_0' is loaded; call unload_lora\(\) .* or fuse_lora\(\)"):
+    with pytest.raises(PpclError, match=r"LoRA 'default_0' is loaded, and saving would .*unload_lora\(\)"):
         model.save(tmp_path / "student")
+    with pytest.raises(PpclError, match=r"LoRA 'default_0' is loaded, and training would"):
+        model.require_no_lora("training")
     model.fuse_lora()
     expected = answer(model, kwargs)
     model.unload_lora()

@@ -117,8 +117,19 @@ def test_a_pipeline_is_moved_to_another_dtype(shapes_folder: Path, move: Any) ->
     assert all(torch.equal(t, loaded.state_dict()[name]) for name, t in model.state_dict().items())
 
 
-def test_moving_there_and_back_is_the_model_loaded_in_both(tiny: Any) -> None:
-    teacher, model, kwargs = tiny
+SINGLE = "single_transformer_blocks"
+OTHERS: dict[str, list[Edit]] = {
+    "tiny_qwen": EDITS,
+    "tiny_flux": [DepthEdit(stack=STACK, first=1, last=2), DepthEdit(stack=SINGLE, first=1, last=3)],
+    "tiny_sd3": [DepthEdit(stack=STACK, first=0, last=1), FfnEdit(stack=STACK, block=7)],
+}
+
+
+@pytest.mark.parametrize("name", list(OTHERS))
+def test_moving_there_and_back_is_the_model_loaded_in_both(name: str) -> None:
+    teacher, kwargs = getattr(models, name)()
+    model = rewrite(trace(teacher, kwargs), Plan(edits=OTHERS[name]))
+    teacher = getattr(models, name)()[0]
     before = {name: tensor.bfloat16().float() for name, tensor in model.graph.state_dict().items()}
     for dtype in (torch.bfloat16, torch.float32):
         model.to(dtype)
@@ -158,6 +169,10 @@ def test_it_is_saved_and_loaded_by_diffusers_names(tiny: Any, tmp_path: Path) ->
     _, model, kwargs = tiny
     model.plug(students=model.edits).save_pretrained(tmp_path / "student")
     model.save_pretrained(tmp_path / "student")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("mine")
+    with pytest.raises(PpclError, match="already exists"):
+        model.save_pretrained(tmp_path / "mine")
     loaded = PluggableModel.from_pretrained(tmp_path / "student", torch_dtype=torch.float32)
     assert torch.equal(answer(loaded, kwargs), answer(model, kwargs))
 
