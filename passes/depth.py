@@ -15,6 +15,7 @@ from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.dead_code import DeadCode
 from ppcl_fx.passes.liveness import SINK, mark
 from ppcl_fx.passes.regions import copy_nodes
+from ppcl_fx.passes.residuals import between, with_residuals
 from ppcl_fx.passes.switches import insert_switch, switches
 from ppcl_fx.plan import DepthEdit
 from ppcl_fx.stacks import Block, Stack, block_outputs, block_regions, stacks
@@ -53,7 +54,8 @@ class Depth(Pass):
     """Put a switchable student beside the blocks ``first`` to ``last`` of a block list.
 
     The student is a copy of block ``first``, fed by that block's own inputs; the users of block ``last`` read its
-    outputs through switches. Nothing is removed: `Plug` chooses. Idempotent.
+    outputs through switches. What is added to a stream between the blocks (a ControlNet's residuals) is added behind
+    the student. Nothing is removed: `Plug` chooses. Idempotent.
     """
 
     name: ClassVar[str] = "depth"
@@ -77,15 +79,16 @@ class Depth(Pass):
         """Do the edit for blocks that are known already (see `interval`)."""
         mark(gm)
         path = student_path(self.edit)
+        added = between([b for b in home.blocks if self.first <= b.index <= self.last])
         copies = copy_nodes(begin.nodes, end.nodes[-1], begin.path, path)
         middle = next(b for b in home.blocks if b.index == (self.first + self.last) // 2)
         source = middle if self.init == "middle" else begin
         gm.add_submodule(path, copy.deepcopy(gm.get_submodule(source.path)))
         inside = set(end.nodes)
+        last = list(copies.values())[-1]
         for stream, teacher in end.outputs.items():
-            insert_switch(
-                teacher, copies[begin.outputs[stream]], self.edit.id, path, stream, keep=lambda user: user in inside
-            )
+            student = with_residuals(copies[begin.outputs[stream]], added[stream], last)
+            insert_switch(teacher, student, self.edit.id, path, stream, keep=lambda user: user in inside)
         for copied in copies.values():
             copied.meta.pop(SINK, None) if not copied.users else None
         names = {
@@ -99,7 +102,8 @@ class CutDepth(Pass):
     """Remove the blocks ``first + 1`` to ``last`` for good, in traced and in exported graphs.
 
     The users of block ``last``'s outputs are rewired to the corresponding outputs of block ``first``. Where a model
-    indexes a side input by block number, the result is the model with identity blocks, not a renumbered one.
+    indexes a side input by block number, the result is the model with identity blocks, not a renumbered one; what is
+    added to a stream between the blocks goes on being added.
     """
 
     name: ClassVar[str] = "cut-depth"
@@ -114,11 +118,14 @@ class CutDepth(Pass):
             f"{self.stack}.{i}" in regions for i in range(self.first + 1, self.last + 1)
         ):
             return Result(gm, False)
-        _, begin, end = interval(stacks(gm), self.stack, self.first, self.last)
+        home, begin, end = interval(stacks(gm), self.stack, self.first, self.last)
         mark(gm)
+        added = between([b for b in home.blocks if self.first <= b.index <= self.last])
         gone = {f"{self.stack}.{i}" for i in range(self.first + 1, self.last + 1)}
         inside = set(end.nodes)
+        streams = {node: stream for stream, node in end.outputs.items()}
         for source, teacher in _pairs(begin, end):
+            source = with_residuals(source, added.get(streams.get(teacher, ""), []), teacher)
             teacher.replace_all_uses_with(source, delete_user_cb=lambda user: user not in inside)
             if teacher.meta.pop(SINK, False):
                 source.meta[SINK] = True

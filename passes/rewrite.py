@@ -17,6 +17,7 @@ from ppcl_fx.passes.ffn import Ffn
 from ppcl_fx.passes.initialise import fit_projectors
 from ppcl_fx.passes.liveness import mark
 from ppcl_fx.passes.plug import mixture
+from ppcl_fx.passes.residuals import bare
 from ppcl_fx.passes.switches import surface, switches
 from ppcl_fx.passes.text_stream import TextStream
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
@@ -106,10 +107,10 @@ def _student_block(gm: GraphModule, edit: DepthEdit, begin: Block) -> Block:
     path = student_path(edit)
     nodes = tuple(n for n in gm.graph.nodes if path in (n.meta.get("nn_module_stack") or {}))
     outputs = {
-        str(node.meta["ppcl_switch"]["stream"]): node.args[1]
+        str(node.meta["ppcl_switch"]["stream"]): bare(node.args[1])  # type: ignore[arg-type]
         for node in switches(gm, edit.id)
     }
-    return Block(path, edit.stack, edit.first, nodes, begin.inputs, outputs)  # type: ignore[arg-type]
+    return Block(path, edit.stack, edit.first, nodes, begin.inputs, outputs)
 
 
 def _block(found: list[Stack], current: dict[str, Block], edit: str, stack: str, index: int) -> Block:

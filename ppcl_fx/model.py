@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,8 +15,19 @@ from ppcl_fx._version import __version__
 from ppcl_fx.budget import choose
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build, describe
-from ppcl_fx.files import inside, new_folder, read_json, read_safetensors, write_json, write_safetensors
+from ppcl_fx.files import (
+    inside,
+    new_folder,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 from ppcl_fx.graphs import parameter_count
+from ppcl_fx.model_card import NAME as MODEL_CARD
+from ppcl_fx.model_card import model_card
+from ppcl_fx.pipeline_model import PipelineModel
 from ppcl_fx.plan import Plan, known
 from ppcl_fx.tracing import bind, trace
 
@@ -48,7 +58,7 @@ class Card(BaseModel):
     made: dict[str, JsonValue]
 
 
-class PluggableModel(nn.Module):
+class PluggableModel(PipelineModel):
     """A teacher and every student part of a plan; behaves like the transformer it was made from.
 
     Args:
@@ -95,23 +105,6 @@ class PluggableModel(nn.Module):
     def teacher_params(self) -> int:
         """Number of parameters of the teacher."""
         return self.param_count(())
-
-    @property
-    def config(self) -> Any:
-        """The teacher's configuration, as diffusers pipelines read it."""
-        from diffusers.configuration_utils import FrozenDict
-
-        return FrozenDict(self.graph.meta["ppcl"].get("config", {}))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the floating-point parameters."""
-        return next(p.dtype for p in self.graph.parameters() if p.is_floating_point())
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.graph.parameters()).device
 
     def param_count(self, students: Sequence[str] | None = None) -> int:
         """Return the exact number of parameters of a mixture.
@@ -163,19 +156,13 @@ class PluggableModel(nn.Module):
             GuardError: the call lies outside of what was traced.
         """
         gm = self.graph_module()
-        given = dict(zip(self.graph.meta["ppcl"]["signature"], args, strict=False)) | kwargs
-        result = gm(**bind(gm, given))
+        given = self._take_scale(dict(zip(self.graph.meta["ppcl"]["signature"], args, strict=False)) | kwargs)
+        result = self._runner(gm)(**bind(gm, given))
         if not return_dict:
             return result
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=result[0])
-
-    @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Do nothing: pipelines name the guidance branch here for caches that a pluggable model does not have."""
-        del name
-        yield
 
     def _view(self, students: frozenset[str]) -> GraphModule:
         from ppcl_fx.passes.plug import plugged
@@ -184,26 +171,29 @@ class PluggableModel(nn.Module):
             # One mixture at a time: narrowed layers are views of weights that training or a move may replace.
             self._views.clear()
             self._views[students] = plugged(self.graph, students)
-        return self._views[students].train(self.training)
+        view = self._views[students]
+        # Only where it differs: a call inside of torch.compile should find nothing to change.
+        return view if view.training == self.training else view.train(self.training)
 
     def _forget(self) -> None:
         # Plain dictionaries, so that torch does not take the views for submodules of their own.
         self.__dict__["_views"] = {}
         self.__dict__["_counts"] = {}
 
-    def _apply(self, fn: Any, recurse: bool = True) -> PluggableModel:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+    def _weights_changed(self) -> None:
         self._forget()
-        return self
 
     # ---- saving ------------------------------------------------------------------------------------------------
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the model: ``teacher/`` (a diffusers folder), the students' weights, the plan, a card.
+    def save(
+        self, folder: str | Path, *, overwrite: bool = False, scores: Mapping[str, float] | None = None
+    ) -> Path:
+        """Write the model: ``teacher/`` (a diffusers folder), the students' weights, the plan, a card, a README.
 
         Args:
             folder: where to; written beside and renamed.
             overwrite: replace a folder that exists.
+            scores: measured scores by name, for the model card.
 
         Raises:
             PpclError: the folder exists, cannot be written, or the teacher is not a diffusers model.
@@ -221,6 +211,8 @@ class PluggableModel(nn.Module):
         with new_folder(folder, overwrite=overwrite) as beside:
             write_json(beside / CARD, card)
             write_json(beside / PLAN, self.plan)
+            words = model_card(self.plan, card.plugged, info["config"], card.made, self.param_count(), scores)
+            write_text(beside / MODEL_CARD, words)
             (beside / TEACHER).mkdir()
             write_json(beside / TEACHER / "config.json", info["config"])
             teacher, students = self._split()
@@ -234,6 +226,7 @@ class PluggableModel(nn.Module):
         write_safetensors(inside(folder, STUDENTS), self._split()[1])
 
     def _split(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        self.require_no_lora("saving")
         state = self.graph.state_dict()
         mine = {name: tensor for name, tensor in state.items() if name.split(".")[0] in ("students", "projectors")}
         return {name: tensor for name, tensor in state.items() if name not in mine}, mine

@@ -130,7 +130,7 @@ def test_every_requirement_is_pinned_and_satisfied_by_its_pin() -> None:
         plain(name): version for name, _, version in (line.partition("==") for line in lines if "==" in line)
     }
     listed = [*PROJECT["project"]["dependencies"]]
-    for extra in ("export", "train", "dev"):
+    for extra in ("export", "lora", "train", "dev"):
         listed += PROJECT["project"]["optional-dependencies"][extra]
     for requirement in map(Requirement, listed):
         name = plain(requirement.name)

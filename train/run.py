@@ -112,11 +112,12 @@ def train(
         The curves and paths.
 
     Raises:
-        PpclError: An option makes no sense, the calls hold NaN, a loss becomes NaN, the output cannot be
-            written, a checkpoint in `out` belongs to something else or (without `resume`) to a run that has
+        PpclError: An option makes no sense, a LoRA is loaded, the calls hold NaN, a loss becomes NaN, the output
+            cannot be written, a checkpoint in `out` belongs to something else or (without `resume`) to a run that has
             not ended.
     """
     began = time.perf_counter()
+    model.require_no_lora("training")
     folder = Path(out)
     cast = _autocast(model, autocast)
     students = _mixture(model, keep)

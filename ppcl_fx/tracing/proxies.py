@@ -53,6 +53,12 @@ class ExampleProxy(Proxy):
             return _Method(self, name)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
+    def __array_ufunc__(self, function: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Record numpy's functions too: models compute with lengths by ``np.ceil`` and the like."""
+        if method != "__call__":
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", function, args, kwargs)
+
     def __bool__(self) -> bool:
         return bool(self.tracer.decide(self, bool))
 

@@ -1,0 +1,149 @@
+"""Group offloading of a mixture: its graph in pieces, one a block, so that diffusers' hooks have modules to hang on.
+
+Diffusers moves the weights of a block to the accelerator when the block is called. In a mixture no block is called: its
+nodes lie open in one graph. So the graph is cut after each block, and the pieces are what is moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from ppcl_fx.errors import PpclError
+
+
+@dataclass(frozen=True)
+class Offload:
+    """How to offload, by diffusers' own names; see ``diffusers.hooks.apply_group_offloading``.
+
+    Attributes:
+        onload_device: where to compute.
+        offload_device: where the weights rest.
+        options: the other arguments.
+    """
+
+    onload_device: torch.device
+    offload_device: torch.device
+    options: Mapping[str, Any]
+
+
+def offload(
+    onload_device: str | torch.device, offload_device: str | torch.device, offload_type: str, options: Mapping[str, Any]
+) -> Offload:
+    """Check the arguments of ``enable_group_offload``.
+
+    Raises:
+        PpclError: offloading by leaves, or a way of finding blocks that a graph does not have.
+    """
+    if offload_type != "block_level":
+        raise PpclError(
+            f"a pluggable model is offloaded by blocks, not by {str(offload_type)!r}: some of its weights belong to no "
+            "leaf module; use offload_type='block_level', num_blocks_per_group=1"
+        )
+    if options.get("block_modules") is not None:
+        raise PpclError("the blocks of a pluggable model are known from its graph; leave block_modules out")
+    wanted = {"num_blocks_per_group": 1} | {name: value for name, value in options.items() if value is not None}
+    return Offload(torch.device(onload_device), torch.device(offload_device), wanted)
+
+
+class Pieces(nn.Module):
+    """A graph cut after each block; computes what the graph computes.
+
+    Args:
+        gm: a mixture; its modules and parameters are shared.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        super().__init__()
+        self.inputs: list[list[str]] = []
+        self.outputs: list[list[str]] = []
+        self.dead: list[list[str]] = []
+        parts = _cut(gm)
+        self.blocks = nn.ModuleList(self._piece(gm, part) for part in parts)
+        last = {name: at for at, names in enumerate(self.inputs) for name in names}
+        self.dead = [[name for name, end in last.items() if end == at] for at in range(len(parts))]
+        self.train(gm.training)
+
+    def _piece(self, gm: GraphModule, nodes: list[Node]) -> GraphModule:
+        members = set(nodes)
+        output = gm.graph.output_node()
+        graph = Graph(tracer_cls=None)
+        values: dict[Node, Node] = {}
+        sources = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in members)
+        for source in sources:
+            values[source] = graph.placeholder(source.name)
+        for node in nodes:
+            if node is not output:
+                values[node] = graph.node_copy(node, lambda n: values[n])
+        if output in members:
+            leaving: list[Node] = []
+            graph.output(map_arg(output.args[0], lambda n: values[n]))
+        else:
+            leaving = [node for node in nodes if any(user not in members for user in node.users)]
+            graph.output(tuple(values[node] for node in leaving))
+        self.inputs.append([source.name for source in sources])
+        self.outputs.append([node.name for node in leaving])
+        return GraphModule(gm, graph, class_name="Piece")
+
+    def forward(self, **inputs: Any) -> Any:
+        """Run the pieces one after the other, forgetting what no later one reads."""
+        values = dict(inputs)
+        result: Any = None
+        for at, block in enumerate(self.blocks):
+            result = block(*(values[name] for name in self.inputs[at]))
+            values.update(zip(self.outputs[at], result, strict=False))
+            for name in self.dead[at]:
+                values.pop(name, None)
+        return result
+
+
+def _cut(gm: GraphModule) -> list[list[Node]]:
+    """Return the nodes in pieces, each ending with a block or a student; the last holds what comes after all blocks."""
+    from ppcl_fx.passes.liveness import owner
+
+    blocks = set(gm.meta.get("ppcl", {}).get("blocks", ()))
+    last: dict[str, Node] = {}
+    for node in gm.graph.nodes:
+        path = owner(node)
+        if path in blocks or path.startswith("students."):
+            last[path] = node
+    ends = set(last.values())
+    parts: list[list[Node]] = [[]]
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        parts[-1].append(node)
+        if node in ends:
+            parts.append([])
+    return parts
+
+
+def offloaded(gm: GraphModule, how: Offload) -> Pieces:
+    """Return a mixture in pieces whose weights rest on one device and compute on another."""
+    from diffusers.hooks import apply_group_offloading
+
+    pieces = Pieces(gm)
+    apply_group_offloading(
+        pieces,
+        onload_device=how.onload_device,
+        offload_device=how.offload_device,
+        offload_type="block_level",
+        **how.options,
+    )
+    return pieces
+
+
+def announce(model: nn.Module, how: Offload) -> None:
+    """Put diffusers' mark on a model whose parts are offloaded: by it pipelines find the device to compute on."""
+    from diffusers.hooks import group_offloading as own
+
+    kind = own.GroupOffloadingType.BLOCK_LEVEL
+    config = own.GroupOffloadingConfig(how.onload_device, how.offload_device, kind, False, False, False)
+    nothing = own.ModuleGroup([], how.offload_device, how.onload_device, offload_leader=model, onload_leader=model)
+    own._apply_group_offloading_hook(model, nothing, config=config)

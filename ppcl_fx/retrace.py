@@ -1,0 +1,126 @@
+"""Tracing a pluggable model again, for another dtype or another kind of call, with the weights that it has.
+
+A trace knows dtypes: branches were decided by them, guards check them, and what `ppcl_fx.passes.expand` opens is traced
+with them. So a model that moves to another dtype needs another graph. The class and its configuration are known, so the
+graph is made anew on the meta device, where it costs no memory, gets the same edits, and is put over the modules that
+are there: weights, hooks and processors stay the very same objects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.examples import build
+from ppcl_fx.plan import Plan
+from ppcl_fx.tracing import trace
+
+Dtypes = Callable[[torch.dtype], torch.dtype]
+
+
+def same(dtype: torch.dtype) -> torch.dtype:
+    """Change no dtype."""
+    return dtype
+
+
+def dtypes_of(fn: Callable[[torch.Tensor], torch.Tensor]) -> Dtypes:
+    """Return what a conversion, as `torch.nn.Module.to` gives it to ``_apply``, does to a dtype."""
+    known: dict[torch.dtype, torch.dtype] = {}
+
+    def converted(dtype: torch.dtype) -> torch.dtype:
+        if dtype not in known:
+            known[dtype] = dtype if dtype.is_complex else fn(torch.empty(0, dtype=dtype)).dtype
+        return known[dtype]
+
+    return converted
+
+
+def sparing_complex(fn: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return a conversion that moves complex tensors (rotary tables) and leaves their dtype alone."""
+
+    def convert(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_complex():
+            return fn(tensor)
+        return tensor.to(fn(torch.empty(0, device=tensor.device)).device)
+
+    return convert
+
+
+def retraced(
+    graph: GraphModule, plan: Plan, dtypes: Dtypes = same, example: Mapping[str, Any] | None = None
+) -> GraphModule:
+    """Return a pluggable graph, traced again, over the modules and parameters of `graph`.
+
+    Args:
+        graph: the pluggable graph; stays as it is.
+        plan: its plan.
+        dtypes: which dtype each of now becomes; the caller converts the parameters themselves.
+        example: the arguments of one call; by default those of the trace, in their new dtypes.
+
+    Raises:
+        PpclError: the model's class is not known, or cannot be built on the meta device.
+    """
+    from ppcl_fx.passes.rewrite import insert_edits
+
+    info = graph.meta["ppcl"]
+    model = _on_meta(info.get("config", {}))
+    _take_dtypes(model, graph, dtypes)
+    if example is None:
+        kinds = {t.dtype for t in graph.parameters() if t.is_floating_point()}
+        changed = {kind: dtypes(kind) for kind in kinds}
+        example = {name: build(value, changed) for name, value in info["example"].items()}
+    fresh = insert_edits(trace(model, example), plan)
+    lost = [name for name in _attributes(fresh) if not _has(graph, name)]
+    if lost:
+        raise PpclError(f"the model cannot be traced again: it has no {lost[0]!r}, which this call needs; {ADVICE}")
+    made = GraphModule(graph, fresh.graph, class_name=graph.__class__.__name__)
+    # The fingerprint is that of the weights, which the model on the meta device does not have.
+    made.meta = {**fresh.meta, "ppcl": {**fresh.meta["ppcl"], "model": info["model"]}}
+    made.train(graph.training)
+    return made
+
+
+ADVICE = "load or rewrite it anew with calls like this one"
+
+
+def _on_meta(config: Mapping[str, Any]) -> nn.Module:
+    import diffusers
+
+    name = config.get("_class_name")
+    found = getattr(diffusers, str(name), None)
+    if not isinstance(found, type) or not issubclass(found, diffusers.ModelMixin):
+        raise PpclError(f"the model was traced from no class of diffusers, so it cannot be traced again; {ADVICE}")
+    kind: Any = found
+    try:
+        with torch.device("meta"):
+            made: nn.Module = kind.from_config(dict(config))
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PpclError(f"{name} cannot be built without weights ({reason}), nor traced again; {ADVICE}") from error
+    return made.eval()
+
+
+def _take_dtypes(model: nn.Module, graph: GraphModule, dtypes: Dtypes) -> None:
+    """Give every parameter and buffer of `model` the dtype that its namesake has, or will have."""
+    there = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in there:
+            tensor.data = tensor.data.to(dtypes(there[name].dtype))
+
+
+def _attributes(graph: GraphModule) -> list[str]:
+    return [str(node.target) for node in graph.graph.nodes if node.op in ("call_module", "get_attr")]
+
+
+def _has(graph: GraphModule, path: str) -> bool:
+    value: Any = graph
+    for part in path.split("."):
+        if not hasattr(value, part):
+            return False
+        value = getattr(value, part)
+    return True
