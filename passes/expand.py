@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.liveness import SINK, USED, used_items
 from ppcl_fx.tracing import trace_inside
@@ -30,7 +31,8 @@ class Expand(Pass):
 
     Attributes:
         which: tells which nodes to expand; by default those with results that were used once and are not any more
-            (an attention whose text output nobody reads, a modulation whose feed-forward is gone).
+            (an attention whose text output nobody reads, a modulation whose feed-forward is gone). A module whose
+            inside cannot be traced from shapes alone stays whole.
     """
 
     name: ClassVar[str] = "expand"
@@ -40,12 +42,11 @@ class Expand(Pass):
         chosen = [n for n in gm.graph.nodes if n.op == "call_module" and self.which(gm, n)]
         chosen = [n for n in chosen if sum(other.target == n.target for other in gm.graph.nodes) == 1]
         chosen = [n for n in chosen if not type(gm.get_submodule(str(n.target))).__module__.startswith("torch.nn")]
-        for node in chosen:
-            _splice(gm, node)
-        return Result(gm, bool(chosen))
+        opened = [_splice(gm, node) for node in chosen]
+        return Result(gm, any(opened))
 
 
-def _splice(gm: GraphModule, node: Node) -> None:
+def _splice(gm: GraphModule, node: Node) -> bool:
     path = str(node.target)
     module = gm.get_submodule(path)
     bound = inspect.signature(module.forward).bind(*node.args, **node.kwargs)
@@ -53,7 +54,10 @@ def _splice(gm: GraphModule, node: Node) -> None:
     for name, value in bound.arguments.items():
         kind = inspect.signature(module.forward).parameters[name].kind
         arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    inner = trace_inside(module, map_arg(arguments, lambda n: n.meta["val"]))
+    try:
+        inner = trace_inside(module, map_arg(arguments, lambda n: n.meta["val"]))
+    except PpclError:
+        return False  # what it computes depends on values that no example has: it stays whole
     values: dict[Node, Any] = {}
     with gm.graph.inserting_before(node):
         for old in inner.graph.nodes:
@@ -74,6 +78,7 @@ def _splice(gm: GraphModule, node: Node) -> None:
         if not name.startswith("_constant_"):
             container.register_buffer(name, buffer)
     gm.set_submodule(path, container)
+    return True
 
 
 def _copy_in(gm: GraphModule, inner: GraphModule, at: Node, path: str, old: Node, values: dict[Node, Any]) -> Node:

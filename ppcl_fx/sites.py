@@ -67,7 +67,7 @@ def ffn_sites(gm: GraphModule, block: Block) -> list[FfnSite]:
     inside = set(block.nodes)
     for stream, leaving in block.outputs.items():
         for after in _residual_sums(leaving, inside):
-            before = _state_before(gm, after, inside)
+            before = _state_before(gm, after, inside, set(block.inputs.values()))
             if before is not None:
                 found.append(FfnSite(block.path, stream, before, after))
                 break
@@ -77,6 +77,9 @@ def ffn_sites(gm: GraphModule, block: Block) -> list[FfnSite]:
 def _residual_sums(node: Node, inside: set[Node]) -> list[Node]:
     """Return the last residual sum on the way back from a block's output (a clip may come after it)."""
     while node in inside and not is_add(node):
+        if len(casts := _casts(node)) > 1:
+            node = casts[1]
+            continue
         same = [n for n in node.all_input_nodes if n in inside and _shape(n) == _shape(node)]
         if len(same) != 1 or node.op == "call_module":
             return []
@@ -84,22 +87,35 @@ def _residual_sums(node: Node, inside: set[Node]) -> list[Node]:
     return [node] if node in inside else []
 
 
-def _state_before(gm: GraphModule, after: Node, inside: set[Node]) -> Node | None:
+def _casts(node: Node) -> list[Node]:
+    """Return a node and what it is computed from, as long as all that happens is a change of dtype."""
+    chain = [node]
+    while node.op == "call_method" and node.target in ("float", "to", "type_as", "type"):
+        source = node.args[0]
+        if not isinstance(source, Node) or _shape(source) != _shape(node):
+            break
+        chain.append(node := source)
+    return chain
+
+
+def _state_before(gm: GraphModule, after: Node, inside: set[Node], entering: set[Node]) -> Node | None:
     left, right = after.args
     assert isinstance(left, Node) and isinstance(right, Node)
-    for before, branch in ((left, right), (right, left)):
-        if _shape(before) != _shape(after):
+    for summand, branch in ((left, right), (right, left)):
+        if _shape(summand) != _shape(after):
+            continue
+        before = next((n for n in _casts(summand) if n in ancestors([branch], stop=[n], within=inside | {n})), None)
+        if before is None:
             continue
         # Everything that depends on `before` between the two: the norm, the modulation, the feed-forward, the gate.
         slice_ = ancestors([branch], stop=[before], within=inside | {before})
-        if before not in slice_:
-            continue
         depending = {n for n in slice_ if before in ancestors([n], stop=[before], within=slice_)}
         if any(is_attention(gm, node) for node in depending) or _linears(gm, depending) < 2:
             continue
-        # Any other token state in the branch would make the projector a function of something it does not see.
+        # Any other token state in the branch would make the projector a function of something it does not see. A
+        # modulation may have the shape of one, token by token; but it does not come from the streams.
         others = [n for n in slice_ - depending if _shape(n) == _shape(before)]
-        if not others:
+        if not any(entering & ancestors([n], stop=entering, within=inside | entering) for n in others):
             return before
     return None
 
@@ -121,7 +137,7 @@ def text_site(gm: GraphModule, block: Block) -> TextSite:
     Raises:
         Refusal: the block has one stream, or its attention takes the two streams in one tensor.
     """
-    if "text" not in block.inputs or "text" not in block.outputs:
+    if "text" not in block.inputs or "text" not in block.outputs or len(block.outputs) < 2:
         raise Refusal(f"{block.path} has no text stream of its own, so it cannot lose one; choose another block")
     inside = set(block.nodes)
     streams = dict(block.inputs)

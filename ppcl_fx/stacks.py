@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.graphs import attribute, descendants, module_paths
+from ppcl_fx.graphs import ancestors, attribute, descendants, module_paths
 from ppcl_fx.tracing.guards import is_guard
 from ppcl_fx.tracing.leaves import has_attention
 
@@ -70,7 +70,7 @@ def stacks(gm: GraphModule) -> list[Stack]:
         stack = _stack(gm, run, regions, following, runs)
         following.insert(0, stack)
         found.insert(0, stack)
-    return found
+    return _settled(found)
 
 
 def block_regions(gm: GraphModule) -> dict[str, list[Node]]:
@@ -220,25 +220,59 @@ def _stream_names(
     last = run[-1]
     found: dict[int, str] = {}
     if following:
-        first = following[0].blocks[0]
-        for position, node in outputs[last].items():
-            reached = descendants([node], stop=_inputs(list(first.nodes)))
-            for name, entering in first.inputs.items():
-                # Only what lies between the two blocks links them: not what runs through the block itself.
-                between = not _numbered_paths(entering) - _numbered_paths(node)
-                if entering is node or (entering in reached and between):
-                    found.setdefault(position, name)
+        # Not always the next one: two stacks may run beside each other into a third.
+        for stack in following:
+            found = _names_after(outputs[last], stack.blocks[0])
+            if found:
+                break
     else:
         output = gm.graph.output_node()
         read = [position for position, node in outputs[last].items() if output in descendants([node])]
         if read:
-            largest = max(read, key=lambda p: _tokens(outputs[last][p]))
-            found[largest] = "image"
+            found[max(read, key=lambda p: _tokens(outputs[last][p]))] = "image"
     free = iter(["text", "extra", *(f"extra{i}" for i in range(2, 9))])
     for position in sorted(outputs[run[0]]):
         if position not in found and isinstance(outputs[run[0]][position].meta.get("val"), torch.Tensor):
             found[position] = next(name for name in free if name not in found.values())
     return dict(sorted(found.items(), key=lambda item: (item[1] != "image", item[1] != "text", item[1])))
+
+
+def _names_after(outputs: dict[int, Node], first: Block) -> dict[int, str]:
+    """Name a block's outputs after the streams by which they enter the stack that follows.
+
+    Where two of them enter by one stream (text and image in one sequence), the longer one keeps its name.
+    """
+    entering: dict[str, list[int]] = {}
+    for position, node in outputs.items():
+        reached = descendants([node], stop=_inputs(list(first.nodes)))
+        for name, enters in first.inputs.items():
+            # Only what lies between the two blocks links them: not what runs through the block itself.
+            between = not _numbered_paths(enters) - _numbered_paths(node)
+            if enters is node or (enters in reached and between):
+                entering.setdefault(name, []).append(position)
+                break
+    return {max(at, key=lambda position: _tokens(outputs[position])): name for name, at in entering.items()}
+
+
+def _settled(found: list[Stack]) -> list[Stack]:
+    """Tell image from text where two stacks run beside each other into a third: the longer one is the image."""
+    settled = []
+    for stack in found:
+        own = stack.blocks[-1].outputs.get("image")
+        rivals = [s.blocks[-1].outputs["image"] for s in found if "image" in s.streams and s is not stack]
+        apart = [] if own is None else [r for r in rivals if r not in ancestors([own]) and own not in ancestors([r])]
+        if own is not None and "text" not in stack.streams and any(_tokens(r) > _tokens(own) for r in apart):
+            stack = _renamed_stream(stack, "image", "text")
+        settled.append(stack)
+    return settled
+
+
+def _renamed_stream(stack: Stack, old: str, new: str) -> Stack:
+    def named(nodes: dict[str, Node]) -> dict[str, Node]:
+        return {new if name == old else name: node for name, node in nodes.items()}
+
+    blocks = [replace(b, inputs=named(b.inputs), outputs=named(b.outputs)) for b in stack.blocks]
+    return replace(stack, blocks=tuple(blocks), streams=tuple(new if n == old else n for n in stack.streams))
 
 
 def _tokens(node: Node) -> int:

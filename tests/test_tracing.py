@@ -99,8 +99,8 @@ def test_tracing_leaves_the_model_and_torch_as_they_were() -> None:
 
 def test_torch_is_put_back_when_a_trace_fails() -> None:
     before = (nn.Module.__call__, nn.Module.__getattr__, torch.zeros)
-    with pytest.raises(PpclError, match="values of a tensor"):
-        trace(toys.build(toys.BranchesOnValues), toys.example())
+    with pytest.raises(PpclError, match="values of a tensor.*the input 'x' has none; trace with actual inputs"):
+        trace(toys.build(toys.BranchesOnValues), to_meta(toys.example()))
     assert before == (nn.Module.__call__, nn.Module.__getattr__, torch.zeros)
 
 
@@ -183,6 +183,36 @@ def test_a_decision_on_a_size_is_guarded() -> None:
         assert torch.equal(run(gm, toys.example(tokens=9)), model(**toys.example(tokens=9))["sample"])
     with pytest.raises(GuardError, match=r"bool\(\w+\) at toys\.py:\d+ was True while tracing and is False now"):
         run(gm, toys.example(tokens=3))
+
+
+def test_a_decision_by_values_holds_for_calls_that_decide_alike() -> None:
+    model = toys.build(toys.BranchesOnValues)
+    example = {"x": torch.ones(2, 6, toys.WIDTH)}
+    gm = trace(model, example)
+    with torch.no_grad():
+        for scale in (1, 3):
+            given = {"x": scale * example["x"]}
+            assert torch.equal(run(gm, given), model(**given, return_dict=False)[0])
+    with pytest.raises(GuardError, match=r"toys\.py:\d+ was True while tracing and is False now"):
+        run(gm, {"x": -example["x"]})
+
+
+def test_lengths_read_from_a_mask_are_guarded() -> None:
+    model = toys.build(toys.ReadsLengths)
+    for traced in ((6, 6), (6, 4)):
+        gm = trace(model, toys.masked(*traced))
+        outside = 0
+        # A call outside of what was traced raises; it never answers with something else.
+        for lengths in ((6, 6), (6, 4), (5, 5), (5, 3), (4, 6), (6,), (6, 6, 6)):
+            given = toys.masked(*lengths)
+            try:
+                with torch.no_grad():
+                    assert torch.equal(run(gm, given), model(**given, return_dict=False)[0])
+            except GuardError:
+                outside += 1
+        assert 2 <= outside < 7
+        with pytest.raises(PpclError, match=r"the input 'mask' has none; trace with actual inputs"):
+            trace(model, to_meta(toys.masked(*traced)))
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -103,13 +103,43 @@ class BranchesOnLength(Toy):
 
 
 class BranchesOnValues(Toy):
-    """Decides by the values of its input, which no trace can follow."""
+    """Decides by the values of its input: a trace holds for calls that decide alike."""
 
     def before(self, x: Tensor) -> Tensor:
         """Double the values when their sum is positive."""
         if x.sum() > 0:
             return 2 * x
         return x
+
+
+class Lengths(nn.Module):
+    """Reads the lengths of texts from a mask, in Python, as some position embeddings do."""
+
+    def forward(self, mask: Tensor) -> list[int]:
+        """Return one whole number for each sample."""
+        return [int(length) for length in mask.sum(dim=1).tolist()]
+
+
+class ReadsLengths(Toy):
+    """Cuts each sample by its mask; samples of one length need no padding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lengths = Lengths()
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, return_dict: bool = True) -> Any:
+        """Add each sample's mean over its valid tokens, doubled where the lengths differ."""
+        lengths = self.lengths(mask)
+        factor = 2 if len(set(lengths)) > 1 else 1
+        means = [sample[:length].mean(dim=0) for sample, length in zip(x, lengths, strict=True)]
+        valid = torch.stack([sample[keep].sum(dim=0) for sample, keep in zip(x, mask.bool(), strict=True)])
+        return super().forward(x + factor * (torch.stack(means) + valid)[:, None], return_dict)
+
+
+def masked(*lengths: int, tokens: int = 6) -> dict[str, Any]:
+    """Inputs for `ReadsLengths`: one sample of each length."""
+    mask = (torch.arange(tokens) < torch.tensor(lengths)[:, None]).long()
+    return {**example(len(lengths), tokens), "mask": mask}
 
 
 def example(batch: int = 2, tokens: int = 6) -> dict[str, Any]:

@@ -112,6 +112,7 @@ def _graph_module(
     graph = tracer.trace(symbolic, fixed)
     for node in graph.nodes:
         node.meta.pop("kept", None)
+        node.meta.pop("actual", None)
     root = nn.Module()
     for name, child in model.named_children():
         root.add_module(name, child)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -13,22 +13,36 @@ META = torch.device("meta")
 
 
 def examples(argument: Any) -> Any:
-    """Replace nodes by their examples, in plain (mutable) containers as the model itself would get them."""
+    """Replace nodes by their examples, in plain (mutable) containers as the model itself would get them.
+
+    Devices become the meta device: example tensors have no storage, whatever device the model asks for.
+    """
+    return resolved(argument, lambda node: node.meta["val"], META)
+
+
+def resolved(argument: Any, read: Callable[[Node], Any], device: torch.device | None = None) -> Any:
+    """Replace nodes in a graph argument by values, in plain (mutable) containers.
+
+    Args:
+        argument: an argument of a node, containers included.
+        read: gives the value of a node.
+        device: takes the place of every device, where given.
+    """
     if isinstance(argument, Node):
-        argument = argument.meta["val"]
+        argument = read(argument)
     if isinstance(argument, torch.device):
-        return META  # example tensors have no storage, whatever device the model asks for
+        return device or argument
     if isinstance(argument, tuple) and not isinstance(argument, torch.Size):
-        parts = [examples(item) for item in argument]
+        parts = [resolved(item, read, device) for item in argument]
         if hasattr(argument, "n_sequence_fields"):
             return type(argument)(parts)  # what `max(dim=...)` and the like return: its fields have names
         return type(argument)(*parts) if hasattr(argument, "_fields") else tuple(parts)
     if isinstance(argument, list):
-        return [examples(item) for item in argument]
+        return [resolved(item, read, device) for item in argument]
     if isinstance(argument, dict):
-        return {key: examples(item) for key, item in argument.items()}
+        return {key: resolved(item, read, device) for key, item in argument.items()}
     if isinstance(argument, slice):
-        return slice(examples(argument.start), examples(argument.stop), examples(argument.step))
+        return slice(*(resolved(item, read, device) for item in (argument.start, argument.stop, argument.step)))
     return argument
 
 

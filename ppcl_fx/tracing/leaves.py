@@ -39,8 +39,12 @@ def inlined_modules(model: nn.Module) -> set[str]:
         parts = path.split(".")
         inlined |= {".".join(parts[:i]) for i in range(1, len(parts) + 1)}
         for index, block in enumerate(model.get_submodule(path).children()):
-            inlined.add(f"{path}.{index}")
-            inlined |= {
-                f"{path}.{index}.{name}" for name, child in block.named_children() if isinstance(child, nn.Sequential)
-            }
+            inner, name = block, f"{path}.{index}"
+            inlined.add(name)
+            # A block that is nothing but a wrapper around another module.
+            while len(children := dict(inner.named_children())) == 1 and not list(inner.parameters(recurse=False)):
+                (child_name, inner), *_ = children.items()
+                name = f"{name}.{child_name}"
+                inlined.add(name)
+            inlined |= {f"{name}.{n}" for n, child in inner.named_children() if isinstance(child, nn.Sequential)}
     return inlined

@@ -15,11 +15,13 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import Scope, TracerBase
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.graphs import attribute
 from ppcl_fx.tracing.examples import META, examples, fresh, signature
 from ppcl_fx.tracing.guards import expect, expect_tensor
 from ppcl_fx.tracing.patches import patched
 from ppcl_fx.tracing.proxies import ExampleProxy
 from ppcl_fx.tracing.shadow import shadow, to_meta
+from ppcl_fx.tracing.values import UnknownValue, Values
 
 
 class ExampleTracer(TracerBase):
@@ -47,6 +49,7 @@ class ExampleTracer(TracerBase):
         self._known: dict[Hashable, Any] = {}
         self._read: dict[int, ExampleProxy] = {}
         self.constants: dict[str, torch.Tensor] = {}
+        self.values = Values(root, {})
         self._structural: set[Node] = set()
         self._containers: set[Node] = set()
         self._guarded: set[tuple[Node, str]] = set()
@@ -61,9 +64,11 @@ class ExampleTracer(TracerBase):
         """Trace ``root.forward(**symbolic, **fixed)``; the symbolic arguments become placeholders.
 
         Args:
-            symbolic: example values; tensors are taken to the meta device.
+            symbolic: example values; tensors are taken to the meta device, and looked at only where the model reads
+                a mask or a length in Python.
             fixed: arguments that are part of the trace as they are (``None``, booleans, strings).
         """
+        self.values = Values(self.model, symbolic)
         proxies = {name: self._placeholder(name, to_meta(value)) for name, value in symbolic.items()}
         with torch.no_grad(), patched(self, self.root):
             self.recording = True
@@ -133,10 +138,22 @@ class ExampleTracer(TracerBase):
             self._tensors[id(tensor)] = name
         node = self.create_node("get_attr", name, (), {})
         node.meta["val"] = to_meta(tensor)
+        node.meta["actual"] = self._actual(name)
         node.meta["kept"] = tensor  # ids are keys above: the tensor must stay alive while tracing
         proxy = ExampleProxy(node, self)
         self._read[id(tensor)] = proxy
         return proxy
+
+    def _actual(self, name: str) -> torch.Tensor:
+        if name in self.constants:
+            return self.constants[name]
+        was, self.recording = self.recording, False
+        try:
+            tensor = attribute(self.model, name)
+        finally:
+            self.recording = was
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
 
     def create_arg(self, a: Any) -> Any:
         """Turn a value into a graph argument; stray tensors become attributes of the graph module."""
@@ -184,17 +201,31 @@ class ExampleTracer(TracerBase):
                     assert callable(node.target)
                     value = node.target(*args, **kwargs)
         except (NotImplementedError, RuntimeError) as error:
-            if "meta" not in str(error).lower():
-                raise
-            raise PpclError(
-                f"{self._where()} reads a tensor's values to decide what to compute ({node.target}), "
-                "which no graph can hold; give the model inputs that avoid it"
-            ) from error
+            return self._evaluate_by_value(node, module, error)
         finally:
             self.recording = was
         if key is not None:
             self._known[key] = fresh(value)
         return value
+
+    def _evaluate_by_value(self, node: Node, module: nn.Module | None, why: Exception) -> Any:
+        """Compute the example of an operation whose result depends on what its arguments hold."""
+        try:
+            try:
+                value = self.values.stand_in(node, module)
+            except (NotImplementedError, RuntimeError):
+                value = self.values.of(node)
+            # A number read from a tensor is a decision in the making: no stand-in will do.
+            if module is None and not isinstance(value, (torch.Tensor, tuple)):
+                value = self.values.of(node)
+        except UnknownValue as unknown:
+            if not _for_want_of_values(why):
+                raise why from None
+            raise PpclError(
+                f"{self._where()} reads a tensor's values to decide what to compute ({node.target}), and "
+                f"{unknown.name} has none; trace with actual inputs, not with inputs on the meta device"
+            ) from why
+        return to_meta(value)
 
     def _classify(self, node: Node, value: Any) -> None:
         """Note what follows from the number of dimensions alone, and what was taken out of a given container."""
@@ -202,7 +233,7 @@ class ExampleTracer(TracerBase):
         dims = node.target is getattr and node.args[1] == "ndim"
         dims |= node.op == "call_method" and node.target == "dim"
         length = node.target is len and (
-            isinstance(sources[0].meta["val"], torch.Size) or sources[0].op == "call_module"
+            isinstance(sources[0].meta["val"], torch.Size) or _has_fixed_length(sources[0])
         )
         derived = bool(sources) and all(source in self._structural for source in sources)
         if dims or length or derived:
@@ -220,23 +251,33 @@ class ExampleTracer(TracerBase):
         try:
             value = kind(proxy.example)
         except (NotImplementedError, RuntimeError) as error:
-            raise PpclError(
-                f"{self._where()} decides by the values of a tensor ({proxy.node.name}), which a trace cannot follow; "
-                "give the model inputs that avoid that branch"
-            ) from error
+            value = kind(self._value(proxy.node, error))
         words = f"{kind.__name__}({proxy.node.name}) at {self._where()}"
         # What was decided is the answer, not the value: a list that is not empty may hold anything.
         same = type(proxy.example) is type(value)
         self.guard(proxy.node if same else self.create_proxy("call_function", kind, (proxy,), {}).node, value, words)
         return value
 
+    def _value(self, node: Node, why: Exception) -> Any:
+        was, self.recording = self.recording, False
+        try:
+            return self.values.of(node)
+        except UnknownValue as unknown:
+            raise PpclError(
+                f"{self._where()} decides by the values of a tensor ({node.name}), and {unknown.name} has none; "
+                "trace with actual inputs and weights, not on the meta device"
+            ) from why
+        finally:
+            self.recording = was
+
     def decide_length(self, proxy: ExampleProxy) -> int:
         """Answer ``len(proxy)``; guarded unless it follows from the graph itself."""
         example = proxy.example
+        if not hasattr(example, "__len__"):
+            raise TypeError(f"object of type {type(example).__name__!r} has no len()")
         if isinstance(example, torch.Tensor):
             return int(self.decide(proxy.shape[0], operator.index))
-        fixed = proxy.node.op == "call_module" or proxy.node.target in ("chunk", torch.chunk)
-        if not isinstance(example, torch.Size) and not fixed:
+        if not isinstance(example, torch.Size) and not _has_fixed_length(proxy.node):
             length = self.create_proxy("call_function", len, (proxy,), {})
             self.guard(length.node, len(example), f"the length of {proxy.node.name} at {self._where()}")
         return len(example)
@@ -269,3 +310,18 @@ def _note(value: Any, key: str, entry: tuple[str, Any]) -> None:
     """Append an entry to a node's meta; tuples, because shallow copies of a graph share them."""
     if ExampleTracer.is_proxy(value):
         value.node.meta[key] = (*value.node.meta.get(key, ()), entry)
+
+
+def _for_want_of_values(error: Exception) -> bool:
+    words = str(error).lower()
+    return "meta" in words or "data-dependent" in words
+
+
+def _has_fixed_length(node: Node) -> bool:
+    """Tell whether a sequence is as long on every call: a module's tuple, or as many chunks as were asked for."""
+    if node.op == "call_module":
+        return isinstance(node.meta["val"], tuple)
+    if node.target not in ("chunk", torch.chunk):
+        return False
+    count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
+    return isinstance(count, int) and len(node.meta["val"]) == count

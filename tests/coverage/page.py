@@ -1,0 +1,60 @@
+"""The page that is generated from the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from tests.coverage.excluded import EXCLUDED
+
+if TYPE_CHECKING:
+    from tests.coverage.table import Row
+
+_HEAD = """\
+# Coverage
+
+Generated: `python -m tests.coverage.table --write` measures every row and writes this page; a test compares the two.
+
+Each row is a small random model of a diffusers class. It is traced on one call, without a line of code for that class.
+
+- **stacks**: runs of blocks of one structure, with their number and the tensors that are chained from block to block.
+- **example**: is the trace equal to the model, to the last bit, on the traced call?
+- **batch, size, text, values**: the same on a call that differs in the number of samples, in the resolution (and
+  frames), in the length of the text, in every number and in what a mask leaves out. *re-trace*: the call lies outside
+  of what was traced, a guard says so, and a new trace is equal. *not taken*: the model itself refuses that shape. An
+  answer that differs without an error has no word here: the test fails.
+- **depth**: two neighbouring blocks become one. The result is equal, to the last bit, to the model whose second block
+  returns what its first one returned, and to the teacher while it is not plugged. *takes more*: parts of the model
+  between the two blocks go with them. *keeps more*: something besides the next block reads from the first one, so
+  (part of) it stays too.
+- **FFN**: the streams whose feed-forward can become a linear projector. With projectors of zeros it is the model
+  without those feed-forwards. *not alone*: it runs beside the attention, or on both streams at once.
+- **text stream**: can a block lose its text stream? It is the teacher, to the last bit, while not plugged, and smaller
+  when plugged. *one stream*: there is no other. *streams joined*: the attention takes both in one tensor.
+
+Where a class has several stacks, the cells of the edits follow the order of the stacks.
+
+| class | stacks | example | batch | size | text | values | depth | FFN | text stream |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+"""
+
+
+def render(rows: Sequence[Row]) -> str:
+    """Return the page as Markdown."""
+    covered = len({row.name.split(" ")[0] for row in rows})
+    lines = [_HEAD + "\n".join(_line(row) for row in rows)]
+    lines.append(f"\n{len(rows)} rows of {covered} classes.\n\n## Classes without a row\n")
+    lines += [f"- `{name}`: {reason}" for name, reason in sorted(EXCLUDED.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _line(row: Row) -> str:
+    name, _, variant = row.name.partition(" ")
+    cells = [f"`{name}` {variant}".strip(), "<br>".join(_stack(*stack) for stack in row.stacks), row.example]
+    cells += [row.others[key] for key in ("batch", "size", "text", "values")]
+    cells += ["<br>".join(row.edits[key]) for key in ("depth", "ffn", "text")]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _stack(name: str, count: int, streams: tuple[str, ...]) -> str:
+    return f"`{name}` × {count} ({', '.join(streams)})"
