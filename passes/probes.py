@@ -15,7 +15,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.contract import Pass, Result
 
 if TYPE_CHECKING:
-    from ppcl_fx.passes.measure import Measured
+    from ppcl_fx.passes.measure import Measurement
 
 WIDE = 2048
 """Above this many channels sums are made and kept in float32: sixty blocks of width 3072 in float64 take 20
@@ -33,6 +33,14 @@ class Projector:
     def __call__(self, x: Tensor) -> Tensor:
         """Apply to ``[..., D]``."""
         return x + torch.nn.functional.linear(x, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How well a residual map fits: relative squared error, and the cosine of the outputs."""
+
+    error: float
+    cosine: float
 
 
 class NormalEquations:
@@ -83,6 +91,12 @@ class NormalEquations:
         self._target += target
         self.samples += len(rows)
 
+    def clear(self) -> None:
+        """Forget all samples."""
+        self.samples = 0
+        self._gram = self._cross = None
+        self._residual = self._target = 0.0
+
     def solve(self, ridge: float = 1e-6, refine_steps: int = 0) -> Projector:
         """The minimiser of Eq. 2 with a ridge (Eq. 1), then `refine_steps` gradient steps on Eq. 2 without
         it.
@@ -115,6 +129,14 @@ class NormalEquations:
         if self.bias:
             return Projector(weight[:, :-1].contiguous(), weight[:, -1].contiguous())
         return Projector(weight.contiguous())
+
+    def fit(self, projector: Projector) -> Fit:
+        """Both measures of a projector.
+
+        Raises:
+            PpclError: all outputs are zero.
+        """
+        return Fit(self.error(projector), self.cosine(projector))
 
     def error(self, projector: Projector) -> float:
         """Squared error of `projector` relative to ``sum (y - x)^2``: 1 for a projector of zeros.
@@ -178,7 +200,7 @@ class LinearProbes(Pass):
     Annotates ``node.meta["ppcl"]["fit"]`` (float, Eq. 2 relative to the block's own change).
     """
 
-    measured: Measured
+    measured: Measurement
     ridge: float = 1e-6
     refine_steps: int = 0
 

@@ -205,6 +205,19 @@ class PluggableModel(nn.Module):
         Raises:
             PpclError: the folder exists, cannot be written, or the teacher is not a diffusers model.
         """
+        with new_folder(folder, overwrite=overwrite) as beside:
+            self.save_head(beside)
+            teacher, students = self._split()
+            write_safetensors(beside / TEACHER / "diffusion_pytorch_model.safetensors", teacher, {"format": "pt"})
+            write_safetensors(beside / STUDENTS, students)
+        return Path(folder)
+
+    def save_head(self, folder: Path) -> None:
+        """Write what a saved model has beside its weights into an empty folder: card, plan, the teacher's config.
+
+        Raises:
+            PpclError: the teacher is not a diffusers model.
+        """
         info = self.graph.meta["ppcl"]
         if not info.get("config", {}).get("_class_name"):
             raise PpclError("the teacher has no diffusers configuration, so it cannot be saved; save its graph instead")
@@ -213,15 +226,10 @@ class PluggableModel(nn.Module):
             example=info["example"],
             made={"version": __version__, "passes": info.get("passes", [])},
         )
-        with new_folder(folder, overwrite=overwrite) as beside:
-            write_json(beside / CARD, card)
-            write_json(beside / PLAN, self.plan)
-            (beside / TEACHER).mkdir()
-            write_json(beside / TEACHER / "config.json", info["config"])
-            teacher, students = self._split()
-            write_safetensors(beside / TEACHER / "diffusion_pytorch_model.safetensors", teacher, {"format": "pt"})
-            write_safetensors(beside / STUDENTS, students)
-        return Path(folder)
+        write_json(folder / CARD, card)
+        write_json(folder / PLAN, self.plan)
+        (folder / TEACHER).mkdir()
+        write_json(folder / TEACHER / "config.json", info["config"])
 
     def save_students(self, folder: str | Path) -> None:
         """Replace the students' weights in a folder that `save` wrote."""

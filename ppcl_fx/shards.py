@@ -87,7 +87,9 @@ class Shards:
         folder = Path(folder)
         if not (folder / INDEX).is_file():
             if not (folder / ONE_FILE).is_file():
-                raise PpclError(f"{folder}: holds neither {ONE_FILE} nor {INDEX}; give a folder with safetensors weights")
+                raise PpclError(
+                    f"{folder}: holds neither {ONE_FILE} nor {INDEX}; give a folder with safetensors weights"
+                )
             return cls(folder, _headers(folder / ONE_FILE))
         index = folder / INDEX
         weight_map = read_json(index, _Index).weight_map
@@ -100,7 +102,9 @@ class Shards:
                 raise PpclError(f"{path}: no such file, and {INDEX} names it; download the missing shard")
             for tensor, entry in _headers(path).items():
                 if tensor in stored:
-                    raise PpclError(f"{path}: holds {tensor}, which {stored[tensor].file.name} holds too; {AGAIN}")
+                    raise PpclError(
+                        f"{path}: holds {tensor}, which {stored[tensor].file.name} holds too; {AGAIN}"
+                    )
                 stored[tensor] = entry
         for tensor, name in weight_map.items():
             if tensor not in stored or stored[tensor].file != folder / name:
@@ -150,7 +154,9 @@ class Shards:
         missing = [name for name in wanted if name not in self.stored]
         extra = [name for name in self.stored if name not in wanted]
         if missing or extra:
-            raise PpclError(f"{self.folder}: {_misfit(type(model).__name__, missing, extra, self.stored, wanted)}")
+            raise PpclError(
+                f"{self.folder}: {_misfit(type(model).__name__, missing, extra, self.stored, wanted)}"
+            )
         for name, tensor in wanted.items():
             entry = self.stored[name]
             if entry.shape != tuple(tensor.shape):
@@ -158,7 +164,11 @@ class Shards:
                     f"{entry.file}: {name} is {list(entry.shape)} here and {list(tensor.shape)} in "
                     f"{type(model).__name__} by config.json; {AGAIN}"
                 )
-            fits = entry.dtype in WEIGHT_DTYPES if tensor.is_floating_point() else not entry.dtype.is_floating_point
+            fits = (
+                entry.dtype in WEIGHT_DTYPES
+                if tensor.is_floating_point()
+                else not entry.dtype.is_floating_point
+            )
             if not fits:
                 raise PpclError(
                     f"{entry.file}: {name} is stored as {_plain(entry.dtype)}, which cannot hold this weight; "
@@ -182,7 +192,9 @@ def _headers(path: Path) -> dict[str, Stored]:
     found = {}
     for name, (dtype, shape) in tensor_shapes(path).items():
         if dtype not in DTYPES:
-            raise PpclError(f"{path}: {name} is stored as {dtype}, which cannot be read here; give float weights")
+            raise PpclError(
+                f"{path}: {name} is stored as {dtype}, which cannot be read here; give float weights"
+            )
         found[name] = Stored(path, name, DTYPES[dtype], shape)
     return found
 

@@ -36,6 +36,21 @@ class Checkpoint:
         finally:
             self.shards.close()
 
+    def used_in(self, dtype: torch.dtype) -> Checkpoint:
+        """Return the same checkpoint with its weights used in another dtype."""
+        if dtype == self.dtype:
+            return self
+        config: Mapping[str, Any] = self.model.config  # type: ignore[assignment]
+        return Checkpoint(skeleton(type(self.model), config, dtype), self.shards)
+
+    def known_as(self, fingerprint: str) -> Checkpoint | None:
+        """Return the checkpoint in the dtype in which the model has this fingerprint; None where it has in none."""
+        for dtype in dict.fromkeys((self.dtype, torch.float32, torch.bfloat16, torch.float16)):
+            one = self.used_in(dtype)
+            if one.fingerprint == fingerprint:
+                return one
+        return None
+
     @functools.cached_property
     def _wanted(self) -> dict[str, torch.dtype]:
         return {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
@@ -75,12 +90,11 @@ def _weightless(dtype: torch.dtype) -> Iterator[None]:
     """Send every parameter to the meta device as its module gets it: the memory is never written, so it costs none."""
     register = nn.Module.register_parameter
 
-    def empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and parameter.device.type != "meta":
+    def empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.device.type != "meta":
             # Nothing that an initialiser does to a meta tensor takes time.
-            bare = torch.empty_like(parameter, device="meta")
-            parameter = nn.Parameter(bare, requires_grad=parameter.requires_grad)
-        register(module, name, parameter)
+            param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
 
     before = torch.get_default_dtype()
     nn.Module.register_parameter = empty  # type: ignore[method-assign]

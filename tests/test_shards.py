@@ -61,7 +61,9 @@ def rewrite(path: Path, edit: Callable[[dict[str, torch.Tensor]], None]) -> None
 @pytest.mark.parametrize("build", BUILDERS)
 @pytest.mark.parametrize("size", ["150KB", "5GB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_checkpoint_is_the_loaded_model(build: Builder, size: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_checkpoint_is_the_loaded_model(
+    build: Builder, size: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     build()[0].save_pretrained(tmp_path, max_shard_size=size)  # type: ignore[operator]
     loaded = open_source(str(tmp_path)).transformer(dtype)
     checkpoint = open_source(str(tmp_path)).checkpoint(dtype)
@@ -78,7 +80,10 @@ def test_a_checkpoint_is_the_loaded_model(build: Builder, size: str, dtype: torc
 def test_a_tensor_is_mapped_and_not_copied(sharded: Path) -> None:
     shards = Shards.open(sharded)
     name = "transformer_blocks.0.img_mlp.net.2.weight"
-    assert shards.tensor(name).untyped_storage().data_ptr() == shards.tensor(name).untyped_storage().data_ptr()
+    tensor, again = shards.tensor(name), shards.tensor(name)
+    assert tensor.data_ptr() == again.data_ptr()
+    shards.close()
+    assert tensor.isfinite().all()
 
 
 def test_a_missing_shard(folder: Path) -> None:
@@ -94,7 +99,9 @@ def test_a_truncated_shard(folder: Path, keep: int) -> None:
     assert f"{shard}: truncated or not a safetensors file" in refused(folder)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b", ""])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "/etc/passwd", "..", "a/b.safetensors", "a\\b", ""]
+)
 def test_an_index_that_points_outside(folder: Path, name: str) -> None:
     change(folder / INDEX, lambda index: index["weight_map"].update({"proj_out.bias": name}))
     assert "which is not beside it" in refused(folder)
@@ -161,8 +168,9 @@ def test_a_dtype_that_holds_no_weights(folder: Path, dtype: torch.dtype) -> None
 
 def test_a_shard_of_another_dtype(folder: Path) -> None:
     rewrite(_holding(folder, NAME), lambda tensors: tensors.update({NAME: tensors[NAME].half()}))
-    assert "as float16 and transformer_blocks.0.img_mlp.net.2.weight as float32; the shards are not of one" in (
-        refused(folder)
+    assert (
+        "as float16 and transformer_blocks.0.img_mlp.net.2.weight as float32; the shards are not of one"
+        in (refused(folder))
     )
 
 
@@ -171,7 +179,9 @@ def test_a_name_too_many_and_one_missing(folder: Path) -> None:
     rewrite(shard, lambda tensors: tensors.update({"proj_out.bais": tensors.pop("proj_out.bias")}))
     change(folder / INDEX, lambda index: index["weight_map"].update({"proj_out.bais": shard.name}))
     change(folder / INDEX, lambda index: index["weight_map"].pop("proj_out.bias"))
-    assert "lack proj_out.bias, which QwenImageTransformer2DModel has (did you mean 'proj_out.bais'?)" in refused(folder)
+    assert "lack proj_out.bias, which QwenImageTransformer2DModel has (did you mean 'proj_out" in refused(
+        folder
+    )
 
 
 def test_building_a_skeleton_leaves_torch_as_it_was(sharded: Path) -> None:

@@ -8,10 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import Json, Overwrite, Verbose, check_output, choice, given, parse_keep
-from ppcl_fx.cli.teacher import open_calls, open_teacher
+from ppcl_fx.cli.options import (
+    Device,
+    Json,
+    MemoryLimit,
+    Overwrite,
+    Verbose,
+    check_output,
+    choice,
+    given,
+    parse_device,
+    parse_keep,
+)
+from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
+from ppcl_fx.memory import parse_size
 
 if TYPE_CHECKING:
     from ppcl_fx.plan import Plan
@@ -45,16 +57,23 @@ def rewrite(
     ] = None,
     init: Annotated[str, typer.Option(help="Block a student starts from: 'first' or 'middle'.")] = "first",
     width: Annotated[bool, typer.Option(help="Allow feed-forward and text-stream projectors.")] = True,
+    memory_limit: MemoryLimit = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     verbose: Verbose = False,
     json: Json = False,
 ) -> Result:
-    """Cut MODEL by an analysis or a plan, and save teacher and student parts side by side in STUDENT."""
+    """Cut MODEL by an analysis or a plan, and save teacher and student parts side by side in STUDENT.
+
+    With --memory-limit the model is never loaded: weights go from its files to STUDENT's, tensor by tensor.
+    """
     given_file = _one_of(analysis, plan)
     if plan is not None and keep is not None:
         raise PpclError("--keep: a plan has its size already; leave --keep out, or give --analysis")
     share = parse_keep(keep) if keep is not None else DEFAULT_KEEP
     choice("--init", init, INITS)
+    limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
+    where = parse_device(device, memory_limit)
     check_output(out, overwrite=overwrite)
     terminal = Terminal(verbose)
 
@@ -66,9 +85,24 @@ def rewrite(
     else:
         chosen = _read_plan(given_file)
     recorded = open_calls(calls or given_file.parent / "calls", terminal)
-    teacher = open_teacher(
-        model, terminal, fingerprints={given_file: chosen.model, recorded.folder: recorded.calls.model}
-    )
+    fingerprints = {given_file: chosen.model, recorded.folder: recorded.calls.model}
+    if limit is not None:
+        from ppcl_fx.passes.stream_rewrite import rewrite_streamed
+
+        checkpoint = open_checkpoint(model, terminal, fingerprints)
+        with terminal.step("rewriting") as progress:
+            student = rewrite_streamed(
+                checkpoint,
+                chosen,
+                out,
+                recorded.calls,
+                overwrite=overwrite,
+                memory_limit=limit,
+                report=progress,
+                device=where,
+            )
+        return _result(out, student.plan, student.param_count(student.edits), student.teacher_params)
+    teacher = open_teacher(model, terminal, fingerprints)
     with terminal.step("tracing"):
         graph = ppcl_fx.trace(teacher, recorded.calls.examples())
     with terminal.step("rewriting"):
