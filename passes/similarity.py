@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ppcl_fx.passes.contract import Pass, Result
+from ppcl_fx.passes.precision import products_of
 from ppcl_fx.passes.probes import Projector
 from ppcl_fx.redundancy import Matrix
 
@@ -137,7 +138,9 @@ class CurveSums:
             self.gap.add(u, u, torch.zeros(len(outputs[u])))
             x = outputs[u].float()
             for k in range(u + 1, size):
-                x = probes[k](x)
+                with products_of(outputs[k].dtype, x.device):
+                    # The teacher's own states are rounded as coarsely.
+                    x = probes[k](x)
                 self.surrogate.add(u, k, cka(teacher[u], represent(x)))
                 self.gap.add(u, k, directional_gap(x, outputs[k]))
                 alike = cka(teacher[u], teacher[k])

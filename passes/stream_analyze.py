@@ -15,7 +15,7 @@ from ppcl_fx.passes.footprint import state_budget
 from ppcl_fx.passes.ledger import Identity, Ledger
 from ppcl_fx.passes.measure import MEMORY, SAMPLES, StreamSite, check_request, stream_sites
 from ppcl_fx.passes.states import States
-from ppcl_fx.passes.streamed import CHECKPOINT_SECONDS, Report, StreamedMeasurement, silent
+from ppcl_fx.passes.streamed import Report, StreamedMeasurement, silent
 from ppcl_fx.tracing import trace
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def _measurement(
     report: Report,
     keeping: tuple[int, int],
     device: str | torch.device,
-    checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    checkpoint_seconds: float | None = None,
 ) -> StreamedMeasurement:
     check_request(calls, keeping[0])
     if calls.model and calls.model != checkpoint.fingerprint:

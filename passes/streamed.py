@@ -54,7 +54,8 @@ class StreamedMeasurement(Measurement):
         release: called after each block: its weights are not needed any more.
         device: where to compute.
         report: told how far it is.
-        checkpoint_seconds: how often the calls' values are written where memory holds them all.
+        checkpoint_seconds: how often the calls' values are written where memory holds them all;
+            None for `CHECKPOINT_SECONDS`.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class StreamedMeasurement(Measurement):
         release: Callable[[], None] = lambda: None,
         device: torch.device = torch.device("cpu"),  # noqa: B008
         report: Report = silent,
-        checkpoint_seconds: float = CHECKPOINT_SECONDS,
+        checkpoint_seconds: float | None = None,
     ) -> None:
         super().__init__(gm, tuple(stream_sites(gm)), all_ffn_sites(gm), calls_used=len(calls))
         self.ledger = ledger
@@ -79,7 +80,7 @@ class StreamedMeasurement(Measurement):
         self._calls = calls
         self._streamer = Streamer(gm, self._collector.watches(), read, states, device)
         self._release = release
-        self._every = checkpoint_seconds
+        self._every = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
 
     @property
     def segments(self) -> int:

@@ -77,7 +77,7 @@ def skeleton(kind: type[Any], config: Mapping[str, Any], dtype: torch.dtype) -> 
         model: nn.Module = kind.from_config(dict(config))
     kept = tuple(getattr(kind, "_keep_in_fp32_modules", None) or ())
     if not kept:
-        return model.to(dtype).eval()
+        return nn.Module.to(model, dtype).eval()  # diffusers' own `to` warns of what is no matter here
     for name, parameter in model.named_parameters():
         wanted = torch.float32 if set(kept) & set(name.split(".")) else dtype
         if parameter.is_floating_point():
