@@ -18,7 +18,7 @@ def products_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """
     backend: Any = None
     if device.type == "cpu" and dtype == torch.bfloat16:
-        backend, wanted = torch.backends.mkldnn.matmul, "bf16"
+        backend, wanted = torch.backends.mkldnn.matmul, "bf16"  # type: ignore[attr-defined]
     elif device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         backend, wanted = torch.backends.cuda.matmul, "tf32"
     if backend is None:

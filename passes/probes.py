@@ -64,7 +64,12 @@ class NormalEquations:
 
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias
-        self.clear()
+        self.samples = 0
+        self._gram: Tensor | None = None
+        self._cross: Tensor | None = None
+        self._residual = 0.0
+        self._target = 0.0
+        self._solved: _Solved | None = None
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add the tokens of `x` and `y`, both ``[..., D]``.
@@ -101,11 +106,9 @@ class NormalEquations:
     def clear(self) -> None:
         """Forget all samples."""
         self.samples = 0
-        self._gram: Tensor | None = None
-        self._cross: Tensor | None = None
-        self._residual = 0.0
-        self._target = 0.0
-        self._solved: _Solved | None = None
+        self._gram = self._cross = None
+        self._residual = self._target = 0.0
+        self._solved = None
 
     def solve(self, ridge: float = 1e-6, refine_steps: int = 0) -> Projector:
         """The minimiser of Eq. 2 with a ridge (Eq. 1), then `refine_steps` gradient steps on Eq. 2 without

@@ -37,6 +37,7 @@ def analyze_streamed(
     max_samples: int = SAMPLES,
     memory: int = MEMORY,
     device: str | torch.device = "cpu",
+    keep_work: bool = False,
 ) -> Redundancy:
     """Do what `ppcl_fx.analyze` does with the weights left on disk: all calls go through one block, then the next.
 
@@ -56,6 +57,7 @@ def analyze_streamed(
         max_samples: as in `ppcl_fx.analyze`.
         memory: bytes of activations kept for CKA, here on disk.
         device: where to compute.
+        keep_work: leave `work` as it is: for a caller that writes the result down before it removes it.
 
     Raises:
         PpclError: as `ppcl_fx.analyze`; and the limit or the disk is too small, or `work` holds something else.
@@ -73,7 +75,8 @@ def analyze_streamed(
     )
     measurement.run()
     found = conclude(measurement, calls, ridge=ridge, refine_steps=refine_steps, stream=stream)
-    shutil.rmtree(work)
+    if not keep_work:
+        shutil.rmtree(work)
     return found
 
 

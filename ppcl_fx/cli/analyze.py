@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -97,7 +98,14 @@ def analyze(
 
         with terminal.step("analysing") as progress:
             analysis = analyze_streamed(
-                checkpoint, recorded, out / WORK, memory_limit=limit, device=where, report=progress, **chosen
+                checkpoint,
+                recorded,
+                out / WORK,
+                memory_limit=limit,
+                device=where,
+                report=progress,
+                keep_work=True,
+                **chosen,
             )
     else:
         if calls is None:
@@ -111,6 +119,8 @@ def analyze(
         with terminal.step("analysing") as progress:
             analysis = ppcl_fx.analyze(graph, recorded, progress=progress, **chosen)
     analysis.save(out / ANALYSIS)
+    # Not before the result is safe: a run killed in between goes on from here.
+    shutil.rmtree(out / WORK, ignore_errors=True)
     write_report(
         out / REPORT, redundancy=analysis, title=f"{source.name}: analysis", provenance={"model": source.name}
     )
