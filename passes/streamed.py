@@ -94,6 +94,8 @@ class StreamedMeasurement(Measurement):
             PpclError: a value is NaN or infinite, a call does not fit the trace, or the disk is full.
         """
         written = time.monotonic()
+        # What a killed run wrote after its last full cut is of no use.
+        self._states.forget_all_but(self.ledger.cut)
         for number in range(self.ledger.cut, self.segments if stop is None else stop):
             self._segment(number)
             last = number + 1 == self.segments

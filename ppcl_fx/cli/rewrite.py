@@ -101,17 +101,18 @@ def rewrite(
                 report=progress,
                 device=where,
             )
-        return _result(out, student.plan, student.param_count(student.edits), student.teacher_params)
-    teacher = open_teacher(model, terminal, fingerprints)
-    with terminal.step("tracing"):
-        graph = ppcl_fx.trace(teacher, recorded.calls.examples())
-    with terminal.step("rewriting"):
-        student = ppcl_fx.rewrite(graph, chosen, recorded.calls)
+    else:
+        teacher = open_teacher(model, terminal, fingerprints)
+        with terminal.step("tracing"):
+            graph = ppcl_fx.trace(teacher, recorded.calls.examples())
+        with terminal.step("rewriting"):
+            student = ppcl_fx.rewrite(graph, chosen, recorded.calls)
     params, whole = student.param_count(student.edits), student.teacher_params
     if analysis is not None and params != chosen.params:
         raise RuntimeError(f"the plan promised {chosen.params} parameters and the model has {params}")
-    with terminal.step("saving"):
-        student.plug(students=student.edits).save(out, overwrite=overwrite)
+    if limit is None:
+        with terminal.step("saving"):
+            student.plug(students=student.edits).save(out, overwrite=overwrite)
     return _result(out, student.plan, params, whole)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ppcl_fx.calls import Call, Calls
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.passes import stream_analyze
 from ppcl_fx.passes.analyze import analyze
@@ -198,6 +198,14 @@ def test_a_limit_that_is_too_small_says_what_is_needed(folders: dict[str, Path],
 def test_calls_of_another_model_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(PpclError, match="recorded from another model"):
         analyze_streamed(checkpoint(folders["qwen"]), teacher("flux")[1], tmp_path / "work")
+
+
+def test_a_call_of_another_kind_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    _, calls = teacher("qwen")
+    masked = models.qwen_kwargs(mask=True)
+    other = Calls([*calls, Call(masked, ("x",), 0.5, 4, 2)])
+    with pytest.raises(GuardError, match="encoder_hidden_states_mask"):
+        analyze_streamed(checkpoint(folders["qwen"]), other, tmp_path / "work")
 
 
 def test_nan_is_refused_and_names_no_result(folders: dict[str, Path], tmp_path: Path) -> None:
