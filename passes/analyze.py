@@ -11,9 +11,10 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.graphs import descendants
 from ppcl_fx.passes import contract
+from ppcl_fx.passes.ffn_fit import RIDGE as FFN_RIDGE
 from ppcl_fx.passes.ffn_fit import FfnFits
 from ppcl_fx.passes.intervals import CandidateIntervals, algorithm_1, shifted
-from ppcl_fx.passes.measure import MEMORY, SAMPLES, Progress, StreamSite, measure, stream_sites
+from ppcl_fx.passes.measure import MEMORY, SAMPLES, Measurement, Progress, StreamSite, measure, stream_sites
 from ppcl_fx.passes.probes import LinearProbes
 from ppcl_fx.passes.savings import block_parameters, block_savings, parameters
 from ppcl_fx.passes.similarity import Similarity
@@ -56,18 +57,30 @@ def analyze(
     Raises:
         PpclError: no stack of blocks, no such stream, no calls, or NaN in calls or weights.
     """
-    _check_stream(stream_sites(gm), stream)
+    check_stream(gm, stream)
     traced = gm.meta.get("ppcl", {}).get("model")
     if traced and calls.model and traced != calls.model:
         raise PpclError("the calls were recorded from another model; record calls of this one")
     measured = measure(gm, calls, max_samples=max_samples, memory=memory, progress=progress)
+    return conclude(measured, calls, ridge=ridge, refine_steps=refine_steps, stream=stream)
+
+
+def conclude(
+    measured: Measurement, calls: Calls, *, ridge: float, refine_steps: int, stream: str
+) -> Redundancy:
+    """Run all analysis passes over one measurement; the arguments are those of `analyze`.
+
+    Raises:
+        PpclError: a probe or a curve cannot be computed from the measurement.
+    """
+    gm = measured.gm
     with torch.no_grad():
         passes = [
             LinearProbes(measured, ridge, refine_steps),
             Similarity(measured, ridge, refine_steps),
             CandidateIntervals(),
             TextSimilarity(measured),
-            FfnFits(measured),
+            FfnFits(measured, FFN_RIDGE),
         ]
         contract.run(passes, gm)
     found = stacks(gm)
@@ -77,10 +90,15 @@ def analyze(
         calls=calls.fingerprint,
         teacher_params=parameters(gm),
         calls_used=measured.calls_used,
-        samples_used=len(measured.kept),
+        samples_used=measured.samples_used,
         stream=stream,
         stacks=[_stack_analysis(gm, stack, measured.streams, savings[stack.name]) for stack in found],
     )
+
+
+def check_stream(gm: GraphModule, stream: str) -> None:
+    """Raise `PpclError` where a stack has several streams and none is called `stream`."""
+    _check_stream(stream_sites(gm), stream)
 
 
 def _check_stream(sites: Sequence[StreamSite], stream: str) -> None:

@@ -10,7 +10,9 @@ from torch.fx import GraphModule
 from ppcl_fx.passes.contract import Pass, Result
 
 if TYPE_CHECKING:
-    from ppcl_fx.passes.measure import Measured
+    from ppcl_fx.passes.measure import Measurement
+
+RIDGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -22,8 +24,8 @@ class FfnFits(Pass):
     the states after it, real and projected.
     """
 
-    measured: Measured
-    ridge: float = 1e-6
+    measured: Measurement
+    ridge: float = RIDGE
 
     name: ClassVar[str] = "ffn-fit"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
@@ -35,13 +37,7 @@ class FfnFits(Pass):
     def apply(self, gm: GraphModule) -> Result:
         from ppcl_fx.redundancy import FfnFit
 
-        for (block, site), sums in zip(self.measured.ffn, self.measured.ffn_sums, strict=True):
-            projector = sums.solve(self.ridge)
-            fit = FfnFit(
-                block=block.index,
-                stream=site.stream,
-                error=sums.error(projector),
-                similarity=sums.cosine(projector),
-            )
+        for (block, site), found in zip(self.measured.ffn, self.measured.ffn_fits(self.ridge), strict=True):
+            fit = FfnFit(block=block.index, stream=site.stream, error=found.error, similarity=found.cosine)
             site.after.meta.setdefault("ppcl", {})["ffn"] = fit
         return Result(gm, modified=False)

@@ -29,7 +29,7 @@ def fit_projectors(gm: GraphModule, calls: Calls, progress: Callable[[int, int],
     Raises:
         PpclError: the calls hold NaN, or do not fit the graph.
     """
-    sites = list(_sites(gm))
+    sites = list(projector_sites(gm))
     if not sites:
         return
     sums = {node: NormalEquations(bias=True) for node, _, _ in sites}
@@ -49,7 +49,7 @@ def fit_projectors(gm: GraphModule, calls: Calls, progress: Callable[[int, int],
             linear.bias.copy_(fitted.bias)
 
 
-def _sites(gm: GraphModule) -> list[tuple[Node, Node, Node]]:
+def projector_sites(gm: GraphModule) -> list[tuple[Node, Node, Node]]:
     """Return, for each projector, its node, its input, and the teacher's value that it stands in for."""
     found = []
     for node in gm.graph.nodes:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import abc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,8 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.probes import NormalEquations, Projector
-from ppcl_fx.passes.reservoir import Key, Reservoir
+from ppcl_fx.passes.probes import Fit, NormalEquations, Projector
+from ppcl_fx.passes.reservoir import Key, Reservoir, ranks
 from ppcl_fx.passes.similarity import Curves, curves
 from ppcl_fx.passes.watch import Watch, Watcher
 from ppcl_fx.sites import FfnSite, ffn_sites
@@ -48,24 +49,20 @@ class StreamSite:
 
 
 @dataclass(eq=False)
-class Measured:
-    """Sums over all tokens of all calls, and the kept activations of some samples; results are computed when
-    asked for."""
+class Measurement(abc.ABC):
+    """What the analysis passes ask of a run of the teacher, however it was run.
+
+    Attributes:
+        gm: the graph that ran.
+        streams: every stream of every stack.
+        ffn: every feed-forward with its block.
+        calls_used: how many calls ran.
+    """
 
     gm: GraphModule
     streams: tuple[StreamSite, ...]
     ffn: tuple[tuple[Block, FfnSite], ...]
-    kept: Reservoir
-    calls_used: int = 0
-    probe_sums: dict[Key, list[NormalEquations]] = field(default_factory=dict)
-    ffn_sums: list[NormalEquations] = field(default_factory=list)
-    _probes: dict[tuple[Key, float, int], list[Projector]] = field(default_factory=dict)
-    _curves: dict[tuple[Key, float, int], Curves] = field(default_factory=dict)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is, and where curves are computed."""
-        return next((parameter.device for parameter in self.gm.parameters()), torch.device("cpu"))
+    calls_used: int = field(default=0, kw_only=True)
 
     def require(self, gm: GraphModule) -> None:
         """Check that `gm` is the graph that was measured.
@@ -75,6 +72,48 @@ class Measured:
         """
         if gm.graph is not self.gm.graph:
             raise PpclError("the measurements belong to another graph; run measure() on this one first")
+
+    @property
+    @abc.abstractmethod
+    def samples_used(self) -> int:
+        """How many samples the curves average over."""
+
+    @abc.abstractmethod
+    def fits(self, site: StreamSite, ridge: float, refine_steps: int) -> list[float]:
+        """Relative squared error of each block's probe over all calls."""
+
+    @abc.abstractmethod
+    def energies(self, site: StreamSite) -> list[float]:
+        """Mean squared length of a token of each block's output."""
+
+    @abc.abstractmethod
+    def ffn_fits(self, ridge: float) -> list[Fit]:
+        """How well a projector stands in for each feed-forward of `ffn`."""
+
+    @abc.abstractmethod
+    def batches(self, site: StreamSite) -> Iterator[list[Tensor]]:
+        """The kept samples of a stream in batches of one shape: ``[B, T, D]`` before the stack and after each block."""
+
+    @abc.abstractmethod
+    def curves(self, site: StreamSite, ridge: float, refine_steps: int) -> Curves:
+        """CKA and gap curves and the heatmap over the kept samples."""
+
+
+@dataclass(eq=False)
+class Measured(Measurement):
+    """Sums over all tokens of all calls, and the kept activations of some samples; results are computed when
+    asked for."""
+
+    kept: Reservoir
+    probe_sums: dict[Key, list[NormalEquations]] = field(default_factory=dict)
+    ffn_sums: list[NormalEquations] = field(default_factory=list)
+    _probes: dict[tuple[Key, float, int], list[Projector]] = field(default_factory=dict)
+    _curves: dict[tuple[Key, float, int], Curves] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and where curves are computed."""
+        return next((parameter.device for parameter in self.gm.parameters()), torch.device("cpu"))
 
     def probes(self, site: StreamSite, ridge: float, refine_steps: int) -> list[Projector]:
         """The solved probe of each block (Eq. 1, refined by Eq. 2)."""
@@ -88,13 +127,29 @@ class Measured:
         solved = self.probes(site, ridge, refine_steps)
         return [sums.error(probe) for sums, probe in zip(self.probe_sums[site.key], solved, strict=True)]
 
+    def energies(self, site: StreamSite) -> list[float]:
+        """Mean squared length of a token of each block's output."""
+        return [sums.energy for sums in self.probe_sums[site.key]]
+
+    def ffn_fits(self, ridge: float) -> list[Fit]:
+        """How well a projector stands in for each feed-forward of `ffn`."""
+        return [sums.fit(sums.solve(ridge)) for sums in self.ffn_sums]
+
+    def batches(self, site: StreamSite) -> Iterator[list[Tensor]]:
+        """The kept samples of a stream in batches of one shape: ``[B, T, D]`` before the stack and after each block."""
+        return self.kept.batches(site.key, self.device)
+
+    @property
+    def samples_used(self) -> int:
+        """How many samples the curves average over."""
+        return len(self.kept)
+
     def curves(self, site: StreamSite, ridge: float, refine_steps: int) -> Curves:
         """CKA and gap curves and the heatmap over the kept samples."""
         key = (site.key, ridge, refine_steps)
         if key not in self._curves:
             solved = self.probes(site, ridge, refine_steps)
-            batches = self.kept.batches(site.key, self.device)
-            self._curves[key] = curves((states[1:] for states in batches), solved)
+            self._curves[key] = curves((states[1:] for states in self.batches(site)), solved)
         return self._curves[key]
 
 
@@ -118,6 +173,12 @@ def stream_sites(gm: GraphModule) -> list[StreamSite]:
     return sites
 
 
+def all_ffn_sites(gm: GraphModule) -> tuple[tuple[Block, FfnSite], ...]:
+    """Every feed-forward of every block of `gm`, with its block."""
+    blocks = [block for stack in stacks(gm) for block in stack.blocks]
+    return tuple((block, site) for block in blocks for site in ffn_sites(gm, block))
+
+
 def measure(
     gm: GraphModule,
     calls: Sequence[Call],
@@ -139,13 +200,8 @@ def measure(
     Raises:
         PpclError: there are no calls, the model has no blocks, or a value is NaN or infinite.
     """
-    if not len(calls):
-        raise PpclError("there are no calls to analyse; record some first")
-    if max_samples < 1:
-        raise PpclError(f"max_samples is {max_samples}; CKA needs at least one sample")
-    sites = tuple(stream_sites(gm))
-    blocks = [block for stack in stacks(gm) for block in stack.blocks]
-    found = tuple((block, site) for block in blocks for site in ffn_sites(gm, block))
+    check_request(calls, max_samples)
+    sites, found = tuple(stream_sites(gm)), all_ffn_sites(gm)
     measured = Measured(gm, sites, found, Reservoir(max_samples, memory))
     collector = _Collector(measured)
     watcher = Watcher(gm, collector.watches())
@@ -157,6 +213,14 @@ def measure(
             progress(position + 1, len(calls))
     measured.calls_used = len(calls)
     return measured
+
+
+def check_request(calls: Sequence[Call], max_samples: int) -> None:
+    """Raise `PpclError` where there is nothing to measure."""
+    if not len(calls):
+        raise PpclError("there are no calls to analyse; record some first")
+    if max_samples < 1:
+        raise PpclError(f"max_samples is {max_samples}; CKA needs at least one sample")
 
 
 class _Collector:
@@ -195,13 +259,18 @@ class _Collector:
             self._measured.kept.add(self._ranks[row], activations)
 
     def _keep(self, key: Key, state: Tensor) -> None:
-        if state.ndim != 3:
-            raise PpclError(
-                f"stack {key[0]}: the {key[1]} stream is of shape {tuple(state.shape)}, not "
-                "[batch, tokens, channels]; such a model cannot be analysed"
-            )
+        check_state(key, state)
         if self._ranks is None:
-            self._ranks = self._measured.kept.ranks(self._call, len(state))
+            self._ranks = ranks(self._call, len(state))
             self._rows = {row: {} for row, rank in enumerate(self._ranks) if self._measured.kept.wants(rank)}
         for row, activations in self._rows.items():
             activations.setdefault(key, []).append(state[row].to("cpu", copy=True))
+
+
+def check_state(key: Key, state: Tensor) -> None:
+    """Raise `PpclError` unless a stream's state is ``[batch, tokens, channels]``."""
+    if state.ndim != 3:
+        raise PpclError(
+            f"stack {key[0]}: the {key[1]} stream is of shape {tuple(state.shape)}, not "
+            "[batch, tokens, channels]; such a model cannot be analysed"
+        )

@@ -37,16 +37,21 @@ def rewrite(gm: GraphModule, plan: Plan, calls: Calls | None = None) -> Pluggabl
         Refusal: an edit does not fit the model; the message says why.
     """
     mine = gm.meta.get("ppcl", {}).get("model", "")
-    if plan.model and mine and plan.model != mine:
-        raise PpclError(
-            f"the plan was made for another model (fingerprint {plan.model[:12]}, this one is {mine[:12]}); "
-            "analyse this model and select again"
-        )
+    check_made_for(plan, mine)
     graph = insert_edits(gm, plan)
     if calls is not None:
         fit_projectors(graph, calls)
     model = PluggableModel(graph, plan.model_copy(update={"model": plan.model or mine}))
     return model.train(gm.training)
+
+
+def check_made_for(plan: Plan, model: str) -> None:
+    """Raise `PpclError` where a plan was made for another model than that of the fingerprint `model`."""
+    if plan.model and model and plan.model != model:
+        raise PpclError(
+            f"the plan was made for another model (fingerprint {plan.model[:12]}, this one is {model[:12]}); "
+            "analyse this model and select again"
+        )
 
 
 def insert_edits(gm: GraphModule, plan: Plan) -> GraphModule:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ppcl_fx.passes.contract import Pass, Result
+from ppcl_fx.passes.precision import products_of
 from ppcl_fx.passes.probes import Projector
 from ppcl_fx.redundancy import Matrix
 
 if TYPE_CHECKING:
-    from ppcl_fx.passes.measure import Measured
+    from ppcl_fx.passes.measure import Measurement
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ class Average:
         self._sum[row, column] += known.sum().cpu()
         self._count[row, column] += len(known)
 
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Sums and counts, the ones in use: what is written to them counts."""
+        return self._sum, self._count
+
     def matrix(self) -> Matrix:
         """The means; None where nothing was added."""
         means = (self._sum / self._count.clamp(min=1)).tolist()
@@ -107,31 +112,56 @@ class Curves:
     similarity: Matrix
 
 
-def curves(samples: Iterator[list[Tensor]], probes: Sequence[Projector]) -> Curves:
-    """Curves of one stream of one stack, averaged over samples.
+class CurveSums:
+    """The curves of one stream of one stack while samples come in.
 
-    `samples` yields batches: one tensor ``[B, T, D]`` for each block's output. Each surrogate is built on the
-    one before it, so a batch costs one probe product for each pair u < k.
+    Each surrogate is built on the one before it, so a batch costs one probe product for each pair u < k.
     """
-    size = len(probes)
-    surrogate, gap, heat = Average(size), Average(size), Average(size)
-    for outputs in samples:
+
+    def __init__(self, size: int) -> None:
+        self.surrogate, self.gap, self.heat = Average(size), Average(size), Average(size)
+
+    def add(
+        self, outputs: Sequence[Tensor], probes: Sequence[Projector], tick: Callable[[int], None] = lambda pairs: None
+    ) -> None:
+        """Add a batch of samples: one tensor ``[B, T, D]`` for each block's output, and each block's probe.
+
+        `tick` is told, block after block, how many pairs u < k were done.
+        """
+        size = len(probes)
         assert len(outputs) == size, "one output for each block"
         teacher = [represent(output) for output in outputs]
         for u in range(size):
             one = torch.where(teacher[u].defined, 1.0, float("nan"))
-            surrogate.add(u, u, one)
-            heat.add(u, u, one)
-            gap.add(u, u, torch.zeros(len(outputs[u])))
+            self.surrogate.add(u, u, one)
+            self.heat.add(u, u, one)
+            self.gap.add(u, u, torch.zeros(len(outputs[u])))
             x = outputs[u].float()
             for k in range(u + 1, size):
-                x = probes[k](x)
-                surrogate.add(u, k, cka(teacher[u], represent(x)))
-                gap.add(u, k, directional_gap(x, outputs[k]))
+                with products_of(outputs[k].dtype, x.device):
+                    # The teacher's own states are rounded as coarsely.
+                    x = probes[k](x)
+                self.surrogate.add(u, k, cka(teacher[u], represent(x)))
+                self.gap.add(u, k, directional_gap(x, outputs[k]))
                 alike = cka(teacher[u], teacher[k])
-                heat.add(u, k, alike)
-                heat.add(k, u, alike)
-    return Curves(surrogate.matrix(), gap.matrix(), heat.matrix())
+                self.heat.add(u, k, alike)
+                self.heat.add(k, u, alike)
+            tick(size - 1 - u)
+
+    def curves(self) -> Curves:
+        """The means over all samples so far."""
+        return Curves(self.surrogate.matrix(), self.gap.matrix(), self.heat.matrix())
+
+
+def curves(samples: Iterator[list[Tensor]], probes: Sequence[Projector]) -> Curves:
+    """Curves of one stream of one stack, averaged over samples.
+
+    `samples` yields batches: one tensor ``[B, T, D]`` for each block's output.
+    """
+    sums = CurveSums(len(probes))
+    for outputs in samples:
+        sums.add(outputs, probes)
+    return sums.curves()
 
 
 @dataclass(frozen=True)
@@ -142,7 +172,7 @@ class Similarity(Pass):
     stack's blocks (`ppcl_fx.redundancy.StreamCurves` says what they hold).
     """
 
-    measured: Measured
+    measured: Measurement
     ridge: float = 1e-6
     refine_steps: int = 0
 

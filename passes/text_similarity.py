@@ -12,7 +12,7 @@ from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.similarity import linear_cka
 
 if TYPE_CHECKING:
-    from ppcl_fx.passes.measure import Measured
+    from ppcl_fx.passes.measure import Measurement
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TextSimilarity(Pass):
     stack without a stream of this name is left alone.
     """
 
-    measured: Measured
+    measured: Measurement
     stream: str = "text"
 
     name: ClassVar[str] = "text-similarity"
@@ -41,7 +41,7 @@ class TextSimilarity(Pass):
                 continue
             sums = torch.zeros(len(site.outputs), dtype=torch.float64)
             counts = torch.zeros(len(site.outputs), dtype=torch.int64)
-            for states in self.measured.kept.batches(site.key, self.measured.device):
+            for states in self.measured.batches(site):
                 for position in range(len(site.outputs)):
                     values = linear_cka(states[position], states[position + 1])
                     known = values[~values.isnan()]

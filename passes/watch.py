@@ -57,7 +57,7 @@ class Watcher(Interpreter):
         self._held = {}
         arguments = bound(self._gm, kwargs)
         with torch.no_grad():
-            result = self.run(*(_on(value, self._device) for value in arguments))
+            result = self.run(*(moved_to(value, self._device) for value in arguments))
         assert not self._held, "every watched node runs once"
         return result
 
@@ -100,5 +100,6 @@ def bound(gm: GraphModule, kwargs: Mapping[str, Any]) -> list[Any]:
     return out
 
 
-def _on(value: Any, device: torch.device) -> Any:
+def moved_to(value: Any, device: torch.device) -> Any:
+    """Return nested values with every tensor on `device`."""
     return tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, value)

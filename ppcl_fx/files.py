@@ -19,11 +19,15 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails, from_json
 
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.memory import size_words
 
 if TYPE_CHECKING:
     import torch
 
 Model = TypeVar("Model", bound=BaseModel)
+
+ROOM = 64 * 2**20
+"""Bytes of a disk that are left free."""
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -130,6 +134,23 @@ def inside(folder: str | Path, name: str) -> Path:
     if not (folder / candidate).resolve().is_relative_to(folder.resolve()):
         raise PpclError(f"{folder / candidate}: a symbolic link out of {folder}; put the file itself there")
     return folder / candidate
+
+
+def need_room(folder: Path, size: int) -> None:
+    """Check that a disk has room for `size` bytes more.
+
+    Raises:
+        PpclError: it has not.
+    """
+    place = folder.absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < size + ROOM:
+        raise PpclError(
+            f"{folder}: the disk has {size_words(free)} free and {size_words(size + ROOM)} are needed; "
+            "make room, or choose another place"
+        )
 
 
 @contextmanager

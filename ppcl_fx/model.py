@@ -198,6 +198,19 @@ class PluggableModel(PipelineModel):
         Raises:
             PpclError: the folder exists, cannot be written, or the teacher is not a diffusers model.
         """
+        with new_folder(folder, overwrite=overwrite) as beside:
+            self.save_head(beside, scores)
+            teacher, students = self._split()
+            write_safetensors(beside / TEACHER / "diffusion_pytorch_model.safetensors", teacher, {"format": "pt"})
+            write_safetensors(beside / STUDENTS, students)
+        return Path(folder)
+
+    def save_head(self, folder: Path, scores: Mapping[str, float] | None = None) -> None:
+        """Write what a saved model has beside its weights into an empty folder: cards, plan, the teacher's config.
+
+        Raises:
+            PpclError: the teacher is not a diffusers model.
+        """
         info = self.graph.meta["ppcl"]
         if info.get("released"):
             raise PpclError("a released checkpoint has no teacher to save; its own folder is all there is")
@@ -208,17 +221,12 @@ class PluggableModel(PipelineModel):
             example=info["example"],
             made={"version": __version__, "passes": info.get("passes", [])},
         )
-        with new_folder(folder, overwrite=overwrite) as beside:
-            write_json(beside / CARD, card)
-            write_json(beside / PLAN, self.plan)
-            words = model_card(self.plan, card.plugged, info["config"], card.made, self.param_count(), scores)
-            write_text(beside / MODEL_CARD, words)
-            (beside / TEACHER).mkdir()
-            write_json(beside / TEACHER / "config.json", info["config"])
-            teacher, students = self._split()
-            write_safetensors(beside / TEACHER / "diffusion_pytorch_model.safetensors", teacher, {"format": "pt"})
-            write_safetensors(beside / STUDENTS, students)
-        return Path(folder)
+        write_json(folder / CARD, card)
+        write_json(folder / PLAN, self.plan)
+        words = model_card(self.plan, card.plugged, info["config"], card.made, self.param_count(), scores)
+        write_text(folder / MODEL_CARD, words)
+        (folder / TEACHER).mkdir()
+        write_json(folder / TEACHER / "config.json", info["config"])
 
     def save_students(self, folder: str | Path) -> None:
         """Replace the students' weights in a folder that `save` wrote."""

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ppcl_fx.skeleton import Checkpoint
+
 SHAPES = "shapes"
 LIBRARIES = ("diffusers", "transformers", "ppcl_fx.shapes.words")
 """Where the classes of a pipeline's components may come from."""
@@ -99,6 +101,26 @@ class Source:
                 )
         loaded: nn.Module = model.eval()
         return loaded
+
+    def checkpoint(self, dtype: torch.dtype | None = None) -> Checkpoint:
+        """Open the transformer without loading it: its weights are read from disk piece by piece.
+
+        Args:
+            dtype: what the weights are used in; as they are stored when None.
+
+        Raises:
+            PpclError: a file is missing or damaged, or the weights do not fit the class.
+        """
+        from ppcl_fx.shards import Shards
+        from ppcl_fx.skeleton import Checkpoint, skeleton
+
+        folder = self.folder / "transformer" if self.kind == "pipeline" else self.folder
+        found = transformer_class(folder / "config.json")
+        shards = Shards.open(folder)
+        with _loading(self.name):
+            model = skeleton(found, _read(folder / "config.json"), dtype or shards.dtype)
+        shards.check(model)
+        return Checkpoint(model, shards)
 
 
 def open_source(name: str) -> Source:

@@ -287,7 +287,7 @@ def test_progress_is_shown_where_no_bar_can_be_drawn(
             report(done, 5)
     out, err = capsys.readouterr()
     assert out == ""
-    assert err == "counting: 2 of 5\ncounting: 4 of 5\n"
+    assert err == "counting: 2 of 5, about 4 s left\ncounting: 4 of 5, about 6 s left\n"
 
 
 def test_the_module_is_the_same_program() -> None:

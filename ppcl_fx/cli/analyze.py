@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import Json, Overwrite, Seed, Verbose, check_writable, given
-from ppcl_fx.cli.teacher import open_calls, open_teacher
+from ppcl_fx.cli.options import (
+    Device,
+    Json,
+    MemoryLimit,
+    Overwrite,
+    Seed,
+    Verbose,
+    check_writable,
+    given,
+    parse_device,
+)
+from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
 from ppcl_fx.errors import PpclError
+from ppcl_fx.memory import parse_size
 
 if TYPE_CHECKING:
     from torch import nn
@@ -20,7 +32,7 @@ if TYPE_CHECKING:
     from ppcl_fx.redundancy import Redundancy
     from ppcl_fx.sources import Source
 
-CALLS, ANALYSIS, REPORT = "calls", "analysis.json", "report.html"
+CALLS, ANALYSIS, REPORT, WORK = "calls", "analysis.json", "report.html", "unfinished"
 SHIPPED_PROMPTS = 8
 """Prompts of each category that are recorded for the shipped model when none are given."""
 
@@ -51,13 +63,23 @@ def analyze(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Samples that CKA averages over, at most.")
     ] = None,
+    memory_limit: MemoryLimit = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     verbose: Verbose = False,
     json: Json = False,
 ) -> Result:
-    """Record MODEL's calls and analyse its redundancy: RUN/calls, RUN/analysis.json, RUN/report.html."""
+    """Record MODEL's calls and analyse its redundancy: RUN/calls, RUN/analysis.json, RUN/report.html.
+
+    With --memory-limit the model is never loaded: all calls go through one block, then through the next. What does
+    not fit in memory goes to RUN/unfinished; the same command goes on from there after a kill.
+    """
     if prompts is not None and calls is not None:
         raise PpclError("--prompts, --calls: recorded calls need no prompts; give one of the two")
+    limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
+    where = parse_device(device, memory_limit)
+    if limit is not None and calls is None:
+        raise PpclError("--memory-limit: the model is never loaded, so nothing can be recorded; give --calls FOLDER")
     _check_out(out, recording=calls is None, overwrite=overwrite)
     texts = read_prompts(prompts) if prompts is not None else None
     terminal = Terminal(verbose)
@@ -68,20 +90,37 @@ def analyze(
 
     with terminal.step("loading the model"):
         source = open_source(model)
-    if calls is None:
-        transformer, recorded = _record(source, texts, batch_size, steps, seed, terminal)
-        recorded.save(out / CALLS, overwrite=overwrite)
-    else:
+    chosen = given(ridge=ridge, max_samples=samples, stream=stream, refine_steps=refine_steps)
+    if calls is not None and limit is not None:
         recorded = open_calls(calls, terminal).calls
-        transformer = open_teacher(model, terminal, {calls: recorded.model})
-    with terminal.step("tracing"):
-        graph = ppcl_fx.trace(transformer, recorded.examples())
-    chosen = given(ridge=ridge, max_samples=samples)
-    with terminal.step("analysing") as progress:
-        analysis = ppcl_fx.analyze(
-            graph, recorded, stream=stream, refine_steps=refine_steps, progress=progress, **chosen
-        )
+        checkpoint = open_checkpoint(model, terminal, {calls: recorded.model})
+        from ppcl_fx.passes.stream_analyze import analyze_streamed
+
+        with terminal.step("analysing") as progress:
+            analysis = analyze_streamed(
+                checkpoint,
+                recorded,
+                out / WORK,
+                memory_limit=limit,
+                device=where,
+                report=progress,
+                keep_work=True,
+                **chosen,
+            )
+    else:
+        if calls is None:
+            transformer, recorded = _record(source, texts, batch_size, steps, seed, terminal)
+            recorded.save(out / CALLS, overwrite=overwrite)
+        else:
+            recorded = open_calls(calls, terminal).calls
+            transformer = open_teacher(model, terminal, {calls: recorded.model})
+        with terminal.step("tracing"):
+            graph = ppcl_fx.trace(transformer, recorded.examples())
+        with terminal.step("analysing") as progress:
+            analysis = ppcl_fx.analyze(graph, recorded, progress=progress, **chosen)
     analysis.save(out / ANALYSIS)
+    # Not before the result is safe: a run killed in between goes on from here.
+    shutil.rmtree(out / WORK, ignore_errors=True)
     write_report(
         out / REPORT, redundancy=analysis, title=f"{source.name}: analysis", provenance={"model": source.name}
     )

@@ -17,9 +17,36 @@ Json = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
+MemoryLimit = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Leave the weights on disk and work block by block within this much memory, such as 12GiB.",
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where --memory-limit computes: 'cpu', 'cuda'.")]
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 _PROBE_PREFIX = ".ppcl-fx-"
+
+
+def parse_device(text: str, limit: str | None) -> str:
+    """Return the name of a device that torch has here.
+
+    Raises:
+        PpclError: there is no such device, or it is given without ``--memory-limit``.
+    """
+    if text == "cpu":
+        return text
+    if limit is None:
+        raise PpclError(f"--device {text}: only block by block; give --memory-limit too")
+    import torch
+
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:
+        raise PpclError(f"--device {text}: not here ({str(error).splitlines()[0]}); give 'cpu'") from None
+    return text
 
 
 def parse_keep(text: str) -> float:

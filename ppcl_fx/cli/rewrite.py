@@ -10,18 +10,22 @@ import typer
 
 from ppcl_fx.cli.boundary import Result
 from ppcl_fx.cli.options import (
+    Device,
     Json,
+    MemoryLimit,
     Overwrite,
     Verbose,
     check_output,
     choice,
     given,
+    parse_device,
     parse_keep,
     parse_params,
 )
-from ppcl_fx.cli.teacher import open_calls, open_teacher
+from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
+from ppcl_fx.memory import parse_size
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -80,11 +84,16 @@ def rewrite(
     ] = None,
     init: Annotated[str, typer.Option(help="Block a student starts from: 'first' or 'middle'.")] = "first",
     width: Annotated[bool, typer.Option(help="Allow feed-forward and text-stream projectors.")] = True,
+    memory_limit: MemoryLimit = None,
+    device: Device = "cpu",
     overwrite: Overwrite = False,
     verbose: Verbose = False,
     json: Json = False,
 ) -> Result:
-    """Cut MODEL by an analysis or a plan, and save teacher and student parts side by side in STUDENT."""
+    """Cut MODEL by an analysis or a plan, and save teacher and student parts side by side in STUDENT.
+
+    With --memory-limit the model is never loaded: weights go from its files to STUDENT's, tensor by tensor.
+    """
     choice("--init", init, INITS)
     wish = Wish(analysis, plan, released, _init(init))
     wish.check(keep, params)
@@ -93,6 +102,10 @@ def rewrite(
         params=parse_params(params) if params is not None else None,
     )
     named = wish.named()
+    limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
+    if limit is not None and (released is not None or named is not None):
+        raise PpclError("--memory-limit: works with --analysis or a plan's file; leave it out")
+    where = parse_device(device, memory_limit)
     folder = calls or wish.calls_beside()
     check_output(out, overwrite=overwrite)
     terminal = Terminal(verbose)
@@ -108,14 +121,31 @@ def rewrite(
     recorded = open_calls(folder, terminal)
     fingerprints = {analysis or Path(plan or ""): chosen.model} if chosen is not None else {}
     fingerprints[recorded.folder] = recorded.calls.model
-    teacher = open_teacher(model, terminal, fingerprints=fingerprints)
-    if released is not None:
+    if limit is not None:
+        from ppcl_fx.passes.stream_rewrite import rewrite_streamed
+
+        assert chosen is not None
+        checkpoint = open_checkpoint(model, terminal, fingerprints)
+        with terminal.step("rewriting") as progress:
+            student = rewrite_streamed(
+                checkpoint,
+                chosen,
+                out,
+                recorded.calls,
+                overwrite=overwrite,
+                memory_limit=limit,
+                report=progress,
+                device=where,
+            )
+    elif released is not None:
         from ppcl_fx.released import with_teacher
 
+        teacher = open_teacher(model, terminal, fingerprints)
         with terminal.step("joining with the teacher"):
             student = with_teacher(released, teacher, recorded.calls.examples(), plan=chosen)
     else:
         assert chosen is not None
+        teacher = open_teacher(model, terminal, fingerprints)
         with terminal.step("tracing"):
             graph = ppcl_fx.trace(teacher, recorded.calls.examples())
         with terminal.step("rewriting"):
@@ -124,8 +154,9 @@ def rewrite(
     count, whole = student.param_count(plugged), student.teacher_params
     if promised is not None and count != promised:
         raise RuntimeError(f"the plan promised {promised} parameters and the model has {count}")
-    with terminal.step("saving"):
-        student.plug(students=plugged).save(out, overwrite=overwrite)
+    if limit is None:
+        with terminal.step("saving"):
+            student.plug(students=plugged).save(out, overwrite=overwrite)
     return _result(out, student.plan, plugged, count, whole)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from ppcl_fx.calls import Calls
     from ppcl_fx.model import PluggableModel
+    from ppcl_fx.skeleton import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,32 @@ def open_teacher(name: str, terminal: Terminal, fingerprints: Mapping[Path, str]
                 f"{file}: made for another model than {name}; give that model, or make it again for this one"
             )
     return transformer
+
+
+def open_checkpoint(name: str, terminal: Terminal, fingerprints: Mapping[Path, str]) -> Checkpoint:
+    """Open a transformer that certain files were made for, its weights left on disk.
+
+    It is used in the dtype that the files name, by its fingerprint; where they name none, as it is stored.
+
+    Args:
+        name: MODEL, as it was typed.
+        fingerprints: file -> the fingerprint of the model that it names; empty where it names none.
+
+    Raises:
+        PpclError: there is no such model, it is damaged, or a file belongs to another one.
+    """
+    from ppcl_fx.sources import open_source
+
+    with terminal.step("checking the weights"):
+        checkpoint = open_source(name).checkpoint()
+        for file, other in fingerprints.items():
+            known = checkpoint.known_as(other) if other else checkpoint
+            if known is None:
+                raise PpclError(
+                    f"{file}: made for another model than {name}; give that model, or make it again for this one"
+                )
+            checkpoint = known
+    return checkpoint
 
 
 def open_student(folder: Path, terminal: Terminal, recorded: Recorded | None = None) -> PluggableModel:

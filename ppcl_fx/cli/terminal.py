@@ -89,17 +89,32 @@ def _bar(label: str) -> Iterator[Report]:
 
 @contextmanager
 def _lines(label: str) -> Iterator[Report]:
-    """Where no bar can be drawn: one line after two seconds, then one every ten."""
-    due = time.monotonic() + QUIET_SECONDS
+    """Where no bar can be drawn: one line after two seconds, then one every ten, with the time that is left."""
+    started = time.monotonic()
+    due = started + QUIET_SECONDS
+    first: int | None = None
 
     def report(done: int, total: int, label: str = label) -> None:
-        nonlocal due
+        nonlocal due, first, started
         now = time.monotonic()
+        if first is None or done < first:
+            # A run that goes on from an earlier one, or the next part of the work, does not begin at 0.
+            first, started = done, now
         if now >= due:
             due = now + LINE_SECONDS
-            print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)  # noqa: T201
+            left = (now - started) / (done - first) * (total - done) if done > first else 0.0
+            more = f", about {time_words(left)} left" if left else ""
+            print(f"{label}: {done} of {total}{more}", file=sys.stderr, flush=True)  # noqa: T201
 
     yield report
+
+
+def time_words(seconds: float) -> str:
+    """Write a span of time for a person: ``40 s``, ``12 min``, ``3 h 20 min``."""
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{round(seconds)} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _set_up_libraries(verbose: bool) -> None:

@@ -20,7 +20,7 @@ from ppcl_fx.passes.ffn_fit import FfnFits
 from ppcl_fx.passes.intervals import CandidateIntervals
 from ppcl_fx.passes.measure import measure
 from ppcl_fx.passes.probes import LinearProbes
-from ppcl_fx.passes.reservoir import Reservoir
+from ppcl_fx.passes.reservoir import Reservoir, ranks
 from ppcl_fx.passes.rewrite import count
 from ppcl_fx.passes.savings import saved
 from ppcl_fx.passes.select import select, uniform
@@ -295,7 +295,7 @@ def test_reservoir_is_bounded_and_does_not_depend_on_memory_for_its_order() -> N
     def fill(samples: int, memory: int) -> list[float]:
         kept = Reservoir(samples, memory)
         for call in range(20):
-            for row, rank in enumerate(kept.ranks(call, 4)):
+            for row, rank in enumerate(ranks(call, 4)):
                 kept.add(rank, {("s", "image"): [torch.full((2, 3), float(10 * call + row))]})
         return sorted(
             float(t[0][0, 0])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.passes import precision, probes
 from ppcl_fx.passes.probes import NormalEquations, Projector
 
 
@@ -115,3 +116,34 @@ def test_bfloat16_activations_are_summed_in_full_precision() -> None:
     projector = _fed(x, y).solve(ridge=1e-12)
     expected = torch.linalg.lstsq(x.double(), y.double() - x.double()).solution.T
     torch.testing.assert_close(projector.weight.double(), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_wide_sums_of_bfloat16_values_lose_nothing(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probes, "WIDE", 8)
+    x, y = (values.bfloat16() for values in _data(samples=400))
+    sums = _fed(x, y, bias)
+    projector = sums.solve(ridge=1e-6)
+    rows = torch.cat([x, torch.ones(len(x), 1)], dim=1).double() if bias else x.double()
+    residual = y.double() - x.double()
+    expected = torch.linalg.lstsq(rows, residual).solution
+    torch.testing.assert_close(projector.weight.double(), expected[: x.shape[1]].T, atol=1e-4, rtol=0)
+    made = x.double() + rows @ expected
+    assert sums.error(projector) == pytest.approx(
+        float((made - y).square().sum() / residual.square().sum()), abs=1e-5
+    )
+    cosine = float((made * y).sum() / (made.norm() * y.double().norm()))
+    assert sums.cosine(projector) == pytest.approx(cosine, abs=1e-6)
+    # Measured once more, of a projector that is not the one solved last.
+    again = Projector(projector.weight.clone(), projector.bias)
+    assert sums.fit(again).error == pytest.approx(sums.fit(projector).error, abs=1e-6)
+    assert sums.fit(again).cosine == pytest.approx(sums.fit(projector).cosine, abs=1e-6)
+
+
+def test_products_are_as_precise_as_before_afterwards() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with precision.products_of(torch.bfloat16, torch.device("cpu")):
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    with precision.products_of(torch.float32, torch.device("cpu")):
+        assert torch.backends.mkldnn.matmul.fp32_precision == before

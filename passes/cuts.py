@@ -1,0 +1,123 @@
+"""Cutting a graph in segments, from each block's first node to the next block's: what one block's weights can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+from ppcl_fx.graphs import attribute
+from ppcl_fx.passes.liveness import owner
+from ppcl_fx.passes.switches import is_switch
+from ppcl_fx.passes.watch import Watch
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of nodes between two cuts.
+
+    Attributes:
+        label: the block that it begins with; empty for what comes before the first.
+        nodes: the nodes, in order, without attributes.
+        constants: the ``get_attr`` nodes that it reads; each segment reads them for itself.
+        tensors: names of the parameters and buffers that it needs.
+        leaving: values that later segments need.
+        drops: for each node the values that nobody needs after it.
+        due: for each node the watches whose last value it is.
+    """
+
+    label: str
+    nodes: tuple[Node, ...]
+    constants: tuple[Node, ...]
+    tensors: tuple[str, ...]
+    leaving: tuple[Node, ...]
+    drops: dict[Node, tuple[Node, ...]]
+    due: dict[Node, tuple[Watch, ...]]
+
+
+def parts(nodes: Sequence[Node]) -> dict[Node, int]:
+    """Return the number of the segment that each node is in; `nodes` are in order.
+
+    Blocks are cut along the order of the nodes: what stands between two blocks goes with the first of them.
+    """
+    number, current = 0, ""
+    part: dict[Node, int] = {}
+    for node in nodes:
+        block = owner(node)
+        if block and block != current:
+            number, current = number + 1, block
+        part[node] = number
+    return part
+
+
+def reads(node: Node) -> list[Node]:
+    """Return the nodes whose values a node needs; of a switch only the teacher's, which is the one it gives."""
+    if is_switch(node):
+        assert isinstance(node.args[0], Node)
+        return [node.args[0]]
+    return node.all_input_nodes
+
+
+def cut(
+    gm: GraphModule, watches: Sequence[Watch] = (), skip: Callable[[Node], bool] = lambda node: False
+) -> list[Segment]:
+    """Cut a graph in segments.
+
+    Args:
+        gm: the graph module.
+        watches: what is looked at; their values live until they are served.
+        skip: nodes that are not run; nobody else may need their values.
+    """
+    nodes = [node for node in gm.graph.nodes if not skip(node)]
+    part = parts(nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    due = _due(watches, order)
+    last: dict[Node, Node] = {}
+    for node in nodes:
+        for value in (node, *reads(node), *(n for watch in due.get(node, ()) for n in watch.nodes)):
+            last[value] = max(last.get(value, value), node, key=lambda n: order[n])
+    segments = []
+    for number in range(max(part.values()) + 1):
+        inside = [node for node in nodes if part[node] == number and node.op != "get_attr"]
+        constants = dict.fromkeys(n for node in inside for n in reads(node) if n.op == "get_attr")
+        constants.update(dict.fromkeys(n for node in inside for w in due.get(node, ()) for n in w.nodes
+                                       if n.op == "get_attr"))  # fmt: skip
+        leaving = [n for n in nodes if n.op != "get_attr" and part[n] <= number < part[last[n]]]
+        drops: dict[Node, list[Node]] = {}
+        for value in last:
+            if value.op != "get_attr" and part[last[value]] == number:
+                drops.setdefault(last[value], []).append(value)
+        segments.append(
+            Segment(
+                label=next((owner(node) for node in inside if owner(node)), ""),
+                nodes=tuple(inside),
+                constants=tuple(constants),
+                tensors=tuple(_tensors(gm, [*inside, *constants])),
+                leaving=tuple(leaving),
+                drops={node: tuple(values) for node, values in drops.items()},
+                due={node: due[node] for node in inside if node in due},
+            )
+        )
+    return segments
+
+
+def _due(watches: Sequence[Watch], order: dict[Node, int]) -> dict[Node, tuple[Watch, ...]]:
+    due: dict[Node, tuple[Watch, ...]] = {}
+    for watch in watches:
+        at = max(watch.nodes, key=lambda node: order[node])
+        due[at] = (*due.get(at, ()), watch)
+    return due
+
+
+def _tensors(gm: GraphModule, nodes: Sequence[Node]) -> list[str]:
+    names: dict[str, None] = {}
+    for node in nodes:
+        target = str(node.target)
+        if node.op == "call_module":
+            module = gm.get_submodule(target)
+            for own in (module.named_parameters(), module.named_buffers()):
+                names.update(dict.fromkeys(f"{target}.{name}" for name, _ in own))
+        elif node.op == "get_attr" and attribute(gm, target) is not None:
+            names[target] = None
+    return list(names)

@@ -1,0 +1,87 @@
+"""What a streamed run needs in memory at least, estimated from a trace before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.graphs import attribute
+from ppcl_fx.memory import anonymous, size_words
+from ppcl_fx.passes.cuts import Segment, cut
+from ppcl_fx.passes.measure import StreamSite
+from ppcl_fx.passes.probes import WIDE
+from ppcl_fx.passes.reservoir import CHUNK_BYTES
+
+if TYPE_CHECKING:
+    from ppcl_fx.calls import Call
+
+INSIDE = 12
+"""Times its largest value that a block's inside holds at once: heads, gates, a feed-forward four times as wide."""
+
+
+def state_budget(gm: GraphModule, calls: Sequence[Call], sites: Sequence[StreamSite], limit: int) -> int:
+    """Return how many bytes of `limit` are free for the calls' values between two blocks.
+
+    Args:
+        gm: the traced model.
+        calls: the calls that are to run; the largest counts.
+        sites: the streams that are measured; empty for a plain run.
+        limit: bytes that the process may hold, what it holds now included.
+
+    Raises:
+        PpclError: the limit is too small for even one block.
+    """
+    scale = _largest(calls) / max(1, _elements(calls[0].kwargs)) if len(calls) else 1.0
+    weights = max(_weights(gm, segment) for segment in cut(gm))
+    working = INSIDE * int(scale * max((_bytes(node.meta.get("val")) for node in gm.graph.nodes), default=0))
+    width = max((int(site.outputs[0].meta["val"].shape[-1]) for site in sites), default=0)
+    # A block's sums, and one of them being solved in float64.
+    sums = width**2 * (8 * (8 if width <= WIDE else 4) + 6 * 8)
+    # On a CPU a matrix product may keep a second copy of its weights, laid out for the processor.
+    block = 2 * weights + working + sums
+    need = anonymous() + max(block, max((_curves(site, scale) for site in sites), default=0))
+    if need > limit:
+        raise PpclError(
+            f"--memory-limit {size_words(limit)}: too small for this model and these calls; "
+            f"give at least {size_words(need)}"
+        )
+    return limit - need
+
+
+def _weights(gm: GraphModule, segment: Segment) -> int:
+    return sum(_bytes(attribute(gm, name)) for name in segment.tensors)
+
+
+def _curves(site: StreamSite, scale: float) -> int:
+    """Bytes that the curves of the largest sample take: states, features or Gram matrices, surrogates."""
+    value = site.outputs[0].meta["val"]
+    tokens, width = int(value.shape[1] * scale / max(1, value.shape[0])) or 1, int(value.shape[2])
+    size = int(value.element_size())
+    states = len(site.outputs) + 1
+    one = states * tokens * (width * (size + 4) + (4 * tokens if tokens <= width else 0))
+    return max(3 * CHUNK_BYTES, one) + 8 * tokens * width * 4
+
+
+def _largest(calls: Sequence[Call]) -> int:
+    return max(_elements(call.kwargs) for call in calls)
+
+
+def _elements(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel()
+    if isinstance(value, dict):
+        return sum(_elements(item) for item in value.values())
+    if isinstance(value, list | tuple):
+        return sum(_elements(item) for item in value)
+    return 0
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return int(value.nbytes)
+    return sum(_bytes(item) for item in value) if isinstance(value, list | tuple) else 0

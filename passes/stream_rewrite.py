@@ -1,0 +1,168 @@
+"""`rewrite` for a model that does not fit in memory: teacher shards in, student folder out, one tensor at a time."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.files import need_room, new_folder, write_json
+from ppcl_fx.long_files import Form, form_bytes, write_long
+from ppcl_fx.model import STUDENTS, TEACHER, PluggableModel
+from ppcl_fx.passes.rewrite import check_made_for, insert_edits
+from ppcl_fx.passes.stream_fit import fit_streamed
+from ppcl_fx.passes.streamed import Report, silent
+from ppcl_fx.shards import INDEX, ONE_FILE, Shards
+from ppcl_fx.tracing import trace
+
+if TYPE_CHECKING:
+    from ppcl_fx.calls import Calls
+    from ppcl_fx.plan import Plan
+    from ppcl_fx.skeleton import Checkpoint
+
+SCRATCH = "scratch"
+
+
+def rewrite_streamed(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    out: str | Path,
+    calls: Calls,
+    *,
+    fit: bool = True,
+    overwrite: bool = False,
+    memory_limit: int | None = None,
+    report: Report = silent,
+    device: str | torch.device = "cpu",
+) -> PluggableModel:
+    """Do what `ppcl_fx.rewrite` and `PluggableModel.save` do, with the weights left on disk.
+
+    The graph is rewritten on the meta device. Students are copied from the teacher's files, tensor by tensor; the
+    teacher's files are linked into the new folder, or copied where a link is not possible.
+
+    Args:
+        checkpoint: the teacher, from `ppcl_fx.sources.Source.checkpoint`.
+        plan: the edits.
+        out: the folder to write; `ppcl_fx.load` reads it.
+        calls: recorded calls; the first is what the model is traced with.
+        fit: initialise projectors by least squares over the calls; else they start as the identity.
+        overwrite: replace a folder that exists.
+        memory_limit: as in `analyze_streamed`; for the fit.
+        report: told how far it is.
+        device: where the fit computes.
+
+    Returns:
+        The pluggable model without weights, with every edit plugged: for its plan and counts.
+
+    Raises:
+        PpclError: the plan is for another model, or the disk or the limit is too small.
+        Refusal: an edit does not fit the model.
+    """
+    gm = trace(checkpoint.model, calls.examples())
+    gm.meta["ppcl"]["model"] = checkpoint.fingerprint
+    check_made_for(plan, checkpoint.fingerprint)
+    graph = insert_edits(gm, plan)
+    model = PluggableModel(graph, plan.model_copy(update={"model": plan.model or checkpoint.fingerprint}))
+    model.plug(students=model.edits)
+    with new_folder(out, overwrite=overwrite) as beside:
+        model.save_head(beside)
+        copied = place_teacher(checkpoint.shards, beside / TEACHER)
+        forms = student_forms(graph)
+        need_room(beside, form_bytes(forms) + sum(path.stat().st_size for path, _ in copied))
+        for source, target in copied:
+            _copy(source, target)
+        fitted: Mapping[str, Tensor] = {}
+        if fit:
+            (beside / SCRATCH).mkdir()
+            read = reader(graph, checkpoint)
+            fitted = fit_streamed(
+                graph, calls, read, beside / SCRATCH, memory_limit, checkpoint.shards.close, report, device
+            )
+        write_students(graph, checkpoint, beside / STUDENTS, fitted, report)
+        shutil.rmtree(beside / SCRATCH, ignore_errors=True)
+    return model
+
+
+def student_forms(graph: GraphModule) -> dict[str, Form]:
+    """Return dtype and shape of each tensor of a pluggable graph's students and projectors."""
+    return {
+        name: (tensor.dtype, tuple(tensor.shape))
+        for name, tensor in graph.state_dict().items()
+        if name.split(".")[0] in ("students", "projectors")
+    }
+
+
+def write_students(
+    graph: GraphModule,
+    checkpoint: Checkpoint,
+    path: Path,
+    fitted: Mapping[str, Tensor],
+    report: Report = silent,
+) -> None:
+    """Write the students' weights: the teacher's own by the mapping of names, and projectors fitted or zero.
+
+    Raises:
+        PpclError: the disk is full.
+    """
+    forms = student_forms(graph)
+    read, total, done = reader(graph, checkpoint), form_bytes(forms), 0
+
+    def tensor(name: str) -> Tensor:
+        if not name.startswith("projectors."):
+            return read(name)
+        dtype, shape = forms[name]
+        return fitted[name].to(dtype) if name in fitted else torch.zeros(shape, dtype=dtype)
+
+    def tick(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        report(done >> 20, total >> 20, "writing students, MiB")
+
+    try:
+        write_long(path, forms, tensor, tick)
+    finally:
+        checkpoint.shards.close()
+
+
+def reader(graph: GraphModule, checkpoint: Checkpoint) -> Callable[[str], Tensor]:
+    """Return what gives the tensors of a pluggable graph by name: a student's are those of the block it began as."""
+    teachers = {
+        new: old for old, new in graph.meta["ppcl"].get("names", {}).items() if new.startswith("students.")
+    }
+    return lambda name: checkpoint.tensor(teachers.get(name, name))
+
+
+def place_teacher(shards: Shards, folder: Path) -> list[tuple[Path, Path]]:
+    """Link the teacher's files into a folder and write their index.
+
+    Returns:
+        The files that could not be linked (another disk, no right to), with where they are to be copied to.
+    """
+    left = []
+    for file in shards.files:
+        try:
+            os.link(file.resolve(), folder / file.name)
+        except OSError:
+            left.append((file, folder / file.name))
+    if [file.name for file in shards.files] != [ONE_FILE]:
+        size = sum(entry.nbytes for entry in shards.stored.values())
+        weight_map = {name: entry.file.name for name, entry in sorted(shards.stored.items())}
+        write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+    return left
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        shutil.copyfile(source, target)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PpclError(
+            f"{target.name}: cannot be written ({reason}); make room, or choose another place"
+        ) from error

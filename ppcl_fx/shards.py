@@ -1,0 +1,248 @@
+"""Weights that stay on disk: one safetensors file, or an index and its shards, checked by their headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ppcl_fx.errors import PpclError, near
+from ppcl_fx.files import read_json, tensor_shapes
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+ONE_FILE = "diffusion_pytorch_model.safetensors"
+AGAIN = "copy it again from where it came"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What a floating-point weight may be stored as. Eight-bit floats mean nothing without their scales."""
+
+
+class _Index(BaseModel):
+    """A diffusers index: which file each tensor is in."""
+
+    model_config = ConfigDict(extra="allow")
+
+    weight_map: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: the file, its name there, its dtype and shape."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class Shards:
+    """The tensors of a checkpoint by name; each is read when asked for, memory-mapped.
+
+    Args:
+        folder: the folder, for messages.
+        stored: where each tensor lies. `Shards.open` finds it out for a diffusers folder.
+    """
+
+    def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
+        self.folder = folder
+        self.stored = dict(stored)
+        self._files: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Shards:
+        """Open the weights of a diffusers transformer folder: every header is read, no tensor is.
+
+        Raises:
+            PpclError: there are no weights, a shard is missing or truncated, the index points out of its folder, or it
+                names a tensor that its file does not hold.
+        """
+        folder = Path(folder)
+        if not (folder / INDEX).is_file():
+            if not (folder / ONE_FILE).is_file():
+                raise PpclError(
+                    f"{folder}: holds neither {ONE_FILE} nor {INDEX}; give a folder with safetensors weights"
+                )
+            return cls(folder, _headers(folder / ONE_FILE))
+        index = folder / INDEX
+        weight_map = read_json(index, _Index).weight_map
+        if not weight_map:
+            raise PpclError(f"{index}: names no tensor; {AGAIN}")
+        stored: dict[str, Stored] = {}
+        for name in dict.fromkeys(weight_map.values()):
+            path = _listed(folder, name)
+            if not path.is_file():
+                raise PpclError(f"{path}: no such file, and {INDEX} names it; download the missing shard")
+            for tensor, entry in _headers(path).items():
+                if tensor in stored:
+                    raise PpclError(
+                        f"{path}: holds {tensor}, which {stored[tensor].file.name} holds too; {AGAIN}"
+                    )
+                stored[tensor] = entry
+        for tensor, name in weight_map.items():
+            if tensor not in stored or stored[tensor].file != folder / name:
+                raise PpclError(f"{folder / name}: holds no {tensor}, which {INDEX} says it does; {AGAIN}")
+        return cls(folder, stored)
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, in order."""
+        return sorted({entry.file for entry in self.stored.values()})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype that most bytes are stored in."""
+        sizes: dict[torch.dtype, int] = defaultdict(int)
+        for entry in self.stored.values():
+            if entry.dtype.is_floating_point:
+                sizes[entry.dtype] += entry.nbytes
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor, memory-mapped: it takes no memory that the system could not take back.
+
+        Raises:
+            PpclError: the file was cut or removed after it was opened.
+        """
+        entry = self.stored[name]
+        if entry.file not in self._files:
+            try:
+                self._files[entry.file] = safe_open(entry.file, framework="pt")
+            except Exception as error:
+                raise PpclError(f"{entry.file}: changed while it was in use ({error}); {AGAIN}") from error
+        tensor: Tensor = self._files[entry.file].get_tensor(entry.name)
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the files; tensors that were read stay valid."""
+        self._files.clear()
+
+    def check(self, model: nn.Module) -> None:
+        """Compare names, shapes and kinds of dtype with those of a model, on any device.
+
+        Raises:
+            PpclError: a tensor is missing, too much, of another shape, or stored in a dtype that cannot be its own.
+        """
+        wanted = model.state_dict()
+        missing = [name for name in wanted if name not in self.stored]
+        extra = [name for name in self.stored if name not in wanted]
+        if missing or extra:
+            raise PpclError(
+                f"{self.folder}: {_misfit(type(model).__name__, missing, extra, self.stored, wanted)}"
+            )
+        for name, tensor in wanted.items():
+            entry = self.stored[name]
+            if entry.shape != tuple(tensor.shape):
+                raise PpclError(
+                    f"{entry.file}: {name} is {list(entry.shape)} here and {list(tensor.shape)} in "
+                    f"{type(model).__name__} by config.json; {AGAIN}"
+                )
+            fits = (
+                entry.dtype in WEIGHT_DTYPES
+                if tensor.is_floating_point()
+                else not entry.dtype.is_floating_point
+            )
+            if not fits:
+                raise PpclError(
+                    f"{entry.file}: {name} is stored as {_plain(entry.dtype)}, which cannot hold this weight; "
+                    "give a checkpoint in float32, float16 or bfloat16"
+                )
+        self._check_alike()
+
+    def _check_alike(self) -> None:
+        """Tensors that differ in their block's number alone have one dtype, or a shard is from elsewhere."""
+        kinds: dict[str, tuple[str, torch.dtype]] = {}
+        for name, entry in self.stored.items():
+            first, dtype = kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name, count=1), (name, entry.dtype))
+            if dtype != entry.dtype:
+                raise PpclError(
+                    f"{entry.file}: {name} is stored as {_plain(entry.dtype)} and {first} as {_plain(dtype)}; "
+                    f"the shards are not of one checkpoint, {AGAIN}"
+                )
+
+
+def _headers(path: Path) -> dict[str, Stored]:
+    found = {}
+    for name, (dtype, shape) in tensor_shapes(path).items():
+        if dtype not in DTYPES:
+            raise PpclError(
+                f"{path}: {name} is stored as {dtype}, which cannot be read here; give float weights"
+            )
+        found[name] = Stored(path, name, DTYPES[dtype], shape)
+    return found
+
+
+def _listed(folder: Path, name: str) -> Path:
+    """Return the file that an index names, refusing names and links that leave the folder.
+
+    The hub's cache is made of links from ``snapshots/REVISION/`` to ``blobs/``: those may be followed.
+    """
+    parts = Path(name).parts
+    if len(parts) != 1 or parts[0] in ("..", ".") or Path(name).is_absolute() or "\0" in name or "\\" in name:
+        raise PpclError(f"{folder / INDEX}: names the file {name!r}, which is not beside it; {AGAIN}")
+    here = folder.resolve()
+    allowed = [here]
+    if "snapshots" in here.parts:
+        allowed.append(Path(*here.parts[: here.parts.index("snapshots")], "blobs"))
+    if not any((folder / name).resolve().is_relative_to(root) for root in allowed):
+        raise PpclError(f"{folder / name}: a symbolic link out of {folder}; put the file itself there")
+    return folder / name
+
+
+def _misfit(
+    kind: str, missing: list[str], extra: list[str], stored: Iterable[str], wanted: Iterable[str]
+) -> str:
+    here, there = _blocks(stored), _blocks(wanted)
+    for path in sorted(here.keys() & there.keys()):
+        if here[path] != there[path]:
+            return (
+                f"config.json says {there[path]} blocks in {path} and the weights hold {here[path]}; "
+                "mend config.json, or download the weights again"
+            )
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"the weights lack {missing[0]}{more}, which {kind} has{near(missing[0], extra)}; download them again"
+    more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
+    return f"the weights hold {extra[0]}{more}, which {kind} does not have; download them again"
+
+
+def _blocks(names: Iterable[str]) -> dict[str, int]:
+    """Return how many numbers each numbered module list has, outermost lists only."""
+    numbers: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if at:
+            numbers[".".join(parts[:at])].add(parts[at])
+    return {path: len(found) for path, found in numbers.items()}
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,269 @@
+"""The streamed analysis: the same numbers as the unstreamed one, resumable, in bounded memory."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ppcl_fx.calls import Call, Calls
+from ppcl_fx.errors import GuardError, PpclError
+from ppcl_fx.fingerprint import fingerprint
+from ppcl_fx.passes import stream_analyze
+from ppcl_fx.passes.analyze import analyze
+from ppcl_fx.passes.parcels import Parcel, pack, unpack
+from ppcl_fx.passes.reservoir import Choice, Reservoir, ranks
+from ppcl_fx.passes.states import States
+from ppcl_fx.passes.stream_analyze import analyze_streamed
+from ppcl_fx.passes.streamer import Streamer
+from ppcl_fx.redundancy import Redundancy
+from ppcl_fx.skeleton import Checkpoint
+from ppcl_fx.sources import open_source
+from ppcl_fx.tracing import trace
+from tests import models
+
+CPU = torch.device("cpu")
+NAMES = ["qwen", "flux", "sd3"]
+BUILD: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {
+    "qwen": models.tiny_qwen,
+    "flux": models.tiny_flux,
+    "sd3": models.tiny_sd3,
+}
+
+
+@functools.cache
+def teacher(name: str) -> tuple[nn.Module, Calls]:
+    """A small model, and four calls of it of two shapes."""
+    model, kwargs = BUILD[name]()
+    scaled = {**kwargs, "hidden_states": 0.5 * kwargs["hidden_states"]}
+    every = [kwargs, models.other_kwargs(model), scaled, models.other_kwargs(model)]
+    calls = [Call(k, ("a prompt",), 0.5, i, len(k["hidden_states"])) for i, k in enumerate(every)]
+    return model, Calls(calls, fingerprint(model))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Each model in shards."""
+    root = tmp_path_factory.mktemp("sharded")
+    for name in NAMES:
+        teacher(name)[0].save_pretrained(root / name, max_shard_size="200KB")  # type: ignore[operator]
+    return {name: root / name for name in NAMES}
+
+
+def checkpoint(folder: Path, dtype: torch.dtype | None = None) -> Checkpoint:
+    return open_source(str(folder)).checkpoint(dtype)
+
+
+def numbers(value: Any) -> list[float]:
+    """Every number of an analysis, in order."""
+    if isinstance(value, bool) or value is None or isinstance(value, str):
+        return [-1.0 if value is None else float(bool(value))] if not isinstance(value, str) else []
+    if isinstance(value, int | float):
+        return [float(value)]
+    return [n for item in (value.values() if isinstance(value, dict) else value) for n in numbers(item)]
+
+
+def alike(a: Redundancy, b: Redundancy) -> bool:
+    one, two = numbers(a.model_dump()), numbers(b.model_dump())
+    return len(one) == len(two) and one == pytest.approx(two, rel=0, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("budget", [2**62, 0])
+def test_a_streamed_run_computes_what_the_model_computes(
+    name: str, budget: int, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model, calls = teacher(name)
+    mine = checkpoint(folders[name])
+    gm = trace(mine.model, calls.examples())
+    runner = Streamer(gm, [], mine.tensor, States(tmp_path, budget, CPU), CPU)
+    results: dict[int, Any] = {}
+    for number in range(len(runner.segments)):
+        runner.run_segment(number, calls, end=lambda call, result: results.update({call: result}))
+        assert all(parameter.is_meta for parameter in gm.parameters())
+    assert len(runner.segments) == 1 + len(gm.meta["ppcl"]["blocks"])
+    for position, call in enumerate(calls):
+        with torch.no_grad():
+            assert torch.equal(results[position][0], model(**call.kwargs)[0])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("memory", [2**32, 60_000])
+def test_the_streamed_analysis_gives_the_same_numbers(
+    name: str, memory: int, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    model, calls = teacher(name)
+    plain = analyze(trace(model, calls.examples()), calls, memory=memory, refine_steps=3)
+    found = analyze_streamed(
+        checkpoint(folders[name]), calls, tmp_path / "work", memory=memory, refine_steps=3
+    )
+    assert alike(found, plain)
+    assert found.samples_used == plain.samples_used == (10 if memory == 2**32 else plain.samples_used) >= 1
+    assert (found.model, found.calls) == (plain.model, plain.calls)
+    assert not (tmp_path / "work").exists()
+
+
+def test_values_that_do_not_fit_are_spilled(folders: dict[str, Path], tmp_path: Path) -> None:
+    model, calls = teacher("qwen")
+    spilled: list[bool] = []
+    original = States.spilled
+
+    def note(self: States, cut: int) -> bool:
+        spilled.append(original(self, cut))
+        return spilled[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(States, "spilled", note)
+        patch.setattr(stream_analyze, "state_budget", lambda *args: 3000)
+        found = analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "work", memory_limit=1)
+    assert spilled == [True] * 6
+    assert alike(found, analyze(trace(model, calls.examples()), calls))
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+@pytest.mark.parametrize("stop", [1, 3, 7])
+def test_a_killed_run_goes_on_where_it_was(
+    stop: int, seconds: float, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    _, calls = teacher("qwen")
+    options = (None, (1e-6, 0), "image", stream_analyze.silent, (5, 2**32), "cpu", seconds)
+    first = stream_analyze._measurement(checkpoint(folders["qwen"]), calls, tmp_path / "work", *options)
+    first.run(stop)
+    again = stream_analyze._measurement(checkpoint(folders["qwen"]), calls, tmp_path / "work", *options)
+    assert again.ledger.cut == (stop if seconds == 0.0 or stop == 7 else 0)
+    steps: list[int] = []
+    found = analyze_streamed(
+        checkpoint(folders["qwen"]),
+        calls,
+        tmp_path / "work",
+        max_samples=5,
+        memory=2**32,
+        report=lambda done, total, label="": steps.append(done),
+    )
+    whole = analyze_streamed(
+        checkpoint(folders["qwen"]), calls, tmp_path / "other", max_samples=5, memory=2**32
+    )
+    assert found == whole
+    assert found.samples_used == 5
+
+
+def test_killed_while_the_curves_are_made(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, calls = teacher("qwen")
+    whole = analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "other")
+
+    class Killed(Exception):
+        pass
+
+    written: list[str] = []
+
+    def die(path: Path, *rest: Any, **named: Any) -> None:
+        write(path, *rest, **named)
+        written.append(path.name)
+        if path.parent.name == "curves" and written.count(path.name) == 1:
+            raise Killed
+
+    from ppcl_fx.passes import streamed
+
+    write = streamed.write_safetensors
+    monkeypatch.setattr(streamed, "write_safetensors", die)
+    for _ in range(2):
+        with pytest.raises(Killed):
+            analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "work")
+    assert analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "work") == whole
+
+
+def test_another_analysis_is_not_gone_on_with(folders: dict[str, Path], tmp_path: Path) -> None:
+    _, calls = teacher("qwen")
+    options = ((1e-6, 0), "image", stream_analyze.silent)
+    mine = checkpoint(folders["qwen"])
+    stream_analyze._measurement(mine, calls, tmp_path, None, *options, (5, 2**32), "cpu", 0.0).run(2)
+    with pytest.raises(PpclError, match=r"unfinished analysis of another samples \(5, here 6\)"):
+        stream_analyze._measurement(mine, calls, tmp_path, None, *options, (6, 2**32), "cpu")
+
+
+def test_a_limit_that_is_too_small_says_what_is_needed(folders: dict[str, Path], tmp_path: Path) -> None:
+    _, calls = teacher("qwen")
+    with pytest.raises(PpclError, match=r"--memory-limit 1.0 MiB: too small .* give at least \d"):
+        analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "work", memory_limit=2**20)
+    assert not (tmp_path / "work").exists()
+
+
+def test_calls_of_another_model_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(PpclError, match="recorded from another model"):
+        analyze_streamed(checkpoint(folders["qwen"]), teacher("flux")[1], tmp_path / "work")
+
+
+def test_a_call_of_another_kind_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    _, calls = teacher("qwen")
+    masked = models.qwen_kwargs(mask=True)
+    other = Calls([*calls, Call(masked, ("x",), 0.5, 4, 2)])
+    with pytest.raises(GuardError, match="encoder_hidden_states_mask"):
+        analyze_streamed(checkpoint(folders["qwen"]), other, tmp_path / "work")
+
+
+def test_nan_is_refused_and_names_no_result(folders: dict[str, Path], tmp_path: Path) -> None:
+    _, calls = teacher("qwen")
+    bad = {**calls[0].kwargs, "hidden_states": calls[0].kwargs["hidden_states"] * float("nan")}
+    with pytest.raises(PpclError, match="NaN or infinity"):
+        analyze_streamed(
+            checkpoint(folders["qwen"]), Calls([*calls, Call(bad, ("x",), 0.5, 4, 2)]), tmp_path / "work"
+        )
+
+
+def test_the_choice_is_the_reservoirs_and_never_smaller_with_part_of_the_sizes() -> None:
+    for samples, memory in ((5, 10**6), (80, 700), (80, 1), (1, 10**6)):
+        reservoir, choice, part = Reservoir(samples, memory), Choice(samples, memory), Choice(samples, memory)
+        for call in range(20):
+            size = 10 + 7 * (call % 3)
+            for row, rank in enumerate(ranks(call, 4)):
+                states = {("s", "image"): [torch.zeros(size, dtype=torch.uint8)]}
+                reservoir.add(rank, states | {("s", "text"): [torch.full((5,), row, dtype=torch.uint8)]})
+            choice.note(call, 4, size)
+            part.note(call, 4, size)
+        for call in range(20):
+            choice.note(call, 4, 5)
+        assert len(choice.kept()) == len(reservoir)
+        assert set(choice.kept()) <= set(part.kept())
+        assert [row for _, row in choice.kept()] == [
+            int(entry["s", "text"][0][0]) for entry in reservoir.entries()
+        ]
+
+
+def test_parcels_keep_values_and_what_they_share(tmp_path: Path) -> None:
+    base = torch.arange(24.0).reshape(4, 6)
+    values = [
+        base[1:3],
+        base.T[2],
+        base.view(torch.int32)[3],
+        torch.ones(1).expand(3, 5),
+        torch.tensor([1 + 2j, 3 - 1j]).conj(),
+        torch.empty(0, 3, dtype=torch.bfloat16),
+        torch.ones(2, dtype=torch.bfloat16),
+        (1, 2.5, "a", None, True, torch.Size([2, 3]), torch.float16, slice(None, 3), {"k": [base[0]], 2: ()}),
+    ]
+    parcel = pack(values)
+    parcel.write(tmp_path / "parcel.safetensors")
+    for found in (unpack(parcel, CPU), unpack(Parcel.read(tmp_path / "parcel.safetensors"), CPU)):
+        for mine, theirs in zip(found[:7], values[:7], strict=True):
+            assert (
+                torch.equal(mine, theirs) and mine.dtype == theirs.dtype and mine.stride() == theirs.stride()
+            )
+        assert found[7][:8] == values[7][:8] and torch.equal(found[7][8]["k"][0], base[0])
+    found[0][0, 0] = 99.0  # the row and the column share this entry's neighbour; the int view another
+    assert (
+        found[1][1] == base.T[2][1] and found[0].untyped_storage()._cdata == found[1].untyped_storage()._cdata
+    )
+    with pytest.raises(RuntimeError, match="set crosses two blocks"):
+        pack([{1, 2}])
+
+
+def test_a_small_part_does_not_keep_the_whole() -> None:
+    whole = torch.zeros(10**6)
+    assert pack([whole[:10]]).nbytes < 1000
