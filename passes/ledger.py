@@ -61,8 +61,9 @@ class Note(_Record):
 class BlockResult(_Record):
     """What one segment gave.
 
-    fits: error of each probe, by the probe's name. energies: of the states after them, by the same. ffn: error and cosine of each feed-forward, by its position.
-    shelves: what was kept, by the shelf's name. notes: sizes that the segment made known.
+    fits: error of each probe, by the probe's name. energies: of the states that probes imitate, by the same name.
+    ffn: error and cosine of each feed-forward, by its position. shelves: what was kept, by the shelf's name.
+    notes: sizes that the segment made known.
     """
 
     fits: dict[str, float]
