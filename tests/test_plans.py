@@ -140,7 +140,7 @@ def test_an_unknown_name_gets_a_near_match(name: str, words: str) -> None:
     [
         ("paper:qwen-image-12", ["--calls", "c"], "did you mean 'paper:qwen-image-12b'"),
         ("paper:qwen-image-lp-b", ["--calls", "c"], "overlap"),
-        ("paper:qwen-image-12b", [], "give them with --calls"),
+        ("paper:qwen-image-12b", [], "give recorded calls with --calls"),
         ("paper:qwen-image-12b", ["--calls", "c", "--keep", "0.5"], "a plan has its size already"),
         ("paper:qwen-image-12b", ["--calls", "c", "--init", "lsat"], "lsat: not one of first, middle"),
     ],

@@ -33,13 +33,10 @@ QWEN = {
 }  # fmt: skip
 
 
-def qwen(draw: Draw, mask: bool = False, controlled: bool = False) -> Kwargs:
-    """One picture a sample."""
+def qwen(draw: Draw, mask: bool = False) -> Kwargs:
+    """One picture a sample. (What a ControlNet adds is in `tests/test_controlnet.py`.)"""
     s = draw.shape
-    given = models.qwen_kwargs(s.batch, s.height // 2, s.width // 2, s.text, s.seed, mask)
-    if controlled:
-        given["controlnet_block_samples"] = [draw.normal(s.batch, s.tokens, WIDTH) for _ in range(2)]
-    return given
+    return models.qwen_kwargs(s.batch, s.height // 2, s.width // 2, s.text, s.seed, mask)
 
 
 def qwen_edit(draw: Draw, pictures: int = 3, layered: bool = False) -> Kwargs:
@@ -167,7 +164,6 @@ HUNYUAN = {
 CASES: list[Case] = [
     small("QwenImageTransformer2DModel", QWEN, qwen),
     small("QwenImageTransformer2DModel", QWEN, partial(qwen, mask=True), "padded text"),
-    small("QwenImageTransformer2DModel", QWEN, partial(qwen, controlled=True), "ControlNet residuals"),
     small("QwenImageTransformer2DModel", QWEN, qwen_edit, "several images"),
     small("QwenImageTransformer2DModel", {**QWEN, "zero_cond_t": True}, qwen_edit, "several images, `zero_cond_t`"),
     small(

@@ -364,7 +364,7 @@ def test_attention_terms_that_the_graph_has_not_are_refused(tmp_path: Path) -> N
 def test_another_plans_finetuned_folder_is_refused(tmp_path: Path) -> None:
     model, calls = build()
     _run(model, calls, tmp_path, stages=["finetune"])
-    model.plan = model.plan.model_copy(update={"model": "another"})
+    model._plan = model.plan.model_copy(update={"model": "another"})
     with pytest.raises(PpclError, match="fine-tuned from another plan"):
         load_finetuned(model, tmp_path / "finetuned")
 
