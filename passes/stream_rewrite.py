@@ -123,6 +123,7 @@ def write_students(
     def tick(nbytes: int) -> None:
         nonlocal done
         done += nbytes
+        checkpoint.shards.close()  # or every file stays mapped to the end
         report(done >> 20, total >> 20, "writing students, MiB")
 
     try:
