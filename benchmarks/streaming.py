@@ -34,7 +34,7 @@ from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import save_file
 
 from benchmarks.clock import RESULTS
-from benchmarks.trace import STACK, depth_plan
+from benchmarks.trace import STACK
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.files import need_room, write_json
 from ppcl_fx.passes.footprint import state_budget
@@ -45,6 +45,7 @@ from ppcl_fx.passes.stream_analyze import analyze_streamed
 from ppcl_fx.passes.stream_rewrite import rewrite_streamed
 from ppcl_fx.passes.streamer import Streamer
 from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.plans import named
 from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shards import Shards, Stored
 from ppcl_fx.skeleton import Checkpoint, skeleton
@@ -125,7 +126,9 @@ def calls(count: int, batch: int, side: int, text: int) -> Calls:
 
 def plan(blocks: int) -> Plan:
     """Return the paper's Eq. 13, or for a smaller model one interval."""
-    return depth_plan() if blocks == 60 else Plan(edits=[DepthEdit(stack=STACK, first=0, last=blocks - 1)])
+    if blocks == 60:
+        return named("paper:qwen-image-12b").plan()
+    return Plan(edits=[DepthEdit(stack=STACK, first=0, last=blocks - 1)])
 
 
 # ---- the parts -----------------------------------------------------------------------------------------------------
