@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ppcl_fx.passes.damage import ffn_damage, text_damage
 from ppcl_fx.passes.savings import saved
 from ppcl_fx.passes.select import Options
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, TextStreamEdit
@@ -27,8 +28,7 @@ def ffn_edits(analysis: Redundancy, depth: Sequence[DepthEdit], options: Options
     """The `options.ffn` blocks outside of every interval whose projected outputs are most similar, best
     first.
 
-    A block's similarity is the least of its streams'. The predicted damage is ``2 - 2 similarity``, summed
-    over streams: what Eq. 6 gives for vectors of that cosine, weighted by the energy as for depth.
+    A block's similarity is the least of its streams'.
     """
     ranked = []
     for stack in analysis.stacks:
@@ -36,9 +36,7 @@ def ffn_edits(analysis: Redundancy, depth: Sequence[DepthEdit], options: Options
             index = position + stack.first
             fits = [fit for fit in stack.ffn if fit.block == index]
             if savings.ffn is not None and savings.ffn > 0 and fits and not _inside(depth, stack.path, index):
-                damage = sum(
-                    (2 - 2 * fit.similarity) * stack.streams[fit.stream].energy[position] for fit in fits
-                )
+                damage = ffn_damage(stack, position)
                 ranked.append(
                     (
                         -min(fit.similarity for fit in fits),
@@ -95,10 +93,7 @@ def _group(stack: StackAnalysis, depth: Sequence[DepthEdit], source: int, last: 
     lost = [index for index in range(source + 1, last + 1) if not _removed(depth, stack.path, index)]
     if not lost:
         return None
-    # As for depth: Eq. 6 between what linear maps make of the source's text state and the teacher's, block by block.
-    text = stack.streams["text"]
-    gaps = text.gap[source - stack.first]
-    damage = sum((gaps[i - stack.first] or 0.0) * text.energy[i - stack.first] for i in lost)
+    damage = sum(text_damage(stack, source - stack.first, index - stack.first) for index in lost)
     return TextStreamEdit(stack=stack.path, source=source, last=last, damage=damage)
 
 
