@@ -71,7 +71,8 @@ def make(folder: Path, made: Config) -> None:
     """Write the synthetic checkpoint: ``rest.safetensors``, and one block's weights under sixty names."""
     model = skeleton(QwenImageTransformer2DModel, made, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
-    rest, block = {}, {}
+    rest: dict[str, torch.Tensor] = {}
+    block: dict[str, torch.Tensor] = {}
     for name, tensor in model.state_dict().items():
         first = name.startswith(f"{STACK}.0.")
         if first or not name.startswith(f"{STACK}."):
@@ -185,7 +186,8 @@ def analyze(checkpoint: Checkpoint, recorded: Calls, work: Path, limit: int, sam
 def rewrite(checkpoint: Checkpoint, recorded: Calls, work: Path, limit: int, samples: int) -> dict[str, Any]:
     """Rewrite by Eq. 13 into a folder of teacher links and student weights."""
     begin = time.perf_counter()
-    edits = plan(checkpoint.model.config["num_layers"])  # type: ignore[index]
+    config: Any = checkpoint.model.config
+    edits = plan(config["num_layers"])
     made = rewrite_streamed(checkpoint, edits, work / "student", recorded, fit=False)
     seconds = time.perf_counter() - begin
     size = (work / "student" / "students.safetensors").stat().st_size

@@ -22,11 +22,11 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.files import inside, read_json
-from ppcl_fx.folders.checkpoint import open_weights
 from ppcl_fx.folders.layout import LISTS, STACK, Layout, compare, graph_paths
 from ppcl_fx.folders.numbering import Kept, translated
-from ppcl_fx.folders.skeleton import build
 from ppcl_fx.plan import Plan
+from ppcl_fx.shards import Shards
+from ppcl_fx.skeleton import skeleton as weightless
 from ppcl_fx.sources import is_released, transformer_class, transformer_folder
 from ppcl_fx.tracing import bind, trace
 
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
 
 CONFIG = "config.json"
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 __all__ = ["ReleasedModel", "is_released", "load", "save_released", "with_teacher"]
 
@@ -182,7 +181,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ReleasedMod
     """
     folder = transformer_folder(Path(folder))
     layout, skeleton = open_layout(folder, dtype)
-    return ReleasedModel(skeleton, layout, open_weights(folder).tensors(dtype)).eval()
+    return ReleasedModel(skeleton, layout, Shards.open(folder).tensors(dtype)).eval()
 
 
 def open_layout(folder: Path, dtype: torch.dtype | None = None) -> tuple[Layout, nn.Module]:
@@ -195,9 +194,8 @@ def open_layout(folder: Path, dtype: torch.dtype | None = None) -> tuple[Layout,
     layout = read_json(path, Layout)
     layout.check(str(path))
     kind = transformer_class(path)
-    weights = open_weights(folder)
-    stored = next((DTYPES[name] for name in DTYPES if name in weights.dtypes), torch.float32)
-    skeleton = build(kind, layout.config, dtype or stored)
+    weights = Shards.open(folder)
+    skeleton = weightless(kind, layout.config, dtype or weights.dtype)
     if len(getattr(skeleton, STACK, ())) != layout.num_layers:
         raise PpclError(f"{path}: {kind.__name__} has no {STACK} that num_layers counts; not of the released layout")
     compare(weights, skeleton, layout)

@@ -125,6 +125,24 @@ class Shards:
                 sizes[entry.dtype] += entry.nbytes
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {name: entry.shape for name, entry in self.stored.items()}
+
+    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Return every tensor, floating-point ones in `dtype` (as stored when None).
+
+        Raises:
+            PpclError: a file was cut or removed after it was opened.
+        """
+        found = {}
+        for name in self.stored:
+            tensor = self.tensor(name)
+            found[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        self.close()
+        return found
+
     def tensor(self, name: str) -> Tensor:
         """Return one tensor, memory-mapped: it takes no memory that the system could not take back.
 

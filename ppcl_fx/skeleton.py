@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.shards import Shards
 
@@ -72,9 +73,16 @@ def skeleton(kind: type[Any], config: Mapping[str, Any], dtype: torch.dtype) -> 
         kind: the class.
         config: what its ``config.json`` holds.
         dtype: of the parameters, but for those that the class keeps in float32.
+
+    Raises:
+        PpclError: the class refuses the configuration.
     """
-    with _weightless(dtype):
-        model: nn.Module = kind.from_config(dict(config))
+    try:
+        with _weightless(dtype):
+            model: nn.Module = kind.from_config(dict(config))
+    except (TypeError, ValueError, IndexError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PpclError(f"{kind.__name__} refuses this configuration ({reason}); mend config.json") from error
     kept = tuple(getattr(kind, "_keep_in_fp32_modules", None) or ())
     if not kept:
         return nn.Module.to(model, dtype).eval()  # diffusers' own `to` warns of what is no matter here

@@ -22,15 +22,15 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build as build_example
 from ppcl_fx.files import new_folder, write_json, write_safetensors
-from ppcl_fx.folders.checkpoint import WEIGHTS
 from ppcl_fx.folders.numbering import Kept, kept_blocks, renumbered, translated
 from ppcl_fx.folders.pruned import PRUNED, plugged_plan, pruned
-from ppcl_fx.folders.skeleton import build
 from ppcl_fx.graphs import draft, finished
 from ppcl_fx.likeness import difference
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.plug import Plug
 from ppcl_fx.plan import DepthEdit
+from ppcl_fx.shards import ONE_FILE
+from ppcl_fx.skeleton import skeleton as weightless
 from ppcl_fx.sources import diffusers_class
 from ppcl_fx.tracing import trace
 
@@ -54,7 +54,7 @@ def save_stock(model: PluggableModel, folder: str | Path, *, overwrite: bool = F
     with new_folder(folder, overwrite=overwrite) as beside:
         write_json(beside / "config.json", config)
         write_json(beside / PRUNED, pruned(model, kept))
-        write_safetensors(beside / WEIGHTS, tensors, {"format": "pt"})
+        write_safetensors(beside / ONE_FILE, tensors, {"format": "pt"})
     return Path(folder)
 
 
@@ -116,7 +116,7 @@ def _fitting(
     apart = "no entry of its configuration counts the blocks"
     for tried in itertools.islice(_configurations(config, kept), MOST_TRIES):
         try:
-            skeleton = build(kind, tried, model.dtype)
+            skeleton = weightless(kind, tried, model.dtype)
         except PpclError:
             continue
         if any(_length(skeleton, stack) != len(blocks) for stack, blocks in kept.items()):

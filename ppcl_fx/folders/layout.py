@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import nn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.folders.checkpoint import Weights
 from ppcl_fx.folders.numbering import Kept, renumbered
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.shards import Shards
 from ppcl_fx.sources import RELEASED_LISTS
 
 STACK = "transformer_blocks"
@@ -149,7 +149,7 @@ def projectors(layout: Layout) -> list[str]:
     ]
 
 
-def compare(weights: Weights, model: nn.Module, layout: Layout) -> None:
+def compare(weights: Shards, model: nn.Module, layout: Layout) -> None:
     """Raise `PpclError` where the weights are not those that the lists say."""
     must, may = expected(model, layout)
     have, where = weights.shapes, weights.folder

@@ -11,13 +11,13 @@ from torch import nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import read_json
-from ppcl_fx.folders.checkpoint import open_weights
 from ppcl_fx.folders.layout import STACK, Layout, graph_paths, layout_of, teacher_plan
 from ppcl_fx.folders.numbering import Kept, kept_blocks, translated
 from ppcl_fx.folders.pruned import PRUNED, Pruned
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.plan import Plan
+from ppcl_fx.shards import Shards
 from ppcl_fx.tracing import trace
 
 SAMPLES = 512
@@ -43,7 +43,7 @@ def rejoin(
     if type(skeleton) is not type(teacher):
         raise PpclError(f"{folder}: of a {type(skeleton).__name__}, and the teacher is a {type(teacher).__name__}")
     dtype = next(p.dtype for p in teacher.parameters() if p.is_floating_point())
-    tensors = open_weights(folder).tensors(dtype)
+    tensors = Shards.open(folder).tensors(dtype)
     gm = trace(teacher, example_kwargs)
     blocks = gm.meta["ppcl"]["blocks"]
     if plan is None and kept is None and (folder / PRUNED).is_file():

@@ -9,13 +9,13 @@ import torch
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import new_folder, write_json, write_safetensors
-from ppcl_fx.folders.checkpoint import WEIGHTS
 from ppcl_fx.folders.layout import LISTS, STACK, Layout, expected, graph_paths, layout_of
 from ppcl_fx.folders.numbering import Kept, kept_blocks, translated
 from ppcl_fx.folders.pruned import PRUNED, plugged_plan, pruned
-from ppcl_fx.folders.skeleton import build
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.shards import ONE_FILE
+from ppcl_fx.skeleton import skeleton as weightless
 from ppcl_fx.sources import diffusers_class
 
 
@@ -36,7 +36,7 @@ def release(model: PluggableModel, folder: Path, *, overwrite: bool) -> Path:
     with new_folder(folder, overwrite=overwrite) as beside:
         write_json(beside / "config.json", config)
         write_json(beside / PRUNED, pruned(model, kept))
-        write_safetensors(beside / WEIGHTS, tensors, {"format": "pt"})
+        write_safetensors(beside / ONE_FILE, tensors, {"format": "pt"})
     return folder
 
 
@@ -77,7 +77,7 @@ def _check(model: PluggableModel, plan: Plan) -> None:
 def _tensors(model: PluggableModel, plan: Plan, kept: list[Kept], layout: Layout) -> dict[str, torch.Tensor]:
     paths = graph_paths(model.graph.meta["ppcl"]["blocks"], plan, kept, layout)
     found = {translated(name, paths): tensor for name, tensor in model.graph_module().state_dict().items()}
-    skeleton = build(diffusers_class(str(layout.config["_class_name"])), layout.config, model.dtype)
+    skeleton = weightless(diffusers_class(str(layout.config["_class_name"])), layout.config, model.dtype)
     must, may = expected(skeleton, layout)
     # The layout keeps what a block without a text stream has and does not use.
     whole, back = model.graph.state_dict(), {f"{STACK}.{place}": block.path for place, block in enumerate(kept)}
