@@ -37,13 +37,13 @@ from benchmarks.clock import RESULTS
 from benchmarks.trace import STACK
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.files import need_room, write_json
-from ppcl_fx.passes.footprint import state_budget
 from ppcl_fx.passes.measure import stream_sites
 from ppcl_fx.passes.probes import NormalEquations
-from ppcl_fx.passes.states import States
-from ppcl_fx.passes.stream_analyze import analyze_streamed
-from ppcl_fx.passes.stream_rewrite import rewrite_streamed
-from ppcl_fx.passes.streamer import Streamer
+from ppcl_fx.passes.streaming.analyze import analyze_streamed
+from ppcl_fx.passes.streaming.footprint import state_budget
+from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
+from ppcl_fx.passes.streaming.runner import Streamer
+from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.plans import named
 from ppcl_fx.report.machine import describe, slug

@@ -45,10 +45,10 @@ def plugged(gm: GraphModule, students: frozenset[str]) -> GraphModule:
 
     Parameters are shared with `gm`; nothing that the mixture does not use is left in the result.
     """
-    return finished(mixture(gm, students))
+    return finished(mixture_draft(gm, students))
 
 
-def mixture(gm: GraphModule, students: frozenset[str]) -> Draft:
+def mixture_draft(gm: GraphModule, students: frozenset[str]) -> Draft:
     """Return what `plugged` returns, as a draft: enough to look at or to count."""
     view = draft(gm)
     run([Plug(students), DeadCode(), Expand(), DeadCode(), Narrow(), DeadCode()], view)

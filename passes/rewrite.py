@@ -16,7 +16,7 @@ from ppcl_fx.passes.depth import Depth, interval, student_path
 from ppcl_fx.passes.ffn import Ffn
 from ppcl_fx.passes.initialise import fit_projectors
 from ppcl_fx.passes.liveness import mark
-from ppcl_fx.passes.plug import mixture
+from ppcl_fx.passes.plug import mixture_draft
 from ppcl_fx.passes.residuals import bare
 from ppcl_fx.passes.switches import surface, switches
 from ppcl_fx.passes.text_stream import TextStream
@@ -155,5 +155,5 @@ def count(gm: GraphModule, plan: Plan) -> int:
         gm: the traced teacher; only shapes matter, the meta device will do.
         plan: the edits.
     """
-    return parameter_count(mixture(edited(gm, plan), frozenset(plan.ids)))
+    return parameter_count(mixture_draft(edited(gm, plan), frozenset(plan.ids)))
 

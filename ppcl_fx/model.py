@@ -32,7 +32,7 @@ from ppcl_fx.plan import Plan, known
 from ppcl_fx.tracing import bind, trace
 
 if TYPE_CHECKING:
-    from ppcl_fx.released import ReleasedModel
+    from ppcl_fx.folders.released import ReleasedModel
 
 CARD = "ppcl.json"
 PLAN = "plan.json"
@@ -114,9 +114,9 @@ class PluggableModel(PipelineModel):
         """
         wanted = frozenset(self.students if students is None else students)
         if wanted not in self._counts:
-            from ppcl_fx.passes.plug import mixture
+            from ppcl_fx.passes.plug import mixture_draft
 
-            self._counts[wanted] = parameter_count(mixture(self.graph, wanted))
+            self._counts[wanted] = parameter_count(mixture_draft(self.graph, wanted))
         return self._counts[wanted]
 
     # ---- plugging ----------------------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ class PluggableModel(PipelineModel):
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableModel | ReleasedModel:
-    """Load a model that `PluggableModel.save` wrote, or a checkpoint of the released layout (`ppcl_fx.released`).
+    """Load a model that `PluggableModel.save` wrote, or a released checkpoint (`ppcl_fx.folders.released`).
 
     No code from the folder is run.
 
@@ -260,7 +260,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
 
     folder = Path(folder)
     if not (folder / CARD).exists() and is_released(folder):
-        from ppcl_fx import released
+        from ppcl_fx.folders import released
 
         return released.load(folder, dtype=dtype)
     card = read_json(inside(folder, CARD), Card)

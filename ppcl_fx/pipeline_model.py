@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.lora_model import LoraModel
+from ppcl_fx.lora.methods import LoraModel
 from ppcl_fx.offload import Offload, Pieces, announce, offload, offloaded
 from ppcl_fx.retrace import dtypes_of, retraced, sparing_complex
 

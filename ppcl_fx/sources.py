@@ -86,7 +86,7 @@ class Source:
         if is_released(folder):
             import torch
 
-            from ppcl_fx.released import load
+            from ppcl_fx.folders.released import load
 
             return load(folder, dtype=dtype or torch.float32)
         found = transformer_class(folder / "config.json")
@@ -150,7 +150,7 @@ def open_source(name: str) -> Source:
 
 
 def is_released(folder: Path) -> bool:
-    """Tell whether a folder, or the ``transformer`` folder in it, is of the released layout (`ppcl_fx.released`)."""
+    """Tell whether a folder, or its ``transformer`` folder, is of the released layout (`ppcl_fx.folders.released`)."""
     folder = transformer_folder(folder)
     path = folder / "config.json"
     return path.is_file() and any(name in _read(path) for name in RELEASED_LISTS)

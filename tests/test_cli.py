@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from ppcl_fx.cli.options import (
 from ppcl_fx.errors import PpclError
 
 COMMANDS = ("analyze", "rewrite", "train", "export")
+NOBODY = 65534
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -268,11 +270,21 @@ def test_output_checks_leave_nothing_behind(tmp_path: Path) -> None:
         check_output(tmp_path / "old", overwrite=False)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_without_permission_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(PpclError, match="Permission denied"):
-        check_writable(tmp_path / "new")
+def test_a_folder_without_permission_is_refused() -> None:
+    folder = Path(tempfile.mkdtemp())
+    me = os.geteuid()
+    try:
+        if me == 0:  # root may write anywhere, so another user tries
+            os.chown(folder, NOBODY, -1)
+            os.seteuid(NOBODY)
+        check_writable(folder / "new")
+        folder.chmod(0o500)
+        with pytest.raises(PpclError, match="Permission denied"):
+            check_writable(folder / "new")
+    finally:
+        os.seteuid(me)
+        folder.chmod(0o700)
+        folder.rmdir()
 
 
 def test_progress_is_shown_where_no_bar_can_be_drawn(

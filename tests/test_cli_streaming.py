@@ -129,9 +129,9 @@ def test_a_killed_analysis_goes_on(folder: Path, program: Program, tmp_path: Pat
     ]
     slow = (
         "import sys, time\n"
-        "from ppcl_fx.passes import streamed\n"
+        "from ppcl_fx.passes.streaming import measure as streamed\n"
         "streamed.CHECKPOINT_SECONDS = 0.0\n"
-        "from ppcl_fx.passes.ledger import Ledger\n"
+        "from ppcl_fx.passes.streaming.ledger import Ledger\n"
         "finish = Ledger.finish\n"
         "def slowly(self, cut):\n"
         "    finish(self, cut)\n"

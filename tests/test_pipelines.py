@@ -22,7 +22,8 @@ from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import trace
-from tests import loras, models, toys
+from tests import models, toys
+from tests.lora import loras
 from tests.passes.by_hand import randomise
 from tests.shapes_folder import save_pipeline
 

@@ -90,8 +90,8 @@ def _folders(
 ) -> Result:
     """Write a model folder for each share: OUT/keep-0.5 and so on, all or none."""
     from ppcl_fx.files import new_folder
-    from ppcl_fx.released import save_released
-    from ppcl_fx.stock import save_stock
+    from ppcl_fx.folders.released import save_released
+    from ppcl_fx.folders.stock import save_stock
 
     write = save_stock if format == "diffusers" else save_released
     found = []

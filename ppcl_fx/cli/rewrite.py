@@ -122,7 +122,7 @@ def rewrite(
     fingerprints = {analysis or Path(plan or ""): chosen.model} if chosen is not None else {}
     fingerprints[recorded.folder] = recorded.calls.model
     if limit is not None:
-        from ppcl_fx.passes.stream_rewrite import rewrite_streamed
+        from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
 
         assert chosen is not None
         checkpoint = open_checkpoint(model, terminal, fingerprints)
@@ -138,7 +138,7 @@ def rewrite(
                 device=where,
             )
     elif released is not None:
-        from ppcl_fx.released import with_teacher
+        from ppcl_fx.folders.released import with_teacher
 
         teacher = open_teacher(model, terminal, fingerprints)
         with terminal.step("joining with the teacher"):

@@ -34,8 +34,8 @@ def rejoin(
     plan: Plan | None = None,
     kept: Sequence[int] | None = None,
 ) -> PluggableModel:
-    """See `ppcl_fx.released.with_teacher`."""
-    from ppcl_fx.released import open_layout
+    """See `ppcl_fx.folders.released.with_teacher`."""
+    from ppcl_fx.folders.released import open_layout
 
     if plan is not None and kept is not None:
         raise PpclError("give the plan that a checkpoint was made by, or the blocks that it kept, not both")

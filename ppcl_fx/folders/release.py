@@ -20,7 +20,7 @@ from ppcl_fx.sources import diffusers_class
 
 
 def release(model: PluggableModel, folder: Path, *, overwrite: bool) -> Path:
-    """See `ppcl_fx.released.save_released`."""
+    """See `ppcl_fx.folders.released.save_released`."""
     info = model.graph.meta["ppcl"]
     plan = _effective(model, plugged_plan(model))
     _check(model, plan)

@@ -55,6 +55,7 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def bindings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What NVIDIA's bindings hold under every name of the table."""
+    # The bindings are wheels for Linux on x86-64, and loading them without NVIDIA's libraries takes a C compiler.
     compiler = shutil.which("cc") or shutil.which("gcc")
     if importlib.util.find_spec("tensorrt_bindings") is None or sys.platform != "linux" or compiler is None:
         pytest.skip("needs Linux, a C compiler, and the package tensorrt-cu13-bindings")
@@ -146,6 +147,7 @@ def test_missing_tensorrt_is_one_line_that_names_the_extra() -> None:
     )
 
 
+# With TensorRT and a GPU there is nothing to refuse.
 @pytest.mark.skipif(
     importlib.util.find_spec("tensorrt") is not None and tensorrt_api.gpu_name() is not None,
     reason="there are TensorRT and a GPU here",

@@ -12,9 +12,9 @@ import pytest
 import torch
 
 import ppcl_fx
-from ppcl_fx import released
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import read_safetensors, write_safetensors
+from ppcl_fx.folders import released
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.rewrite import rewrite
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit

@@ -21,9 +21,9 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.long_files import write_long
 from ppcl_fx.model import PLAN, STUDENTS, TEACHER
-from ppcl_fx.passes import stream_rewrite
 from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.passes.stream_rewrite import rewrite_streamed
+from ppcl_fx.passes.streaming import rewrite as stream_rewrite
+from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.shards import ONE_FILE
 from ppcl_fx.sources import open_source

@@ -4,7 +4,7 @@ Which entry of a class's configuration counts its blocks is found out by trying,
 graph with fewer blocks is the pruned model's::
 
     model.plug(students=model.edits)
-    ppcl_fx.stock.save_stock(model, folder)
+    ppcl_fx.folders.stock.save_stock(model, folder)
     QwenImageTransformer2DModel.from_pretrained(folder)     # anywhere
 """
 
@@ -22,10 +22,10 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build as build_example
 from ppcl_fx.files import new_folder, write_json, write_safetensors
+from ppcl_fx.folders.likeness import difference
 from ppcl_fx.folders.numbering import Kept, kept_blocks, renumbered, translated
 from ppcl_fx.folders.pruned import PRUNED, plugged_plan, pruned
 from ppcl_fx.graphs import draft, finished
-from ppcl_fx.likeness import difference
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.plug import Plug
 from ppcl_fx.plan import DepthEdit

@@ -15,13 +15,13 @@ from torch.fx import GraphModule
 
 from ppcl_fx.files import need_room, read_safetensors, write_safetensors
 from ppcl_fx.passes.ffn_fit import RIDGE as FFN_RIDGE
-from ppcl_fx.passes.ledger import BlockResult, Ledger, Note, Shelf, read_shelf
 from ppcl_fx.passes.measure import Measurement, StreamSite, all_ffn_sites, check_state, stream_sites
 from ppcl_fx.passes.probes import Fit, NormalEquations, Projector
 from ppcl_fx.passes.reservoir import Choice, groups
 from ppcl_fx.passes.similarity import Curves, CurveSums
-from ppcl_fx.passes.states import States
-from ppcl_fx.passes.streamer import Read, Streamer
+from ppcl_fx.passes.streaming.ledger import BlockResult, Ledger, Note, Shelf, read_shelf
+from ppcl_fx.passes.streaming.runner import Read, Streamer
+from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.passes.watch import Watch
 
 if TYPE_CHECKING:

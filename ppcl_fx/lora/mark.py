@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
-    from ppcl_fx.lora_model import LoraModel
+    from ppcl_fx.lora.methods import LoraModel
 
 NAME = "lora"
 """Under which name the sign is a child of the model."""

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.lora import Adapters, LoraReport, strengths
-from ppcl_fx.lora_files import read_lora
-from ppcl_fx.lora_mark import mark
+from ppcl_fx.lora.adapters import Adapters, LoraReport, strengths
+from ppcl_fx.lora.keys import read_lora
+from ppcl_fx.lora.mark import mark
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule

@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.lora import LoraReport
-from ppcl_fx.lora_files import read_lora
+from ppcl_fx.lora.keys import read_lora
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.rewrite import rewrite
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
-from tests import loras, models
+from tests import models
+from tests.lora import loras
 from tests.passes.by_hand import randomise
 
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"

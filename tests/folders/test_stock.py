@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.folders.likeness import difference
 from ppcl_fx.folders.pruned import PRUNED, Pruned
-from ppcl_fx.likeness import difference
+from ppcl_fx.folders.stock import save_stock
 from ppcl_fx.passes.rewrite import rewrite
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan
-from ppcl_fx.stock import save_stock
 from ppcl_fx.tracing import trace
 from tests import models, toys
 

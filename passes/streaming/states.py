@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ppcl_fx.files import need_room
-from ppcl_fx.passes.parcels import Parcel, pack, unpack
+from ppcl_fx.passes.streaming.parcels import Parcel, pack, unpack
 
 
 class States:

@@ -3,9 +3,9 @@
 A folder of this layout looks like a diffusers folder, but its ``config.json`` lists blocks whose parts were replaced by
 linear projectors, and diffusers cannot load it::
 
-    model = ppcl_fx.released.load(folder)                        # called like the transformer
-    model = ppcl_fx.released.with_teacher(folder, teacher, kw)   # a PluggableModel: every edit switchable
-    ppcl_fx.released.save_released(model, folder)                # a mixture, in this layout
+    model = ppcl_fx.folders.released.load(folder)                        # called like the transformer
+    model = ppcl_fx.folders.released.with_teacher(folder, teacher, kw)   # a PluggableModel: every edit switchable
+    ppcl_fx.folders.released.save_released(model, folder)                # a mixture, in this layout
 """
 
 from __future__ import annotations

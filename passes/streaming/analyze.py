@@ -11,11 +11,11 @@ import torch
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import need_room
 from ppcl_fx.passes.analyze import check_stream, conclude
-from ppcl_fx.passes.footprint import state_budget
-from ppcl_fx.passes.ledger import Identity, Ledger
 from ppcl_fx.passes.measure import MEMORY, SAMPLES, StreamSite, check_request, stream_sites
-from ppcl_fx.passes.states import States
-from ppcl_fx.passes.streamed import Report, StreamedMeasurement, silent
+from ppcl_fx.passes.streaming.footprint import state_budget
+from ppcl_fx.passes.streaming.ledger import Identity, Ledger
+from ppcl_fx.passes.streaming.measure import Report, StreamedMeasurement, silent
+from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.tracing import trace
 
 if TYPE_CHECKING:

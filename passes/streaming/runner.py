@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-from ppcl_fx.passes.cuts import Segment, cut
-from ppcl_fx.passes.states import States
+from ppcl_fx.passes.streaming.cuts import Segment, cut
+from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.passes.switches import is_switch
 from ppcl_fx.passes.watch import Watch, bound, moved_to
 

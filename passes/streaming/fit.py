@@ -11,13 +11,13 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.files import read_safetensors, write_safetensors
-from ppcl_fx.passes.cuts import reads
-from ppcl_fx.passes.footprint import state_budget
 from ppcl_fx.passes.initialise import RIDGE, projector_sites
 from ppcl_fx.passes.probes import NormalEquations
-from ppcl_fx.passes.states import States
-from ppcl_fx.passes.streamed import Report
-from ppcl_fx.passes.streamer import Read, Streamer
+from ppcl_fx.passes.streaming.cuts import reads
+from ppcl_fx.passes.streaming.footprint import state_budget
+from ppcl_fx.passes.streaming.measure import Report
+from ppcl_fx.passes.streaming.runner import Read, Streamer
+from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.passes.watch import Watch
 from ppcl_fx.tracing.guards import guards
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.lora_files import Layer, misfits
+from ppcl_fx.lora.keys import Layer, misfits
 from ppcl_fx.plan import DepthEdit, Plan
 
 log = logging.getLogger("ppcl_fx.lora")

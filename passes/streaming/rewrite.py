@@ -17,8 +17,8 @@ from ppcl_fx.files import need_room, new_folder, write_json
 from ppcl_fx.long_files import Form, form_bytes, write_long
 from ppcl_fx.model import STUDENTS, TEACHER, PluggableModel
 from ppcl_fx.passes.rewrite import check_made_for, insert_edits
-from ppcl_fx.passes.stream_fit import fit_streamed
-from ppcl_fx.passes.streamed import Report, silent
+from ppcl_fx.passes.streaming.fit import fit_streamed
+from ppcl_fx.passes.streaming.measure import Report, silent
 from ppcl_fx.shards import INDEX, ONE_FILE, Shards
 from ppcl_fx.tracing import trace
 

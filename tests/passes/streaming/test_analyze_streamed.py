@@ -14,13 +14,13 @@ from torch import nn
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.passes import stream_analyze
 from ppcl_fx.passes.analyze import analyze
-from ppcl_fx.passes.parcels import Parcel, pack, unpack
 from ppcl_fx.passes.reservoir import Choice, Reservoir, ranks
-from ppcl_fx.passes.states import States
-from ppcl_fx.passes.stream_analyze import analyze_streamed
-from ppcl_fx.passes.streamer import Streamer
+from ppcl_fx.passes.streaming import analyze as stream_analyze
+from ppcl_fx.passes.streaming.analyze import analyze_streamed
+from ppcl_fx.passes.streaming.parcels import Parcel, pack, unpack
+from ppcl_fx.passes.streaming.runner import Streamer
+from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.redundancy import Redundancy
 from ppcl_fx.skeleton import Checkpoint
 from ppcl_fx.sources import open_source
@@ -169,7 +169,7 @@ def test_killed_while_the_curves_are_made(
         if path.parent.name == "curves" and written.count(path.name) == 1:
             raise Killed
 
-    from ppcl_fx.passes import streamed
+    from ppcl_fx.passes.streaming import measure as streamed
 
     write = streamed.write_safetensors
     monkeypatch.setattr(streamed, "write_safetensors", die)
