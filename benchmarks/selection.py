@@ -1,0 +1,217 @@
+"""The selection rules side by side on the model that ships: same budgets, same steps, several seeds.
+
+    python -m benchmarks.selection
+
+For each seed the calls are recorded, analysed and scored anew. For each rule and ratio a plan of its own is made and
+distilled (no fine-tuning), all with the demo's settings. Finished rows are kept in ``--work``, so that a run that was
+stopped goes on, and seeds can be shared out between processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ppcl_fx
+from benchmarks.clock import RESULTS
+from ppcl_fx import demo
+from ppcl_fx.calls import Calls
+from ppcl_fx.files import write_json
+from ppcl_fx.model import PluggableModel
+from ppcl_fx.report.machine import describe, slug
+from ppcl_fx.shapes import load_pipeline
+from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
+from ppcl_fx.shapes.pipeline import ShapesPipeline
+from ppcl_fx.shapes.score import score_pictures, summarise
+from ppcl_fx.train import train
+from ppcl_fx.train.losses import Weights
+
+RULES = ("paper", "uniform", "budget")
+KEEPS = (0.7, 0.5)
+UNIFORM_MARGIN = 0.02
+"""Whole blocks are all that uniform removal can remove: it may keep so much more, rather than lose one block more."""
+HELD_OUT = 32
+"""Prompts recorded apart, for the velocity error."""
+
+
+def texts() -> list[str]:
+    """Every prompt there is."""
+    return [prompt.text for category in CATEGORIES for prompt in every_prompt(category)]
+
+
+def recorded(pipeline: ShapesPipeline, settings: demo.Settings, seed: int) -> tuple[Calls, Calls]:
+    """Record the calls to train on and the calls to test on; their noise differs."""
+    shuffled = texts() * settings.recorded
+    random.Random(seed).shuffle(shuffled)
+    calls = ppcl_fx.record(pipeline, shuffled, batch_size=settings.batch, seed=1_000_000 * (seed + 1))
+    held = random.Random(seed).sample(texts(), HELD_OUT)
+    return calls, ppcl_fx.record(
+        pipeline, held, batch_size=settings.batch, seed=1_000_000 * (seed + 1) + 500_000
+    )
+
+
+@torch.no_grad()
+def velocity_error(model: PluggableModel, calls: Calls) -> float:
+    """Relative L2 error of the students' output over `calls`: ``||student - teacher|| / ||teacher||``."""
+    students = model.students
+    ours = [model(**{**call.kwargs, "return_dict": False})[0].double() for call in calls]
+    model.plug(keep=1.0)
+    teachers = [model(**{**call.kwargs, "return_dict": False})[0].double() for call in calls]
+    model.plug(students=students)
+    apart = sum(float((mine - teacher).square().sum()) for mine, teacher in zip(ours, teachers, strict=True))
+    return float((apart / sum(float(teacher.square().sum()) for teacher in teachers)) ** 0.5)
+
+
+def scored(pipeline: ShapesPipeline, transformer: Any, per_category: int, seed: int) -> float:
+    """Score `transformer` in the pipeline, which gets its own one back."""
+    own = pipeline.transformer
+    pipeline.transformer = transformer
+    try:
+        return summarise(score_pictures(pipeline, per_category, seed))["overall"]
+    finally:
+        pipeline.transformer = own
+
+
+def one_seed(seed: int, work: Path, steps: tuple[int, int], per_category: int) -> list[dict[str, Any]]:
+    """Return the rows of one seed; those that `work` holds are not made again."""
+    settings = demo.Settings(out=work)
+    paths = {
+        (rule, keep): work / f"seed-{seed}-{rule}-{keep:g}.json"
+        for rule, keep in itertools.product(RULES, KEEPS)
+    }
+    pipeline = load_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    teacher = work / f"seed-{seed}-teacher.json"
+    if not teacher.is_file():
+        write_json(teacher, {"score": scored(pipeline, pipeline.transformer, per_category, seed)})
+    score = json.loads(teacher.read_text())["score"]
+    if any(not path.is_file() for path in paths.values()):
+        calls, held = recorded(pipeline, settings, seed)
+        gm = ppcl_fx.trace(pipeline.transformer, calls.examples())
+        some = calls[:: max(1, len(calls) // settings.analysed)]
+        analysis = ppcl_fx.analyze(gm, some)
+    for (rule, keep), path in paths.items():
+        if path.is_file():
+            continue
+        uniform = rule == "uniform"
+        plan = ppcl_fx.select(analysis, keep=keep + UNIFORM_MARGIN * uniform, rule=rule, width=not uniform)
+        model = ppcl_fx.rewrite(gm, plan, some)
+        begin = time.perf_counter()
+        counts = demo.fitting_steps((*steps, 1), {edit.kind for edit in plan.edits})
+        train(
+            model,
+            calls,
+            stages=("depth", "width"),
+            steps={stage: counts[stage] for stage in ("depth", "width")},
+            out=work / f"seed-{seed}-{rule}-{keep:g}",
+            batch=settings.distil_calls,
+            lr=settings.lr,
+            seed=seed,
+            weights=Weights(relative=1.0),
+            every=10_000,
+        )
+        seconds = time.perf_counter() - begin
+        model.plug(students=plan.ids)
+        row = {
+            "seed": seed,
+            "rule": rule,
+            "keep": keep,
+            "share": round(plan.params / plan.teacher_params, 4),
+            "params": plan.params,
+            "edits": plan.ids,
+            "predicted": round(sum(edit.damage or 0.0 for edit in plan.edits), 5),
+            "velocity_error": round(velocity_error(model, held), 5),
+            "score": round(scored(pipeline, model, per_category, seed), 4),
+            "teacher": round(score, 4),
+            "training_seconds": round(seconds, 1),
+        }
+        write_json(path, row)
+        print(
+            f"{rule:<8} {keep:.0%} seed {seed}: {row['score']:.3f} of {score:.3f}, {seconds:.0f} s",
+            flush=True,
+        )
+    return [json.loads(path.read_text()) for path in paths.values()]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean and standard deviation over the seeds, one line for each rule and ratio."""
+    lines = []
+    for keep, rule in itertools.product(KEEPS, RULES):
+        here = [row for row in rows if (row["rule"], row["keep"]) == (rule, keep)]
+        line: dict[str, Any] = {"rule": rule, "keep": keep, "seeds": [row["seed"] for row in here]}
+        drops = [1 - row["score"] / row["teacher"] for row in here]
+        for name, values in (
+            ("share", [row["share"] for row in here]),
+            ("score", [row["score"] for row in here]),
+            ("drop", drops),
+            ("velocity_error", [row["velocity_error"] for row in here]),
+        ):
+            spread = statistics.stdev(values) if len(values) > 1 else 0.0
+            line[name] = {"mean": round(statistics.mean(values), 4), "deviation": round(spread, 4)}
+        lines.append(line)
+    return lines
+
+
+def main(arguments: list[str] | None = None) -> Path | None:
+    """Measure, print and write the result; return its path, or None where other processes have rows to make yet."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.selection", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--seeds", default="0,1,2", help="seeds of this process (%(default)s)")
+    parser.add_argument("--of", default="0,1,2", help="seeds of the table (%(default)s)")
+    parser.add_argument("--steps", default="400,40", help="of the stages depth and width (%(default)s)")
+    parser.add_argument(
+        "--per-category", type=int, default=48, help="prompts scored a category (%(default)s)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/selection"), help="finished rows (%(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
+    )
+    options = parser.parse_args(arguments)
+    depth, width = (int(part) for part in options.steps.split(","))
+    options.work.mkdir(parents=True, exist_ok=True)
+    for seed in map(int, options.seeds.split(",")):
+        one_seed(seed, options.work, (depth, width), options.per_category)
+    wanted = [
+        options.work / f"seed-{seed}-{rule}-{keep:g}.json"
+        for seed, rule, keep in itertools.product(map(int, options.of.split(",")), RULES, KEEPS)
+    ]
+    if not all(path.is_file() for path in wanted):
+        return None
+    rows = [json.loads(path.read_text()) for path in wanted]
+    lines = table(rows)
+    result = {
+        "what": "selection",
+        **describe(("torch", "diffusers", "ppcl-fx")),
+        "steps": {"depth": depth, "width": width},
+        "per_category": options.per_category,
+        "table": lines,
+        "rows": rows,
+    }
+    path = options.out or RESULTS / f"{slug()}-selection.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    for line in lines:
+        score, drop, error = line["score"], line["drop"], line["velocity_error"]
+        print(
+            f"{line['keep']:.0%} {line['rule']:<8} score {score['mean']:.3f} +- {score['deviation']:.3f}   "
+            f"drop {drop['mean']:.1%}   velocity error {error['mean']:.3f} +- {error['deviation']:.3f}"
+        )
+    print(path)
+    return path
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
