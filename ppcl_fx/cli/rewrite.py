@@ -103,8 +103,8 @@ def rewrite(
     )
     named = wish.named()
     limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
-    if limit is not None and (released is not None or named is not None):
-        raise PpclError("--memory-limit: works with --analysis or a plan's file; leave it out")
+    if limit is not None and released is not None:
+        raise PpclError("--memory-limit, --released: a released checkpoint is joined in memory; leave one of the two out")
     where = parse_device(device, memory_limit)
     folder = calls or wish.calls_beside()
     check_output(out, overwrite=overwrite)
@@ -132,6 +132,7 @@ def rewrite(
                 chosen,
                 out,
                 recorded.calls,
+                named=named,
                 overwrite=overwrite,
                 memory_limit=limit,
                 report=progress,
