@@ -99,7 +99,11 @@ def test_a_budget_of_time(folder: Path, program: Program, tmp_path: Path) -> Non
     costs = Costs(model=analysis.model, repeats=1, rest=1.0, stacks=stacks)
     costs.save(tmp_path / "costs.json")
     options = ["rewrite", folder / "model", "--analysis", file, "--costs", tmp_path / "costs.json"]
-    for place, latency, more in (("share", 0.5, ()), ("ms", "6.5ms", ("--select", "budget", *LIMIT))):
+    cases: list[tuple[str, float | str, tuple[str, ...]]] = [
+        ("share", 0.5, ()),
+        ("ms", "6.5ms", ("--select", "budget", *LIMIT)),
+    ]
+    for place, latency, more in cases:
         code, found = program(*options, "--latency", latency, "-o", tmp_path / place, *more)
         assert code == 0, found
         assert "rule budget: at most 6.5 of 13 ms may stay; " in found["reason"][0]

@@ -6,6 +6,7 @@ import itertools
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -142,7 +143,7 @@ def test_refusals() -> None:
     costs = random_costs(analysis, 4)
     (stack,) = costs.stacks
     quickest = time_frontier(analysis, costs, Options(budget=0))[-1].milliseconds
-    cases = [
+    cases: list[tuple[Costs | None, dict[str, Any], str]] = [
         (costs, {"latency": 0.001}, rf"no plan runs in .* ms: the quickest takes {quickest:.4g} ms; ask for more time"),
         (costs, {"latency": 1.5}, "latency 1.5: neither a share of the teacher's time"),
         (costs, {"latency": "soon"}, "latency soon: neither a share"),
@@ -172,7 +173,7 @@ def test_refusals() -> None:
     ]
     for given, options, words in cases:
         with pytest.raises(PpclError, match=words):
-            select(analysis, costs=given, **options)  # type: ignore[arg-type]
+            select(analysis, costs=given, **options)
 
 
 def test_a_file_of_costs_comes_back_and_a_bad_one_is_refused(tmp_path: Path) -> None:
