@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ppcl_fx.costs import Costs
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.cover import Cover, Span, cheapest_covers, within
 from ppcl_fx.passes.damage import depth_damage
 from ppcl_fx.passes.frontier import frontier
+from ppcl_fx.passes.latency import TICKS, time_frontier
 from ppcl_fx.passes.savings import saved
 from ppcl_fx.passes.select import Choice, Options, rule
 from ppcl_fx.passes.width_rules import width_edits
@@ -45,6 +47,8 @@ def paper(analysis: Redundancy, options: Options) -> Choice:
 @rule("budget")
 def budget(analysis: Redundancy, options: Options) -> Choice:
     """The least predicted damage of all sets of edits that meet the budget: the point of the frontier."""
+    if options.costs is not None:
+        return _within_time(analysis, options, options.costs)
     points = frontier(analysis, options)
     fitting = [point for point in points if point.params <= options.budget]
     if not fitting:
@@ -59,6 +63,28 @@ def budget(analysis: Redundancy, options: Options) -> Choice:
         if 0 <= other < len(points):
             point = points[other]
             lines.append(f"the next {word} model: {point.params:,} parameters, predicted damage {point.damage:.3g}")
+    return Choice(chosen.edits, [*lines, *_explain_edits(analysis, chosen.edits)])
+
+
+def _within_time(analysis: Redundancy, options: Options, costs: Costs) -> Choice:
+    """The least predicted damage of all sets of edits within a budget of time: the point of that frontier."""
+    points = time_frontier(analysis, costs, options)
+    fitting = [point for point in points if round(point.milliseconds * TICKS) <= round(options.milliseconds * TICKS)]
+    if not fitting:
+        raise PpclError(
+            f"no plan runs in {options.milliseconds:.4g} of {costs.total:.4g} ms: the quickest takes "
+            f"{points[-1].milliseconds:.4g} ms; ask for more time"
+        )
+    chosen = fitting[0]
+    lines = [
+        f"{chosen.milliseconds:.4g} ms are predicted to stay, from the measured costs of each block",
+        f"the least predicted damage, {chosen.damage:.3g}, of all sets of edits within the budget",
+    ]
+    place = points.index(chosen)
+    for word, other in (("slower", place - 1), ("quicker", place + 1)):
+        if 0 <= other < len(points):
+            point = points[other]
+            lines.append(f"the next {word} model: {point.milliseconds:.4g} ms, predicted damage {point.damage:.3g}")
     return Choice(chosen.edits, [*lines, *_explain_edits(analysis, chosen.edits)])
 
 

@@ -4,9 +4,10 @@ name."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from ppcl_fx.costs import Costs
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.passes.savings import saved
 from ppcl_fx.plan import Edit, Plan
@@ -20,7 +21,8 @@ class Options:
     budget: parameters that may stay. stream: the stream whose candidates count. width: whether feed-forwards
     and text streams may be replaced too. ffn: at most so many blocks lose their feed-forwards (appendix 6:
     3). text_cka: least text-stream CKA of a block that loses its text stream (appendix 6: 0.999). init: which
-    teacher block a student starts from.
+    teacher block a student starts from. costs: what each block costs in time, where the budget is one of time;
+    milliseconds: that budget.
     """
 
     budget: int
@@ -29,6 +31,8 @@ class Options:
     ffn: int = 3
     text_cka: float = 0.999
     init: Literal["first", "middle"] = "first"
+    costs: Costs | None = None
+    milliseconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,9 @@ def select(
     keep: float | None = None,
     *,
     params: int | None = None,
-    rule: str = "paper",
+    latency: float | str | None = None,
+    costs: Costs | None = None,
+    rule: str | None = None,
     stream: str | None = None,
     width: bool = True,
     ffn: int = 3,
@@ -71,14 +77,19 @@ def select(
 ) -> Plan:
     """Choose edits so that at most `keep` of the teacher's parameters stay, and as few less as the rule can.
 
+    With `latency` the budget is one of time instead, and the predicted damage is the least within it.
+
     Args:
         analysis: what `analyze` found.
         keep: share of the transformer's parameters that stays, in (0, 1]; 0.5 when neither it nor `params` is
             given.
         params: the same as a number of parameters.
+        latency: instead of both: the share of the teacher's time that stays, in (0, 1], or milliseconds such as
+            ``"120ms"``. Only the rule "budget" knows time.
+        costs: with `latency`, what each block costs; see `ppcl_fx.costs`.
         rule: "paper" (candidates of Algorithm 1 by least predicted damage, then the width edits of appendix
             6), "budget" (the least predicted damage of all sets of edits: `ppcl_fx.passes.frontier`) or
-            "uniform" (evenly spaced blocks: a control).
+            "uniform" (evenly spaced blocks: a control). Default: "paper", and "budget" with `latency`.
         stream: decide on this stream; default: the one the analysis was made with.
         width: allow feed-forward and text-stream edits.
         ffn: number of blocks whose feed-forwards may go.
@@ -89,24 +100,32 @@ def select(
         A plan with its exact parameter count, the predicted damage of each edit and the reasons.
 
     Raises:
-        PpclError: the budget is no budget or cannot be met, or `rule` or `stream` is unknown.
+        PpclError: the budget is no budget or cannot be met, `rule` or `stream` is unknown, or the costs are missing or
+            another model's.
     """
     from ppcl_fx.passes import rules  # noqa: F401  (registers the rules)
 
+    if rule is None:
+        rule = "paper" if latency is None else "budget"
     if rule not in RULES:
         raise PpclError(
             f"no selection rule {rule!r}{near(rule, RULES)}; the rules are {', '.join(sorted(RULES))}"
         )
-    budget = _budget(analysis, keep, params)
-    options = Options(budget, stream or analysis.stream, width, ffn, text_cka, init)
+    options = Options(0, stream or analysis.stream, width, ffn, text_cka, init)
+    if latency is None and costs is None:
+        options = replace(options, budget=_budget(analysis, keep, params))
+    else:
+        options = _timed(options, rule, latency, costs, given=keep is not None or params is not None)
     choice = RULES[rule](analysis, options)
     left = analysis.teacher_params - saved(analysis, choice.edits)
-    if left > budget:
-        raise RuntimeError(f"the rule {rule!r} kept {left} parameters for a budget of {budget}")
+    if options.costs is None and left > options.budget:
+        raise RuntimeError(f"the rule {rule!r} kept {left} parameters for a budget of {options.budget}")
     share = left / analysis.teacher_params
+    most = f"{options.budget:,} of {analysis.teacher_params:,} parameters may stay; {left:,} do"
+    if options.costs is not None:
+        most = f"{options.milliseconds:.4g} of {options.costs.total:.4g} ms may stay; {left:,} parameters do"
     reason = [
-        f"rule {rule}: at most {budget:,} of {analysis.teacher_params:,} parameters may stay; "
-        f"{left:,} do ({share:.2%}), with {len(choice.edits)} edits",
+        f"rule {rule}: at most {most} ({share:.2%}), with {len(choice.edits)} edits",
         *choice.reason,
     ]
     return Plan(
@@ -121,6 +140,21 @@ def select(
 def uniform(analysis: Redundancy, keep: float | None = None, *, params: int | None = None) -> Plan:
     """Remove evenly spaced blocks for the same budget: the control that knows nothing about the blocks."""
     return select(analysis, keep, params=params, rule="uniform", width=False)
+
+
+def _timed(options: Options, rule: str, latency: float | str | None, costs: Costs | None, *, given: bool) -> Options:
+    """Return options with a budget of time."""
+    if latency is None:
+        raise PpclError("costs are given and no latency; give the latency that may stay, or leave the costs out")
+    if costs is None:
+        raise PpclError(
+            f"latency {latency}: needs to know what each block costs; measure it with python -m benchmarks.blocks"
+        )
+    if given:
+        raise PpclError("give either latency or a size (keep, params), not both")
+    if rule != "budget":
+        raise PpclError(f"the rule {rule!r} knows no time; with latency take the rule 'budget'")
+    return replace(options, costs=costs, milliseconds=costs.milliseconds(latency))
 
 
 def _budget(analysis: Redundancy, keep: float | None, params: int | None) -> int:

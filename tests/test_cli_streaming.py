@@ -16,8 +16,10 @@ import pytest
 import ppcl_fx
 from ppcl_fx.cli.app import main
 from ppcl_fx.cli.terminal import time_words
+from ppcl_fx.costs import BlockCost, Costs, StackCost
 from ppcl_fx.errors import PpclError
 from ppcl_fx.memory import parse_size
+from ppcl_fx.passes.latency import milliseconds
 from ppcl_fx.redundancy import Redundancy
 from tests.shapes_folder import save_pipeline
 
@@ -86,6 +88,52 @@ def test_streamed_steps_give_what_the_plain_steps_give(
         made.append({name: value for name, value in found.items() if name != "student"})
     assert made[0] == made[1] and made[0]["keep"] <= 0.6
     assert ppcl_fx.load(tmp_path / "streamed").students == ppcl_fx.load(tmp_path / "plain").students
+
+
+def test_a_budget_of_time(folder: Path, program: Program, tmp_path: Path) -> None:
+    """Half of the time, by costs in which a block takes 2 ms; streamed too."""
+    file = folder / "run" / "analysis.json"
+    analysis = Redundancy.load(file)
+    block = BlockCost(whole=2.0, ffn=1.5, text=1.0, text_last=1.25, text_last_ffn=1.0)
+    stacks = [StackCost(path=s.path, first=s.first, blocks=[block] * len(s.blocks)) for s in analysis.stacks]
+    costs = Costs(model=analysis.model, repeats=1, rest=1.0, stacks=stacks)
+    costs.save(tmp_path / "costs.json")
+    options = ["rewrite", folder / "model", "--analysis", file, "--costs", tmp_path / "costs.json"]
+    cases: list[tuple[str, float | str, tuple[str, ...]]] = [
+        ("share", 0.5, ()),
+        ("ms", "6.5ms", ("--select", "budget", *LIMIT)),
+    ]
+    for place, latency, more in cases:
+        code, found = program(*options, "--latency", latency, "-o", tmp_path / place, *more)
+        assert code == 0, found
+        assert "rule budget: at most 6.5 of 13 ms may stay; " in found["reason"][0]
+        plan = ppcl_fx.select(analysis, latency=latency, costs=costs)
+        assert found["edits"] == plan.ids and found["params"] == plan.params
+        assert milliseconds(analysis, costs, plan.edits) <= 6.5
+    costs.model_copy(update={"model": "0" * 64}).save(tmp_path / "costs.json")
+    code, found = program(*options, "--latency", 0.5, "-o", tmp_path / "other")
+    assert code == 2 and "the costs were measured on another model (fingerprint 000000000000" in found["error"]
+    (tmp_path / "costs.json").write_text("{}")
+    code, found = program(*options, "--latency", 0.5, "-o", tmp_path / "other")
+    assert code == 2 and "costs.json" in found["error"] and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--latency", "0.5"], "--latency 0.5: what each block costs is not known; measure it with 'python -m benchma"),
+        (["--costs", "c.json"], "--costs: is for --latency"),
+        (["--latency", "0.5", "--costs", "c.json"], "c.json: no such file"),
+        (["--latency", "0.5", "--costs", "c.json", "--keep", "0.5"], "--keep, --latency: give one of the two, a share"),
+        (["--latency", "0.5", "--costs", "c.json", "--params", "1B"], "--params, --latency: give one of the two, a n"),
+        (["--latency", "0.5", "--costs", "c.json", "--select", "paper"], "--latency, --select paper: this rule knows"),
+        (["--latency", "0.5", "--costs", "c.json", "--select", "uniform"], "--select uniform: this rule knows no time"),
+        (["--latency", "0.5", "--plan", "paper:qwen-image-12b"], "--latency: a plan has its size already"),
+    ],
+)
+def test_bad_budgets_of_time(arguments: list[str], part: str, program: Program, tmp_path: Path) -> None:
+    code, found = program("rewrite", "shapes", "--analysis", "a.json", "-o", tmp_path / "student", *arguments)
+    assert code == 2 and part in found["error"]
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+from safetensors.torch import load_file
 from torch.fx import GraphModule
 
 import ppcl_fx
 from ppcl_fx.cli.app import main
 from ppcl_fx.cli.rewrite import Wish
 from ppcl_fx.errors import PpclError, Refusal
-from ppcl_fx.model import PluggableModel
+from ppcl_fx.model import STUDENTS, PluggableModel
 from ppcl_fx.passes.damage import depth_damage, ffn_damage, text_damage
 from ppcl_fx.passes.rewrite import count, insert_edits
 from ppcl_fx.plan import DepthEdit
@@ -168,9 +169,16 @@ def test_the_program_follows_a_plan_by_its_name(tmp_path: Path, capfd: pytest.Ca
     assert said["edits"] == said["plugged"] == named("paper:qwen-image-10b").plan().ids
     assert said["params"] < 0.55 * said["teacher_params"]
     assert said["reason"][0].startswith("paper:qwen-image-10b: ")
-    code = main([*map(str, command), "--plan", "paper:qwen-image-14b", "--json", "--overwrite"])
-    assert code == 2
-    assert "14,000,000,000 parameters are to stay" in json.loads(capfd.readouterr().out)["error"]
+    for more in ([], ["--memory-limit", "6GiB"]):
+        code = main([*map(str, command), "--plan", "paper:qwen-image-14b", "--json", "--overwrite", *more])
+        assert code == 2
+        assert "14,000,000,000 parameters are to stay" in json.loads(capfd.readouterr().out)["error"]
+    command[-1] = tmp_path / "streamed"
+    code = main([*map(str, command), "--plan", "paper:qwen-image-10b", "--json", "--memory-limit", "6GiB"])
+    again = json.loads(capfd.readouterr().out)
+    assert code == 0 and again == said | {"student": str(tmp_path / "streamed")}
+    mine, theirs = (load_file(tmp_path / folder / STUDENTS) for folder in ("streamed", "student"))
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
 
 def test_a_model_without_such_blocks_is_refused() -> None:

@@ -25,6 +25,7 @@ from ppcl_fx.tracing import trace
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.plan import Plan
+    from ppcl_fx.plans import NamedPlan
     from ppcl_fx.skeleton import Checkpoint
 
 SCRATCH = "scratch"
@@ -36,6 +37,7 @@ def rewrite_streamed(
     out: str | Path,
     calls: Calls,
     *,
+    named: NamedPlan | None = None,
     fit: bool = True,
     overwrite: bool = False,
     memory_limit: int | None = None,
@@ -52,6 +54,8 @@ def rewrite_streamed(
         plan: the edits.
         out: the folder to write; `ppcl_fx.load` reads it.
         calls: recorded calls; the first is what the model is traced with.
+        named: where the plan is one of the paper's, that plan: the model must have the blocks that it was made for, and
+            it says which students are plugged.
         fit: initialise projectors by least squares over the calls; else they start as the identity.
         overwrite: replace a folder that exists.
         memory_limit: as in `analyze_streamed`; for the fit.
@@ -59,18 +63,21 @@ def rewrite_streamed(
         device: where the fit computes.
 
     Returns:
-        The pluggable model without weights, with every edit plugged: for its plan and counts.
+        The pluggable model without weights, plugged as it was saved (every edit, or as `named` says): for its plan and
+        counts.
 
     Raises:
         PpclError: the plan is for another model, or the disk or the limit is too small.
-        Refusal: an edit does not fit the model.
+        Refusal: an edit or a named plan does not fit the model.
     """
     gm = trace(checkpoint.model, calls.examples())
     gm.meta["ppcl"]["model"] = checkpoint.fingerprint
     check_made_for(plan, checkpoint.fingerprint)
+    if named is not None:
+        named.check(gm)
     graph = insert_edits(gm, plan)
     model = PluggableModel(graph, plan.model_copy(update={"model": plan.model or checkpoint.fingerprint}))
-    model.plug(students=model.edits)
+    model.plug(students=model.edits if named is None else named.students(model))
     with new_folder(out, overwrite=overwrite) as beside:
         model.save_head(beside)
         copied = place_teacher(checkpoint.shards, beside / TEACHER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -52,6 +52,20 @@ def rewrite(
     params: Annotated[
         str | None, typer.Option(metavar="NUMBER", help="Instead of --keep: how many stay at most, such as 12B.")
     ] = None,
+    latency: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SHARE_OR_MS",
+            help="Instead of --keep: how much of the teacher's time may stay, a share such as 0.6 or a time such as "
+            "120ms; by --costs.",
+        ),
+    ] = None,
+    costs: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="With --latency: what each block costs, from 'python -m benchmarks.blocks MODEL'."
+        ),
+    ] = None,
     plan: Annotated[
         str | None,
         typer.Option(
@@ -72,13 +86,14 @@ def rewrite(
         typer.Option(metavar="FOLDER", help="Recorded calls; RUN/calls beside the file if left out."),
     ] = None,
     select: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--select",
             "--rule",
-            help="How to choose: 'paper', 'budget' for the least predicted damage, or 'uniform' as a control.",
+            help="How to choose: 'paper' if left out, 'budget' for the least predicted damage (if left out with "
+            "--latency), or 'uniform' as a control.",
         ),
-    ] = "paper",
+    ] = None,
     stream: Annotated[
         str | None, typer.Option(help="Stream that decides; the one of the analysis if left out.")
     ] = None,
@@ -96,15 +111,16 @@ def rewrite(
     """
     choice("--init", init, INITS)
     wish = Wish(analysis, plan, released, _init(init))
-    wish.check(keep, params)
+    wish.check(keep, params, latency)
     budget = given(
         keep=parse_keep(keep) if keep is not None else None,
         params=parse_params(params) if params is not None else None,
+        **timed(latency, costs, select),
     )
     named = wish.named()
     limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
-    if limit is not None and (released is not None or named is not None):
-        raise PpclError("--memory-limit: works with --analysis or a plan's file; leave it out")
+    if limit is not None and released is not None:
+        raise PpclError("--memory-limit, --released: a released checkpoint is joined in memory; leave one of them out")
     where = parse_device(device, memory_limit)
     folder = calls or wish.calls_beside()
     check_output(out, overwrite=overwrite)
@@ -132,6 +148,7 @@ def rewrite(
                 chosen,
                 out,
                 recorded.calls,
+                named=named,
                 overwrite=overwrite,
                 memory_limit=limit,
                 report=progress,
@@ -169,7 +186,7 @@ class Wish:
     released: Path | None
     init: Literal["first", "middle"]
 
-    def check(self, keep: str | None, params: str | None) -> None:
+    def check(self, keep: str | None, params: str | None, latency: str | None = None) -> None:
         """Raise `PpclError` where the options contradict each other."""
         from ppcl_fx.plans import is_name
 
@@ -179,10 +196,14 @@ class Wish:
         if self.analysis is not None and (self.released is not None or (self.plan is not None and not by_name)):
             other = "--released" if self.released is not None else "--plan"
             raise PpclError(f"--analysis, {other}: give one of the two; with the second the choice is made")
-        if keep is not None and params is not None:
-            raise PpclError("--keep, --params: give one of the two, a share or a number of parameters")
-        for option, value in (("--keep", keep), ("--params", params)):
-            if value is not None and (self.plan is not None or self.released is not None):
+        budgets = {"--keep": keep, "--params": params, "--latency": latency}
+        asked = [option for option, value in budgets.items() if value is not None]
+        if len(asked) > 1:
+            what = {"--keep": "a share", "--params": "a number of parameters", "--latency": "a time"}
+            words = " or ".join(what[option] for option in asked)
+            raise PpclError(f"{', '.join(asked)}: give one of the {'two' if len(asked) == 2 else 'three'}, {words}")
+        for option in asked:
+            if self.plan is not None or self.released is not None:
                 raise PpclError(f"{option}: a plan has its size already; leave {option} out, or give --analysis alone")
 
     def named(self) -> NamedPlan | None:
@@ -226,6 +247,34 @@ class Wish:
 
         analysis = ppcl_fx.Redundancy.load(self.analysis)
         return predicted(analysis, plan).model_copy(update={"model": analysis.model})
+
+
+def timed(latency: str | None, costs: Path | None, rule: str | None) -> dict[str, Any]:
+    """Return what `select` takes for a budget of time: nothing where there is none.
+
+    Raises:
+        PpclError: one of --latency and --costs is missing, the file is no costs, the budget is no time, or the rule
+            knows no time.
+    """
+    if latency is None:
+        if costs is not None:
+            raise PpclError("--costs: is for --latency; give how much time may stay, or leave --costs out")
+        return {}
+    if costs is None:
+        raise PpclError(
+            f"--latency {latency}: what each block costs is not known; measure it with "
+            "'python -m benchmarks.blocks MODEL' and give the file with --costs"
+        )
+    if rule not in (None, "budget"):
+        raise PpclError(f"--latency, --select {rule}: this rule knows no time; leave --select out, or give 'budget'")
+    from ppcl_fx.costs import Costs
+
+    measured = Costs.load(costs)
+    try:
+        measured.milliseconds(latency)
+    except PpclError as error:
+        raise PpclError(f"--{error}") from None
+    return {"latency": latency, "costs": measured}
 
 
 def _rewritten(graph: GraphModule, plan: Plan, named: NamedPlan | None, calls: Calls) -> PluggableModel:

@@ -17,7 +17,7 @@ from torch import nn
 import ppcl_fx
 from ppcl_fx import files
 from ppcl_fx.calls import Call, Calls
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.long_files import write_long
 from ppcl_fx.model import PLAN, STUDENTS, TEACHER
@@ -25,6 +25,7 @@ from ppcl_fx.passes.rewrite import rewrite
 from ppcl_fx.passes.streaming import rewrite as stream_rewrite
 from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.plans import NamedPlan
 from ppcl_fx.shards import ONE_FILE
 from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import trace
@@ -91,6 +92,39 @@ def test_the_folder_is_that_of_the_unstreamed_rewrite(name: str, size: str, tmp_
         assert torch.equal(loaded(**calls[1].kwargs)[0], model(**calls[1].kwargs)[0])
     loaded.plug(students=loaded.edits).save(tmp_path / "again")
     assert load_file(tmp_path / "again" / TEACHER / ONE_FILE).keys() == model.state_dict().keys()
+
+
+def test_a_named_plan_says_what_is_plugged(tmp_path: Path) -> None:
+    """A size without its blocks, as the paper's 14 B: the students that fit no more go back to their teacher."""
+    _, calls = saved("qwen", tmp_path / "teacher")
+    model = open_source(str(tmp_path / "teacher")).transformer()
+    gm = trace(model, calls.examples())
+    small = NamedPlan(name="paper:small", blocks={STACK: 6}, edits=PLANS["qwen"], params=0, budget=None, says="tiny")
+    plain = rewrite(gm, small.plan(), calls)
+    least, whole = plain.param_count(plain.edits), plain.teacher_params
+    sized = small.model_copy(update={"budget": (least + whole) // 2})
+    plugged = sized.students(plain)
+    assert 0 < len(plugged) < len(plain.edits)
+    plain.plug(students=plugged).save(tmp_path / "plain")
+    made = rewrite_streamed(
+        open_source(str(tmp_path / "teacher")).checkpoint(), sized.plan(), tmp_path / "out", calls, named=sized
+    )
+    assert list(made.students) == plugged and made.plan == plain.plan
+    for file in ("ppcl.json", PLAN):
+        assert (tmp_path / "out" / file).read_text() == (tmp_path / "plain" / file).read_text()
+    students, expected = load_file(tmp_path / "out" / STUDENTS), load_file(tmp_path / "plain" / STUDENTS)
+    assert all(torch.equal(students[key], tensor) for key, tensor in expected.items())
+    loaded = ppcl_fx.load(tmp_path / "out")
+    assert list(loaded.students) == plugged and loaded.param_count() <= (least + whole) // 2
+
+
+def test_a_named_plan_for_other_blocks_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    plan, calls = saved("qwen", tmp_path / "teacher")
+    checkpoint = open_source(str(tmp_path / "teacher")).checkpoint()
+    other = NamedPlan(name="paper:other", blocks={STACK: 60}, edits=plan.edits, params=0, budget=None, says="")
+    with pytest.raises(Refusal, match="made for a model with 60 transformer_blocks, and this one has 6"):
+        rewrite_streamed(checkpoint, other.plan(), tmp_path / "out", calls, named=other)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_teachers_files_are_linked_and_not_copied(tmp_path: Path) -> None:
