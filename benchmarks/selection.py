@@ -95,16 +95,15 @@ def one_seed(seed: int, work: Path, steps: tuple[int, int], per_category: int) -
     if not teacher.is_file():
         write_json(teacher, {"score": scored(pipeline, pipeline.transformer, per_category, seed)})
     score = json.loads(teacher.read_text())["score"]
-    if any(not path.is_file() for path in paths.values()):
-        calls, held = recorded(pipeline, settings, seed)
-        gm = ppcl_fx.trace(pipeline.transformer, calls.examples())
-        some = calls[:: max(1, len(calls) // settings.analysed)]
-        analysis = ppcl_fx.analyze(gm, some)
+    calls, held = recorded(pipeline, settings, seed)
+    gm = ppcl_fx.trace(pipeline.transformer, calls.examples())
+    some = calls[:: max(1, len(calls) // settings.analysed)]
+    analysis = ppcl_fx.analyze(gm, some)
     for (rule, keep), path in paths.items():
-        if path.is_file():
-            continue
         uniform = rule == "uniform"
         plan = ppcl_fx.select(analysis, keep=keep + UNIFORM_MARGIN * uniform, rule=rule, width=not uniform)
+        if path.is_file() and json.loads(path.read_text())["edits"] == plan.ids:
+            continue
         model = ppcl_fx.rewrite(gm, plan, some)
         begin = time.perf_counter()
         counts = demo.fitting_steps((*steps, 1), {edit.kind for edit in plan.edits})

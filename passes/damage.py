@@ -8,20 +8,28 @@ from __future__ import annotations
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.redundancy import Redundancy, StackAnalysis
 
+LEARNED = 0.1
+"""What training leaves of a student block's predicted damage.
+
+A block learns what the chain of linear probes, by which its damage is predicted, cannot. A projector's damage is that
+of its least-squares fit, which training hardly betters. On the `shapes` model students that were distilled for 400
+steps kept 1 to 3 % of it in the output's squared error, projectors 5 to 170 %.
+"""
+
 
 def depth_damage(stack: StackAnalysis, span: tuple[int, int], stream: str) -> float:
     """Predicted damage of one student for blocks `span` (positions): Eq. 6 between surrogate and teacher at
     its end.
 
-    The surrogate is the first block followed by linear probes, which a student that starts from this block
-    can imitate. Weighted by the energy of the state. Only the deciding stream counts; at the stack's end, only if
-    something reads it there.
+    The surrogate is the first block followed by linear probes. A student that starts from this block can imitate it,
+    and then learns beyond (`LEARNED`). Weighted by the energy of the state. Only the deciding stream counts; at the
+    stack's end, only if something reads it there.
     """
     first, last = span
     curves = stack.curves(stream)
     if last == len(stack.blocks) - 1 and not curves.live:
         return 0.0
-    return (curves.gap[first][last] or 0.0) * curves.energy[last]
+    return LEARNED * (curves.gap[first][last] or 0.0) * curves.energy[last]
 
 
 def ffn_damage(stack: StackAnalysis, position: int, *, text: bool = True) -> float | None:

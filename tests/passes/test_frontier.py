@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.damage import predicted
+from ppcl_fx.passes.damage import LEARNED, predicted
 from ppcl_fx.passes.frontier import frontier
 from ppcl_fx.passes.intervals import first_difference
 from ppcl_fx.passes.savings import saved
@@ -26,22 +26,23 @@ def random_stack(
     more damage than its parts, as in real models."""
     pick = random.Random(seed)
 
-    def gaps() -> Matrix:
+    # What no training betters is that much better here, so that every kind of edit has its place.
+    def gaps(scale: float) -> Matrix:
         if grows:
-            change = [pick.uniform(0.01, 0.2) for _ in range(size)]
+            change = [pick.uniform(0.01, 0.2) * scale for _ in range(size)]
             return [[sum(change[u + 1 : k + 1]) * (1 + 0.1 * (k - u)) if k >= u else None for k in range(size)]
                     for u in range(size)]  # fmt: skip
-        return [[(round(pick.uniform(0.01, 2), 3) if k > u else 0.0) if k >= u else None for k in range(size)]
+        return [[(round(pick.uniform(0.01, 2), 3) * scale if k > u else 0.0) if k >= u else None for k in range(size)]
                 for u in range(size)]  # fmt: skip
 
-    def curves() -> StreamCurves:
+    def curves(scale: float) -> StreamCurves:
         ones: Matrix = [[1.0 if k >= u else None for k in range(size)] for u in range(size)]
         candidates = [Interval(first=first, last=first + size - 1)]
         return StreamCurves(
             fit=[0.5] * size,
             cka=ones,
             delta=first_difference(ones),
-            gap=gaps(),
+            gap=gaps(scale),
             similarity=ones,
             energy=[round(pick.uniform(0.1, 1), 3) for _ in range(size)],
             candidates=candidates,
@@ -56,7 +57,7 @@ def random_stack(
 
     streams = ["image", "text"] if text else ["image"]
     fits = [
-        FfnFit(block=block + first, stream=stream, error=0.5, similarity=round(pick.uniform(0.5, 1), 3))
+        FfnFit(block=block + first, stream=stream, error=0.5, similarity=1 - LEARNED * pick.uniform(0, 0.5))
         for block in range(size)
         for stream in streams
     ]
@@ -67,7 +68,7 @@ def random_stack(
         first=first,
         blocks=[f"{path}.{first + i}" for i in range(size)],
         block_params=[1000] * size,
-        streams={stream: curves() for stream in streams},
+        streams={stream: curves(LEARNED if stream == "text" else 1.0) for stream in streams},
         text_similarity=alike,
         ffn=fits,
         savings=[savings(i) for i in range(size)],
