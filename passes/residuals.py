@@ -30,7 +30,7 @@ def residuals(blocks: Sequence[Block], stream: str) -> list[Node]:
         stream: the name of the stream.
 
     Raises:
-        Refusal: between two blocks the model writes into a part of the stream, so it is no sum that a student could get.
+        Refusal: between two blocks the model writes into a part of the stream; a student would lose that.
     """
     own = {node for block in blocks for node in block.nodes}
     found: list[Node] = []

@@ -116,7 +116,7 @@ def _giver(links: list[Any] | Any) -> Any:
 
 
 def _links(model: nn.Module, first: nn.Module, second: nn.Module, kwargs: Kwargs) -> Any:
-    """For each output of a block (for the output, if it is one tensor) the argument by which the next block takes it."""
+    """For each output of a block (or its one tensor) the argument by which the next block takes it."""
     left: list[Any] = []
     entered: list[dict[Any, Any]] = []
     handles = [
