@@ -13,9 +13,11 @@ from collections.abc import Mapping, Sequence
 
 from torch.fx import Node
 
+from ppcl_fx.errors import Refusal
 from ppcl_fx.graphs import ancestors, is_add
 from ppcl_fx.passes.switches import is_switch
 from ppcl_fx.stacks import Block
+from ppcl_fx.tracing.proxies import set_item
 
 RESIDUAL = "ppcl_residual"
 
@@ -26,6 +28,9 @@ def residuals(blocks: Sequence[Block], stream: str) -> list[Node]:
     Args:
         blocks: the run of blocks that a student stands for.
         stream: the name of the stream.
+
+    Raises:
+        Refusal: between two blocks the model writes into a part of the stream; a student would lose that.
     """
     own = {node for block in blocks for node in block.nodes}
     found: list[Node] = []
@@ -36,6 +41,11 @@ def residuals(blocks: Sequence[Block], stream: str) -> list[Node]:
         behind = ancestors([node], stop=[start])
         between: list[Node] = []
         while node is not start and start in behind:
+            if node.target is set_item:
+                raise Refusal(
+                    f"between {before.path} and {after.path} the model writes into a part of the {stream} stream "
+                    f"({node.name}), which a student of both would lose; end the interval at {before.path}"
+                )
             step = _step_back(node, start)
             if step is None:
                 break

@@ -29,13 +29,19 @@ Each row is a small random model of a diffusers class. It is traced on one call,
   (part of) it stays too.
 - **FFN**: the streams whose feed-forward can become a linear projector. With projectors of zeros it is the model
   without those feed-forwards. *not alone*: it runs beside the attention, or on both streams at once.
-- **text stream**: can a block lose its text stream? It is the teacher, to the last bit, while not plugged, and smaller
-  when plugged. *one stream*: there is no other. *streams joined*: the attention takes both in one tensor.
+- **text stream**: can a block lose its text stream? With random projectors the result is equal, to the last bit, to the
+  model whose blocks are given the source's text through those projectors (Eq. 8), and to the teacher while it is not
+  plugged; it is smaller. *one stream*: there is no other. *streams joined*: the attention takes both in one tensor.
+- **ControlNet**: where the model's forward takes residuals of a ControlNet, each stack becomes one block. The result is
+  equal, to the last bit, to the model whose other blocks give back what enters them, and to the teacher while it is not
+  plugged. *summed*: every residual that the teacher feels, the student feels. *own only*: the residuals are added
+  inside of the blocks, and the student feels those of the block that it is made of. *not in*: the model writes the
+  residuals into a part of the state, and depth edits with them are refused in that stack. *none*: no residuals.
 
 Where a class has several stacks, the cells of the edits follow the order of the stacks.
 
-| class | stacks | example | batch | size | text | values | depth | FFN | text stream |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| class | stacks | example | batch | size | text | values | depth | FFN | text stream | ControlNet |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
@@ -52,7 +58,7 @@ def _line(row: Row) -> str:
     name, _, variant = row.name.partition(" ")
     cells = [f"`{name}` {variant}".strip(), "<br>".join(_stack(*stack) for stack in row.stacks), row.example]
     cells += [row.others[key] for key in ("batch", "size", "text", "values")]
-    cells += ["<br>".join(row.edits[key]) for key in ("depth", "ffn", "text")]
+    cells += ["<br>".join(row.edits[key]) for key in ("depth", "ffn", "text", "control")]
     return "| " + " | ".join(cells) + " |"
 
 

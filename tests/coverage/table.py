@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten
 
 from ppcl_fx.errors import GuardError, Refusal
 from ppcl_fx.graphs import parameter_count
+from ppcl_fx.passes.ffn import projector_path
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
@@ -28,9 +29,11 @@ from ppcl_fx.sites import FfnSite, ffn_sites, text_site
 from ppcl_fx.stacks import Block, Stack, stacks
 from ppcl_fx.tracing import bind, trace
 from tests.coverage import dual, more, single, video
-from tests.coverage.case import OTHERS, Case, Kwargs
-from tests.coverage.edits import shortened, without_feed_forwards
+from tests.coverage.case import EXAMPLE, OTHERS, Case, Kwargs
+from tests.coverage.control import arguments, felt, passing, with_residuals
+from tests.coverage.edits import shortened, without_feed_forwards, without_text
 from tests.coverage.page import render
+from tests.passes.by_hand import randomise
 
 CASES: list[Case] = sorted([*dual.CASES, *single.CASES, *more.CASES, *video.CASES], key=lambda case: case.id)
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
@@ -108,7 +111,12 @@ def measure(case: Case) -> Row:
             stacks=[(stack.name, len(stack.blocks), stack.streams) for stack in traced.stacks],
             example=found.pop("example"),
             others=found,
-            edits={"depth": _depth(traced), "ffn": _ffn(traced), "text": _text(traced)},
+            edits={
+                "depth": _depth(traced),
+                "ffn": _ffn(traced),
+                "text": _text(traced),
+                "control": [_control(traced, case)],
+            },
         )
 
 
@@ -190,21 +198,31 @@ def _ffn(traced: Traced) -> list[str]:
 
 
 def _text(traced: Traced) -> list[str]:
-    """Take the text stream from the second block of every stack."""
+    """Take the text stream from the second and third block of every stack, with random projectors."""
     cells = []
     for stack in traced.stacks:
         if len(stack.blocks) < 2:
             cells.append(_text_of_one(traced, stack.blocks[0]))
             continue
-        source, last = stack.blocks[0].index, stack.blocks[1].index
+        blocks = stack.blocks[:3]
+        edit = TextStreamEdit(stack=blocks[0].stack, source=blocks[0].index, last=blocks[-1].index)
         try:
-            view, exact = _rewritten(traced, [TextStreamEdit(stack=stack.blocks[0].stack, source=source, last=last)])
+            pluggable = insert_edits(traced.gm, Plan(edits=[edit]))
         except Refusal as refusal:
             cells.append(_short(refusal))
             continue
-        answers = [view(**bind(view, kwargs)) for kwargs, _ in traced.served]
-        finite = all(part.isfinite().all() for answer in answers for part in tree_flatten(answer)[0])
-        cells.append("yes" if exact and finite and parameter_count(view) < traced.total else "WRONG")
+        randomise(pluggable)
+        exact = all(_same(pluggable(**bind(pluggable, kwargs)), expected) for kwargs, expected in traced.served)
+        view = plugged(pluggable, frozenset([edit.id]))
+        keys = [block.path.replace(".", "_") for block in blocks[1:]]
+        z = [pluggable.get_submodule(projector_path(edit.id, f"{key}.z")) for key in keys]
+        state = pluggable.get_submodule(projector_path(edit.id, f"{keys[-1]}.state"))
+        sites = [text_site(traced.gm, block) for block in blocks]
+        for kwargs, plain in traced.served:
+            with without_text(traced.model, sites, z, state):
+                expected = traced.model(**kwargs)
+            exact = exact and _same(view(**bind(view, kwargs)), expected) and not _close(expected, plain)
+        cells.append("yes" if exact and parameter_count(view) < traced.total else "WRONG")
     return cells
 
 
@@ -214,6 +232,52 @@ def _text_of_one(traced: Traced, block: Block) -> str:
     except Refusal as refusal:
         return _short(refusal)
     return "one block"
+
+
+def _control(traced: Traced, case: Case) -> str:
+    """Give the model a ControlNet's residuals, and make one block of every stack."""
+    names = list(arguments(traced.model))
+    if not names:
+        return "none"
+    firsts = [stack.blocks[0].path for stack in traced.stacks]
+    example = with_residuals(traced.model, firsts, case.kwargs())
+    gm = trace(traced.model, example)
+    edits, refused = _whole_stacks(gm)
+    pluggable = insert_edits(gm, Plan(edits=list[Edit](edits)))
+    view = plugged(pluggable, frozenset(edit.id for edit in edits))
+    exact = True
+    for shape in (EXAMPLE, *OTHERS.values()):
+        try:
+            plain = case.kwargs(shape)
+            given = with_residuals(traced.model, firsts, plain)
+            exact = exact and _same(pluggable(**bind(pluggable, given)), traced.model(**given))
+        except (GuardError, RuntimeError):
+            assert shape is not EXAMPLE
+            continue
+        with passing(traced.model, edits, plain):
+            expected = traced.model(**given)
+        exact = exact and _same(view(**bind(view, given)), expected)
+    if not exact:
+        return "WRONG"
+    whole = felt(lambda call: traced.model(**call), example, names)
+    left = felt(lambda call: view(**bind(view, call)), example, names)
+    return ", ".join(["summed" if whole == left else "own only", *(f"not in `{name}`" for name in refused)])
+
+
+def _whole_stacks(gm: GraphModule) -> tuple[list[DepthEdit], list[str]]:
+    """Return the edits that make one block of a whole stack, and the names of the stacks that refuse theirs."""
+    edits, refused = [], []
+    for stack in stacks(gm):
+        first, last = stack.blocks[0], stack.blocks[-1]
+        if first is last:
+            continue
+        edit = DepthEdit(stack=first.stack, first=first.index, last=last.index)
+        try:
+            insert_edits(gm, Plan(edits=[edit]))
+            edits.append(edit)
+        except Refusal:
+            refused.append(stack.name)
+    return edits, refused
 
 
 def _close(one: Any, two: Any) -> bool:

@@ -221,7 +221,7 @@ CASES: list[Case] = [
         "CosmosTransformer3DModel",
         {
             **HEADED, "in_channels": 4, "out_channels": 4, "num_layers": 3, "text_embed_dim": TEXT_CHANNELS,
-            "adaln_lora_dim": 4, "max_size": (8, 32, 32), "concat_padding_mask": False,
+            "adaln_lora_dim": 4, "max_size": (8, 32, 32), "concat_padding_mask": False, "controlnet_block_every_n": 1,
         },
         partial(clip, fps=30),
     ),
