@@ -1,6 +1,7 @@
 """Analysis and rewriting of a full-size Qwen-Image (20.43 B parameters in bf16) with one block in memory at a time.
 
     python -m benchmarks.streaming
+    python -m benchmarks.streaming --size 1024 --calls 2 --batch 1 --samples 1 --parts forward,analyze
 
 Nothing is downloaded. The checkpoint is synthetic: one block of random weights in a file, hard-linked sixty times, and
 a file with the layers outside of the blocks. So the disk holds 0.8 GB, and after the first block the weights come from
@@ -164,7 +165,7 @@ def analyze(checkpoint: Checkpoint, recorded: Calls, work: Path, limit: int, sam
             curves.append(time.perf_counter())
 
     begin = time.perf_counter()
-    with _timed(spent, "sums", "add"), _timed(spent, "solving", "solve"):
+    with _timed(spent, "sums", "add"), _timed(spent, "solving", "_solve"):
         found = analyze_streamed(
             checkpoint, recorded, work / "run", memory_limit=limit, max_samples=samples, report=report
         )
@@ -177,6 +178,7 @@ def analyze(checkpoint: Checkpoint, recorded: Calls, work: Path, limit: int, sam
             **{name: round(seconds, 1) for name, seconds in spent.items()},
             "curves": round(end - curves[0], 1),
         },
+        "solving_seconds_per_block": round(spent["solving"] / sum(len(s.blocks) for s in found.stacks), 3),
         "samples_of_curves": found.samples_used,
         "streams": len(stream_sites(gm)),
         "candidates": len(found.stacks[0].curves("image").candidates),
@@ -320,6 +322,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--calls", type=int, default=4, help="calls (default: 4)")
     parser.add_argument("--batch", type=int, default=16, help="samples in each call (default: 16)")
     parser.add_argument("--side", type=int, default=16, help="image tokens along one side (default: 16)")
+    parser.add_argument(
+        "--size", type=int, default=None, help="the same in pixels, 16 to a token: 1024 is --side 64"
+    )
     parser.add_argument("--text", type=int, default=64, help="text tokens (default: 64)")
     parser.add_argument(
         "--samples", type=int, default=2, help="samples that the curves average over (default: 2)"
@@ -331,7 +336,12 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
     )
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.size is not None:
+        if options.size < 16 or options.size % 16:
+            parser.error(f"--size {options.size}: give a multiple of 16")
+        options.side = options.size // 16
+    return options
 
 
 if __name__ == "__main__":

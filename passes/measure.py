@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.curves import curves
 from ppcl_fx.passes.probes import Fit, NormalEquations, Projector
 from ppcl_fx.passes.reservoir import Key, Reservoir, ranks
-from ppcl_fx.passes.similarity import Curves, curves
+from ppcl_fx.passes.similarity import Curves
 from ppcl_fx.passes.watch import Watch, Watcher
 from ppcl_fx.sites import FfnSite, ffn_sites
 from ppcl_fx.stacks import Block, Stack, stacks
@@ -133,7 +134,7 @@ class Measured(Measurement):
 
     def ffn_fits(self, ridge: float) -> list[Fit]:
         """How well a projector stands in for each feed-forward of `ffn`."""
-        return [sums.fit(sums.solve(ridge)) for sums in self.ffn_sums]
+        return [sums.ridge_fit(ridge) for sums in self.ffn_sums]
 
     def batches(self, site: StreamSite) -> Iterator[list[Tensor]]:
         """The kept samples of a stream in batches of one shape: ``[B, T, D]`` before the stack and after each block."""

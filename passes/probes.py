@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.precision import products_of
+from ppcl_fx.passes.normal_sums import ROWS, Dots, Singular, Solution, Sums, Tokens, ridge_of
 
 if TYPE_CHECKING:
     from ppcl_fx.passes.measure import Measurement
@@ -44,32 +44,17 @@ class Fit:
     cosine: float
 
 
-@dataclass(frozen=True)
-class _Solved:
-    """A projector S and its inner products with ``G S``, ``C`` and ``sum [x, 1] x^T``."""
-
-    projector: Projector
-    gram: float
-    cross: float
-    inputs: float
-
-
 class NormalEquations:
-    """Sums that determine the least-squares map from `x` to the residual ``y - x``, whatever the number of
-    samples.
+    """What determines the least-squares map from `x` to the residual ``y - x``, whatever the number of samples.
 
-    Tokens are samples. Kept are ``G = sum x x^T``, ``C = sum x r^T`` (``r = y - x``), ``sum r^2`` and, for
-    the cosine of the outputs, ``sum y^2``; memory is ``O(D^2)``. With `bias`, a constant 1 is appended to x.
+    Tokens are samples. While they are fewer than half the channels they are kept as they are; after that as the sums
+    ``G = sum x x^T`` and ``C = sum x r^T`` (``r = y - x``), and memory is ``O(D^2)`` in both cases. With `bias`, a
+    constant 1 is appended to x.
     """
 
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias
-        self.samples = 0
-        self._gram: Tensor | None = None
-        self._cross: Tensor | None = None
-        self._residual = 0.0
-        self._target = 0.0
-        self._solved: _Solved | None = None
+        self.clear()
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add the tokens of `x` and `y`, both ``[..., D]``.
@@ -81,34 +66,38 @@ class NormalEquations:
             raise RuntimeError(
                 f"a residual map needs equal shapes, got {tuple(x.shape)} and {tuple(y.shape)}"
             )
-        precision = torch.float64 if x.shape[-1] <= WIDE else torch.float32
-        rows = x.detach().reshape(-1, x.shape[-1]).to(precision)
-        targets = y.detach().reshape(-1, y.shape[-1]).to(precision)
-        residual = targets - rows
-        if self.bias:
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)
-        if self._gram is None or self._cross is None:
-            self._gram = rows.new_zeros(rows.shape[1], rows.shape[1])
-            self._cross = rows.new_zeros(rows.shape[1], targets.shape[1])
-        self._solved = None
-        energy = float(residual.square().sum(dtype=torch.float64))
-        target = float(targets.square().sum(dtype=torch.float64))
-        # One NaN anywhere makes a sum NaN, so the two sums check every value.
-        if not (abs(energy) < float("inf") and abs(target) < float("inf")):
+        rows, targets = (value.detach().reshape(-1, value.shape[-1]) for value in (x, y))
+        self._known = None
+        self._width = rows.shape[1]
+        self._precision = torch.float64 if self._width <= WIDE else torch.float32
+        energies = self._energies(rows, targets)
+        # One NaN anywhere makes a sum NaN, so the sums check every value.
+        if not energies.isfinite().all():
             raise PpclError(
                 "activations hold NaN or infinity; check the model's weights and the recorded calls"
             )
-        self._add_products(rows, targets, residual, x.dtype)
-        self._residual += energy
-        self._target += target
+        inputs, outputs, residual, inner = energies.tolist()
+        self._inputs += inputs
+        self._target += outputs
+        self._residual += residual
+        self._inner += inner
         self.samples += len(rows)
+        if len(rows) > self._width // 2:
+            self._summed(rows, targets)
+            return
+        self._tokens.add(rows, targets)
+        if self._tokens.count > self._width // 2:
+            self._flush()
 
     def clear(self) -> None:
         """Forget all samples."""
         self.samples = 0
-        self._gram = self._cross = None
-        self._residual = self._target = 0.0
-        self._solved = None
+        self._tokens = Tokens(self.bias)
+        self._sums: Sums | None = None
+        self._width, self._precision = 0, torch.float64
+        # Sums over all tokens of x^2, y^2, (y - x)^2 and x (y - x).
+        self._inputs = self._target = self._residual = self._inner = 0.0
+        self._known: tuple[Projector | None, Dots] | None = None
 
     def solve(self, ridge: float = 1e-6, refine_steps: int = 0) -> Projector:
         """The minimiser of Eq. 2 with a ridge (Eq. 1), then `refine_steps` gradient steps on Eq. 2 without
@@ -121,36 +110,20 @@ class NormalEquations:
         Raises:
             PpclError: the regularised Gram matrix is singular (all activations are zero).
         """
-        if self._gram is None or self._cross is None:
-            raise RuntimeError("no samples were added")
-        # Sums in float32 are solved in float32: its rounding is below theirs, and float64 takes twice as long.
-        for gram, cross in ((self._gram, self._cross), self._sums()):
-            # A Gram matrix of low rank is indefinite by its rounding error, at most eps times its trace.
-            least = len(gram) * torch.finfo(self._gram.dtype).eps
-            shrink = torch.full_like(gram[0], max(ridge, least) * self._scale(gram))
-            if self.bias:
-                shrink[-1] = 0.0
-            factor, info = torch.linalg.cholesky_ex(gram + torch.diag(shrink))
-            if int(info) == 0:
-                solution = torch.cholesky_solve(cross, factor)
-                break
-        else:
-            raise PpclError(
-                f"the Gram matrix of a probe is singular at ridge {ridge:g}: its inputs are all zero; check the model"
-            )
-        if refine_steps:
-            step = 1.0 / float(torch.linalg.eigvalsh(gram)[-1])
-            for _ in range(refine_steps):
-                solution = solution - step * (gram @ solution - cross)
-            product = gram @ solution
-        else:
-            product = cross - shrink[:, None] * solution  # what the solution solves
-        weight = solution.T.float()
-        projector = Projector(weight.contiguous())
-        if self.bias:
-            projector = Projector(weight[:, :-1].contiguous(), weight[:, -1].contiguous())
-        self._solved = _Solved(projector, *self._dots(solution, product))
+        solution, dots = self._solve(ridge, refine_steps, map_wanted=True)
+        assert solution is not None
+        projector = Projector(solution.weight, solution.bias)
+        self._known = (projector, dots)
         return projector
+
+    def ridge_fit(self, ridge: float = 1e-6) -> Fit:
+        """Both measures of what `solve` gives, without the map itself where it is not needed for them.
+
+        Raises:
+            PpclError: as `solve`; or all outputs are zero.
+        """
+        _, dots = self._solve(ridge, 0, map_wanted=False)
+        return Fit(self._error(dots), self._cosine(dots))
 
     def fit(self, projector: Projector) -> Fit:
         """Both measures of a projector.
@@ -165,9 +138,7 @@ class NormalEquations:
 
         A map that changes nothing has the error 0.
         """
-        if self._residual == 0.0:
-            return 0.0
-        return max(0.0, self._squared_error(projector)) / self._residual
+        return self._error(self._dots(projector))
 
     @property
     def energy(self) -> float:
@@ -180,73 +151,74 @@ class NormalEquations:
         Raises:
             PpclError: all outputs are zero.
         """
-        found = self._known(projector)
-        assert self._gram is not None and self._cross is not None
-        squares = float(self._gram.diagonal()[: self._cross.shape[1]].sum(dtype=torch.float64))
-        residual_dot_x = float(self._cross.diagonal().sum(dtype=torch.float64))
+        return self._cosine(self._dots(projector))
+
+    def _error(self, dots: Dots) -> float:
+        if self._residual == 0.0:
+            return 0.0
+        return max(0.0, self._residual + dots.gram - 2 * dots.cross) / self._residual
+
+    def _cosine(self, dots: Dots) -> float:
         # <x + Wx + b, y> and |x + Wx + b|^2, with y = x + r, from the sums alone.
-        dot = squares + residual_dot_x + found.inputs + found.cross
-        made = squares + 2 * found.inputs + found.gram
+        dot = self._inputs + self._inner + dots.inputs + dots.cross
+        made = self._inputs + 2 * dots.inputs + dots.gram
         if made <= 0.0 or self._target <= 0.0:
             raise PpclError(
                 "block outputs are all zero, so their similarity is undefined; check the model's weights"
             )
         return min(1.0, dot / math.sqrt(made * self._target))
 
-    def _squared_error(self, projector: Projector) -> float:
-        found = self._known(projector)
-        return self._residual + found.gram - 2 * found.cross
-
-    def _known(self, projector: Projector) -> _Solved:
-        """What the measures of a projector are made of; for the one solved last it is known already."""
-        if self._solved is None or self._solved.projector is not projector:
-            gram, _ = self._sums()
-            solution = self._solution(projector)
-            self._solved = _Solved(projector, *self._dots(solution, gram @ solution))
-        return self._solved
-
-    def _dots(self, solution: Tensor, product: Tensor) -> tuple[float, float, float]:
-        """Inner products of a solution S with G S, with C, and with the inputs' part of G."""
-        assert self._gram is not None and self._cross is not None
-        inputs = self._gram[:, : self._cross.shape[1]]  # sum [x, 1] x^T
-        others = (product, self._cross, inputs)
-        gram, cross, with_inputs = (float((solution * other).sum(dim=1).double().sum()) for other in others)
-        return gram, cross, with_inputs
-
-    def _add_products(self, rows: Tensor, targets: Tensor, residual: Tensor, stored: torch.dtype) -> None:
-        """Add ``X^T X`` and ``X^T R``; values that came in bfloat16 are multiplied as such, without loss."""
-        assert self._gram is not None and self._cross is not None
-        if rows.dtype == torch.float64 or stored != torch.bfloat16:
-            self._gram.addmm_(rows.T, rows)
-            self._cross.addmm_(rows.T, residual)
-            return
-        with products_of(stored, rows.device):
-            # This layout is the quick one: both operands with the summed dimension last.
-            across = rows.T.contiguous()
-            gram = torch.nn.functional.linear(across, across)
-            self._gram += gram
-            # A residual is no bfloat16 number, but X^T R is X^T Y less X^T X.
-            both = torch.nn.functional.linear(across, targets.T.contiguous())
-            self._cross += both.sub_(gram[:, : targets.shape[1]])
-
-    def _solution(self, projector: Projector) -> Tensor:
-        gram, _ = self._sums()
-        rows = projector.weight.T
-        if self.bias:
-            if projector.bias is None:
-                raise RuntimeError("sums with a bias need a projector with a bias")
-            rows = torch.cat([rows, projector.bias[None]], dim=0)
-        return rows.to(gram)
-
-    def _sums(self) -> tuple[Tensor, Tensor]:
-        if self._gram is None or self._cross is None:
+    def _solve(self, ridge: float, refine_steps: int, map_wanted: bool) -> tuple[Solution | None, Dots]:
+        if not self.samples:
             raise RuntimeError("no samples were added")
-        return self._gram.double(), self._cross.double()
+        shrink = ridge_of(ridge, self._inputs, self._width, self.bias, self._precision)
+        try:
+            if self._sums is None and not refine_steps:
+                return self._tokens.solve(shrink, map_wanted)
+            solution = self._flush().solve(shrink, refine_steps)
+        except Singular:
+            raise PpclError(
+                f"the Gram matrix of a probe is singular at ridge {ridge:g}: its inputs are all zero; check the model"
+            ) from None
+        return solution, solution.dots
 
-    def _scale(self, gram: Tensor) -> float:
-        """Mean squared channel, summed over samples; the appended constant does not count."""
-        diagonal = gram.diagonal()
-        return float((diagonal[:-1] if self.bias else diagonal).mean())
+    def _dots(self, projector: Projector) -> Dots:
+        """What the measures of a projector are made of; for the one solved last it is known already."""
+        if self._known is None or self._known[0] is not projector:
+            if not self.samples:
+                raise RuntimeError("no samples were added")
+            if self.bias and projector.bias is None:
+                raise RuntimeError("sums with a bias need a projector with a bias")
+            weight, bias = projector.weight, projector.bias if self.bias else None
+            if self._sums is None:
+                dots = self._tokens.dots(weight, bias)
+            else:
+                found = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
+                dots = self._flush().dots(found.double())
+            self._known = (projector, dots)
+        return self._known[1]
+
+    def _flush(self) -> Sums:
+        """Return the sums, with the tokens that were kept."""
+        if self._tokens.count:
+            self._summed(*self._tokens.take())
+        assert self._sums is not None
+        return self._sums
+
+    def _summed(self, rows: Tensor, targets: Tensor) -> None:
+        if self._sums is None:
+            self._sums = Sums(self._width, self.bias, self._precision, rows)
+        self._sums.add(rows, targets)
+
+    def _energies(self, rows: Tensor, targets: Tensor) -> Tensor:
+        """Sums over all tokens of ``x^2``, ``y^2``, ``(y - x)^2`` and ``x (y - x)``, in float64."""
+        total = torch.zeros(4, dtype=torch.float64, device=rows.device)
+        for some, others in zip(rows.split(ROWS), targets.split(ROWS), strict=True):
+            x, y = some.to(self._precision), others.to(self._precision)
+            r = y - x
+            parts = [(a * b).sum(dim=1).double().sum() for a, b in ((x, x), (y, y), (r, r), (x, r))]
+            total += torch.stack(parts)
+        return total
 
 
 @dataclass(frozen=True)

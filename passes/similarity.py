@@ -1,9 +1,7 @@
-"""Linear CKA and the curves it gives: surrogate curves (Eq. 3), the gap of Eq. 6, heatmaps; and the pass
-`Similarity`."""
+"""Linear CKA, the gap of Eq. 6, means over samples; and the pass `Similarity`, which writes the curves they give."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -12,12 +10,14 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.precision import products_of
-from ppcl_fx.passes.probes import Projector
 from ppcl_fx.redundancy import Matrix
 
 if TYPE_CHECKING:
     from ppcl_fx.passes.measure import Measurement
+
+
+TOKENS = 256
+"""Tokens whose directions are compared at once: few enough to stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +34,28 @@ class Representation:
     defined: Tensor
 
 
-def represent(x: Tensor) -> Representation:
-    """Centre ``[B, T, D]`` over its tokens and scale each sample so that its own HSIC is 1."""
+def centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre ``[B, T, D]`` over its tokens, scale each sample to norm 1, and say which samples are defined, ``[B]``.
+
+    Undefined are samples whose tokens are all alike.
+    """
     x = x.float()
-    centred = x - x.mean(dim=1, keepdim=True)
-    # Scaled by its norm first: squares of squares of large activations would overflow.
-    size = centred.flatten(1).norm(dim=1)
+    moved = x - x.mean(dim=1, keepdim=True)
+    # Scaled by its norm: squares of squares of large activations would overflow.
+    size = moved.flatten(1).norm(dim=1)
     # Rounding leaves the mean of equal tokens off by an ulp or so: what is left of them then is noise.
     defined = size > 1e-6 * x.flatten(1).norm(dim=1)
-    centred = centred / torch.where(defined, size, 1.0)[:, None, None]
-    tokens, width = centred.shape[1:]
-    gram = centred @ centred.mT if tokens <= width else None
-    own = (centred.mT @ centred if gram is None else gram).flatten(1).norm(dim=1)
+    return moved.div_(torch.where(defined, size, 1.0)[:, None, None]), defined
+
+
+def represent(x: Tensor) -> Representation:
+    """Centre ``[B, T, D]`` over its tokens and scale each sample so that its own HSIC is 1."""
+    state, defined = centred(x)
+    tokens, width = state.shape[1:]
+    gram = state @ state.mT if tokens <= width else None
+    own = (state.mT @ state if gram is None else gram).flatten(1).norm(dim=1)
     own = torch.where(defined, own, 1.0)[:, None, None]
-    return Representation(centred / own.sqrt(), None if gram is None else gram / own, defined)
+    return Representation(state / own.sqrt(), None if gram is None else gram / own, defined)
 
 
 def cka(a: Representation, b: Representation) -> Tensor:
@@ -73,7 +81,11 @@ def directional_gap(x: Tensor, y: Tensor) -> Tensor:
     """Mean over tokens of ``||Norm(x) - Norm(y)||^2``, Norm along channels (Eq. 6): ``[B, T, D]`` twice to
     ``[B]``."""
     normalize = torch.nn.functional.normalize
-    return (normalize(x.float(), dim=-1) - normalize(y.float(), dim=-1)).square().sum(dim=-1).mean(dim=-1)
+    parts = [
+        (normalize(some.float(), dim=-1) - normalize(others.float(), dim=-1)).square().sum(dim=-1)
+        for some, others in zip(x.split(TOKENS, dim=1), y.split(TOKENS, dim=1), strict=True)
+    ]
+    return torch.cat(parts, dim=1).mean(dim=-1)
 
 
 class Average:
@@ -110,58 +122,6 @@ class Curves:
     cka: Matrix
     gap: Matrix
     similarity: Matrix
-
-
-class CurveSums:
-    """The curves of one stream of one stack while samples come in.
-
-    Each surrogate is built on the one before it, so a batch costs one probe product for each pair u < k.
-    """
-
-    def __init__(self, size: int) -> None:
-        self.surrogate, self.gap, self.heat = Average(size), Average(size), Average(size)
-
-    def add(
-        self, outputs: Sequence[Tensor], probes: Sequence[Projector], tick: Callable[[int], None] = lambda pairs: None
-    ) -> None:
-        """Add a batch of samples: one tensor ``[B, T, D]`` for each block's output, and each block's probe.
-
-        `tick` is told, block after block, how many pairs u < k were done.
-        """
-        size = len(probes)
-        assert len(outputs) == size, "one output for each block"
-        teacher = [represent(output) for output in outputs]
-        for u in range(size):
-            one = torch.where(teacher[u].defined, 1.0, float("nan"))
-            self.surrogate.add(u, u, one)
-            self.heat.add(u, u, one)
-            self.gap.add(u, u, torch.zeros(len(outputs[u])))
-            x = outputs[u].float()
-            for k in range(u + 1, size):
-                with products_of(outputs[k].dtype, x.device):
-                    # The teacher's own states are rounded as coarsely.
-                    x = probes[k](x)
-                self.surrogate.add(u, k, cka(teacher[u], represent(x)))
-                self.gap.add(u, k, directional_gap(x, outputs[k]))
-                alike = cka(teacher[u], teacher[k])
-                self.heat.add(u, k, alike)
-                self.heat.add(k, u, alike)
-            tick(size - 1 - u)
-
-    def curves(self) -> Curves:
-        """The means over all samples so far."""
-        return Curves(self.surrogate.matrix(), self.gap.matrix(), self.heat.matrix())
-
-
-def curves(samples: Iterator[list[Tensor]], probes: Sequence[Projector]) -> Curves:
-    """Curves of one stream of one stack, averaged over samples.
-
-    `samples` yields batches: one tensor ``[B, T, D]`` for each block's output.
-    """
-    sums = CurveSums(len(probes))
-    for outputs in samples:
-        sums.add(outputs, probes)
-    return sums.curves()
 
 
 @dataclass(frozen=True)

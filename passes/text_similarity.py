@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule
 
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.similarity import linear_cka
+from ppcl_fx.passes.similarity import cka, represent
 
 if TYPE_CHECKING:
     from ppcl_fx.passes.measure import Measurement
@@ -42,8 +42,10 @@ class TextSimilarity(Pass):
             sums = torch.zeros(len(site.outputs), dtype=torch.float64)
             counts = torch.zeros(len(site.outputs), dtype=torch.int64)
             for states in self.measured.batches(site):
+                before = represent(states[0])
                 for position in range(len(site.outputs)):
-                    values = linear_cka(states[position], states[position + 1])
+                    after = represent(states[position + 1])
+                    values, before = cka(before, after), after
                     known = values[~values.isnan()]
                     sums[position] += known.double().sum().cpu()
                     counts[position] += len(known)

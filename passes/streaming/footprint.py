@@ -40,8 +40,8 @@ def state_budget(gm: GraphModule, calls: Sequence[Call], sites: Sequence[StreamS
     weights = max(_weights(gm, segment) for segment in cut(gm))
     working = INSIDE * int(scale * max((_bytes(node.meta.get("val")) for node in gm.graph.nodes), default=0))
     width = max((int(site.outputs[0].meta["val"].shape[-1]) for site in sites), default=0)
-    # A block's sums, and one of them being solved in float64.
-    sums = width**2 * (8 * (8 if width <= WIDE else 4) + 6 * 8)
+    # A block's sums with the tokens not yet in them, and one of them being solved in float64.
+    sums = width**2 * (8 * (8 if width <= WIDE else 4) + 4 * 4 + 6 * 8)
     # On a CPU a matrix product may keep a second copy of its weights, laid out for the processor.
     block = 2 * weights + working + sums
     need = anonymous() + max(block, max((_curves(site, scale) for site in sites), default=0))
@@ -58,13 +58,13 @@ def _weights(gm: GraphModule, segment: Segment) -> int:
 
 
 def _curves(site: StreamSite, scale: float) -> int:
-    """Bytes that the curves of the largest sample take: states, features or Gram matrices, surrogates."""
+    """Bytes that the curves of the largest sample take: states, features, surrogates and Gram matrices."""
     value = site.outputs[0].meta["val"]
     tokens, width = int(value.shape[1] * scale / max(1, value.shape[0])) or 1, int(value.shape[2])
     size = int(value.element_size())
     states = len(site.outputs) + 1
-    one = states * tokens * (width * (size + 4) + (4 * tokens if tokens <= width else 0))
-    return max(3 * CHUNK_BYTES, one) + 8 * tokens * width * 4
+    one = states * tokens * width * (size + 4)
+    return max(2 * CHUNK_BYTES, one) + 2 * CHUNK_BYTES + 8 * tokens * width * 4
 
 
 def _largest(calls: Sequence[Call]) -> int:

@@ -14,11 +14,12 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ppcl_fx.files import need_room, read_safetensors, write_safetensors
+from ppcl_fx.passes.curves import CurveSums
 from ppcl_fx.passes.ffn_fit import RIDGE as FFN_RIDGE
 from ppcl_fx.passes.measure import Measurement, StreamSite, all_ffn_sites, check_state, stream_sites
 from ppcl_fx.passes.probes import Fit, NormalEquations, Projector
 from ppcl_fx.passes.reservoir import Choice, groups
-from ppcl_fx.passes.similarity import Curves, CurveSums
+from ppcl_fx.passes.similarity import Curves
 from ppcl_fx.passes.streaming.ledger import BlockResult, Ledger, Note, Shelf, read_shelf
 from ppcl_fx.passes.streaming.runner import Read, Streamer
 from ppcl_fx.passes.streaming.states import States
@@ -267,7 +268,7 @@ class _Collector:
                 sums.clear()
             elif watch in self._projectors:
                 number, sums = self._projectors[watch]
-                fit = sums.fit(sums.solve(FFN_RIDGE))
+                fit = sums.ridge_fit(FFN_RIDGE)
                 ffn[number] = (fit.error, fit.cosine)
                 sums.clear()
         return fits, energies, ffn, probes

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes import precision, probes
+from ppcl_fx.passes import normal_sums, precision, probes
 from ppcl_fx.passes.probes import NormalEquations, Projector
 
 
@@ -147,3 +147,61 @@ def test_products_are_as_precise_as_before_afterwards() -> None:
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     with precision.products_of(torch.float32, torch.device("cpu")):
         assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_tokens_give_the_numbers_of_their_sums(bias: bool, dtype: torch.dtype) -> None:
+    x, y = (values.to(dtype) for values in _data(samples=19, width=40, noise=0.5))
+    few, many = _fed(x, y, bias), _fed(x, y, bias)
+    many._flush()
+    assert few._sums is None
+    assert many._sums is not None
+    for ridge in (1e-2, 1e-6):
+        one, other = few.solve(ridge), many.solve(ridge)
+        torch.testing.assert_close(one.weight, other.weight, atol=1e-7, rtol=1e-5)
+        if bias:
+            torch.testing.assert_close(one.bias, other.bias, atol=1e-7, rtol=1e-5)
+        assert few.error(one) == pytest.approx(many.error(other), rel=1e-7, abs=1e-13)
+        assert few.cosine(one) == pytest.approx(many.cosine(other), rel=1e-9)
+        assert few.ridge_fit(ridge) == few.fit(one)
+        assert many.ridge_fit(ridge) == many.fit(other)
+        again = Projector(one.weight.clone(), one.bias)
+        assert few.fit(again).error == pytest.approx(many.fit(again).error, rel=1e-9, abs=1e-13)
+        assert few.fit(again).cosine == pytest.approx(few.cosine(one), rel=1e-6)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("wide", [8, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_do_not_depend_on_how_they_are_cut(
+    bias: bool, wide: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "WIDE", wide)
+    x, y = (values.to(dtype) for values in _data(samples=200))
+    whole = _fed(x, y, bias, chunks=1)
+    for name, size in (("TILE", 5), ("PIECE", 37), ("ROWS", 7)):
+        monkeypatch.setattr(normal_sums, name, size)
+    cut = _fed(x, y, bias, chunks=61)  # four tokens at once: they are kept until there are seven
+    tolerance = 1e-12 if wide > 12 else 1e-5
+    for steps in (0, 2):
+        one, other = whole.solve(1e-4, steps), cut.solve(1e-4, steps)
+        torch.testing.assert_close(one.weight, other.weight, atol=1e-5 if wide == 8 else 1e-7, rtol=1e-5)
+        assert cut.error(other) == pytest.approx(whole.error(one), rel=0, abs=tolerance)
+        assert cut.cosine(other) == pytest.approx(whole.cosine(one), rel=0, abs=tolerance)
+    # The sums are the definition's.
+    rows = torch.cat([x, x.new_ones(len(x), 1)], dim=1).double() if bias else x.double()
+    assert cut._sums is not None
+    torch.testing.assert_close(cut._sums._whole().double(), rows.T @ rows, atol=1e-3, rtol=1e-6)
+    residual = y.double() - x.double()
+    torch.testing.assert_close(cut._sums._residual_cross().double(), residual.T @ rows, atol=1e-3, rtol=1e-6)
+
+
+def test_what_was_kept_does_not_change_with_its_source() -> None:
+    x, y = _data(samples=4)
+    sums, same = NormalEquations(), NormalEquations()
+    same.add(x.clone(), y.clone())
+    sums.add(x, y)
+    x.zero_()
+    y.zero_()
+    assert torch.equal(sums.solve().weight, same.solve().weight)

@@ -6,8 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from ppcl_fx.passes import comparers, similarity
+from ppcl_fx.passes import curves as curve_sums
+from ppcl_fx.passes.comparers import Features, Kernels
+from ppcl_fx.passes.curves import curves
 from ppcl_fx.passes.probes import Projector
-from ppcl_fx.passes.similarity import Average, curves, directional_gap, linear_cka
+from ppcl_fx.passes.similarity import Average, directional_gap, linear_cka
 
 
 def _hsic_cka(x: Tensor, y: Tensor) -> float:
@@ -58,8 +62,18 @@ def test_average_leaves_undefined_samples_out() -> None:
     assert average.matrix() == [[None, 0.5], [None, None]]
 
 
-@pytest.mark.parametrize(("tokens", "width"), [(5, 8), (20, 8)])
-def test_curves_are_equation_3_for_every_pair(tokens: int, width: int) -> None:
+@pytest.mark.parametrize("small", [False, True])
+@pytest.mark.parametrize(("tokens", "width"), [(5, 8), (12, 8), (20, 8)])
+def test_curves_are_equation_3_for_every_pair(
+    tokens: int, width: int, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if small:  # every loop takes several rounds
+        monkeypatch.setattr(comparers, "TILE", 5)
+        monkeypatch.setattr(comparers, "SUMMED", 7)
+        monkeypatch.setattr(curve_sums, "CHUNK_BYTES", 2 * 3 * tokens * width * 4)
+        monkeypatch.setattr(curve_sums, "CACHED_BYTES", 1)
+        monkeypatch.setattr(curve_sums, "ROWS", 3)
+        monkeypatch.setattr(similarity, "TOKENS", 4)
     generator = torch.Generator().manual_seed(3)
     blocks = 4
     probes = [Projector(0.2 * torch.randn(width, width, generator=generator)) for _ in range(blocks)]
@@ -89,3 +103,25 @@ def test_gap_is_the_squared_distance_of_directions() -> None:
     x = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
     y = torch.tensor([[[3.0, 0.0], [5.0, 0.0]]])
     assert directional_gap(x, y).tolist() == [1.0]  # 0 for the first token, 2 for the second
+
+
+@pytest.mark.parametrize("tile", [3, 512])
+def test_both_ways_to_compare_agree(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparers, "TILE", tile)
+    generator = torch.Generator().manual_seed(4)
+    states = [torch.randn(2, 10, 8, generator=generator) + 1.0 for _ in range(4)]
+    states[2][1] = states[2][1, :1]  # a sample whose tokens are all alike
+    others = torch.randn(2, 2, 10, 8, generator=generator)
+    others[1, 0] = 0.0
+    for kind in (Kernels, Features):
+        found = kind(states)
+        heat = found.heat()
+        for u in range(4):
+            for k in range(4):
+                expected = linear_cka(states[u], states[k])
+                torch.testing.assert_close(heat[:, u, k].float(), expected, atol=1e-6, rtol=0, equal_nan=True)
+        found.choose(1, 4)
+        values = found.against(1, others)
+        expected = torch.stack([linear_cka(states[2], others[0]), linear_cka(states[3], others[1])])
+        torch.testing.assert_close(values.float(), expected, atol=1e-6, rtol=0, equal_nan=True)
+        assert values.isnan().tolist() == [[False, True], [True, False]]
