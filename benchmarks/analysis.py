@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import random
+import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -115,7 +116,7 @@ def train_probe(before: Sequence[Tensor], after: Sequence[Tensor], steps: int, r
         x, y = before[step % len(before)], after[step % len(before)]
         loss = (nn.functional.linear(x, weight) + x - y).square().sum(dim=-1).mean()
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     return weight.detach()
@@ -188,7 +189,7 @@ def measure_both(calls: int, steps: int, rate: float, repeats: int) -> dict[str,
     model, some = record(calls)
     gm = ppcl_fx.trace(model, some.examples())
     ppcl_fx.analyze(gm, some[:1])  # imports and first-call costs count for nobody
-    train_probe(*([torch.randn(2, 3, 4)] for _ in range(2)), steps=2, rate=rate)
+    train_probe([torch.randn(2, 3, 4)], [torch.randn(2, 3, 4)], steps=2, rate=rate)
     analyses: list[Redundancy] = []
     result: dict[str, Any] = {
         "model": "shapes, as it ships",
@@ -228,7 +229,8 @@ def measure_both(calls: int, steps: int, rate: float, repeats: int) -> dict[str,
         stream: apart(analyses[-1], stream, found[stream])
         | {
             "mean_fit_trained": _mean(
-                fit(*at, probe) for at, probe in _blocks(states[stream], probes[stream])
+                fit(before, after, probe)
+                for (before, after), probe in _blocks(states[stream], probes[stream])
             ),
             "mean_fit_solved": _mean(analyses[-1].stack(STACK).streams[stream].fit),
         }
@@ -276,8 +278,7 @@ def _blocks(at: Sequence[Sequence[Tensor]], probes: Sequence[Tensor]) -> Iterato
 
 
 def _mean(values: Any) -> float:
-    every = list(values)
-    return round(sum(every) / len(every), 9)
+    return round(statistics.fmean(values), 9)
 
 
 def main(arguments: list[str] | None = None) -> Path:

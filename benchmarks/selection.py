@@ -82,12 +82,12 @@ def scored(pipeline: ShapesPipeline, transformer: Any, per_category: int, seed: 
         pipeline.transformer = own
 
 
-def one_seed(seed: int, work: Path, steps: tuple[int, int], per_category: int) -> list[dict[str, Any]]:
-    """Return the rows of one seed; those that `work` holds are not made again."""
+def one_seed(seed: int, rules: Sequence[str], work: Path, steps: tuple[int, int], per_category: int) -> None:
+    """Write the rows of one seed to `work`; those that it holds for the same plan are not made again."""
     settings = demo.Settings(out=work)
     paths = {
         (rule, keep): work / f"seed-{seed}-{rule}-{keep:g}.json"
-        for rule, keep in itertools.product(RULES, KEEPS)
+        for rule, keep in itertools.product(rules, KEEPS)
     }
     pipeline = load_pipeline()
     pipeline.set_progress_bar_config(disable=True)
@@ -139,7 +139,6 @@ def one_seed(seed: int, work: Path, steps: tuple[int, int], per_category: int) -
             f"{rule:<8} {keep:.0%} seed {seed}: {row['score']:.3f} of {score:.3f}, {seconds:.0f} s",
             flush=True,
         )
-    return [json.loads(path.read_text()) for path in paths.values()]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,6 +166,7 @@ def main(arguments: list[str] | None = None) -> Path | None:
         prog="python -m benchmarks.selection", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--seeds", default="0,1,2", help="seeds of this process (%(default)s)")
+    parser.add_argument("--rules", default=",".join(RULES), help="rules of this process (%(default)s)")
     parser.add_argument("--of", default="0,1,2", help="seeds of the table (%(default)s)")
     parser.add_argument("--steps", default="400,40", help="of the stages depth and width (%(default)s)")
     parser.add_argument(
@@ -182,7 +182,7 @@ def main(arguments: list[str] | None = None) -> Path | None:
     depth, width = (int(part) for part in options.steps.split(","))
     options.work.mkdir(parents=True, exist_ok=True)
     for seed in map(int, options.seeds.split(",")):
-        one_seed(seed, options.work, (depth, width), options.per_category)
+        one_seed(seed, options.rules.split(","), options.work, (depth, width), options.per_category)
     wanted = [
         options.work / f"seed-{seed}-{rule}-{keep:g}.json"
         for seed, rule, keep in itertools.product(map(int, options.of.split(",")), RULES, KEEPS)

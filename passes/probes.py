@@ -54,6 +54,7 @@ class NormalEquations:
 
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias
+        self._known: tuple[Projector, Dots] | None = None
         self.clear()
 
     def add(self, x: Tensor, y: Tensor) -> None:
@@ -97,7 +98,7 @@ class NormalEquations:
         self._width, self._precision = 0, torch.float64
         # Sums over all tokens of x^2, y^2, (y - x)^2 and x (y - x).
         self._inputs = self._target = self._residual = self._inner = 0.0
-        self._known: tuple[Projector | None, Dots] | None = None
+        self._known = None
 
     def solve(self, ridge: float = 1e-6, refine_steps: int = 0) -> Projector:
         """The minimiser of Eq. 2 with a ridge (Eq. 1), then `refine_steps` gradient steps on Eq. 2 without
