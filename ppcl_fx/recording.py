@@ -60,7 +60,7 @@ def record(
     seeded = "generator" in inspect.signature(pipeline.__call__).parameters and "generator" not in arguments
     parts = [range(len(texts))[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     recorder = _Recorder(pipeline, len(parts), progress)
-    with torch.no_grad(), _quiet(pipeline), recorder.hooked():
+    with torch.no_grad(), quiet(pipeline), recorder.hooked():
         for part in parts:
             given = {name: _cut(value, len(texts), part) for name, value in arguments.items()}
             if seeded:
@@ -90,7 +90,7 @@ def first_call(pipeline: Any, prompt: str, *, seed: int = 42, **pipeline_kwargs:
         arguments["generator"] = _generators(seed, range(1), arguments.get("num_images_per_prompt") or 1)
     recorder = _Recorder(pipeline, 1, None, limit=1)
     recorder.begin((prompt,))
-    with torch.no_grad(), _quiet(pipeline), recorder.hooked(), suppress(_Enough):
+    with torch.no_grad(), quiet(pipeline), recorder.hooked(), suppress(_Enough):
         _run(pipeline, recorder, arguments)
     if hasattr(pipeline, "maybe_free_model_hooks"):
         pipeline.maybe_free_model_hooks()  # what the pipeline does at its end
@@ -260,7 +260,7 @@ def _run(pipeline: Any, recorder: _Recorder, arguments: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet(pipeline: Any) -> Iterator[None]:
+def quiet(pipeline: Any) -> Iterator[None]:
     """Switch the pipeline's own progress bar off for a while."""
     config = getattr(pipeline, "_progress_bar_config", None)
     if not hasattr(pipeline, "set_progress_bar_config"):
