@@ -19,7 +19,14 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.recording import first_call, quiet
 from ppcl_fx.train.sources.probing import Noise, noted_decoding, noted_mu, plain_shape, standing_still
-from ppcl_fx.train.sources.template import STEPS, Template, Unsupported, find_template, is_laid_out, tensors_of
+from ppcl_fx.train.sources.template import (
+    STEPS,
+    Template,
+    Unsupported,
+    find_template,
+    is_laid_out,
+    tensors_of,
+)
 
 LAYOUT = 1
 """Goes up when the same picture would be encoded differently."""

@@ -39,9 +39,10 @@ class PromptSource:
     """Calls that the teacher's pipeline makes while it draws prompts. A `Source`.
 
     The prompts are shuffled once and cut into parts. A part is recorded when training comes to it, saved as
-    ``FOLDER/<fingerprint>/part-00000`` and so on, and trained on for as many steps as its calls fill. Later epochs go through the saved
-    parts, each time in another order. A part is there as a whole or not at all, so a kill costs at most the
-    recording of one. Ranks own different parts, and none waits for another. Only one part is in memory.
+    ``FOLDER/<fingerprint>/part-00000`` and so on, and trained on for as many steps as its calls fill. Later
+    epochs go through the saved parts, each time in another order. A part is there as a whole or not at all, so a
+    kill costs at most the recording of one. Ranks own different parts, and none waits for another. Only one part
+    is in memory.
 
     Args:
         pipeline: Any diffusers pipeline with a `transformer`, which must compute the teacher's output whenever

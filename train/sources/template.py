@@ -178,7 +178,7 @@ def _scale(pipeline: Any, calls: Sequence[Call], value: Any) -> tuple[float, boo
     """How the time follows from sigma, as the scheduler's own levels and the recorded times tell."""
     sigmas = getattr(pipeline.scheduler, "sigmas", None)
     times = [call.timestep for call in calls if call.branch == 0]
-    if not isinstance(sigmas, Tensor) or len(sigmas) != len(times) + 1 or not 0 <= float(sigmas.min()):
+    if not isinstance(sigmas, Tensor) or len(sigmas) != len(times) + 1 or float(sigmas.min()) < 0:
         raise Unsupported(pipeline, "its scheduler has no noise level (sigma) for each step")
     if float(sigmas[0]) > 1.001 or pipeline.scheduler.config.get("invert_sigmas"):
         raise Unsupported(pipeline, "its scheduler's noise levels do not run from 1 to 0, so it is no rectified flow")

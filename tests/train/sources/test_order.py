@@ -74,8 +74,7 @@ def test_one_corrupt_call_in_a_hundred_is_left_out_and_two_stop(caplog: pytest.L
     assert sum("call 3 is skipped" in line for line in caplog.messages) == 1
     kwargs[4]["hidden_states"][0, 0, 0] = float("inf")
     with pytest.raises(PpclError, match="2 of 100 samples are corrupt, which is more than 1 %"):
-        for step in range(2):
-            batches.kwargs(step)
+        [batches.kwargs(step) for step in range(2)]
 
 
 def test_the_limit_is_one_in_a_hundred() -> None:

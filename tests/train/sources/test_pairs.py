@@ -73,7 +73,8 @@ def test_a_link_out_of_the_folder_stops_the_run(tmp_path: Path) -> None:
 
 
 def test_shards(tmp_path: Path) -> None:
-    first = {"a/1.png": b"one", "a/1.txt": b" a cat \n", "a/2.v.x": b"", "a/2.JPG": b"two", "a/2.json": b'{"text": "b"}'}
+    first = {"a/1.png": b"one", "a/1.txt": b" a cat \n"}
+    first |= {"a/2.v.x": b"", "a/2.JPG": b"two", "a/2.json": b'{"text": "b"}'}
     write_tar(tmp_path / "s-0.tar", {"a": special(tarfile.DIRTYPE), **first})
     write_tar(tmp_path / "s-1.tar", {"1.webp": b"three", "1.txt": "Ä".encode()})
     pairs = open_pairs(tmp_path)
