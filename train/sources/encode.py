@@ -54,7 +54,7 @@ class Encoder:
         self.pipeline = pipeline
         self.template: Template | None = None
         self._given = given
-        self._vae = getattr(pipeline, "vae", None)
+        self._vae: Any = getattr(pipeline, "vae", None)
         known = inspect.signature(pipeline.__call__).parameters
         self._sized = "height" in known and "width" in known
         self._size = self._wanted(height, width)

@@ -29,7 +29,7 @@ class Noise(TorchFunctionMode):
     """
 
     def __init__(self, known: Tensor | None = None) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.known = known
         self.drawn: list[Tensor] = []
         self.used = 0
