@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def record(
     seeded = "generator" in inspect.signature(pipeline.__call__).parameters and "generator" not in arguments
     parts = [range(len(texts))[start : start + batch_size] for start in range(0, len(texts), batch_size)]
     recorder = _Recorder(pipeline, len(parts), progress)
-    with torch.no_grad(), _quiet(pipeline), recorder.hooked():
+    with torch.no_grad(), quiet(pipeline), recorder.hooked():
         for part in parts:
             given = {name: _cut(value, len(texts), part) for name, value in arguments.items()}
             if seeded:
@@ -72,10 +72,42 @@ def record(
     return Calls(recorder.calls, fingerprint(transformer))
 
 
-class _Recorder:
-    """The hook on the transformer, and what it has seen."""
+def first_call(pipeline: Any, prompt: str, *, seed: int = 42, **pipeline_kwargs: Any) -> Call:
+    """Return what a pipeline first calls its transformer with; the transformer itself is not run.
 
-    def __init__(self, pipeline: Any, runs: int, progress: Progress | None) -> None:
+    Args:
+        pipeline: any diffusers pipeline with a `transformer`.
+        prompt: what to draw.
+        seed: of the noise.
+        **pipeline_kwargs: go to the pipeline, as in `record`.
+
+    Raises:
+        PpclError: as `record`.
+    """
+    arguments = _arguments(pipeline, [prompt], None, pipeline_kwargs)
+    _check(pipeline, [prompt], 1, arguments)
+    if "generator" in inspect.signature(pipeline.__call__).parameters and "generator" not in arguments:
+        arguments["generator"] = _generators(seed, range(1), arguments.get("num_images_per_prompt") or 1)
+    recorder = _Recorder(pipeline, 1, None, limit=1)
+    recorder.begin((prompt,))
+    with torch.no_grad(), quiet(pipeline), recorder.hooked(), suppress(_Enough):
+        _run(pipeline, recorder, arguments)
+    if hasattr(pipeline, "maybe_free_model_hooks"):
+        pipeline.maybe_free_model_hooks()  # what the pipeline does at its end
+    return recorder.calls[0]
+
+
+class _Enough(Exception):
+    """Ends a run of a pipeline whose later calls are not wanted."""
+
+
+class _Recorder:
+    """The hook on the transformer, and what it has seen; after `limit` calls it ends the run."""
+
+    def __init__(
+        self, pipeline: Any, runs: int, progress: Progress | None, limit: int | None = None
+    ) -> None:
+        self.limit = limit
         transformer: nn.Module = pipeline.transformer
         self.pipeline, self.transformer, self.runs, self.progress = pipeline, transformer, runs, progress
         # A compiled module hides the signature of the one inside.
@@ -116,6 +148,8 @@ class _Recorder:
         time = self._time(given)
         self._advance(time)
         self.calls.append(Call(kept, self.prompts, time, index, self._batch(given), self.branch))
+        if len(self.calls) == self.limit:
+            raise _Enough
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         named: dict[str, Any] = {}
@@ -226,7 +260,7 @@ def _run(pipeline: Any, recorder: _Recorder, arguments: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _quiet(pipeline: Any) -> Iterator[None]:
+def quiet(pipeline: Any) -> Iterator[None]:
     """Switch the pipeline's own progress bar off for a while."""
     config = getattr(pipeline, "_progress_bar_config", None)
     if not hasattr(pipeline, "set_progress_bar_config"):

@@ -4,7 +4,7 @@ iterator's state.
 
 from __future__ import annotations
 
-import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,14 +13,18 @@ from torch import Tensor
 from ppcl_fx.calls import Call, Calls, check_finite, collate, map_tensors
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import tensor_digest
+from ppcl_fx.train.sources.order import Order
+from ppcl_fx.train.sources.skips import Skips
+from ppcl_fx.train.sources.source import State
 
 
 class Batches:
-    """Batches of calls, epoch after epoch; in one epoch each call is drawn exactly once.
+    """Batches of calls, epoch after epoch; in one epoch each call is drawn exactly once. A `Source`.
 
     Only calls that concatenate to what a pipeline could have passed come together: the same shapes but for
     the batch dimension, the same resolution, the same constants. A group's last batch may hold fewer calls
-    than `batch`.
+    than `batch`. A call that holds NaN is left out of its batch, and the next good one comes instead where
+    nothing is left of a batch.
 
     Args:
         calls: The recorded calls.
@@ -29,6 +33,8 @@ class Batches:
         device: Where the tensors go.
         dtype: What the floating tensors of the calls' main dtype become (the model's own dtype); None leaves
             them.
+        rank: Which of the processes this is; each gets its own batches, together they get all.
+        world: Number of processes.
 
     Raises:
         PpclError: There are no calls.
@@ -42,47 +48,65 @@ class Batches:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if not len(calls):
             raise PpclError("no calls to train on: record some prompts first")
         self._calls = calls
-        self._seed = seed
-        self._batch = batch
         self._device = torch.device(device)
         self._dtype = dtype
-        self._groups = _groups(calls)
-        self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])
+        self._order = Order(groups(calls), batch, seed, rank, world)
+        self.skips = Skips("the recorded calls", len(calls))
+
+    @property
+    def fingerprint(self) -> str:
+        """The calls' fingerprint."""
+        return self._calls.fingerprint
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
-        return sum(-(-len(group) // self._batch) for group in self._groups)
+        """Return the number of batches in an epoch, over all ranks."""
+        return len(self._order)
 
     def indices(self, step: int) -> tuple[int, ...]:
         """Return the positions in `calls` of the batch of `step` (from 0)."""
-        epoch, position = divmod(step, len(self))
-        if self._epoch[0] != epoch:
-            self._epoch = (epoch, self._order(epoch))
-        return self._epoch[1][position]
+        return self._order.indices(step)
 
     def kwargs(self, step: int) -> dict[str, Any]:
         """Return the transformer's keyword arguments of the batch of `step`, on the device.
 
         Raises:
-            PpclError: A call holds NaN or infinity.
+            PpclError: More than 1 % of the calls hold NaN or infinity.
         """
-        drawn = [self._calls[index] for index in self.indices(step)]
-        for call in drawn:
-            _check(call)
-        return _moved(collate(drawn), self._device, self._dtype)
+        drawn = self._good(self.indices(step))
+        if not drawn:
+            # Another good call, so that every rank has work; the line of too many bad ones comes before none is left.
+            drawn = next(found for i in range(len(self._calls)) if (found := self._good([i])))
+        return moved(collate(drawn), self._device, self._dtype)
 
-    def _order(self, epoch: int) -> list[tuple[int, ...]]:
-        generator = random.Random(f"ppcl-fx batches {self._seed} {epoch}")
-        batches: list[tuple[int, ...]] = []
-        for group in self._groups:
-            shuffled = generator.sample(group, len(group))
-            batches += [tuple(shuffled[i : i + self._batch]) for i in range(0, len(group), self._batch)]
-        generator.shuffle(batches)
-        return batches
+    def state(self, step: int) -> State:
+        """Return where the source stands before `step`."""
+        return self._order.state(step)
+
+    def restore(self, state: State) -> None:
+        """Go on from `state`, on any number of ranks.
+
+        Raises:
+            PpclError: The state belongs to other data.
+        """
+        self._order.restore(state)
+
+    def _good(self, indices: Sequence[int]) -> list[Call]:
+        good = []
+        for index in indices:
+            call = self._calls[index]
+            try:
+                _check(call)
+            except PpclError as error:
+                self.skips.add(f"call {call.index}", str(error))
+            else:
+                good.append(call)
+        return good
 
 
 def _check(call: Call) -> None:
@@ -93,11 +117,12 @@ def _check(call: Call) -> None:
         map_tensors(value, check, name)
 
 
-def _groups(calls: Calls) -> list[list[int]]:
-    groups: dict[tuple[Any, ...], list[int]] = {}
+def groups(calls: Calls) -> list[list[int]]:
+    """Return the positions of the calls that may be joined, group by group."""
+    found: dict[tuple[Any, ...], list[int]] = {}
     for index in range(len(calls)):
-        groups.setdefault(signature(calls[index]), []).append(index)
-    return list(groups.values())
+        found.setdefault(signature(calls[index]), []).append(index)
+    return list(found.values())
 
 
 def signature(call: Call) -> tuple[Any, ...]:
@@ -131,7 +156,8 @@ def _mark(value: Any, batch: int) -> Any:
     return repr(value)
 
 
-def _moved(kwargs: dict[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+def moved(kwargs: dict[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+    """Return a call's arguments on `device`, tensors of their main dtype as `dtype` (as they are when None)."""
     main = _main_dtype(kwargs)
 
     def move(_: str, tensor: Tensor) -> Tensor:

@@ -1,0 +1,147 @@
+"""Pictures and captions from untrusted files: what is read, what is skipped, what stops the run."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.train.sources.pairs import open_pairs
+
+
+def write_metadata(folder: Path, *lines: object) -> Path:
+    folder.mkdir(exist_ok=True)
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / "metadata.jsonl").write_text("\n".join(text) + "\n")
+    return folder
+
+
+def write_tar(path: Path, members: dict[str, bytes | tarfile.TarInfo], mode: str = "w") -> Path:
+    with tarfile.open(path, mode) as tar:  # type: ignore[call-overload]
+        for name, content in members.items():
+            info = content if isinstance(content, tarfile.TarInfo) else tarfile.TarInfo(name)
+            info.name = name
+            info.size = len(content) if isinstance(content, bytes) else 0
+            tar.addfile(info, io.BytesIO(content) if isinstance(content, bytes) else None)
+    return path
+
+
+def special(kind: bytes, to: str = "") -> tarfile.TarInfo:
+    info = tarfile.TarInfo()
+    info.type, info.linkname = kind, to
+    return info
+
+
+def test_a_folder_with_metadata(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "a.png").write_bytes(b"picture")
+    lines = [{"file_name": "deep/a.png", "text": "a cat"}, {"file_name": "b.png", "caption": "a dog", "id": 3}]
+    first, second = open_pairs(write_metadata(tmp_path, *lines))
+    assert (first.name, first.caption, first.read()) == ("metadata.jsonl line 1 (deep/a.png)", "a cat", b"picture")
+    assert (second.caption, second.problem) == ("a dog", None)
+    with pytest.raises(OSError, match="No such file"):
+        second.read()
+
+
+def test_lines_that_say_nothing_are_corrupt_samples(tmp_path: Path) -> None:
+    folder = write_metadata(tmp_path, "{", "[" * 10**5, {"text": "x"}, {"file_name": "a.png"}, [1], "", '"x"')
+    problems = [pair.problem for pair in open_pairs(folder)]
+    no_name = "has no 'file_name'"
+    no_caption = "has no caption under text, caption, prompt"
+    assert problems == ["not valid JSON", "not valid JSON", no_name, no_caption, no_name, no_name]
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../x", "..\\x", "a\0b", ""])
+def test_names_that_leave_the_folder_stop_the_run(tmp_path: Path, name: str) -> None:
+    folder = write_metadata(tmp_path / "data", {"file_name": name, "text": "x"})
+    with pytest.raises(PpclError, match="leaves its folder; use a plain relative name") as caught:
+        open_pairs(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_link_out_of_the_folder_stops_the_run(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(b"x")
+    folder = write_metadata(tmp_path / "data", {"file_name": "a.png", "text": "x"})
+    os.symlink(tmp_path / "secret.png", folder / "a.png")
+    with pytest.raises(PpclError, match="a symbolic link out of"):
+        open_pairs(folder)
+
+
+def test_shards(tmp_path: Path) -> None:
+    first = {"a/1.png": b"one", "a/1.txt": b" a cat \n"}
+    first |= {"a/2.v.x": b"", "a/2.JPG": b"two", "a/2.json": b'{"text": "b"}'}
+    write_tar(tmp_path / "s-0.tar", {"a": special(tarfile.DIRTYPE), **first})
+    write_tar(tmp_path / "s-1.tar", {"1.webp": b"three", "1.txt": "Ä".encode()})
+    pairs = open_pairs(tmp_path)
+    assert [pair.name for pair in pairs] == ["s-0.tar:a/1", "s-0.tar:a/2", "s-1.tar:1"]
+    assert [(pair.caption, pair.read()) for pair in pairs] == [("a cat", b"one"), ("b", b"two"), ("Ä", b"three")]
+    assert [pair.name for pair in open_pairs(tmp_path / "s-1.tar")] == ["s-1.tar:1"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s-0.tar", "s-1.tar"], "nothing is unpacked"
+
+
+def test_samples_of_a_shard_that_are_not_whole_are_corrupt(tmp_path: Path) -> None:
+    members: dict[str, bytes | tarfile.TarInfo] = {
+        "1.png": b"",
+        "2.txt": b"no picture",
+        "3.png": b"",
+        "3.txt": b"\xff\xfe\xff",
+        "4.png": b"",
+        "4.json": b'{"text": 4}',
+        "5.png": b"",
+        "5.PNG": b"",
+    }
+    problems = [pair.problem for pair in open_pairs(write_tar(tmp_path / "s.tar", members))]
+    assert problems == [
+        "has no caption (txt, json)",
+        "has no picture (jpg, jpeg, png, webp)",
+        "its caption (txt) cannot be read",
+        "its json holds no caption",
+        "has two files of one kind",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "member", "reason"),
+    [
+        ("/etc/1.png", b"x", "'/etc/1.png' leaves the archive"),
+        ("../1.png", b"x", "'../1.png' leaves the archive"),
+        ("a\\1.png", b"x", "leaves the archive"),
+        ("1.png", special(tarfile.SYMTYPE, "/etc/passwd"), "'1.png' is a link"),
+        ("1.png", special(tarfile.LNKTYPE, "2.png"), "'1.png' is a link"),
+        ("1.png", special(tarfile.FIFOTYPE), "'1.png' is no plain file"),
+        ("1.png", special(tarfile.CHRTYPE), "'1.png' is no plain file"),
+    ],
+)
+def test_members_that_are_no_plain_files_stop_the_run(
+    tmp_path: Path, name: str, member: bytes | tarfile.TarInfo, reason: str
+) -> None:
+    write_tar(tmp_path / "s.tar", {"2.png": b"x", "2.txt": b"x", name: member})
+    with pytest.raises(PpclError, match="write the shard again with plain files") as caught:
+        open_pairs(tmp_path)
+    assert reason in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.tar"]
+
+
+def test_damaged_and_compressed_shards_are_refused(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "s.tar", {"1.png": b"x" * 5000, "1.txt": b"x"}).read_bytes()
+    write_tar(tmp_path / "s.tar", {"1.png": b"x"}, mode="w:gz")
+    with pytest.raises(PpclError, match="not a whole uncompressed tar archive"):
+        open_pairs(tmp_path)
+    (tmp_path / "s.tar").write_bytes(whole[:3000])
+    with pytest.raises(PpclError, match="not a whole uncompressed tar archive"):
+        open_pairs(tmp_path)
+
+
+def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(PpclError, match="give a folder with metadata.jsonl"):
+        open_pairs(tmp_path / "pictures")
+    with pytest.raises(PpclError, match=r"no pictures \(did you mean 'pictures'\?\)"):
+        open_pairs(tmp_path / "picture")
+    with pytest.raises(PpclError, match="holds no pictures"):
+        open_pairs(write_metadata(tmp_path / "empty"))

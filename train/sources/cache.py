@@ -1,0 +1,222 @@
+"""The cache of encoded pictures: parts of calls with clean latents, each written once and named by what is in it.
+
+``CACHE/<pipeline>/template.json`` says how the pipeline's calls are made, ``CACHE/<pipeline>/<part>/`` holds up to 64
+calls and what is known of them. A part's name is the hash of its pictures and captions, so changed pictures are
+encoded again and others are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from ppcl_fx.calls import Call, Calls
+from ppcl_fx.errors import PpclError
+from ppcl_fx.files import new_folder, read_json, write_json
+from ppcl_fx.fingerprint import tensor_digest
+from ppcl_fx.train.data import signature
+from ppcl_fx.train.sources.encode import Encoder
+from ppcl_fx.train.sources.order import check_rank
+from ppcl_fx.train.sources.pairs import Pair
+from ppcl_fx.train.sources.skips import Skips
+from ppcl_fx.train.sources.template import Template, Unsupported, tensors_of
+
+PART = 64
+"""Pictures of one part: what a kill may cost."""
+CALLS, CARD, TEMPLATE = "calls", "samples.json", "template.json"
+_log = logging.getLogger("ppcl_fx.train")
+
+
+class Card(BaseModel):
+    """What is known of a part without its tensors.
+
+    Attributes:
+        version: Of this layout.
+        names: Of the samples, in the order of the calls.
+        digests: Hash of the tensors of each sample.
+        groups: Hash of what samples must share to come into one batch.
+        mu: The scheduler's shift at each sample's size; None where it is static.
+        skipped: What is wrong with the corrupt samples, by name.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: Literal[1] = 1
+    names: list[str]
+    digests: list[str]
+    groups: list[str]
+    mu: list[float | None]
+    skipped: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the cache that can be read."""
+
+    folder: Path
+    card: Card
+
+    def calls(self) -> Calls:
+        """Open the calls, without reading their tensors."""
+        return Calls.open(self.folder / CALLS, check=False)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Pictures and captions that are encoded into one part, and the part's name in the cache."""
+
+    name: str
+    pairs: Sequence[Pair]
+
+
+def cut(pairs: Sequence[Pair]) -> list[Pairs]:
+    """Return the parts of a data set; reads every picture's file, for the parts' names."""
+    parts = [pairs[i : i + PART] for i in range(0, len(pairs), PART)]
+    return [Pairs(_name(part), part) for part in parts]
+
+
+def encode(
+    encoder: Encoder,
+    parts: Sequence[Pairs],
+    cache: str | Path,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Encode all pictures that the cache does not hold yet; each rank does its share.
+
+    A kill costs the part that was being encoded. A damaged part is encoded again.
+
+    Args:
+        encoder: The pipeline's.
+        parts: Pictures and captions, as `cut` gives them.
+        cache: The folder of the cache; parts that belong to other data stay there.
+        rank: Which of the processes this is.
+        world: Number of processes.
+        progress: Called with the pictures done and those of this rank.
+
+    Returns:
+        The pipeline's folder in the cache.
+
+    Raises:
+        PpclError: More than 1 % of the pictures are corrupt, or the pipeline is not supported.
+    """
+    check_rank(rank, world)
+    folder = Path(cache) / encoder.key[:32]
+    skips = Skips("the pictures", sum(len(part.pairs) for part in parts))
+    if encoder.template is None and (folder / TEMPLATE).is_file():
+        encoder.template = read_json(folder / TEMPLATE, Template)
+    mine = parts[rank::world]
+    done, total = 0, sum(len(part.pairs) for part in mine)
+    for part in mine:
+        place = folder / part.name
+        if _find(place) is None:
+            _encode(encoder, part.pairs, place, skips)
+            if encoder.template is not None and not (folder / TEMPLATE).is_file():
+                write_json(folder / TEMPLATE, encoder.template)
+        done += len(part.pairs)
+        if progress is not None:
+            progress(done, total)
+    return folder
+
+
+def find_parts(folder: Path, parts: Sequence[Pairs]) -> list[Part]:
+    """Return the cached parts, in the order of `parts`, from the pipeline's folder in the cache.
+
+    Raises:
+        PpclError: One is missing or damaged.
+    """
+    found = []
+    for part in parts:
+        place = folder / part.name
+        cached = _find(place)
+        if cached is None:
+            first = part.pairs[0].name
+            raise PpclError(f"{place}: {first} and what follows is not encoded; encode the pictures first")
+        found.append(cached)
+    return found
+
+
+def sample_digest(call: Call) -> str:
+    """Return the hash of a call's tensors."""
+    digests = {path: tensor_digest(tensor) for path, tensor in tensors_of(call.kwargs).items()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def group_digest(call: Call) -> str:
+    """Return the hash of what calls must share to be joined: the same in every process."""
+    return hashlib.sha256(repr(_sorted(signature(call))).encode()).hexdigest()[:16]
+
+
+def _sorted(mark: Any) -> Any:
+    """A signature without sets, whose order differs from process to process."""
+    if isinstance(mark, frozenset):
+        return tuple(sorted(mark))
+    return tuple(map(_sorted, mark)) if isinstance(mark, tuple) else mark
+
+
+def _name(part: Sequence[Pair]) -> str:
+    """The hash of names, captions and files."""
+    digest = hashlib.sha256()
+    for pair in part:
+        try:
+            content = hashlib.sha256(pair.read()).hexdigest() if pair.problem is None else pair.problem
+        except OSError as error:
+            content = f"unreadable: {error.strerror or error}"
+        digest.update(json.dumps([pair.name, pair.caption, content]).encode())
+    return digest.hexdigest()[:32]
+
+
+def _find(place: Path) -> Part | None:
+    """The part in a folder; None where there is none, or one that is damaged."""
+    if not place.exists():
+        return None
+    try:
+        part = Part(place, read_json(place / CARD, Card))
+        calls = part.calls() if part.card.names else []
+        if {len(part.card.names)} != {len(calls), len(part.card.digests), len(part.card.groups), len(part.card.mu)}:
+            raise PpclError(f"{place}: its card does not fit its calls")
+    except PpclError as error:
+        _log.warning("%s; that part is encoded again", error)
+        return None
+    return part
+
+
+def _encode(encoder: Encoder, part: Sequence[Pair], place: Path, skips: Skips) -> None:
+    calls: list[Call] = []
+    card = Card(names=[], digests=[], groups=[], mu=[], skipped={})
+    for pair in part:
+        try:
+            call, mu = _one(encoder, pair)
+        except Unsupported:
+            raise
+        except PpclError as error:
+            card.skipped[pair.name] = str(error)
+            skips.add(pair.name, str(error))
+            continue
+        calls.append(Call(call.kwargs, call.prompts, call.timestep, len(calls), call.batch))
+        card.names.append(pair.name)
+        card.digests.append(sample_digest(call))
+        card.groups.append(group_digest(call))
+        card.mu.append(mu)
+    with new_folder(place, overwrite=True) as new:
+        if calls:
+            Calls(calls).save(new / CALLS)
+        write_json(new / CARD, card)
+
+
+def _one(encoder: Encoder, pair: Pair) -> tuple[Call, float | None]:
+    if pair.problem is not None:
+        raise PpclError(pair.problem)
+    try:
+        data = pair.read()
+    except OSError as error:
+        raise PpclError(f"cannot be read ({error.strerror or error})") from None
+    return encoder.encode(data, pair.caption)

@@ -1,0 +1,198 @@
+"""Pictures with captions as data: encoded once, with noise and its level drawn anew at each load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from ppcl_fx.calls import Call, Calls, collate
+from ppcl_fx.errors import PpclError
+from ppcl_fx.files import read_json
+from ppcl_fx.train.data import moved
+from ppcl_fx.train.sources.cache import TEMPLATE, Part, cut, encode, find_parts, sample_digest
+from ppcl_fx.train.sources.encode import Encoder
+from ppcl_fx.train.sources.flow import Density, generator_of
+from ppcl_fx.train.sources.order import Order
+from ppcl_fx.train.sources.pairs import open_pairs
+from ppcl_fx.train.sources.skips import Skips
+from ppcl_fx.train.sources.source import State
+from ppcl_fx.train.sources.template import Template
+
+OPEN = 128
+"""Parts of the cache that are kept open."""
+
+
+class ImageSource:
+    """Calls at x_t = (1 - sigma) x_0 + sigma eps, from cached latents x_0. A `Source`.
+
+    eps and sigma depend on the seed, the epoch and the sample alone: not on the batch size, the ranks, or what was
+    drawn before. Samples are read when they are drawn, and compared with their checksums.
+
+    Args:
+        parts: Of the cache.
+        template: How the pipeline's calls are made.
+        batch: Pictures of one step.
+        seed: Decides order, noise and noise levels.
+        density: Of the noise levels, before the scheduler's shift.
+        device: Where the tensors go.
+        dtype: What the floating tensors of the calls' main dtype become; None leaves them.
+        rank: Which of the processes this is.
+        world: Number of processes.
+
+    Attributes:
+        skips: The corrupt samples, those that could not be encoded included.
+
+    Raises:
+        PpclError: More than 1 % of the pictures are corrupt.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        template: Template,
+        batch: int,
+        seed: int,
+        *,
+        density: Density | None = None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch < 1:
+            raise PpclError(f"the batch size is {batch}; use 1 or more")
+        self._parts, self._template = parts, template
+        self._seed, self._density = seed, density or Density()
+        self._device, self._dtype = torch.device(device), dtype
+        self._samples = [(part, i) for part in parts for i in range(len(part.card.names))]
+        skipped = {name: why for part in parts for name, why in part.card.skipped.items()}
+        self.skips = Skips("the pictures", len(self._samples) + len(skipped))
+        for name, why in skipped.items():
+            self.skips.add(name, why)
+        groups: dict[str, list[int]] = {}
+        for index, (part, i) in enumerate(self._samples):
+            groups.setdefault(part.card.groups[i], []).append(index)
+        self._order = Order(list(groups.values()), batch, seed, rank, world)
+        self._open: dict[Path, Calls] = {}
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash of the encoded pictures and of how noise levels are drawn."""
+        digests = [digest for part in self._parts for digest in part.card.digests]
+        density = [self._density.name, self._density.mean, self._density.std]
+        plain = json.dumps([self._template.model_dump(mode="json"), digests, density])
+        return hashlib.sha256(plain.encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch, over all ranks."""
+        return len(self._order)
+
+    def kwargs(self, step: int) -> dict[str, Any]:
+        """Return the transformer's keyword arguments of the batch of `step`, on the device.
+
+        Raises:
+            PpclError: More than 1 % of the pictures are corrupt.
+        """
+        epoch, indices = self._order.place(step)
+        drawn = [call for index in indices if (call := self._sample(epoch, index)) is not None]
+        if not drawn:
+            # Another good sample, so that every rank has work; too many bad ones stop before none is left.
+            every = (self._sample(epoch, index) for index in range(len(self._samples)))
+            drawn = [next(call for call in every if call is not None)]
+        return moved(collate(drawn), self._device, self._dtype)
+
+    def state(self, step: int) -> State:
+        """Return where the source stands before `step`."""
+        return self._order.state(step)
+
+    def restore(self, state: State) -> None:
+        """Go on from `state`, on any number of ranks.
+
+        Raises:
+            PpclError: The state belongs to other data.
+        """
+        self._order.restore(state)
+
+    def _sample(self, epoch: int, index: int) -> Call | None:
+        """A sample at its noise level of this epoch; None where it is corrupt."""
+        part, number = self._samples[index]
+        name = part.card.names[number]
+        if name in self.skips.reasons:
+            return None
+        try:
+            call = self._calls(part)[number]
+            if sample_digest(call) != part.card.digests[number]:
+                raise PpclError("not what was encoded")
+        except (PpclError, SafetensorError, OSError) as error:
+            reason = " ".join(str(error).split())
+            self.skips.add(name, f"{part.folder}: {reason}; remove that folder to encode it again")
+            return None
+        generator = generator_of(self._seed, epoch, index)
+        sigma = self._template.sigma(self._density.draw(generator), part.card.mu[number])
+        kwargs = self._template.at(call.kwargs, sigma, generator)
+        return Call(kwargs, call.prompts, sigma, index, call.batch)
+
+    def _calls(self, part: Part) -> Calls:
+        if part.folder not in self._open:
+            if len(self._open) >= OPEN:
+                del self._open[next(iter(self._open))]
+            self._open[part.folder] = part.calls()
+        return self._open[part.folder]
+
+
+def open_images(
+    pipeline: Any,
+    path: str | Path,
+    cache: str | Path,
+    batch: int,
+    seed: int,
+    *,
+    height: int | None = None,
+    width: int | None = None,
+    density: Density | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    rank: int = 0,
+    world: int = 1,
+    barrier: Callable[[], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **given: Any,
+) -> ImageSource:
+    """Encode what is not in the cache yet, and return the pictures as a source.
+
+    Args:
+        pipeline: A pipeline of a rectified flow, with its VAE and text encoders.
+        path: A folder with ``metadata.jsonl``, a folder of WebDataset shards, or one shard.
+        cache: The folder of the cache.
+        batch: Pictures of one step.
+        seed: Decides order, noise and noise levels.
+        height: Of the pictures; None for their own.
+        width: Of the pictures; None for their own.
+        density: Of the noise levels.
+        device: Where the tensors go.
+        dtype: What the floating tensors of the calls' main dtype become.
+        rank: Which of the processes this is.
+        world: Number of processes.
+        barrier: Waits for all ranks; needed with more than one, between encoding and reading.
+        progress: Called with the pictures done and those to do, of this rank.
+        **given: Further arguments of the pipeline.
+
+    Raises:
+        PpclError: The data or the pipeline is not supported, or more than 1 % of the pictures are corrupt.
+    """
+    encoder = Encoder(pipeline, height, width, **given)
+    wanted = cut(open_pairs(path))
+    folder = encode(encoder, wanted, cache, rank=rank, world=world, progress=progress)
+    if barrier is not None:
+        barrier()
+    parts = find_parts(folder, wanted)
+    template = read_json(folder / TEMPLATE, Template)
+    return ImageSource(
+        parts, template, batch, seed, density=density, device=device, dtype=dtype, rank=rank, world=world
+    )
