@@ -20,6 +20,10 @@ COUNT = 8
 """Residuals in each list: at least one for every block, so that no two blocks share one."""
 
 
+class NotTaken(Exception):
+    """A model takes no residuals of its blocks' shapes, one for each block."""
+
+
 def arguments(model: nn.Module) -> dict[str, bool]:
     """Return the arguments that take a collection of residuals, and whether it is a mapping by block number."""
     parameters = inspect.signature(model.forward).parameters.values()
@@ -34,7 +38,7 @@ def with_residuals(model: nn.Module, first_blocks: Sequence[str], kwargs: Kwargs
     """Add random residuals to a call, of the shape of a block's output that the model takes them in.
 
     Raises:
-        RuntimeError: no such shape is taken.
+        NotTaken: no such shape is taken.
     """
     plain = tree_flatten(model(**kwargs))[0]
     every = list(arguments(model).items())
@@ -46,11 +50,11 @@ def with_residuals(model: nn.Module, first_blocks: Sequence[str], kwargs: Kwargs
         for name, numbered in taken:
             values = [0.3 * torch.randn(shape, generator=generator) for _ in range(COUNT)]
             given[name] = dict(enumerate(values)) if numbered else values
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError, ValueError):
             answer = tree_flatten(model(**given))[0]
             if any(not torch.equal(one, two) for one, two in zip(plain, answer, strict=True)):
                 return given
-    raise RuntimeError("the model takes residuals of none of its blocks' shapes")
+    raise NotTaken
 
 
 def _shapes(model: nn.Module, blocks: Sequence[str], kwargs: Kwargs) -> Iterator[torch.Size]:

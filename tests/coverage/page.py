@@ -36,7 +36,8 @@ Each row is a small random model of a diffusers class. It is traced on one call,
   equal, to the last bit, to the model whose other blocks give back what enters them, and to the teacher while it is not
   plugged. *summed*: every residual that the teacher feels, the student feels. *own only*: the residuals are added
   inside of the blocks, and the student feels those of the block that it is made of. *not in*: the model writes the
-  residuals into a part of the state, and depth edits with them are refused in that stack. *none*: no residuals.
+  residuals into a part of the state, and depth edits with them are refused in that stack. *not by block*: it
+  takes residuals, but not one for each block. *none*: no residuals.
 
 Where a class has several stacks, the cells of the edits follow the order of the stacks.
 

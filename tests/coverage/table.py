@@ -30,7 +30,7 @@ from ppcl_fx.stacks import Block, Stack, stacks
 from ppcl_fx.tracing import bind, trace
 from tests.coverage import dual, more, single, video
 from tests.coverage.case import EXAMPLE, OTHERS, Case, Kwargs
-from tests.coverage.control import arguments, felt, passing, with_residuals
+from tests.coverage.control import NotTaken, arguments, felt, passing, with_residuals
 from tests.coverage.edits import shortened, without_feed_forwards, without_text
 from tests.coverage.page import render
 from tests.passes.by_hand import randomise
@@ -240,7 +240,10 @@ def _control(traced: Traced, case: Case) -> str:
     if not names:
         return "none"
     firsts = [stack.blocks[0].path for stack in traced.stacks]
-    example = with_residuals(traced.model, firsts, case.kwargs())
+    try:
+        example = with_residuals(traced.model, firsts, case.kwargs())
+    except NotTaken:
+        return "not by block"
     gm = trace(traced.model, example)
     edits, refused = _whole_stacks(gm)
     pluggable = insert_edits(gm, Plan(edits=list[Edit](edits)))
@@ -251,7 +254,7 @@ def _control(traced: Traced, case: Case) -> str:
             plain = case.kwargs(shape)
             given = with_residuals(traced.model, firsts, plain)
             exact = exact and _same(pluggable(**bind(pluggable, given)), traced.model(**given))
-        except (GuardError, RuntimeError):
+        except (GuardError, NotTaken, RuntimeError):
             assert shape is not EXAMPLE
             continue
         with passing(traced.model, edits, plain):
