@@ -19,7 +19,6 @@ from ppcl_fx.cli.app import main
 from ppcl_fx.cli.boundary import Result, guarded
 from ppcl_fx.cli.options import (
     check_output,
-    check_writable,
     choices,
     parse_counts,
     parse_keep,
@@ -27,6 +26,7 @@ from ppcl_fx.cli.options import (
     parse_params,
 )
 from ppcl_fx.errors import PpclError
+from ppcl_fx.files import check_writable
 
 COMMANDS = ("analyze", "rewrite", "train", "export")
 NOBODY = 65534

@@ -5,7 +5,8 @@ iterator's state.
 from __future__ import annotations
 
 import random
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -13,6 +14,25 @@ from torch import Tensor
 from ppcl_fx.calls import Call, Calls, check_finite, collate, map_tensors
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import tensor_digest
+
+
+class Feed(Protocol):
+    """What training draws from: batches by number, the same ones whenever they are asked for."""
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+
+    def kwargs(self, step: int) -> dict[str, Any]:
+        """Return the transformer's keyword arguments of batch number `step` (from 0), on the device."""
+
+    def target(self, step: int) -> Tensor | None:
+        """Return the teacher's recorded output for that batch, or None where it is not known."""
+
+    def samples(self, step: int) -> int:
+        """Return the number of samples in that batch."""
+
+    def names(self, step: int) -> str:
+        """Return what that batch is made of, for a message."""
 
 
 class Batches:
@@ -29,6 +49,7 @@ class Batches:
         device: Where the tensors go.
         dtype: What the floating tensors of the calls' main dtype become (the model's own dtype); None leaves
             them.
+        only: The positions in `calls` to draw from; None for all.
 
     Raises:
         PpclError: There are no calls.
@@ -42,15 +63,17 @@ class Batches:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        only: Sequence[int] | None = None,
     ) -> None:
-        if not len(calls):
+        drawn = range(len(calls)) if only is None else only
+        if not len(drawn):
             raise PpclError("no calls to train on: record some prompts first")
         self._calls = calls
         self._seed = seed
         self._batch = batch
         self._device = torch.device(device)
         self._dtype = dtype
-        self._groups = _groups(calls)
+        self._groups = _groups(calls, drawn)
         self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])
 
     def __len__(self) -> int:
@@ -75,6 +98,27 @@ class Batches:
             _check(call)
         return _moved(collate(drawn), self._device, self._dtype)
 
+    def target(self, step: int) -> Tensor | None:
+        """Return the teacher's recorded output for the batch of `step`, on the device and as recorded, or None
+        where a call has none.
+        """
+        outputs = []
+        for index in self.indices(step):
+            call = self._calls[index]
+            if call.output is None or call.output.shape[0] != call.batch:
+                return None
+            outputs.append(call.output)
+        return torch.cat(outputs).to(self._device) if len(outputs) > 1 else outputs[0].to(self._device)
+
+    def samples(self, step: int) -> int:
+        """Return the number of samples in the batch of `step`."""
+        return sum(self._calls[index].batch for index in self.indices(step))
+
+    def names(self, step: int) -> str:
+        """Return the batch of `step` for a message: ``call 3``, ``calls 3, 7``."""
+        numbers = [str(self._calls[index].index) for index in self.indices(step)]
+        return f"call{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
+
     def _order(self, epoch: int) -> list[tuple[int, ...]]:
         generator = random.Random(f"ppcl-fx batches {self._seed} {epoch}")
         batches: list[tuple[int, ...]] = []
@@ -93,9 +137,9 @@ def _check(call: Call) -> None:
         map_tensors(value, check, name)
 
 
-def _groups(calls: Calls) -> list[list[int]]:
+def _groups(calls: Calls, drawn: Sequence[int]) -> list[list[int]]:
     groups: dict[tuple[Any, ...], list[int]] = {}
-    for index in range(len(calls)):
+    for index in drawn:
         groups.setdefault(signature(calls[index]), []).append(index)
     return list(groups.values())
 
@@ -129,6 +173,30 @@ def _mark(value: Any, batch: int) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_mark(item, batch) for item in value)
     return repr(value)
+
+
+def split(calls: Calls, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Return the positions of the calls to train on and of those to hold out, each in order.
+
+    A function of the calls, the share and the seed alone. Calls of the same prompts stay on one side where there
+    are prompts enough: what they share would make the held-out loss too good.
+
+    Raises:
+        PpclError: A share is to be held out, and there are fewer than two calls.
+    """
+    if share == 0.0:
+        return list(range(len(calls))), []
+    if len(calls) < 2:
+        raise PpclError("training option held_out: one call cannot be split; record more, or hold out none")
+    together: dict[Any, list[int]] = {}
+    for index in range(len(calls)):
+        together.setdefault(calls[index].prompts, []).append(index)
+    if len(together) * share < 1:
+        together = {index: [index] for index in range(len(calls))}
+    parts = random.Random(f"ppcl-fx held out {seed}").sample(list(together.values()), len(together))
+    count = min(len(parts) - 1, max(1, round(len(parts) * share)))
+    held = sorted(index for part in parts[:count] for index in part)
+    return sorted(set(range(len(calls))) - set(held)), held
 
 
 def _moved(kwargs: dict[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

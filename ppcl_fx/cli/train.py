@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import Json, Seed, Verbose, check_writable, choices, given, parse_counts, parse_keep
+from ppcl_fx.cli.options import Json, Seed, Verbose, choices, given, parse_counts, parse_keep
 from ppcl_fx.cli.teacher import open_calls, open_student
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError

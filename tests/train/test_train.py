@@ -351,7 +351,7 @@ def test_an_output_that_cannot_be_written_is_found_before_training(tmp_path: Pat
     def never(*_: object) -> None:
         raise AssertionError("trained")
 
-    with pytest.raises(PpclError, match=r"file/run: cannot be written \(Not a directory\)"):
+    with pytest.raises(PpclError, match=r"file/run: cannot be written \(Not a directory: "):
         _run(model, calls, tmp_path / "file" / "run", progress=never)
 
 
