@@ -14,7 +14,7 @@ from ppcl_fx.errors import PpclError, near
 STAGES = ("depth", "width", "finetune")
 """The stages of training, in the paper's order."""
 
-INDIFFERENT = frozenset({"checkpointing", "every", "tensorboard", "log", "log_every"})
+INDIFFERENT = frozenset({"checkpointing", "every", "tensorboard", "log", "log_every", "score_prompts"})
 """Options that do not change the numbers that come out: a resumed run may have others."""
 
 
@@ -59,6 +59,7 @@ class Options(BaseModel):
     evaluate_every: int = Field(100, gt=0, description="steps between evaluations on the held-out calls")
     patience: int | None = Field(None, gt=0, description="evaluations without gain until a student stops")
     min_gain: float = Field(0.005, ge=0, lt=1, description="share of the best loss that counts as a gain")
+    score_prompts: int = Field(0, ge=0, description="pictures a category scored at evaluations ('shapes')")
     every: int = Field(100, gt=0, description="steps between checkpoints")
     log: str | None = Field(None, description="folder of the logs; none: RUN/logs")
     log_every: int = Field(1, gt=0, description="steps between lines of log.jsonl")

@@ -28,6 +28,7 @@ from ppcl_fx.train.finetuned import plan_digest, save_finetuned
 from ppcl_fx.train.loop import Around, Journal, Progress, run_stage
 from ppcl_fx.train.losses import Weights
 from ppcl_fx.train.options import Options, plan_stages
+from ppcl_fx.train.scoring import shapes_score
 from ppcl_fx.train.signals import Asked, listening
 from ppcl_fx.train.stages import Distillation, FineTuning, Stage
 from ppcl_fx.train.watch import Show, Watch
@@ -95,7 +96,8 @@ def train(
         progress: Called after each step with stage, steps done, steps in all and the summed loss.
         watch: Called after each step with all that is known of it.
         score: Called at each evaluation with the stage's name and the model as it would come out: the pluggable
-            model, all students plugged, or the fine-tuned graph. Returns a number to log, more being better.
+            model, all students plugged, or the fine-tuned graph. Returns a number to log, more being better. With the
+            option `score_prompts` the shipped model has a callback of its own.
         **options: The fields of `ppcl_fx.train.options.Options` by name, over those of `config`: stages, steps (a
             list, or a mapping from stage to steps), batch, lr, weights and so on. docs/training.md lists all.
 
@@ -127,6 +129,8 @@ def train(
     logs = Path(busy.log) if busy.log is not None else folder / LOGS
     for place in (folder, logs):
         check_writable(place)
+    if score is None and busy.score_prompts:
+        score = shapes_score(model, busy.score_prompts)
     start = _starting_point(folder / CHECKPOINTS, identity, resume)
     follower = Watch(
         logs, model.device, log_every=busy.log_every, tensorboard=busy.tensorboard, show=watch
