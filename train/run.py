@@ -133,7 +133,12 @@ def train(
         score = shapes_score(model, busy.score_prompts)
     start = _starting_point(folder / CHECKPOINTS, identity, resume)
     follower = Watch(
-        logs, model.device, log_every=busy.log_every, tensorboard=busy.tensorboard, show=watch
+        logs,
+        model.device,
+        log_every=busy.log_every,
+        tensorboard=busy.tensorboard,
+        show=watch,
+        count=not busy.compile,
     )
     save_config(chosen, folder / CONFIG)
     runner = _Runner(model, busy, cast, identity, folder, students, progress, follower, score)

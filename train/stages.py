@@ -84,8 +84,9 @@ class Distillation:
         autocast: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
-        self._graph = distil(model, name, sequential=sequential)
-        if weights.attention and not any(term.startswith("attention.") for term in terms(self._graph)):
+        self._graph = distil(model, name, sequential=sequential, attention=weights.attention != 0.0)
+        compared = any(term.startswith("attention.") for term in terms(self._graph))
+        if name == "depth" and weights.attention and not compared:
             raise PpclError("the distillation graph compares no attention outputs: leave their weight at 0")
         if (checkpointing or backend) and name == "depth":
             for block in outline_students(self._graph):

@@ -84,6 +84,7 @@ class Watch:
         log_every: Steps between lines and events; evaluations and stops always have one.
         tensorboard: Write events; None: where TensorBoard is installed.
         show: Told each step's row.
+        count: Count operations. Not where blocks are compiled: what counts would keep them from it.
         clock: Seconds, never going back.
 
     Raises:
@@ -98,10 +99,11 @@ class Watch:
         log_every: int = 1,
         tensorboard: bool | None = None,
         show: Show | None = None,
+        count: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._folder, self._every, self._show, self.clock = folder, log_every, show, clock
-        self._device = device or torch.device("cpu")
+        self._device, self._count = device or torch.device("cpu"), count
         self._writer_class = None if folder is None else _tensorboard(tensorboard)
         self._events: Any = None
         self._failed = False
@@ -135,7 +137,7 @@ class Watch:
     def step(self) -> Iterator[None]:
         """Run one step's forward and backward passes inside; the first one's operations are counted."""
         self._began = self.clock()
-        if self._flops is None:
+        if self._flops is None and self._count:
             with Counter() as counter:
                 yield
             self._counted = counter.total
@@ -149,7 +151,7 @@ class Watch:
 
     def stepped(self, samples: int) -> float:
         """Note that the step with so many samples is done; return its seconds."""
-        if self._flops is None:
+        if self._flops is None and self._count:
             self._flops = self._counted / max(1, samples)
         self._samples = samples
         return self.clock() - self._began
@@ -167,7 +169,7 @@ class Watch:
             left=None if self._mean is None else self._mean * (self._total - step),
             samples_per_second=None if self._mean is None else self._samples / self._mean,
             flops_per_second=(
-                None if self._mean is None else (self._flops or 0.0) * self._samples / self._mean
+                None if self._mean is None or not self._flops else self._flops * self._samples / self._mean
             ),
             **facts,
         )

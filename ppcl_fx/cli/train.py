@@ -44,7 +44,7 @@ def train(
     accumulate: Annotated[int | None, typer.Option(min=1, help="Forward and backward passes in one step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of depth and width.")] = None,
     finetune_lr: Annotated[float | None, typer.Option(help="Peak learning rate of finetune.")] = None,
-    warmup: Annotated[str | None, typer.Option(metavar="STEPS", help="Warm-up; none: a twentieth, at most 100.")] = None,
+    warmup: Annotated[str | None, typer.Option(metavar="STEPS", help="Warm-up steps; a twentieth if left out.")] = None,
     optimizer: Annotated[str | None, typer.Option(help="adamw, or adamw8bit with bitsandbytes.")] = None,
     betas: Annotated[str | None, typer.Option(metavar="A,B", help="AdamW's betas.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
