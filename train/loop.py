@@ -320,9 +320,11 @@ class _Run:
         return True
 
     def _leave(self, step: int, saved: bool) -> NoReturn:
-        """Save and raise `Stopped`."""
+        """Save and raise `Stopped`. Before the first step there is nothing to save, or the stage before was saved."""
         asked = self._around.asked
         where = f"stopped by {asked.words} at stage {self._curves.label}, step {step} of {self._total}"
+        if step == 0 and self._number == 0:
+            raise Stopped(f"{where}; nothing was trained yet", asked.code)
         if not saved and step > 0:
             try:
                 over = step == self._total or not self._stage.groups

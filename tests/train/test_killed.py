@@ -17,7 +17,7 @@ from ppcl_fx.train import Losses
 from tests.train.killed import RESULT, work
 
 KILLS = 4
-PATIENCE = 240.0
+PATIENCE = 600.0
 
 
 def _begin(context: ForkServerContext, out: Path) -> BaseProcess:
