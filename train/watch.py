@@ -107,12 +107,13 @@ class Watch:
         self._writer_class = None if folder is None else _tensorboard(tensorboard)
         self._events: Any = None
         self._failed = False
-        self._begin_rates(0, 0)
+        self._stage, self._total = "", 0
+        self._begin_rates()
 
     def begin(self, stage: str, done: int, total: int) -> None:
         """Start a stage, or go on with it after `done` steps: lines of later steps are lost work and go."""
         self._stage, self._total = stage, total
-        self._begin_rates(done, total)
+        self._begin_rates()
         if self._folder is None:
             return
         with self._unless_full():
@@ -178,8 +179,7 @@ class Watch:
         if self._show is not None:
             self._show(row)
 
-    def _begin_rates(self, done: int, total: int) -> None:
-        self._stage, self._total = "", total
+    def _begin_rates(self) -> None:
         self._times: deque[float] = deque(maxlen=WINDOW)
         self._mean: float | None = None
         self._last: float | None = None

@@ -43,6 +43,7 @@ def test_rates_and_the_estimate_come_from_measured_steps() -> None:
     watch.begin("depth", 0, 10)
     _steps(watch, clock, range(1, 2), seconds=60.0)  # warms up: not part of any rate
     _steps(watch, clock, range(2, 7))
+    assert {(row.stage, row.steps) for row in rows} == {("depth", 10)}
     assert [row.left for row in rows[:3]] == [None] * 3
     assert rows[3].left == 2.0 * 6
     assert rows[5].left == 2.0 * 4
