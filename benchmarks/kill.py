@@ -74,7 +74,8 @@ def measure(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     if process.wait(WAIT) != 0:
         raise RuntimeError("the run that nobody kills failed")
     span = time.monotonic() - began
-    moments, done, places = random.Random(seed), 0, []
+    moments, done = random.Random(seed), 0
+    places: list[str] = []
     while done < kills:
         process = begin(folder, "killed")
         try:

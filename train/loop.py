@@ -286,7 +286,7 @@ class _Run:
         if step % options.evaluate_every and step != self._total:
             return {}, None
         with self._average.shown():
-            losses = {}
+            losses: dict[str, float] = {}
             if around.held_out is not None:
                 losses = evaluate(self._stage, around.held_out, recorded=around.recorded)
             score = around.score() if around.score is not None else None

@@ -291,7 +291,9 @@ def _check_extras(options: Options, held: list[int]) -> None:
     if options.patience is not None and not held:
         raise PpclError("training option patience: needs held-out calls to see a gain; give held_out a share")
     if options.compile:
-        backends = torch._dynamo.list_backends(None)
+        from torch._dynamo import list_backends
+
+        backends = list_backends(None)
         if options.compile_backend not in backends:
             hint = near(options.compile_backend, backends)
             raise PpclError(

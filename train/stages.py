@@ -88,9 +88,9 @@ class Distillation:
         compared = any(term.startswith("attention.") for term in terms(self._graph))
         if name == "depth" and weights.attention and not compared:
             raise PpclError("the distillation graph compares no attention outputs: leave their weight at 0")
-        if (checkpointing or backend) and name == "depth":
-            for block in outline_students(self._graph):
-                block.compile(backend=backend) if backend else None
+        blocks = outline_students(self._graph) if (checkpointing or backend) and name == "depth" else []
+        for block in blocks if backend else []:
+            block.compile(backend=backend)
         self._weights = weights
         self._options: dict[str, Any] = {
             "joint": sequential, "checkpointing": checkpointing, "autocast": autocast,
