@@ -111,8 +111,8 @@ def train(
                 f"--steps {steps}: {len(counts)} numbers for {_plural(expected, 'stage')}; give one for each"
             )
     options = given(
-        stages=stages, steps=counts, keep=parse_keep(keep) if keep is not None and keep != "none" else keep, batch=batch,
-        accumulate=accumulate, lr=lr, finetune_lr=finetune_lr, warmup=warmup, optimizer=optimizer,
+        stages=stages, steps=counts, keep=parse_keep(keep) if keep is not None and keep != "none" else keep,
+        batch=batch, accumulate=accumulate, lr=lr, finetune_lr=finetune_lr, warmup=warmup, optimizer=optimizer,
         betas=betas.split(",") if betas is not None else None, weight_decay=weight_decay, clip=clip, ema=ema,
         seed=seed, sequential=sequential, autocast=autocast, checkpointing=checkpointing, compile=compile,
         compile_backend=compile_backend, recorded=recorded, held_out=held_out, evaluate_every=evaluate_every,
