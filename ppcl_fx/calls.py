@@ -26,7 +26,7 @@ SHARD_BYTES = 256 * 2**20
 """A shard is closed once it holds this many bytes."""
 AGAIN = "record the calls again"
 OUTPUT = "(output)"
-"""What stands for a call's output among its arguments' names; no argument can be called so."""
+"""Stands for a call's output among its arguments; none can be called so."""
 
 
 @dataclass(frozen=True)
@@ -352,9 +352,8 @@ class _StoredCalls(Sequence[Call]):
         entry = self.entries[index]
         kwargs = {name: _value(spec, self._read) for name, spec in entry.kwargs.items()}
         output = None if entry.output is None else self._read(entry.output)
-        return Call(
-            kwargs, tuple(entry.prompts), entry.timestep, entry.index, entry.batch, entry.branch, output
-        )
+        prompts = tuple(entry.prompts)
+        return Call(kwargs, prompts, entry.timestep, entry.index, entry.batch, entry.branch, output)
 
     def check_headers(self) -> None:
         headers: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}

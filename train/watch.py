@@ -108,6 +108,7 @@ class Watch:
         self._events: Any = None
         self._failed = False
         self._stage, self._total = "", 0
+        self._flops: float | None = None
         self._begin_rates()
 
     def begin(self, stage: str, done: int, total: int) -> None:
@@ -153,7 +154,7 @@ class Watch:
     def stepped(self, samples: int) -> float:
         """Note that the step with so many samples is done; return its seconds."""
         if self._flops is None and self._count:
-            self._flops = self._counted / max(1, samples)
+            self._flops = float(self._counted) / max(1, samples)
         self._samples = samples
         return self.clock() - self._began
 
@@ -183,7 +184,7 @@ class Watch:
         self._times: deque[float] = deque(maxlen=WINDOW)
         self._mean: float | None = None
         self._last: float | None = None
-        self._flops: float | None = None
+        self._flops = None
         self._counted, self._samples, self._began = 0, 0, self.clock()
 
     def _measure(self) -> None:
