@@ -25,8 +25,7 @@ INDEX = "index.json"
 SHARD_BYTES = 256 * 2**20
 """A shard is closed once it holds this many bytes."""
 AGAIN = "record the calls again"
-OUTPUT = "(output)"
-"""Stands for a call's output among its arguments; none can be called so."""
+OUTPUT = "(output)"  # stands for the output among a call's arguments; none can be called so
 
 
 @dataclass(frozen=True)
