@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,10 +11,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.graphs import descendants
+from ppcl_fx.graphs import descendants, example, module_paths, users
 from ppcl_fx.passes.expand import map_values
 from ppcl_fx.passes.switches import SWITCH, is_switch, surface, switches
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit
+from ppcl_fx.sites import is_attention
+from ppcl_fx.stacks import block_regions
 from ppcl_fx.tracing.guards import is_guard
 
 if TYPE_CHECKING:
@@ -28,7 +31,8 @@ def pairs(edit: str, terms: tuple[tuple[str, torch.Tensor, torch.Tensor], ...]) 
     Args:
         edit: the edit's id.
         terms: name, student value and teacher value, ``[batch, tokens, channels]`` each. ``image`` and ``text``
-            are block outputs (Eq. 6, 11), ``z`` and ``linear.*`` what a projector aligns itself (Eq. 12).
+            are block outputs (Eq. 6, 11), ``z`` and ``linear.*`` what a projector aligns itself (Eq. 12),
+            ``attention.*`` what attentions return.
     """
 
 
@@ -43,7 +47,9 @@ class _Term:
     active: frozenset[Node]
 
 
-def distil(model: PluggableModel, stage: str, sequential: bool = False) -> GraphModule:
+def distil(
+    model: PluggableModel, stage: str, sequential: bool = False, attention: bool = False
+) -> GraphModule:
     """Return the graph that trains one stage's edits.
 
     Every switch upstream of a student is at its teacher, so each student gets the teacher's inputs and each
@@ -54,6 +60,8 @@ def distil(model: PluggableModel, stage: str, sequential: bool = False) -> Graph
         stage: ``depth`` or ``width``.
         sequential: feed each student what the students before it give, the teacher's values staying the targets
             (the paper's control).
+        attention: compare what the attentions of a depth edit's student and of the interval's last block return
+            as well: terms ``attention.<number of the attention>.<number of the output>``. Not in the paper's loss.
 
     Raises:
         PpclError: the stage is unknown, or the plan has no edit for it.
@@ -70,6 +78,9 @@ def distil(model: PluggableModel, stage: str, sequential: bool = False) -> Graph
         upstream = frozenset(node for edit in chained for node in switches(gm, edit.id))
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     groups = [(edit, _terms(gm, edit, upstream)) for edit in edits]
+    if attention and stage == "depth":
+        regions = block_regions(gm)
+        groups = [(edit, terms + _attention_terms(gm, edit, regions, upstream)) for edit, terms in groups]
     groups.sort(key=lambda group: max(order[term.teacher] for term in group[1]))
     builder = _Builder(gm)
     for edit, terms in groups:
@@ -101,6 +112,30 @@ def _terms(gm: GraphModule, edit: Edit, upstream: frozenset[Node]) -> list[_Term
             if trained:
                 terms.append(_Term(name if name == "z" else f"linear.{name}", _student(node), _teacher(node), active))
     return terms
+
+
+def _attention_terms(
+    gm: GraphModule, edit: Edit, regions: Mapping[str, list[Node]], upstream: frozenset[Node]
+) -> list[_Term]:
+    """Return the pairs of corresponding attention outputs of an edit's student and its last teacher block."""
+    assert isinstance(edit, DepthEdit)
+    path = switches(gm, edit.id)[0].meta[SWITCH]["block"]
+    mine = _attention_outputs(gm, [node for node in gm.graph.nodes if path in module_paths(node)])
+    theirs = _attention_outputs(gm, regions.get(f"{edit.stack}.{edit.last}", []))
+    return [_Term(f"attention.{n}.{i}", mine[n, i], theirs[n, i], upstream) for n, i in mine if (n, i) in theirs]
+
+
+def _attention_outputs(gm: GraphModule, nodes: Iterable[Node]) -> dict[tuple[int, int], Node]:
+    """Return (number of the attention, number of the output) -> the output's node, for outputs that are used."""
+    found: dict[tuple[int, int], Node] = {}
+    for number, node in enumerate(node for node in nodes if is_attention(gm, node)):
+        if not isinstance(example(node), tuple | list):
+            found[number, 0] = node
+            continue
+        for user in users(node):
+            if user.target is operator.getitem and isinstance(user.args[1], int):
+                found.setdefault((number, user.args[1]), user)
+    return found
 
 
 def _block_ends(gm: GraphModule, path: str) -> dict[str, tuple[Node, Node]]:

@@ -25,6 +25,7 @@ INDEX = "index.json"
 SHARD_BYTES = 256 * 2**20
 """A shard is closed once it holds this many bytes."""
 AGAIN = "record the calls again"
+OUTPUT = "(output)"  # stands for the output among a call's arguments; none can be called so
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Call:
         batch: samples in the call: the size of dimension 0 of the batched tensors. It may be a multiple of
             the number of prompts (several pictures a prompt, or both branches of guidance in one call).
         branch: which call of its denoising step this is, from 0: guidance may call once for each branch.
+        output: what the transformer returned, its first tensor, on the CPU; None where it was not recorded.
     """
 
     kwargs: dict[str, Any]
@@ -47,6 +49,7 @@ class Call:
     index: int
     batch: int
     branch: int = 0
+    output: torch.Tensor | None = None
 
 
 class _Strict(BaseModel):
@@ -83,7 +86,7 @@ Entries.model_rebuild()
 
 
 class CallEntry(_Strict):
-    """One call in the index; the fields are those of `Call`."""
+    """One call in the index; the fields are those of `Call`. Older folders have no `output`."""
 
     prompts: list[str]
     timestep: float
@@ -91,6 +94,12 @@ class CallEntry(_Strict):
     batch: int
     branch: int
     kwargs: dict[str, Value]
+    output: TensorRef | None = None
+
+    def tensors(self) -> list[tuple[str, TensorRef]]:
+        """Return every tensor of the call with the name of the argument it belongs to."""
+        specs = {**self.kwargs, **({} if self.output is None else {OUTPUT: self.output})}
+        return [(name, ref) for name, spec in specs.items() for ref in _refs(spec)]
 
 
 class Index(_Strict):
@@ -266,7 +275,8 @@ def _entries(calls: Sequence[Call], refer: Callable[[str, torch.Tensor, str], Te
 
         kwargs = {name: _spec(map_tensors(value, change, name)) for name, value in call.kwargs.items()}
         fields = {name: getattr(call, name) for name in ("timestep", "index", "batch", "branch")}
-        entries.append(CallEntry(prompts=list(call.prompts), kwargs=kwargs, **fields))
+        output = None if call.output is None else change(OUTPUT, call.output)
+        entries.append(CallEntry(prompts=list(call.prompts), kwargs=kwargs, output=output, **fields))
     return entries
 
 
@@ -275,7 +285,9 @@ def _fingerprint(model: str, entries: Sequence[CallEntry]) -> str:
     digest = hashlib.sha256(model.encode())
     for entry in entries:
         plain = entry.model_dump(mode="json")
-        for value in plain["kwargs"].values():
+        if plain["output"] is None:
+            del plain["output"]  # such calls have the fingerprint they had before outputs were recorded
+        for value in [*plain["kwargs"].values(), plain.get("output")]:
             _forget_place(value)
         digest.update(json.dumps(plain, sort_keys=True).encode())
     return digest.hexdigest()
@@ -338,7 +350,9 @@ class _StoredCalls(Sequence[Call]):
             return [self[i] for i in range(*index.indices(len(self)))]
         entry = self.entries[index]
         kwargs = {name: _value(spec, self._read) for name, spec in entry.kwargs.items()}
-        return Call(kwargs, tuple(entry.prompts), entry.timestep, entry.index, entry.batch, entry.branch)
+        output = None if entry.output is None else self._read(entry.output)
+        prompts = tuple(entry.prompts)
+        return Call(kwargs, prompts, entry.timestep, entry.index, entry.batch, entry.branch, output)
 
     def check_headers(self) -> None:
         headers: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
@@ -366,8 +380,7 @@ class _StoredCalls(Sequence[Call]):
                 raise PpclError(f"{where} is not what was recorded; {AGAIN}")
 
     def _all_refs(self) -> list[tuple[CallEntry, str, TensorRef]]:
-        pairs = [(entry, name, spec) for entry in self.entries for name, spec in entry.kwargs.items()]
-        return [(entry, name, ref) for entry, name, spec in pairs for ref in _refs(spec)]
+        return [(entry, name, ref) for entry in self.entries for name, ref in entry.tensors()]
 
     def _read(self, ref: TensorRef) -> torch.Tensor:
         if ref.shard not in self._files:

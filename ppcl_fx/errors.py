@@ -10,6 +10,14 @@ class PpclError(Exception):
     """Something the user can mend: the message says what is wrong, where, and what to do, in one line."""
 
 
+class Stopped(PpclError):
+    """Work was stopped by a signal and can go on later; `code` is the exit code that the signal asks for."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
 class GuardError(PpclError):
     """A call lies outside of what was traced; the message holds the guard's words."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -134,6 +135,23 @@ def inside(folder: str | Path, name: str) -> Path:
     if not (folder / candidate).resolve().is_relative_to(folder.resolve()):
         raise PpclError(f"{folder / candidate}: a symbolic link out of {folder}; put the file itself there")
     return folder / candidate
+
+
+def check_writable(path: str | Path) -> None:
+    """Refuse a folder that cannot be made, or written to where it exists; nothing is left behind.
+
+    Raises:
+        PpclError: it cannot.
+    """
+    place = Path(path).absolute()
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place, prefix=".ppcl-fx-"):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PpclError(f"{path}: cannot be written ({reason}: {place}); choose a writable place") from error
 
 
 def need_room(folder: Path, size: int) -> None:

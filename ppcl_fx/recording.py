@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from ppcl_fx.fingerprint import fingerprint, tensor_digest
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
+
+OUTPUT_BYTES = 2**30
+"""Outputs are recorded, unless asked for, up to this many bytes in all."""
 
 TIMES = ("timestep", "timesteps", "t", "sigma")
 """The names under which diffusers' transformers take the time."""
@@ -29,6 +33,7 @@ def record(
     num_inference_steps: int | None = None,
     seed: int = 42,
     progress: Progress | None = None,
+    outputs: bool | None = None,
     **pipeline_kwargs: Any,
 ) -> Calls:
     """Draw `prompts` with a diffusers pipeline and return every call of its transformer.
@@ -45,6 +50,8 @@ def record(
         num_inference_steps: denoising steps; the pipeline's own default when None.
         seed: prompt number i starts from noise of the seed ``seed + i``, whatever the batch size.
         progress: called with the denoising steps done and the number of all.
+        outputs: record what the transformer returned too, which saves fine-tuning a pass of the teacher; None: if
+            all of it takes no more than `OUTPUT_BYTES`.
         **pipeline_kwargs: go to the pipeline. Tensors with one row a prompt and lists with one item a prompt
             (but not lists of numbers, such as `sigmas`) are cut into batches. Where there is a VAE and
             `output_type` is not given, it is "latent": pictures are not decoded.
@@ -59,7 +66,7 @@ def record(
     _check(pipeline, texts, batch_size, arguments)
     seeded = "generator" in inspect.signature(pipeline.__call__).parameters and "generator" not in arguments
     parts = [range(len(texts))[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-    recorder = _Recorder(pipeline, len(parts), progress)
+    recorder = _Recorder(pipeline, len(parts), progress, outputs)
     with torch.no_grad(), quiet(pipeline), recorder.hooked():
         for part in parts:
             given = {name: _cut(value, len(texts), part) for name, value in arguments.items()}
@@ -88,7 +95,7 @@ def first_call(pipeline: Any, prompt: str, *, seed: int = 42, **pipeline_kwargs:
     _check(pipeline, [prompt], 1, arguments)
     if "generator" in inspect.signature(pipeline.__call__).parameters and "generator" not in arguments:
         arguments["generator"] = _generators(seed, range(1), arguments.get("num_images_per_prompt") or 1)
-    recorder = _Recorder(pipeline, 1, None, limit=1)
+    recorder = _Recorder(pipeline, 1, None, outputs=False, limit=1)
     recorder.begin((prompt,))
     with torch.no_grad(), quiet(pipeline), recorder.hooked(), suppress(_Enough):
         _run(pipeline, recorder, arguments)
@@ -105,7 +112,12 @@ class _Recorder:
     """The hook on the transformer, and what it has seen; after `limit` calls it ends the run."""
 
     def __init__(
-        self, pipeline: Any, runs: int, progress: Progress | None, limit: int | None = None
+        self,
+        pipeline: Any,
+        runs: int,
+        progress: Progress | None,
+        outputs: bool | None = None,
+        limit: int | None = None,
     ) -> None:
         self.limit = limit
         transformer: nn.Module = pipeline.transformer
@@ -115,6 +127,8 @@ class _Recorder:
         self.calls: list[Call] = []
         self.known: dict[str, torch.Tensor] = {}
         self.run = -1
+        self.outputs = outputs is not False
+        self.room = OUTPUT_BYTES if outputs is None else None
 
     def begin(self, prompts: tuple[str, ...]) -> None:
         """Start a run of the pipeline for these prompts."""
@@ -135,11 +149,15 @@ class _Recorder:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Listen to the transformer until the block ends, however it ends."""
-        handle = self.transformer.register_forward_pre_hook(self._hear, with_kwargs=True)
+        handles = [
+            self.transformer.register_forward_pre_hook(self._hear, with_kwargs=True),
+            self.transformer.register_forward_hook(self._answer),
+        ]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         index = len(self.calls)
@@ -150,6 +168,22 @@ class _Recorder:
         self.calls.append(Call(kept, self.prompts, time, index, self._batch(given), self.branch))
         if len(self.calls) == self.limit:
             raise _Enough
+
+    def _answer(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        """Keep the output with its call, or, once all of them are too large, none."""
+        first = next(iter(result.values()), None) if isinstance(result, Mapping) else result
+        output = first[0] if isinstance(first, tuple | list) and first else first
+        if not self.outputs or not isinstance(output, torch.Tensor):
+            return
+        if self.room is not None:
+            self.room -= output.numel() * output.element_size()
+            if self.room < 0:
+                self.outputs = False
+                self.calls = [replace(call, output=None) for call in self.calls]
+                return
+        copy = self._copy(output)
+        check_finite(copy, f"call {len(self.calls) - 1} ({self.prompts[0]!r}): the output")
+        self.calls[-1] = replace(self.calls[-1], output=copy)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         named: dict[str, Any] = {}
@@ -163,11 +197,14 @@ class _Recorder:
         return {name: value for name, value in named.items() if value is not None}
 
     def _keep(self, path: str, tensor: torch.Tensor) -> torch.Tensor:
-        # A tensor made in inference mode could not be trained on; a copy made outside of it can.
-        with torch.inference_mode(False), torch.no_grad():
-            copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        copy = self._copy(tensor)
         check_finite(copy, f"call {len(self.calls)} ({self.prompts[0]!r}): {path!r}")
         return self.known.setdefault(tensor_digest(copy), copy)
+
+    def _copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        # A tensor made in inference mode could not be trained on; a copy made outside of it can.
+        with torch.inference_mode(False), torch.no_grad():
+            return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def _time(self, given: dict[str, Any]) -> float:
         for name in TIMES:

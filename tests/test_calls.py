@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,41 @@ def test_equal_tensors_are_stored_once_and_shards_are_bounded(tmp_path: Path) ->
     assert sum(name.endswith(".own") for name in names) == 5
     opened = Calls.open(tmp_path / "calls")
     assert all(same(a.kwargs, b.kwargs) for a, b in zip(calls, opened, strict=True))
+
+
+def test_folders_from_before_outputs_are_read_as_they_were(tmp_path: Path) -> None:
+    calls = Calls([call(), call(1)], model="m")
+    calls.save(tmp_path / "calls")
+    index = tmp_path / "calls" / "index.json"
+    plain = json.loads(index.read_text(encoding="utf-8"))
+    assert [entry.pop("output") for entry in plain["calls"]] == [None, None]
+    index.write_text(json.dumps(plain), encoding="utf-8")
+    opened = Calls.open(tmp_path / "calls")
+    assert opened.fingerprint == calls.fingerprint
+    assert [c.output for c in opened] == [None, None]
+    # What the fingerprint of these calls was before outputs could be recorded.
+    assert calls.fingerprint == "082950b80e7afaf4ec32f7f892ecb5240ad183c441535683c990d7e814b29d1c"
+
+
+def test_outputs_are_checked_like_arguments(tmp_path: Path) -> None:
+    plain, answered = call(), replace(call(), output=torch.randn(2, 4, 3))
+    one, two = Calls([plain], model="m"), Calls([answered], model="m")
+    assert one.fingerprint != two.fingerprint
+    two.save(tmp_path / "calls")
+    opened = Calls.open(tmp_path / "calls")
+    assert opened.fingerprint == two.fingerprint
+    assert opened[0].output is not None
+    assert answered.output is not None
+    assert torch.equal(opened[0].output, answered.output)
+    shard = next((tmp_path / "calls").glob("*.safetensors"))
+    tensors = {name: value.clone() for name, value in load_file(shard).items()}
+    tensors["0.(output)"] += 1
+    save_file(tensors, shard)
+    with pytest.raises(PpclError, match=r"call 0: '\(output\)' is not what was recorded"):
+        Calls.open(tmp_path / "calls")
+    answered.output[0, 0, 0] = float("nan")
+    with pytest.raises(PpclError, match=r"call 0: '\(output\)' holds NaN"):
+        Calls([answered]).save(tmp_path / "bad")
 
 
 def test_fingerprint_tells_calls_apart(tmp_path: Path) -> None:

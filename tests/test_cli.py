@@ -19,14 +19,14 @@ from ppcl_fx.cli.app import main
 from ppcl_fx.cli.boundary import Result, guarded
 from ppcl_fx.cli.options import (
     check_output,
-    check_writable,
     choices,
     parse_counts,
     parse_keep,
     parse_keeps,
     parse_params,
 )
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import PpclError, Stopped
+from ppcl_fx.files import check_writable
 
 COMMANDS = ("analyze", "rewrite", "train", "export")
 NOBODY = 65534
@@ -307,3 +307,11 @@ def test_the_module_is_the_same_program() -> None:
         [sys.executable, "-m", "ppcl_fx", "--version"], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout.startswith("ppcl-fx ")
+
+
+def test_work_that_a_signal_stopped_leaves_with_its_code_and_one_line(capfd: pytest.CaptureFixture[str]) -> None:
+    def stop(_: list[str]) -> object:
+        raise Stopped("stopped by SIGTERM at stage depth, step 3 of 6; saved", 143)
+
+    assert guarded(stop, ["train"]) == 143
+    assert capfd.readouterr().err == "ppcl-fx: stopped by SIGTERM at stage depth, step 3 of 6; saved\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,28 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(place: Workplace) ->
     one, two = (read_safetensors(folder / "students.safetensors") for folder in (place.student, other))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_train_takes_a_file_with_the_command_line_on_top(place: Workplace) -> None:
+    file = place.folder / "mine.toml"
+    text = 'stages = ["depth"]\nsteps = [9]\nlr = 1e-4\nema = 0.5\n[weights]\nrelative = 1.0\n'
+    file.write_text(text, encoding="utf-8")
+    options = ["--calls", place.calls, "--config", file, "--steps", "2", "--ema", "none", "--weights", "text=0.5"]
+    said = place.ok("train", place.student, *options, "--held-out", "0.3")
+    assert [(stage["stage"], stage["steps"]) for stage in said["stages"]] == [("depth", 2)]
+    assert said["stages"][0]["held_out"].keys() == said["stages"][0]["last"].keys()
+    used = tomllib.loads((place.student / "train.toml").read_text(encoding="utf-8"))
+    assert (used["steps"], used["lr"], used["ema"]) == ([2], 1e-4, "none")
+    assert (used["weights"]["relative"], used["weights"]["text"]) == (1.0, 0.5)
+    rows = [json.loads(line) for line in (place.student / "logs" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    again = place.ok("train", place.student, "--calls", place.calls, "--config", place.student / "train.toml")
+    assert again["stages"][0]["last"] != said["stages"][0]["last"], "the students were trained before"
+    file.write_text("learning_rte = 1\n", encoding="utf-8")
+    line = place.refused("train", place.student, "--calls", place.calls, "--config", file)
+    assert "mine.toml: unknown training option 'learning_rte'" in line
+    line = place.refused("train", place.student, "--calls", place.calls, "--score-prompts", "1")
+    assert "only students of the shipped 'shapes' model" in line
 
 
 def test_export_writes_a_checked_file_for_a_share(place: Workplace) -> None:

@@ -19,6 +19,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
+from ppcl_fx import recording
 from ppcl_fx.calls import Call, Calls, collate
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
@@ -333,3 +334,33 @@ def test_what_cannot_be_recorded() -> None:
     silent.__class__ = type("Silent", (PositionalPipeline,), {"__call__": lambda self, prompt: prompt})
     with pytest.raises(PpclError, match="Silent did not call its transformer"):
         record(silent, ["a"])
+
+
+def test_outputs_are_kept_and_are_the_transformers(tmp_path: Path) -> None:
+    pipeline = shapes()
+    calls = record(pipeline, [WORDS[0], WORDS[1]], num_inference_steps=2)
+    for call in calls:
+        with torch.no_grad():
+            expected = pipeline.transformer(**call.kwargs)[0]
+        assert call.output is not None
+        assert torch.equal(call.output, expected)
+        assert not call.output.requires_grad
+    calls.save(tmp_path / "calls")
+    for call, again in zip(calls, Calls.open(tmp_path / "calls"), strict=True):
+        assert again.output is not None
+        assert call.output is not None
+        assert torch.equal(again.output, call.output)
+    assert Calls.open(tmp_path / "calls").fingerprint == calls.fingerprint
+
+
+def test_outputs_can_be_left_out_and_large_ones_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    def outputs(**options: Any) -> list[bool]:
+        calls = record(shapes(), [WORDS[0]], num_inference_steps=2, guidance_scale=1.0, **options)
+        return [call.output is not None for call in calls]
+
+    assert outputs() == [True, True]
+    assert outputs(outputs=False) == [False, False]
+    # Room for one of the two: all or none.
+    monkeypatch.setattr(recording, "OUTPUT_BYTES", 4 * 24 * 24 * 3 + 1)
+    assert outputs() == [False, False]
+    assert outputs(outputs=True) == [True, True]

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from ppcl_fx.train.curves import Losses, StageCurves
     from ppcl_fx.train.finetuned import load_finetuned
     from ppcl_fx.train.losses import Weights
-    from ppcl_fx.train.options import STAGES
+    from ppcl_fx.train.options import STAGES, Options
     from ppcl_fx.train.run import TrainResult, train
 
 _HOME = {
     "STAGES": "options",
     "Losses": "curves",
+    "Options": "options",
     "StageCurves": "curves",
     "TrainResult": "run",
     "Weights": "losses",
@@ -29,7 +30,7 @@ _HOME = {
     "train": "run",
 }
 
-__all__ = ["STAGES", "Losses", "StageCurves", "TrainResult", "Weights", "load_finetuned", "train"]
+__all__ = ["STAGES", "Losses", "Options", "StageCurves", "TrainResult", "Weights", "load_finetuned", "train"]
 
 if not TYPE_CHECKING:
 

@@ -4,6 +4,7 @@ anywhere.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 import shutil
@@ -17,14 +18,24 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import new_folder, read_json, read_safetensors, write_json, write_safetensors
+from ppcl_fx.files import (
+    new_folder,
+    read_json,
+    read_safetensors,
+    write_json,
+    write_safetensors,
+    write_text,
+)
 from ppcl_fx.train.curves import StageCurves
 
 KEPT = 2
 """Checkpoints that stay on disk: the last, and the one before in case the last is damaged."""
 TENSORS = "state.safetensors"
 STATE = "state.json"
+SUMS = "SHA256SUMS"
+"""The checksums of the other two files, as `sha256sum -c` reads them."""
 _NAME = re.compile(r"^(\d{2})-(\d{8})$")
+_INT = ":int"
 _log = logging.getLogger("ppcl_fx.train")
 
 
@@ -59,14 +70,14 @@ class State(BaseModel):
     identity: Identity
     stage: int = Field(ge=0)
     step: int = Field(ge=0)
+    over: bool = Field(False, description="whether the stage is done; early where every student has stopped")
     curves: list[StageCurves]
-    size: int = Field(ge=0, description="bytes of the tensors' file")
 
     @property
     def ended(self) -> bool:
         """Whether this is the last step of the run's last stage."""
         steps = self.identity.options["steps"]
-        return self.stage == len(steps) - 1 and self.step == steps[-1]
+        return self.stage == len(steps) - 1 and (self.over or self.step == steps[-1])
 
 
 @dataclass(frozen=True)
@@ -85,17 +96,25 @@ def save(
     step: int,
     curves: list[StageCurves],
     tensors: Mapping[str, Tensor],
+    *,
+    over: bool = False,
 ) -> Path:
     """Write a checkpoint into `folder`, drop all but the last `KEPT`, and return the new checkpoint's folder.
 
-    `stage` counts the run's stages from 0, `step` the steps of that stage that are done.
+    `stage` counts the run's stages from 0, `step` the steps of that stage that are done. Later checkpoints are
+    dropped too: the run went on from an earlier one because they were damaged.
+
+    Raises:
+        PpclError: The place cannot be written; the checkpoints that were there still are.
     """
     target = folder / f"{stage:02d}-{step:08d}"
     with new_folder(target, overwrite=True) as beside:
         write_safetensors(beside / TENSORS, tensors)
-        size = (beside / TENSORS).stat().st_size
-        write_json(beside / STATE, State(identity=identity, stage=stage, step=step, curves=curves, size=size))
-    for old in existing(folder)[:-KEPT]:
+        write_json(beside / STATE, State(identity=identity, stage=stage, step=step, over=over, curves=curves))
+        write_text(beside / SUMS, "".join(f"{_sum(beside / name)}  {name}\n" for name in (TENSORS, STATE)))
+    found = existing(folder)
+    place = found.index(target) + 1
+    for old in found[: max(0, place - KEPT)] + found[place:]:
         shutil.rmtree(old)
     return target
 
@@ -149,6 +168,7 @@ def peek(folder: Path) -> State | None:
     """Return the JSON half of the newest readable checkpoint, or None where there is none."""
     for path in reversed(existing(folder)):
         try:
+            _check_sum(path, STATE)
             return read_json(path / STATE, State)
         except PpclError as error:
             _log.warning("damaged checkpoint passed over: %s", error)
@@ -156,11 +176,24 @@ def peek(folder: Path) -> State | None:
 
 
 def _read(path: Path) -> Checkpoint:
-    state = read_json(path / STATE, State)
-    file = path / TENSORS
-    if file.is_file() and file.stat().st_size != state.size:
-        raise PpclError(f"{file}: truncated, {file.stat().st_size} bytes of {state.size}")
-    return Checkpoint(state, read_safetensors(file), path)
+    for name in (STATE, TENSORS):
+        _check_sum(path, name)
+    return Checkpoint(read_json(path / STATE, State), read_safetensors(path / TENSORS), path)
+
+
+def _check_sum(path: Path, name: str) -> None:
+    try:
+        lines = (path / SUMS).read_text(encoding="ascii").splitlines()
+        found = _sum(path / name)
+    except (OSError, UnicodeDecodeError) as error:
+        raise PpclError(f"{path}: cannot be read ({error})") from None
+    if f"{found}  {name}" not in lines:
+        raise PpclError(f"{path / name}: its checksum is not the one in {SUMS}")
+
+
+def _sum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:
@@ -181,25 +214,34 @@ def set_rng_state(states: Mapping[str, Tensor], device: torch.device) -> None:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimiser's state as tensors called ``optimizer.<number of the parameter>.<key>``.
 
+    A plain integer (the step count of the 8-bit AdamW) becomes a tensor called ``...<key>:int``.
+
     Raises:
-        RuntimeError: The optimiser keeps something that is no tensor.
+        RuntimeError: The optimiser keeps something that is neither.
     """
     tensors: dict[str, Tensor] = {}
     for number, slots in optimizer.state_dict()["state"].items():
         for key, value in slots.items():
-            if not isinstance(value, Tensor):
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{number}.{key}"] = value
+            elif type(value) is int:
+                tensors[f"optimizer.{number}.{key}{_INT}"] = torch.tensor(value)
+            else:
                 raise RuntimeError(
                     f"the optimiser keeps a {type(value).__name__} as {key!r}; only tensors can be stored"
                 )
-            tensors[f"optimizer.{number}.{key}"] = value
     return tensors
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
     """Set what `optimizer_state` returned; other names in `tensors` are left alone."""
-    slots: dict[int, dict[str, Tensor]] = {}
+    slots: dict[int, dict[str, Tensor | int]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, number, key = name.split(".", 2)
-            slots.setdefault(int(number), {})[key] = value.clone()
+            mine = slots.setdefault(int(number), {})
+            if key.endswith(_INT):
+                mine[key.removesuffix(_INT)] = int(value)
+            else:
+                mine[key] = value.clone()
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -12,6 +12,15 @@ from ppcl_fx.files import read_json, write_json
 LOSSES = "losses.json"
 
 
+class Stop(BaseModel):
+    """Why a student was trained no further: a line for a person, and after how many steps."""
+
+    model_config = ConfigDict(extra="forbid")
+    step: int = Field(ge=0)
+    kind: Literal["converged", "nan"]
+    reason: str
+
+
 class StageCurves(BaseModel):
     """One stage's curves.
 
@@ -19,10 +28,13 @@ class StageCurves(BaseModel):
         name: The stage: "depth", "width" or "finetune".
         label: The name in the report: the stage, and for fine-tuning of part of the students the ratio
             ("finetune-0.7").
-        steps: The steps done; as many values as each curve has.
+        steps: The steps done; as many values as each curve has, unless its student was stopped before.
         seconds: Wall time of those steps.
         losses: Edit id -> loss at each step ("model" for fine-tuning). Eq. 6, Eq. 10 or the mean squared
             velocity error.
+        held_out: Edit id -> (steps done, mean loss on the held-out calls) at each evaluation.
+        scores: (steps done, score) at each evaluation, where a score was asked for.
+        stopped: Edit id -> why its student stopped before the others.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -31,6 +43,9 @@ class StageCurves(BaseModel):
     steps: int = Field(0, ge=0)
     seconds: float = Field(0.0, ge=0)
     losses: dict[str, list[float]] = {}
+    held_out: dict[str, list[tuple[int, float]]] = {}
+    scores: list[tuple[int, float]] = []
+    stopped: dict[str, Stop] = {}
 
     def append(self, losses: dict[str, float]) -> None:
         """Add one step's loss of each edit."""

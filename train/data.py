@@ -4,8 +4,9 @@ iterator's state.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +17,25 @@ from ppcl_fx.fingerprint import tensor_digest
 from ppcl_fx.train.sources.order import Order
 from ppcl_fx.train.sources.skips import Skips
 from ppcl_fx.train.sources.source import State
+
+
+class Feed(Protocol):
+    """What training draws from: batches by number, the same ones whenever they are asked for."""
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch."""
+
+    def kwargs(self, step: int) -> dict[str, Any]:
+        """Return the transformer's keyword arguments of batch number `step` (from 0), on the device."""
+
+    def target(self, step: int) -> Tensor | None:
+        """Return the teacher's recorded output for that batch, or None where it is not known."""
+
+    def samples(self, step: int) -> int:
+        """Return the number of samples in that batch."""
+
+    def names(self, step: int) -> str:
+        """Return what that batch is made of, for a message."""
 
 
 class Batches:
@@ -35,6 +55,7 @@ class Batches:
             them.
         rank: Which of the processes this is; each gets its own batches, together they get all.
         world: Number of processes.
+        only: The positions in `calls` to draw from; None for all.
 
     Raises:
         PpclError: There are no calls.
@@ -50,14 +71,18 @@ class Batches:
         dtype: torch.dtype | None = None,
         rank: int = 0,
         world: int = 1,
+        only: Sequence[int] | None = None,
     ) -> None:
-        if not len(calls):
+        drawn = range(len(calls)) if only is None else only
+        if not len(drawn):
             raise PpclError("no calls to train on: record some prompts first")
         self._calls = calls
         self._device = torch.device(device)
         self._dtype = dtype
-        self._order = Order(groups(calls), batch, seed, rank, world)
-        self.skips = Skips("the recorded calls", len(calls))
+        self._order = Order(groups(calls, drawn), batch, seed, rank, world)
+        self._all = drawn
+        self._last: tuple[int, list[Call]] = (-1, [])
+        self.skips = Skips("the recorded calls", len(drawn))
 
     @property
     def fingerprint(self) -> str:
@@ -78,11 +103,27 @@ class Batches:
         Raises:
             PpclError: More than 1 % of the calls hold NaN or infinity.
         """
-        drawn = self._good(self.indices(step))
-        if not drawn:
-            # Another good call, so that every rank has work; the line of too many bad ones comes before none is left.
-            drawn = next(found for i in range(len(self._calls)) if (found := self._good([i])))
-        return moved(collate(drawn), self._device, self._dtype)
+        return moved(collate(self._drawn(step)), self._device, self._dtype)
+
+    def target(self, step: int) -> Tensor | None:
+        """Return the teacher's recorded output for the batch of `step`, on the device and as recorded, or None
+        where a call has none.
+        """
+        outputs = []
+        for call in self._drawn(step):
+            if call.output is None or call.output.shape[0] != call.batch:
+                return None
+            outputs.append(call.output)
+        return torch.cat(outputs).to(self._device) if len(outputs) > 1 else outputs[0].to(self._device)
+
+    def samples(self, step: int) -> int:
+        """Return the number of samples in the batch of `step`."""
+        return sum(call.batch for call in self._drawn(step))
+
+    def names(self, step: int) -> str:
+        """Return the batch of `step` for a message: ``call 3``, ``calls 3, 7``."""
+        numbers = [str(call.index) for call in self._drawn(step)]
+        return f"call{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
 
     def state(self, step: int) -> State:
         """Return where the source stands before `step`."""
@@ -95,6 +136,14 @@ class Batches:
             PpclError: The state belongs to other data.
         """
         self._order.restore(state)
+
+    def _drawn(self, step: int) -> list[Call]:
+        """The calls of a step; another good one where all of them are bad, so that every rank has work."""
+        if self._last[0] != step:
+            # The line of too many bad ones comes before none is left.
+            good = self._good(self.indices(step)) or next(found for i in self._all if (found := self._good([i])))
+            self._last = (step, good)
+        return self._last[1]
 
     def _good(self, indices: Sequence[int]) -> list[Call]:
         good = []
@@ -117,10 +166,10 @@ def _check(call: Call) -> None:
         map_tensors(value, check, name)
 
 
-def groups(calls: Calls) -> list[list[int]]:
-    """Return the positions of the calls that may be joined, group by group."""
+def groups(calls: Calls, drawn: Sequence[int] | None = None) -> list[list[int]]:
+    """Return the positions of the calls that may be joined, group by group; of some calls, or of all."""
     found: dict[tuple[Any, ...], list[int]] = {}
-    for index in range(len(calls)):
+    for index in range(len(calls)) if drawn is None else drawn:
         found.setdefault(signature(calls[index]), []).append(index)
     return list(found.values())
 
@@ -154,6 +203,30 @@ def _mark(value: Any, batch: int) -> Any:
     if isinstance(value, list | tuple):
         return tuple(_mark(item, batch) for item in value)
     return repr(value)
+
+
+def split(calls: Calls, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Return the positions of the calls to train on and of those to hold out, each in order.
+
+    A function of the calls, the share and the seed alone. Calls of the same prompts stay on one side where there
+    are prompts enough: what they share would make the held-out loss too good.
+
+    Raises:
+        PpclError: A share is to be held out, and there are fewer than two calls.
+    """
+    if share == 0.0:
+        return list(range(len(calls))), []
+    if len(calls) < 2:
+        raise PpclError("training option held_out: one call cannot be split; record more, or hold out none")
+    together: dict[Any, list[int]] = {}
+    for index in range(len(calls)):
+        together.setdefault(calls[index].prompts, []).append(index)
+    if len(together) * share < 1:
+        together = {index: [index] for index in range(len(calls))}
+    parts = random.Random(f"ppcl-fx held out {seed}").sample(list(together.values()), len(together))
+    count = min(len(parts) - 1, max(1, round(len(parts) * share)))
+    held = sorted(index for part in parts[:count] for index in part)
+    return sorted(set(range(len(calls))) - set(held)), held
 
 
 def moved(kwargs: dict[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
+from ppcl_fx.graphs import ancestors
 from ppcl_fx.passes.distil import pairs
 from ppcl_fx.tracing import bind
 from ppcl_fx.train.losses import Weights, edit_loss, total_loss
@@ -83,24 +84,35 @@ class Distiller(Saving):
         self._weights = weights or Weights()
         self._joint = joint
         self._autocast = autocast
-        self._live = live_nodes(gm)
+        self._trained = live_nodes(gm)
+        self._live: set[Node] = set()
+        self._scale = 1.0
         self._losses: dict[str, Tensor] = {}
         self.groups = edit_parameters(gm)
 
-    def step(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Run the graph on a call's `kwargs` and add each edit's gradients to its parameters' `.grad`.
+    def step(self, kwargs: Mapping[str, Any], scale: float = 1.0) -> dict[str, Tensor]:
+        """Run the graph on a call's `kwargs` and add each edit's gradients, times `scale`, to its parameters'
+        `.grad`.
 
         Returns:
-            Edit id -> its loss, a detached float32 scalar on the model's device.
+            Edit id -> its loss, a detached float32 scalar on the model's device, not scaled.
         """
-        self._losses = {}
-        device = _device(self._gm)
-        with _restored_grad_mode(), casting(device, self._autocast):
-            self.run(*inputs(self._gm, kwargs))
+        self._live, self._scale = self._trained, scale
+        losses = self._run_losses(kwargs)
         if self._joint:
-            torch.autograd.backward(total_loss(self._losses.values()))
-        losses = {edit: loss.detach() for edit, loss in self._losses.items()}
+            torch.autograd.backward(total_loss(losses.values()) * scale)
+        return {edit: loss.detach() for edit, loss in losses.items()}
+
+    def evaluate(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return each edit's loss on a call's `kwargs`, without gradients."""
+        self._live = set()
+        return self._run_losses(kwargs)
+
+    def _run_losses(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         self._losses = {}
+        with _restored_grad_mode(), casting(_device(self._gm), self._autocast):
+            self.run(*inputs(self._gm, kwargs))
+        losses, self._losses = self._losses, {}
         return losses
 
     def run_node(self, n: Node) -> Any:
@@ -121,11 +133,27 @@ class Distiller(Saving):
             loss = edit_loss(terms, self._weights)
             if edit_id in self._losses:
                 raise RuntimeError(f"edit {edit_id} ends in two `pairs` nodes")
-            if not self._joint:
-                torch.autograd.backward(loss)
+            if not self._joint and loss.requires_grad:
+                torch.autograd.backward(loss * self._scale)
                 loss = loss.detach()
         self._losses[edit_id] = loss
         return loss.detach()
+
+
+def without_edit(gm: GraphModule, edit: str) -> None:
+    """Take an edit's loss out of a distillation graph, in place, and everything that only it needed.
+
+    Its student stays where other losses are computed from it (in a sequential graph), and so do the graph's
+    inputs and guards: a call that was refused before is refused afterwards.
+    """
+    ends = [n for n in gm.graph.nodes if n.op == "call_function" and n.target is pairs]
+    mine = [node for node in ends if node.args[0] == edit]
+    before = ancestors(mine)
+    kept = ancestors([n for n in gm.graph.nodes if n not in before])
+    for node in reversed(list(gm.graph.nodes)):
+        if node in before and node not in kept and node.op != "placeholder":
+            gm.graph.erase_node(node)
+    gm.recompile()
 
 
 def live_nodes(gm: GraphModule) -> set[Node]:

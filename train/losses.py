@@ -27,7 +27,8 @@ class Weights:
         text: Weight of the normalised error of the text stream (Eq. 6, Eq. 11).
         linear: Weight of the plain errors of the projectors' outputs (Eq. 12; Eq. 10 adds them with weight
             1).
-        attention: Weight of the normalised error of the attention outputs; not in the paper's loss, so 0.
+        attention: Weight of the normalised error of the attention outputs, of both streams, in "depth"; not in
+            the paper's loss, so 0.
         relative: Weight of the streams' squared error as a share of the teacher's square, added to "image"
             and "text". Eq. 6 sees directions only; this sees lengths too. Not in the paper's loss, so 0.
     """

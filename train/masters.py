@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -32,9 +32,11 @@ class Masters:
         }
 
     def take_gradients(self) -> None:
-        """Move the gradients of the 16-bit parameters to their masters."""
+        """Add the gradients of the 16-bit parameters to those of their masters, in float32, and drop them."""
         for parameter, master in self._copies:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            if parameter.grad is not None:
+                fresh = parameter.grad.float()
+                master.grad = fresh if master.grad is None else master.grad + fresh
             parameter.grad = None
 
     def write_back(self) -> None:
@@ -42,6 +44,14 @@ class Masters:
         with torch.no_grad():
             for parameter, master in self._copies:
                 parameter.copy_(master)
+
+    def read_back(self, parameters: Sequence[Parameter]) -> None:
+        """Set the masters of some of the model's parameters to what these are now."""
+        wanted = {id(parameter) for parameter in parameters}
+        with torch.no_grad():
+            for parameter, master in self._copies:
+                if id(parameter) in wanted:
+                    master.copy_(parameter)
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold of the masters."""

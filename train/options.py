@@ -1,53 +1,74 @@
-"""What one training run was asked for: checked once, written into each checkpoint, compared when a run goes
-on.
+"""The options of a training run: one typed model, which is the config file, the keyword arguments of `train`
+and the options of ``ppcl-fx train``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 
 from ppcl_fx.errors import PpclError, near
 
 STAGES = ("depth", "width", "finetune")
 """The stages of training, in the paper's order."""
 
+INDIFFERENT = frozenset({"checkpointing", "every", "tensorboard", "log", "log_every", "score_prompts"})
+"""Options that do not change the numbers that come out: a resumed run may have others."""
+
 
 class TermWeights(BaseModel):
     """Weights of the loss terms as they are stored; `ppcl_fx.train.losses.Weights` explains each."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    image: float = Field(1.0, ge=0)
-    text: float = Field(1.0, ge=0)
-    linear: float = Field(1.0, ge=0)
-    attention: float = Field(0.0, ge=0)
-    relative: float = Field(0.0, ge=0)
+    image: float = Field(1.0, ge=0, allow_inf_nan=False, description="image stream's direction (Eq. 6, 11)")
+    text: float = Field(1.0, ge=0, allow_inf_nan=False, description="text stream's direction (Eq. 6, 11)")
+    linear: float = Field(1.0, ge=0, allow_inf_nan=False, description="projectors' plain errors (Eq. 12)")
+    attention: float = Field(0.0, ge=0, allow_inf_nan=False, description="attention outputs' direction")
+    relative: float = Field(0.0, ge=0, allow_inf_nan=False, description="streams' relative squared error")
 
 
 class Options(BaseModel):
-    """The options of a run. All but `checkpointing` and `every` decide the numbers that come out."""
+    """Every option of a run; `docs/training.md` has them in a table. ``None`` is written "none" in a file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    stages: tuple[str, ...]
-    steps: tuple[int, ...]
-    batch: int = Field(gt=0)
-    lr: float = Field(gt=0)
-    finetune_lr: float = Field(gt=0)
-    seed: int
-    sequential: bool
-    autocast: str | None
-    students: tuple[str, ...]
-    weights: TermWeights
-    clip: float | None = Field(gt=0)
-    ema: float | None = Field(ge=0, lt=1)
-    checkpointing: bool
-    every: int = Field(gt=0)
+    stages: tuple[str, ...] = Field(STAGES, description="some of depth, width, finetune, in that order")
+    steps: tuple[int, ...] = Field((600, 200, 100), description="steps of each stage, in the same order")
+    batch: int = Field(2, gt=0, description="calls in one forward pass")
+    accumulate: int = Field(1, gt=0, description="forward and backward passes in one step")
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak learning rate of depth and width")
+    finetune_lr: float = Field(3e-4, gt=0, allow_inf_nan=False, description="peak learning rate of finetune")
+    warmup: int | None = Field(None, ge=0, description="warm-up steps; none: a twentieth, at most 100")
+    optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs bitsandbytes")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas (Sec. 4.1)")
+    weight_decay: float = Field(0.02, ge=0, allow_inf_nan=False, description="AdamW's decay (Sec. 4.1)")
+    clip: float | None = Field(1.0, gt=0, description="largest gradient norm of one edit; none: no limit")
+    ema: float | None = Field(None, ge=0, lt=1, description="decay of an average of the weights, the result")
+    seed: int = Field(42, description="seed of everything random")
+    sequential: StrictBool = Field(False, description="feed each student the one before it (a control)")
+    keep: float | None = Field(None, gt=0, le=1, description="share of the mixture to fine-tune; none: least")
+    autocast: StrictBool | None = Field(None, description="bf16 matrix products; none: float32 on CUDA only")
+    checkpointing: StrictBool = Field(False, description="gradient checkpointing, block by block")
+    compile: StrictBool = Field(False, description="torch.compile of the student blocks")
+    compile_backend: str = Field("inductor", description="torch.compile's backend")
+    recorded: Literal["exact", "always", "never"] = Field(
+        "exact", description="use the teacher's recorded outputs in finetune: where equal to the bit, or not"
+    )
+    held_out: float = Field(0.0, ge=0, lt=1, description="share of the calls that is never trained on")
+    evaluate_every: int = Field(100, gt=0, description="steps between evaluations on the held-out calls")
+    patience: int | None = Field(None, gt=0, description="evaluations without gain until a student stops")
+    min_gain: float = Field(0.005, ge=0, lt=1, description="share of the best loss that counts as a gain")
+    score_prompts: int = Field(0, ge=0, description="pictures a category scored at evaluations ('shapes')")
+    every: int = Field(100, gt=0, description="steps between checkpoints")
+    log: str | None = Field(None, description="folder of the logs; none: RUN/logs")
+    log_every: int = Field(1, gt=0, description="steps between lines of log.jsonl")
+    tensorboard: StrictBool | None = Field(None, description="TensorBoard events; none: where installed")
+    weights: TermWeights = Field(TermWeights(), description="weights of the loss terms")
 
     def decisive(self) -> dict[str, Any]:
         """Return the options that a resumed run must share, as JSON-able values."""
-        return self.model_dump(mode="json", exclude={"checkpointing", "every"})
+        return self.model_dump(mode="json", exclude=set(INDIFFERENT))
 
 
 def plan_stages(

@@ -5,34 +5,42 @@ the other.
 from __future__ import annotations
 
 import logging
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 from torch.fx import GraphModule
 
-from ppcl_fx.errors import PpclError
-from ppcl_fx.train import checkpoints
+from ppcl_fx.errors import PpclError, near
+from ppcl_fx.files import check_writable
+from ppcl_fx.train import checkpoints, schedule
 from ppcl_fx.train.checkpoints import Checkpoint, Identity
+from ppcl_fx.train.config import CONFIG, resolve
+from ppcl_fx.train.config import save as save_config
 from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
-from ppcl_fx.train.data import Batches
+from ppcl_fx.train.data import Batches, split
+from ppcl_fx.train.evaluation import outputs_are_the_teachers
 from ppcl_fx.train.finetuned import plan_digest, save_finetuned
-from ppcl_fx.train.loop import Journal, Progress, run_stage
+from ppcl_fx.train.loop import Around, Journal, Progress, run_stage
 from ppcl_fx.train.losses import Weights
-from ppcl_fx.train.options import STAGES, Options, TermWeights, plan_stages
+from ppcl_fx.train.options import Options, plan_stages
+from ppcl_fx.train.scoring import shapes_score
+from ppcl_fx.train.signals import Asked, listening
 from ppcl_fx.train.stages import Distillation, FineTuning, Stage
+from ppcl_fx.train.watch import Show, Watch
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.model import PluggableModel
 
 CHECKPOINTS = "checkpoints"
+LOGS = "logs"
+Score = Callable[[str, Any], float]
+"""Told the stage and the model so far; returns how good it is."""
 _log = logging.getLogger("ppcl_fx.train")
 
 
@@ -65,87 +73,82 @@ def train(
     model: PluggableModel,
     calls: Calls,
     *,
-    stages: Sequence[str] = STAGES,
-    steps: Sequence[int] | Mapping[str, int] = (600, 200, 100),
     out: str | Path,
+    config: str | Path | Options | None = None,
     resume: bool = False,
-    batch: int = 2,
-    lr: float = 1e-3,
-    finetune_lr: float = 3e-4,
-    seed: int = 42,
-    sequential: bool = False,
-    checkpointing: bool = False,
-    autocast: bool | None = None,
-    keep: float | None = None,
-    weights: Weights | None = None,
-    clip: float | None = 1.0,
-    ema: float | None = None,
-    every: int = 100,
     progress: Progress | None = None,
+    watch: Show | None = None,
+    score: Score | None = None,
+    **options: Any,
 ) -> TrainResult:
     """Train a pluggable model's students in place, and fine-tune one mixture of it.
+
+    SIGTERM and Ctrl-C write a checkpoint and raise `ppcl_fx.errors.Stopped`.
 
     Args:
         model: The pluggable model; stages "depth" and "width" train its students, "finetune" leaves it as it
             is.
         calls: Recorded calls of the teacher.
-        stages: Some of "depth", "width", "finetune", in the order to run.
-        steps: Steps for each stage, in the same order, or by name.
-        out: Folder for checkpoints, `losses.json` and the fine-tuned model.
+        out: Folder for checkpoints, logs, `losses.json`, `train.toml` (the complete options) and the fine-tuned
+            model.
+        config: A TOML file with options, or options; the defaults are those of `Options`.
         resume: Go on from the last checkpoint in `out`, to the bit; without one, begin.
-        batch: Calls for one step (each with its own batch of samples).
-        lr: Peak learning rate of "depth" and "width".
-        finetune_lr: Peak learning rate of "finetune".
-        seed: Decides the order of the calls.
-        sequential: Distil sequentially (the paper's control) in "depth" and "width".
-        checkpointing: Gradient checkpointing: less memory, one more forward pass of what trains.
-        autocast: bf16 matrix products with float32 weights; None: for a float32 model where the machine has
-            it (CUDA). A model stored in 16 bits computes in them, and trains float32 masters of its weights.
-        keep: The share of the teacher's parameters of the mixture to fine-tune; None: all students.
-        weights: Weights of the loss terms.
-        clip: The largest norm of the gradients of one edit, None for no limit.
-        ema: Decay of an average of the weights in fine-tuning, None for none.
-        every: Steps between checkpoints.
         progress: Called after each step with stage, steps done, steps in all and the summed loss.
+        watch: Called after each step with all that is known of it.
+        score: Called at each evaluation with the stage's name and the model as it would come out: the pluggable
+            model, all students plugged, or the fine-tuned graph. Returns a number to log, more being better. With the
+            option `score_prompts` the shipped model has a callback of its own.
+        **options: The fields of `ppcl_fx.train.options.Options` by name, over those of `config`: stages, steps (a
+            list, or a mapping from stage to steps), batch, lr, weights and so on. docs/training.md lists all.
 
     Returns:
         The curves and paths.
 
     Raises:
-        PpclError: An option makes no sense, a LoRA is loaded, the calls hold NaN, a loss becomes NaN, the output
-            cannot be written, a checkpoint in `out` belongs to something else or (without `resume`) to a run that has
-            not ended.
+        PpclError: An option is unknown or makes no sense, a LoRA is loaded, the calls hold NaN, every loss becomes
+            NaN, the output or the log cannot be written, a checkpoint in `out` belongs to something else or (without
+            `resume`) to a run that has not ended.
+        Stopped: A signal stopped the run; it can be resumed.
     """
     began = time.perf_counter()
     model.require_no_lora("training")
     folder = Path(out)
-    cast = _autocast(model, autocast)
-    students = _mixture(model, keep)
-    options = _options(
-        model,
-        stages,
-        steps,
-        batch=batch,
-        lr=lr,
-        finetune_lr=finetune_lr,
-        seed=seed,
-        sequential=sequential,
-        autocast=None if cast is None else str(cast).removeprefix("torch."),
-        students=students,
-        weights=TermWeights(**vars(weights or Weights())),
-        clip=clip,
-        ema=ema,
-        checkpointing=checkpointing,
-        every=every,
-    )
-    identity = Identity(plan=plan_digest(model.plan), calls=calls.fingerprint, options=options.decisive())
-    _check_writable(folder)
+    chosen = resolve(config, **options)
+    stages, steps = _busy_stages(model, chosen.stages, chosen.steps)
+    busy = chosen.model_copy(update={"stages": stages, "steps": steps})
+    cast = _autocast(model, busy.autocast)
+    students = _mixture(model, busy.keep)
+    used, held = split(calls, busy.held_out, busy.seed)
+    _check_extras(busy, held)
+    decisive = {
+        **busy.decisive(),
+        "autocast": None if cast is None else str(cast).removeprefix("torch."),
+        "students": list(students),
+    }
+    identity = Identity(plan=plan_digest(model.plan), calls=calls.fingerprint, options=decisive)
+    logs = Path(busy.log) if busy.log is not None else folder / LOGS
+    for place in (folder, logs):
+        check_writable(place)
+    if score is None and busy.score_prompts:
+        score = shapes_score(model, busy.score_prompts)
     start = _starting_point(folder / CHECKPOINTS, identity, resume)
-    runner = _Runner(model, options, cast, identity, folder, "" if keep is None else f"-{keep:g}", progress)
-    with _training(model, seed):
-        finetuned = runner.run(calls, start)
+    follower = Watch(
+        logs,
+        model.device,
+        log_every=busy.log_every,
+        tensorboard=busy.tensorboard,
+        show=watch,
+        count=not busy.compile,
+    )
+    save_config(chosen, folder / CONFIG)
+    runner = _Runner(model, busy, cast, identity, folder, students, progress, follower, score)
+    with _training(model, busy.seed), listening() as asked:
+        try:
+            finetuned = runner.run(calls, used, held, start, asked)
+        finally:
+            follower.close()
     losses = Losses(
-        plan=identity.plan, calls=identity.calls, sequential=sequential, stages=runner.journal.curves
+        plan=identity.plan, calls=identity.calls, sequential=busy.sequential, stages=runner.journal.curves
     )
     losses.save(folder / LOSSES)
     return TrainResult(
@@ -169,24 +172,25 @@ class _Runner:
         cast: torch.dtype | None,
         identity: Identity,
         folder: Path,
-        suffix: str,
+        students: tuple[str, ...],
         progress: Progress | None,
+        watch: Watch,
+        score: Score | None,
     ) -> None:
-        self._model = model
-        self._options = options
-        self._cast = cast
-        self._progress = progress
-        self._suffix = suffix
-        self.finetuned_folder = folder / f"finetuned{suffix}"
-        students = dict(model.students_module.named_parameters())
-        self.journal = Journal(folder / CHECKPOINTS, identity, students, options.every, model.device)
+        self._model, self._options, self._cast, self._students = model, options, cast, students
+        self._progress, self._watch, self._score = progress, watch, score
+        self._suffix = "" if options.keep is None else f"-{options.keep:g}"
+        self.finetuned_folder = folder / f"finetuned{self._suffix}"
+        named = dict(model.students_module.named_parameters())
+        self.journal = Journal(folder / CHECKPOINTS, identity, named, options.every, model.device)
 
-    def run(self, calls: Calls, start: Checkpoint | None) -> GraphModule | None:
+    def run(
+        self, calls: Calls, used: list[int], held: list[int], start: Checkpoint | None, asked: Asked
+    ) -> GraphModule | None:
         """Run all stages that are not done yet; return the fine-tuned model, if there is one."""
         options = self._options
-        batches = Batches(
-            calls, options.batch, options.seed, device=self._model.device, dtype=self._model.dtype
-        )
+        feed = self._batches(calls, used)
+        held_out = self._batches(calls, held) if held else None
         for number, (name, total) in enumerate(zip(options.stages, options.steps, strict=True)):
             if start is not None and number < start.state.stage:
                 continue
@@ -196,52 +200,70 @@ class _Runner:
             else:
                 self.journal.restore(resumed)
                 _forget_mixtures(self._model)
+            # A stage before may have stopped some of them.
+            self._model.students_module.requires_grad_(True)
             stage = self._stage(name)
-            self._run_stage(stage, batches, number, total, resumed)
+            around = Around(
+                held_out=held_out,
+                recorded=isinstance(stage, FineTuning) and self._use_recorded(stage, feed),
+                score=self._scorer(name, stage),
+                watch=self._watch,
+                asked=asked,
+                progress=self._progress,
+            )
+            rate = options.finetune_lr if name == "finetune" else options.lr
+            run_stage(
+                stage, feed, self.journal, options, number=number, total=total, lr=rate, start=resumed, around=around
+            )
             _forget_mixtures(self._model)
             if isinstance(stage, FineTuning):
                 finetuned = stage.result()
-                save_finetuned(finetuned, self._model, list(options.students), self.finetuned_folder)
+                save_finetuned(finetuned, self._model, list(self._students), self.finetuned_folder)
                 return finetuned
         return None
 
-    def _run_stage(
-        self, stage: Stage, batches: Batches, number: int, total: int, resumed: Checkpoint | None
-    ) -> None:
-        options = self._options
-        run_stage(
-            stage,
-            batches,
-            self.journal,
-            number=number,
-            total=total,
-            lr=options.finetune_lr if isinstance(stage, FineTuning) else options.lr,
-            clip=options.clip,
-            start=resumed,
-            progress=self._progress,
-        )
+    def _batches(self, calls: Calls, only: list[int]) -> Batches:
+        model, options = self._model, self._options
+        return Batches(calls, options.batch, options.seed, device=model.device, dtype=model.dtype, only=only)
+
+    def _use_recorded(self, stage: FineTuning, feed: Batches) -> bool:
+        wanted = self._options.recorded
+        use = wanted == "always" or (wanted == "exact" and outputs_are_the_teachers(stage, feed))
+        _log.info("finetune: the teacher's outputs are %s", "read from the calls" if use else "computed")
+        return use
+
+    def _scorer(self, name: str, stage: Stage) -> Callable[[], float] | None:
+        ask, model = self._score, self._model
+        if ask is None:
+            return None
+
+        def scored() -> float:
+            _forget_mixtures(model)
+            before = tuple(model.students)
+            try:
+                whole = stage.student if isinstance(stage, FineTuning) else model.plug(students=list(model.edits))
+                with torch.no_grad():
+                    return float(ask(name, whole))
+            finally:
+                model.plug(students=list(before))
+                _forget_mixtures(model)
+
+        return scored
 
     def _label(self, name: str) -> str:
         return name + self._suffix if name == "finetune" else name
 
     def _stage(self, name: str) -> Stage:
         options = self._options
+        how: dict[str, Any] = {
+            "checkpointing": options.checkpointing,
+            "autocast": self._cast,
+            "backend": options.compile_backend if options.compile else None,
+        }
         if name == "finetune":
-            return FineTuning(
-                self._model,
-                options.students,
-                ema=options.ema,
-                checkpointing=options.checkpointing,
-                autocast=self._cast,
-            )
-        return Distillation(
-            self._model,
-            name,
-            Weights(**options.weights.model_dump()),
-            sequential=options.sequential,
-            checkpointing=options.checkpointing,
-            autocast=self._cast,
-        )
+            return FineTuning(self._model, self._students, **how)
+        weights = Weights(**options.weights.model_dump())
+        return Distillation(self._model, name, weights, sequential=options.sequential, **how)
 
 
 def _busy_stages(
@@ -262,16 +284,22 @@ def _busy_stages(
     return tuple(name for name, _ in left), tuple(count for _, count in left)
 
 
-def _options(
-    model: PluggableModel, stages: Sequence[str], steps: Sequence[int] | Mapping[str, int], **rest: Any
-) -> Options:
-    names, counts = _busy_stages(model, stages, steps)
-    try:
-        return Options(stages=names, steps=counts, **rest)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in fault["loc"])
-        raise PpclError(f"training option {where}: {fault['msg'].lower()}, not {fault['input']!r}") from None
+def _check_extras(options: Options, held: list[int]) -> None:
+    """Refuse, before any work, what is not installed or cannot work together."""
+    if options.optimizer == "adamw8bit":
+        schedule.eight_bit()
+    if options.patience is not None and not held:
+        raise PpclError("training option patience: needs held-out calls to see a gain; give held_out a share")
+    if options.compile:
+        from torch._dynamo import list_backends
+
+        backends = list_backends(None)
+        if options.compile_backend not in backends:
+            hint = near(options.compile_backend, backends)
+            raise PpclError(
+                f"training option compile_backend: no backend {options.compile_backend!r}{hint}; "
+                f"there are {', '.join(backends)}"
+            )
 
 
 def _mixture(model: PluggableModel, keep: float | None) -> tuple[str, ...]:
@@ -289,17 +317,6 @@ def _autocast(model: PluggableModel, wanted: bool | None) -> torch.dtype | None:
         cuda = model.device.type == "cuda" and torch.cuda.is_bf16_supported()
         wanted = cuda and model.dtype == torch.float32
     return torch.bfloat16 if wanted else None
-
-
-def _check_writable(folder: Path) -> None:
-    """Make the output folder now: better than finding out at the first checkpoint that it cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PpclError(f"{folder}: cannot be written ({reason}); choose a writable folder") from None
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PpclError(f"{folder}: cannot be written; choose a writable folder")
 
 
 def _starting_point(folder: Path, identity: Identity, resume: bool) -> Checkpoint | None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from ppcl_fx.errors import PpclError
 
 BETAS = (0.9, 0.95)
 """AdamW's betas in the paper (Sec. 4.1)."""
@@ -16,34 +20,67 @@ WEIGHT_DECAY = 0.02
 """AdamW's weight decay in the paper (Sec. 4.1)."""
 
 
+EIGHT_BIT = "bitsandbytes"
+"""The package of the 8-bit AdamW."""
+
+
 def warmup_steps(total: int) -> int:
     """Return the length of the warm-up of a run of `total` steps: a twentieth, at least 1 and at most 100."""
     return min(100, max(1, total // 20))
 
 
-def factor(step: int, total: int) -> float:
-    """Return the share of the peak learning rate at `step` (from 0) of `total`: linear up, then half a cosine
-    to 0.
+def factor(step: int, total: int, warmup: int | None = None) -> float:
+    """Return the share of the peak learning rate at `step` (from 0) of `total`: linear up over `warmup` steps
+    (None: `warmup_steps`), then half a cosine to 0.
 
     Nothing but the step goes in, so a resumed run needs no state of a scheduler.
     """
-    warmup = warmup_steps(total)
+    warmup = warmup_steps(total) if warmup is None else min(warmup, total)
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1.0 + math.cos(math.pi * (step - warmup + 1) / max(1, total - warmup + 1)))
 
 
-def optimizer(groups: Mapping[str, Sequence[Parameter]], lr: float) -> torch.optim.AdamW:
-    """Return AdamW over `groups` (edit id -> its parameters), one parameter group an edit, in the order
-    given.
+def optimizer(
+    groups: Mapping[str, Sequence[Parameter]],
+    lr: float,
+    *,
+    kind: str = "adamw",
+    betas: tuple[float, float] = BETAS,
+    weight_decay: float = WEIGHT_DECAY,
+) -> torch.optim.Optimizer:
+    """Return AdamW over `groups` (edit id -> its parameters), one parameter group an edit, in the order given.
+
+    Args:
+        kind: "adamw", or "adamw8bit", whose two averages take a byte each for every parameter.
+
+    Raises:
+        PpclError: 8-bit AdamW is asked for and bitsandbytes is not installed.
     """
+    named = [{"params": list(parameters), "name": name} for name, parameters in groups.items()]
+    if kind == "adamw8bit":
+        made: torch.optim.Optimizer = eight_bit().optim.AdamW8bit(
+            named, lr=lr, betas=betas, weight_decay=weight_decay
+        )
+        return made
     return torch.optim.AdamW(
-        [{"params": list(parameters), "name": name} for name, parameters in groups.items()],
+        named,
         lr=lr,
-        betas=BETAS,
-        weight_decay=WEIGHT_DECAY,
+        betas=betas,
+        weight_decay=weight_decay,
         fused=all(p.device.type in {"cpu", "cuda"} for parameters in groups.values() for p in parameters),
     )
+
+
+def eight_bit() -> Any:
+    """Return the package bitsandbytes. Raises PpclError where it is not installed."""
+    try:
+        return importlib.import_module(EIGHT_BIT)
+    except ImportError as error:
+        raise PpclError(
+            f"training option optimizer: adamw8bit needs {EIGHT_BIT}, which is not here ({error}); "
+            "pip install 'ppcl-fx[bnb]', or take adamw"
+        ) from None
 
 
 def clip(groups: Mapping[str, Sequence[Parameter]], limit: float | None) -> dict[str, Tensor]:

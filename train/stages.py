@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
+from torch.nn import Module
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.graphs import module_paths
 from ppcl_fx.passes.distil import distil, pairs
 from ppcl_fx.passes.liveness import owner
 from ppcl_fx.passes.outline import outline
-from ppcl_fx.train.executor import Distiller, Groups, Saving, casting, inputs
+from ppcl_fx.train.executor import Distiller, Groups, Saving, casting, inputs, without_edit
 from ppcl_fx.train.losses import Weights, output_loss
 
 if TYPE_CHECKING:
@@ -32,13 +33,23 @@ class Stage(Protocol):
     """One stage of training."""
 
     groups: Groups
-    """Edit id -> the parameters that train for it."""
+    """Edit id -> the parameters that train for it; those of stopped edits are gone."""
 
-    def step(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Add one batch's gradients to the parameters' `.grad` and return each edit's loss, detached."""
+    separate: bool
+    """Whether each edit's loss and gradients are its own, so that one can stop while the others go on."""
 
-    def updated(self, step: int) -> None:
-        """Called after the optimiser's update number `step` (from 0)."""
+    def step(
+        self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """Add one batch's gradients, times `scale`, to the parameters' `.grad` and return each edit's loss,
+        detached and not scaled. `target` is the teacher's recorded output.
+        """
+
+    def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
+        """Return each edit's loss on one batch, without gradients."""
+
+    def stop(self, edit: str) -> None:
+        """Train `edit` no further; what only its loss needed is computed no more."""
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold of this stage, beside the students and the optimiser."""
@@ -59,6 +70,7 @@ class Distillation:
             paper's control).
         checkpointing: Recompute the students' insides in the backward pass instead of keeping them.
         autocast: The dtype of matrix products, or None.
+        backend: `torch.compile`'s backend for the student blocks, None not to compile them.
     """
 
     def __init__(
@@ -70,23 +82,43 @@ class Distillation:
         sequential: bool = False,
         checkpointing: bool = False,
         autocast: torch.dtype | None = None,
+        backend: str | None = None,
     ) -> None:
-        graph = distil(model, name, sequential=sequential)
-        if weights.attention and not any(term.startswith("attention.") for term in terms(graph)):
+        self._graph = distil(model, name, sequential=sequential, attention=weights.attention != 0.0)
+        compared = any(term.startswith("attention.") for term in terms(self._graph))
+        if name == "depth" and weights.attention and not compared:
             raise PpclError("the distillation graph compares no attention outputs: leave their weight at 0")
-        if checkpointing and name == "depth":
-            outline_students(graph)
-        self._distiller = Distiller(
-            graph, weights, joint=sequential, checkpointing=checkpointing, autocast=autocast
-        )
+        blocks = outline_students(self._graph) if (checkpointing or backend) and name == "depth" else []
+        for block in blocks if backend else []:
+            block.compile(backend=backend)
+        self._weights = weights
+        self._options: dict[str, Any] = {
+            "joint": sequential, "checkpointing": checkpointing, "autocast": autocast,
+        }  # fmt: skip
+        self.separate = not sequential
+        self._build()
+
+    def _build(self) -> None:
+        self._distiller = Distiller(self._graph, self._weights, **self._options)
         self.groups = self._distiller.groups
 
-    def step(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """See `Stage`."""
-        return self._distiller.step(kwargs)
+    def step(
+        self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """See `Stage`; the students' targets are the teacher's states, computed on the way."""
+        return self._distiller.step(kwargs, scale)
 
-    def updated(self, step: int) -> None:
-        """Nothing to do: the students were updated in place."""
+    def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
+        """See `Stage`."""
+        return self._distiller.evaluate(kwargs)
+
+    def stop(self, edit: str) -> None:
+        """See `Stage`. The teacher's blocks after the last student that still trains are not run any more."""
+        for parameter in self.groups[edit]:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        without_edit(self._graph, edit)
+        self._build()
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing: the students are in every checkpoint."""
@@ -105,72 +137,75 @@ class FineTuning:
     Args:
         model: The pluggable model; its plugged mixture is the same afterwards.
         students: The edits of the mixture to fine-tune.
-        ema: Decay of an exponential moving average of the weights, which then is the result; None for the
-            last weights.
         checkpointing: Recompute the blocks' insides in the backward pass instead of keeping them.
         autocast: The dtype of matrix products, or None.
+        backend: `torch.compile`'s backend for the mixture's blocks, None not to compile them.
     """
+
+    separate = False
 
     def __init__(
         self,
         model: PluggableModel,
         students: Sequence[str],
         *,
-        ema: float | None = None,
         checkpointing: bool = False,
         autocast: torch.dtype | None = None,
+        backend: str | None = None,
     ) -> None:
         self._teacher = mixture(model, ())
         self.student = copy.deepcopy(mixture(model, students)).requires_grad_(True)
         # The blocks as modules of their own, over the same parameters: what gradient checkpointing works on.
-        view = segmented(self.student) if checkpointing else self.student
+        view = segmented(self.student) if checkpointing or backend else self.student
+        if backend:
+            for block in view.children():
+                block.compile(backend=backend)
         self._runner = Saving(view, checkpointing=checkpointing)
         self._autocast = autocast
         self._device = model.device
-        self._decay = ema
-        start = self.student.named_parameters() if ema is not None else ()
-        self._average = {name: p.detach().to(torch.float32, copy=True) for name, p in start}
         self.groups: Groups = {WHOLE: list(self.student.parameters())}
 
-    def step(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """See `Stage`."""
-        with casting(self._device, self._autocast):
-            with torch.no_grad():
-                target = prediction(self._teacher(*inputs(self._teacher, kwargs)))
-            velocity = prediction(self._runner.run(*inputs(self.student, kwargs)))
-        loss = output_loss(velocity, target)
-        torch.autograd.backward(loss)
+    def step(
+        self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """See `Stage`. Without a `target` the teacher computes it."""
+        loss = self._loss(kwargs, target)
+        torch.autograd.backward(loss * scale)
         return {WHOLE: loss.detach()}
 
-    def updated(self, step: int) -> None:
-        """Move the average towards the new weights; faster at first, or it would stay at the start."""
-        if self._decay is None:
-            return
-        share = 1.0 - min(self._decay, (step + 1) / (step + 10))
+    def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
+        """See `Stage`."""
         with torch.no_grad():
-            for name, parameter in self.student.named_parameters():
-                self._average[name].lerp_(parameter.float(), share)
+            return {WHOLE: self._loss(kwargs, target)}
+
+    def stop(self, edit: str) -> None:
+        """Nothing is left to train: the loop ends here."""
+        self.groups = {}
+
+    def target(self, kwargs: Mapping[str, Any]) -> Tensor:
+        """Return the teacher's output for a batch, as this stage computes it."""
+        with casting(self._device, self._autocast), torch.no_grad():
+            return prediction(self._teacher(*inputs(self._teacher, kwargs)))
+
+    def _loss(self, kwargs: Mapping[str, Any], target: Tensor | None) -> Tensor:
+        wanted = self.target(kwargs) if target is None else target
+        with casting(self._device, self._autocast):
+            velocity = prediction(self._runner.run(*inputs(self.student, kwargs)))
+        return output_loss(velocity, wanted)
 
     def result(self) -> GraphModule:
-        """Return the fine-tuned model, not training any more, with the averaged weights if there are any."""
-        with torch.no_grad():
-            for name, value in self._average.items():
-                self.student.get_parameter(name).copy_(value)
+        """Return the fine-tuned model, not training any more."""
         return self.student.requires_grad_(False)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The copy's parameters and their average."""
-        return {f"{prefix}.{name}": value for prefix, name, value in self._stored()}
+        """The copy's parameters."""
+        return {f"finetune.{name}": value for name, value in self.student.named_parameters()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the copy's parameters and their average."""
+        """Set the copy's parameters."""
         with torch.no_grad():
-            for prefix, name, value in self._stored():
-                value.copy_(tensors[f"{prefix}.{name}"])
-
-    def _stored(self) -> list[tuple[str, str, Tensor]]:
-        weights = [("finetune", name, p) for name, p in self.student.named_parameters()]
-        return weights + [("average", name, value) for name, value in self._average.items()]
+            for name, value in self.student.named_parameters():
+                value.copy_(tensors[f"finetune.{name}"])
 
 
 def terms(gm: GraphModule) -> set[str]:
@@ -179,9 +214,9 @@ def terms(gm: GraphModule) -> set[str]:
     return {str(term[0]) for group in found if isinstance(group, tuple) for term in group}
 
 
-def outline_students(gm: GraphModule) -> None:
-    """Make each student block of a distillation graph one module, in place: what gradient checkpointing works
-    on.
+def outline_students(gm: GraphModule) -> list[Module]:
+    """Make each student block of a distillation graph one module, in place, and return them: what gradient
+    checkpointing and compilation work on.
     """
     regions: dict[str, list[Node]] = {}
     for node in gm.graph.nodes:
@@ -191,6 +226,7 @@ def outline_students(gm: GraphModule) -> None:
     for path, nodes in regions.items():
         outline(gm, path, nodes)
     gm.recompile()
+    return [gm.get_submodule(path) for path in regions]
 
 
 def segmented(gm: GraphModule) -> GraphModule:

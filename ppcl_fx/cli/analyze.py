@@ -16,13 +16,13 @@ from ppcl_fx.cli.options import (
     Overwrite,
     Seed,
     Verbose,
-    check_writable,
     given,
     parse_device,
 )
 from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
 from ppcl_fx.errors import PpclError
+from ppcl_fx.files import check_writable
 from ppcl_fx.memory import parse_size
 
 if TYPE_CHECKING:

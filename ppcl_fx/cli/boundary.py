@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from typer import TyperException
 
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import PpclError, Stopped
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -47,6 +47,8 @@ def guarded(run: Callable[[list[str]], object], argv: Sequence[str]) -> int:
     with _sigterm_unwinds(), _only_json(as_json) as stdout:
         try:
             outcome = run(arguments)
+        except Stopped as error:
+            return _fail(_line(error), error.code, stdout if as_json else None)
         except (PpclError, TyperException, OSError) as error:
             return _fail(_line(error), USER_ERROR, stdout if as_json else None)
         except KeyboardInterrupt:

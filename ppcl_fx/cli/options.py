@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.files import check_writable
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
@@ -27,7 +27,6 @@ MemoryLimit = Annotated[
 Device = Annotated[str, typer.Option(help="Where --memory-limit computes: 'cpu', 'cuda'.")]
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
-_PROBE_PREFIX = ".ppcl-fx-"
 
 
 def parse_device(text: str, limit: str | None) -> str:
@@ -127,16 +126,3 @@ def check_output(path: Path, *, overwrite: bool) -> None:
     if path.is_dir() and not overwrite and any(path.iterdir()):
         raise PpclError(f"{path}: already exists; choose another output, or replace it with --overwrite")
     check_writable(path)
-
-
-def check_writable(path: Path) -> None:
-    """Refuse a folder that cannot be made, or written to where it exists."""
-    place = path.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    try:
-        with tempfile.TemporaryFile(dir=place, prefix=_PROBE_PREFIX):
-            pass
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PpclError(f"{path}: cannot be written ({reason}: {place}); choose a writable place") from error

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import Json, Seed, Verbose, check_writable, choices, given, parse_counts, parse_keep
+from ppcl_fx.cli.options import Json, Verbose, choices, given, parse_counts, parse_keep
 from ppcl_fx.cli.teacher import open_calls, open_student
 from ppcl_fx.cli.terminal import Terminal
+from ppcl_fx.cli.watching import watching
 from ppcl_fx.errors import PpclError
+from ppcl_fx.files import check_writable
 
 if TYPE_CHECKING:
-    from ppcl_fx.train import TrainResult
+    from ppcl_fx.train import StageCurves, TrainResult
 
 STAGES = ("depth", "width", "finetune")
 REPORT = "report.html"
@@ -23,41 +25,105 @@ REPORT = "report.html"
 def train(
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="What 'ppcl-fx rewrite' wrote.")],
     calls: Annotated[Path, typer.Option(metavar="FOLDER", help="Recorded calls of the teacher: RUN/calls.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Options as TOML, such as the train.toml of a run; options given here win."),
+    ] = None,
     stage: Annotated[
-        str, typer.Option(metavar="NAMES", help="Stages, with commas: some of depth,width,finetune.")
-    ] = ",".join(STAGES),
+        str | None, typer.Option(metavar="NAMES", help="Stages, with commas: some of depth,width,finetune.")
+    ] = None,
     steps: Annotated[
-        str, typer.Option(metavar="COUNTS", help="Steps of each stage, in the same order.")
-    ] = "600,200,100",
+        str | None,
+        typer.Option(metavar="COUNTS", help="Steps of each stage, in the same order; 600,200,100 if left out."),
+    ] = None,
     keep: Annotated[
         str | None,
         typer.Option(metavar="SHARE", help="Share of the mixture to fine-tune; all students if left out."),
     ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Calls in one step.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Calls in one forward pass.")] = None,
+    accumulate: Annotated[int | None, typer.Option(min=1, help="Forward and backward passes in one step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate of depth and width.")] = None,
     finetune_lr: Annotated[float | None, typer.Option(help="Peak learning rate of finetune.")] = None,
-    seed: Seed = 42,
-    every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
+    warmup: Annotated[str | None, typer.Option(metavar="STEPS", help="Warm-up steps; a twentieth if left out.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, or adamw8bit with bitsandbytes.")] = None,
+    betas: Annotated[str | None, typer.Option(metavar="A,B", help="AdamW's betas.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
+    clip: Annotated[str | None, typer.Option(metavar="NORM", help="Largest gradient norm of an edit; none")] = None,
+    ema: Annotated[
+        str | None, typer.Option(metavar="DECAY", help="The result is an average of the weights; none")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random; 42 if left out.")] = None,
     sequential: Annotated[
-        bool, typer.Option("--sequential", help="Feed each student the one before it (the paper's control).")
-    ] = False,
+        bool | None,
+        typer.Option("--sequential/--no-sequential", help="Feed each student the one before it (a control)."),
+    ] = None,
+    autocast: Annotated[
+        bool | None, typer.Option("--autocast/--no-autocast", help="bf16 matrix products; float32 on CUDA has them.")
+    ] = None,
     checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Gradient checkpointing: less memory, more time.")
-    ] = False,
+        bool | None,
+        typer.Option("--checkpointing/--no-checkpointing", help="Gradient checkpointing: less memory, more time."),
+    ] = None,
+    compile: Annotated[
+        bool | None, typer.Option("--compile/--no-compile", help="torch.compile of the student blocks.")
+    ] = None,
+    compile_backend: Annotated[str | None, typer.Option(help="torch.compile's backend.")] = None,
+    recorded: Annotated[
+        str | None, typer.Option(metavar="WHEN", help="Use recorded outputs: exact (where equal), always, never.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(metavar="TERMS", help="Weights of loss terms, such as relative=1,attention=0.1.")
+    ] = None,
+    held_out: Annotated[float | None, typer.Option(help="Share of the calls that is never trained on.")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations on them.")] = None,
+    patience: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Evaluations without gain until a student stops, or none.")
+    ] = None,
+    min_gain: Annotated[float | None, typer.Option(help="Share of the best loss that counts as a gain.")] = None,
+    score_prompts: Annotated[
+        int | None, typer.Option(min=0, help="Pictures a category scored at evaluations ('shapes' only).")
+    ] = None,
+    every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
+    log: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Folder of the logs; STUDENT/logs if left out.")
+    ] = None,
+    log_every: Annotated[int | None, typer.Option(min=1, help="Steps between lines of log.jsonl.")] = None,
+    tensorboard: Annotated[
+        bool | None,
+        typer.Option("--tensorboard/--no-tensorboard", help="TensorBoard events; where it is installed if left out."),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, to the bit.")
     ] = False,
     verbose: Verbose = False,
     json: Json = False,
 ) -> Result:
-    """Train STUDENT's students in place; checkpoints, loss curves and the fine-tuned model are put in its folder."""
-    stages = choices("--stage", stage, STAGES)
-    counts = parse_counts("--steps", steps)
-    if len(counts) != len(stages):
-        raise PpclError(
-            f"--steps {steps}: {len(counts)} numbers for {_plural(len(stages), 'stage')}; give one for each"
-        )
-    share = parse_keep(keep) if keep is not None else None
+    """Train STUDENT's students in place; checkpoints, logs, loss curves and the fine-tuned model go to its folder.
+
+    Ctrl-C and SIGTERM save first. The complete options of the run are written to STUDENT/train.toml.
+    """
+    stages = choices("--stage", stage, STAGES) if stage is not None else None
+    counts = parse_counts("--steps", steps) if steps is not None else None
+    if counts is not None and (stages is not None or config is None):
+        expected = len(stages or STAGES)
+        if len(counts) != expected:
+            raise PpclError(
+                f"--steps {steps}: {len(counts)} numbers for {_plural(expected, 'stage')}; give one for each"
+            )
+    options = given(
+        stages=stages, steps=counts, keep=parse_keep(keep) if keep is not None and keep != "none" else keep,
+        batch=batch, accumulate=accumulate, lr=lr, finetune_lr=finetune_lr, warmup=warmup, optimizer=optimizer,
+        betas=betas.split(",") if betas is not None else None, weight_decay=weight_decay, clip=clip, ema=ema,
+        seed=seed, sequential=sequential, autocast=autocast, checkpointing=checkpointing, compile=compile,
+        compile_backend=compile_backend, recorded=recorded, held_out=held_out, evaluate_every=evaluate_every,
+        patience=patience, min_gain=min_gain, score_prompts=score_prompts, every=every, log=log,
+        log_every=log_every, tensorboard=tensorboard,
+        weights=_terms(weights) if weights is not None else None,
+    )  # fmt: skip
+
+    from ppcl_fx.train.config import resolve
+
+    chosen = resolve(config, **options)
     check_writable(student)
     terminal = Terminal(verbose)
 
@@ -65,31 +131,31 @@ def train(
     from ppcl_fx.train import train as run
 
     model = open_student(student, terminal)
-    recorded = open_calls(calls, terminal)
-    recorded.check(student, model.plan.model)
-    options = given(keep=share, batch=batch, lr=lr, finetune_lr=finetune_lr, every=every)
-    with terminal.step("training") as report:
-        trained = run(
-            model,
-            recorded.calls,
-            stages=stages,
-            steps=counts,
-            out=student,
-            resume=resume,
-            seed=seed,
-            sequential=sequential,
-            checkpointing=checkpointing,
-            progress=lambda name, done, total, loss: report(done, total, f"{name}, loss {loss:.4g}"),
-            **options,
-        )
+    recording = open_calls(calls, terminal)
+    recording.check(student, model.plan.model)
+    with watching() as show:
+        trained = run(model, recording.calls, out=student, config=chosen, resume=resume, watch=show)
     model.save_students(student)
     curves = {stage.label: stage.losses for stage in trained.stages}
     write_report(student / REPORT, plan=model.plan, losses=curves, title=f"{student.name}: training")
     return _result(student, trained)
 
 
+def _terms(text: str) -> dict[str, str]:
+    """Return name -> weight of ``image=1,relative=0.5``; the values are checked with the other options."""
+    parts = [part.partition("=") for part in text.split(",")]
+    if not all(name.strip() and sign for name, sign, _ in parts):
+        raise PpclError(f"--weights {text}: give names and numbers, such as image=1,relative=0.5")
+    return {name.strip(): value.strip() for name, _, value in parts}
+
+
 def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
+
+
+def _more(stage: StageCurves, edit: str) -> str:
+    held_out, stop = stage.held_out.get(edit), stage.stopped.get(edit)
+    return (f", held-out {held_out[-1][1]:.4g}" if held_out else "") + (f"; stopped, {stop.reason}" if stop else "")
 
 
 def _result(student: Path, trained: TrainResult) -> Result:
@@ -100,6 +166,9 @@ def _result(student: Path, trained: TrainResult) -> Result:
             "seconds": round(stage.seconds, 3),
             "first": {edit: values[0] for edit, values in stage.losses.items()},
             "last": {edit: values[-1] for edit, values in stage.losses.items()},
+            "held_out": {edit: values[-1][1] for edit, values in stage.held_out.items()},
+            "score": stage.scores[-1][1] if stage.scores else None,
+            "stopped": {edit: stop.reason for edit, stop in stage.stopped.items()},
         }
         for stage in trained.stages
     ]
@@ -116,7 +185,8 @@ def _result(student: Path, trained: TrainResult) -> Result:
     for stage in trained.stages:
         lines.append(f"{stage.label}: {stage.steps} steps, {stage.seconds:.1f} s")
         lines += [
-            f"  {edit}: loss {values[0]:.4g} -> {values[-1]:.4g}" for edit, values in stage.losses.items()
+            f"  {edit}: loss {values[0]:.4g} -> {values[-1]:.4g}{_more(stage, edit)}"
+            for edit, values in stage.losses.items()
         ]
     if trained.finetuned is not None:
         lines.append(f"fine-tuned model: {trained.finetuned}")

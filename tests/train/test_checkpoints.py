@@ -33,7 +33,7 @@ def test_the_last_two_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
     assert (found.state.stage, found.state.step) == (1, 5)
     assert torch.equal(found.tensors["students.w"], torch.full((3,), 5.0))
     assert found.state.curves[0].losses == {"e": [0.1, 0.3]}
-    assert sorted(path.name for path in found.folder.iterdir()) == ["state.json", "state.safetensors"]
+    assert sorted(path.name for path in found.folder.iterdir()) == ["SHA256SUMS", "state.json", "state.safetensors"]
 
 
 def test_a_truncated_one_is_passed_over_for_the_one_before(
@@ -46,7 +46,7 @@ def test_a_truncated_one_is_passed_over_for_the_one_before(
         found = checkpoints.latest(tmp_path, IDENTITY)
     assert found is not None
     assert found.state.step == 1
-    assert "truncated" in caplog.text
+    assert "its checksum is not the one in SHA256SUMS" in caplog.text
     assert "00-00000002" in caplog.text
 
 
@@ -88,6 +88,29 @@ def test_a_half_written_one_is_not_seen_and_cleared(tmp_path: Path) -> None:
     _save(tmp_path, 0, 1)
     checkpoints.clear(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes"]
+
+
+def test_one_changed_byte_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The file still reads, and the loss in it is a number: only the checksum knows."""
+    for name in (checkpoints.TENSORS, checkpoints.STATE):
+        _save(tmp_path, 0, 1)
+        file = _save(tmp_path, 0, 2) / name
+        data = bytearray(file.read_bytes())
+        place = len(data) - 1 if name == checkpoints.TENSORS else data.index(b"0.3") + 2
+        data[place] ^= 1
+        file.write_bytes(data)
+        found = checkpoints.latest(tmp_path, IDENTITY)
+        assert found is not None
+        assert found.state.step == 1
+        assert f"00-00000002/{name}: its checksum" in caplog.text
+        checkpoints.clear(tmp_path)
+
+
+def test_what_a_fallback_left_behind_goes_with_the_next_checkpoint(tmp_path: Path) -> None:
+    for step in (3, 6, 9):
+        _save(tmp_path, 0, step)
+    _save(tmp_path, 0, 7)
+    assert [path.name for path in checkpoints.existing(tmp_path)] == ["00-00000006", "00-00000007"]
 
 
 def test_a_failing_write_leaves_nothing(tmp_path: Path) -> None:

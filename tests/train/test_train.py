@@ -16,7 +16,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.train import Losses, TrainResult, load_finetuned, train
 from ppcl_fx.train.executor import inputs
 from ppcl_fx.train.losses import Weights
-from ppcl_fx.train.stages import Distillation, FineTuning, mixture, prediction
+from ppcl_fx.train.stages import Distillation, FineTuning, mixture, prediction, terms
 from tests.train.pluggable import build
 
 STEPS = {"depth": 6, "width": 4, "finetune": 4}
@@ -246,7 +246,7 @@ def test_the_random_state_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_nan_in_the_loss_ends_with_one_line_and_a_good_checkpoint(tmp_path: Path) -> None:
+def test_nan_in_every_loss_ends_with_one_line_and_a_good_checkpoint(tmp_path: Path) -> None:
     model, calls = build()
 
     def spoil(_stage: str, done: int, _total: int, _loss: float) -> None:
@@ -255,7 +255,8 @@ def test_nan_in_the_loss_ends_with_one_line_and_a_good_checkpoint(tmp_path: Path
                 for parameter in model.students_module.parameters():
                     parameter.fill_(float("nan"))
 
-    with pytest.raises(PpclError, match=r"^stage depth, step 5: the loss of depth:\S+ is nan; ") as caught:
+    reason = r"^stage depth, step 5: the loss of depth:\S+ is nan \(calls? \d+(, \d+)*\); "
+    with pytest.raises(PpclError, match=reason) as caught:
         _run(model, calls, tmp_path, progress=spoil)
     assert "\n" not in str(caught.value)
     assert all(p.grad is None for p in model.parameters())
@@ -351,14 +352,25 @@ def test_an_output_that_cannot_be_written_is_found_before_training(tmp_path: Pat
     def never(*_: object) -> None:
         raise AssertionError("trained")
 
-    with pytest.raises(PpclError, match=r"file/run: cannot be written \(Not a directory\)"):
+    with pytest.raises(PpclError, match=r"file/run: cannot be written \(Not a directory: "):
         _run(model, calls, tmp_path / "file" / "run", progress=never)
 
 
-def test_attention_terms_that_the_graph_has_not_are_refused(tmp_path: Path) -> None:
-    model, calls = build()
-    with pytest.raises(PpclError, match="compares no attention outputs"):
-        _run(model, calls, tmp_path, weights=Weights(attention=1.0))
+@pytest.mark.parametrize(("kind", "outputs"), [("qwen", 2), ("flux", 2), ("sd3", 2)])
+def test_attention_outputs_are_terms_of_their_own(kind: str, outputs: int, tmp_path: Path) -> None:
+    model, calls = build(kind)
+    model.requires_grad_(False)
+    model.students_module.requires_grad_(True)
+    plain, whole = (Distillation(model, "depth", Weights(attention=weight)) for weight in (0.0, 0.5))
+    twice = Distillation(model, "depth", Weights(attention=1.0)).evaluate(calls[0].kwargs)
+    first = next(iter(plain.groups))
+    names = terms(whole._graph) - terms(plain._graph)
+    assert {f"attention.0.{i}" for i in range(outputs)} <= names
+    one, half = (stage.evaluate(calls[0].kwargs)[first] for stage in (plain, whole))
+    assert half > one
+    torch.testing.assert_close(twice[first] - one, 2 * (half - one))
+    result = _run(model, calls, tmp_path, stages=["depth", "width"], weights=Weights(attention=0.5))
+    assert all(curve[-1] < curve[0] for curve in result.stages[0].losses.values())
 
 
 def test_another_plans_finetuned_folder_is_refused(tmp_path: Path) -> None:
