@@ -62,7 +62,10 @@ def test_a_training_killed_at_random_moments_ends_the_same_to_the_bit(tmp_path: 
     for one_stage, two_stage in zip(first.stages, second.stages, strict=True):
         assert one_stage.model_copy(update={"seconds": 0.0}) == two_stage.model_copy(update={"seconds": 0.0})
     steps = [
-        [(row["stage"], row["step"]) for row in map(json.loads, (folder / "logs" / "log.jsonl").open())]
+        [
+            (row["stage"], row["step"])
+            for row in map(json.loads, (folder / "logs" / "log.jsonl").read_text().splitlines())
+        ]
         for folder in (straight, killed)
     ]
     assert steps[0] == steps[1]
