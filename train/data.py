@@ -75,6 +75,16 @@ class Batches:
             _check(call)
         return _moved(collate(drawn), self._device, self._dtype)
 
+    def one(self, index: int) -> dict[str, Any]:
+        """Return the keyword arguments of one call, by its position in `calls`, as `kwargs` gives those of a batch.
+
+        Raises:
+            PpclError: The call holds NaN or infinity.
+        """
+        call = self._calls[index]
+        _check(call)
+        return _moved(call.kwargs, self._device, self._dtype)
+
     def _order(self, epoch: int) -> list[tuple[int, ...]]:
         generator = random.Random(f"ppcl-fx batches {self._seed} {epoch}")
         batches: list[tuple[int, ...]] = []

@@ -4,7 +4,7 @@ its own node.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -85,6 +85,7 @@ class Distiller(Saving):
         self._autocast = autocast
         self._live = live_nodes(gm)
         self._losses: dict[str, Tensor] = {}
+        self._share = 1.0
         self.groups = edit_parameters(gm)
 
     def step(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -93,10 +94,20 @@ class Distiller(Saving):
         Returns:
             Edit id -> its loss, a detached float32 scalar on the model's device.
         """
-        self._losses = {}
+        return self.step_on(inputs(self._gm, kwargs))
+
+    def step_on(self, values: Sequence[Any], share: float = 1.0) -> dict[str, Tensor]:
+        """Do what `step` does on the values of the graph's placeholders, in order.
+
+        Args:
+            values: The placeholders' values.
+            share: The part of a batch that they are: losses and gradients are multiplied by it, so that the parts of
+                a batch, one after the other, add up to the batch.
+        """
+        self._losses, self._share = {}, share
         device = _device(self._gm)
         with _restored_grad_mode(), casting(device, self._autocast):
-            self.run(*inputs(self._gm, kwargs))
+            self.run(*values)
         if self._joint:
             torch.autograd.backward(total_loss(self._losses.values()))
         losses = {edit: loss.detach() for edit, loss in self._losses.items()}
@@ -119,6 +130,7 @@ class Distiller(Saving):
         device = _device(self._gm)
         with torch.autocast(device.type, enabled=False):
             loss = edit_loss(terms, self._weights)
+            loss = loss if self._share == 1.0 else loss * self._share
             if edit_id in self._losses:
                 raise RuntimeError(f"edit {edit_id} ends in two `pairs` nodes")
             if not self._joint:

@@ -32,9 +32,12 @@ class Masters:
         }
 
     def take_gradients(self) -> None:
-        """Move the gradients of the 16-bit parameters to their masters."""
+        """Move the gradients of the 16-bit parameters to their masters; what these have already is added to."""
         for parameter, master in self._copies:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+            if parameter.grad is not None:
+                master.grad = (
+                    parameter.grad.float() if master.grad is None else master.grad.add_(parameter.grad)
+                )
             parameter.grad = None
 
     def write_back(self) -> None:
