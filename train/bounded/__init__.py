@@ -1,3 +1,3 @@
-"""Distillation within a memory limit: the teacher streamed, its states cached at the edits' borders, students in turn."""
+"""Distillation within a memory limit: the teacher is streamed, its states at the students' borders are cached."""
 
 from __future__ import annotations

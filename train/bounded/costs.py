@@ -73,7 +73,8 @@ def problem_cost(problem: Problem, last: int, checkpointing: bool) -> ProblemCos
     moments = sum(p.numel() * ADAM for p in trained)
     placeholders = problem.graph.graph.find_nodes(op="placeholder")
     border = {
-        name: value_bytes(node.meta.get("val")) for name, node in zip(problem.border, placeholders, strict=True)
+        name: value_bytes(node.meta.get("val"))
+        for name, node in zip(problem.border, placeholders, strict=True)
     }
     return ProblemCost(
         held=2 * size + 2 * low + moments + frozen,
@@ -118,9 +119,9 @@ def _step_bytes(problem: Problem, checkpointing: bool) -> int:
     kept = largest = 0
     for node in live_nodes(gm):
         size = value_bytes(node.meta.get("val"))
-        whole = node.op == "call_module" and not type(gm.get_submodule(str(node.target))).__module__.startswith(
-            "torch.nn."
-        )
+        whole = node.op == "call_module" and not type(
+            gm.get_submodule(str(node.target))
+        ).__module__.startswith("torch.nn.")
         kept += INSIDE * size if whole else size
         largest = max(largest, size)
     # Checkpointed, a module is computed again in the backward pass and holds its inside for that time.

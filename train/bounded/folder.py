@@ -134,7 +134,9 @@ class StudentFolder:
                 )
         extra = sorted(set(self.students.stored) - set(wanted))
         if extra:
-            raise PpclError(f"{path} does not fit the plan: it holds {extra[0]}, which no edit has; save again")
+            raise PpclError(
+                f"{path} does not fit the plan: it holds {extra[0]}, which no edit has; save again"
+            )
 
 
 def save_finished(
@@ -156,7 +158,9 @@ def load_finished(folder: Path, name: str) -> tuple[dict[str, Tensor], Finished]
         tensors = read_safetensors(path)
         if _digest(path) == found.sha256:
             return tensors, found
-        _log.warning("%s: its checksum is another than when it was written; this student is trained again", path)
+        _log.warning(
+            "%s: its checksum is another than when it was written; this student is trained again", path
+        )
     except PpclError as error:
         _log.warning("damaged student passed over, it is trained again: %s", error)
     return None

@@ -87,7 +87,9 @@ def student_side(gm: GraphModule, live: set[Node]) -> set[Node]:
             # A constant is at hand; a value behind another edit's student is not in the pluggable graph.
             side.add(node)
         elif node.op != "placeholder" and not node.is_impure() and not _has_tensors(gm, node):
-            new = [source for source in node.all_input_nodes if not any(user in side for user in source.users)]
+            new = [
+                source for source in node.all_input_nodes if not any(user in side for user in source.users)
+            ]
             if not new or sum(_size(source) for source in new) < _size(node):
                 side.add(node)
     return side
@@ -105,9 +107,7 @@ def _has_tensors(gm: GraphModule, node: Node) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
-def _together(
-    gm: GraphModule, parts: Sequence[tuple[Node, set[Node]]]
-) -> list[tuple[list[Node], set[Node]]]:
+def _together(gm: GraphModule, parts: Sequence[tuple[Node, set[Node]]]) -> list[tuple[list[Node], set[Node]]]:
     """Join the parts whose trained weights overlap; each is the `pairs` node of an edit and what it needs."""
     groups: list[tuple[list[Node], set[Node], set[int]]] = []
     for end, nodes in parts:

@@ -1,7 +1,7 @@
 """The schedule: which students train at a time, and whether the teacher's values are cached or recomputed for them.
 
 `plan_schedule` is a pure function of costs and limits. It prices every way of doing the work and takes the fastest that
-fits:
+fits (of two that are about as fast the plainer one):
 
 - how many students are in memory at a time: as many as fit, or fewer, which leaves memory for the cache;
 - how many sets of students the teacher runs for: one run for all of them fills the largest cache;
@@ -14,11 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.memory import size_words
 from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost
 
+CLEARLY = 0.98
+"""A way takes the place of a plainer one, or one with more students at a time, for less than this share of its time."""
 MARGIN = 2**28
 """Bytes of the memory limit that are left for what no estimate sees: the allocator, libraries, the interpreter."""
 
@@ -116,13 +119,17 @@ class Schedule:
 
     @property
     def kind(self) -> str:
-        """"cached" or "recomputed"."""
+        """ "cached" or "recomputed"."""
         return kind(self.sweeps)
 
     @property
     def at_once(self) -> int:
         """The most students that train at a time."""
         return max(len(group) for sweep in self.sweeps for group in sweep.groups)
+
+
+KINDS = ("cached", "cached in turns", "recomputed")
+"""How a schedule gets the teacher's values, the plainest first."""
 
 
 def kind(sweeps: Sequence[Sweep]) -> str:
@@ -157,7 +164,7 @@ def plan_schedule(
     _check_memory(problems, teacher, work, free)
     # Each trained weight once as a finished student's file, once in the new students' file.
     fixed = 2 * sum(problem.weights for problem in problems)
-    best: dict[str, tuple[float, int, tuple[Sweep, ...], Price, int]] = {}
+    best: dict[str, tuple[tuple[Sweep, ...], Price, int]] = {}
     least_disk = None
     for sweeps in _candidates(problems, work, free):
         price = _price(problems, teacher, work, speeds, free, sweeps)
@@ -170,19 +177,22 @@ def plan_schedule(
         if disk > limits.disk:
             least_disk = disk if least_disk is None else min(least_disk, disk)
             continue
-        found = (price.seconds, len(sweeps), sweeps, price, disk)
         name = kind(sweeps)
-        if name not in best or found[:2] < best[name][:2]:
-            best[name] = found
+        if name not in best or price.seconds < CLEARLY * best[name][1].seconds:
+            best[name] = (sweeps, price, disk)
     if not best:
         assert least_disk is not None
         raise PpclError(
             f"--disk-limit {size_words(limits.disk)}: too small for this training; "
             f"give at least {size_words(least_disk)}"
         )
-    chosen = min(best.values(), key=lambda found: found[:2])
-    others = tuple((name, found[3]) for name, found in best.items() if found is not chosen)
-    return Schedule(chosen[2], chosen[3], chosen[4], others)
+    ways = [name for name in KINDS if name in best]
+    chosen = ways[0]
+    for name in ways[1:]:
+        if best[name][1].seconds < CLEARLY * best[chosen][1].seconds:
+            chosen = name
+    others = tuple((name, best[name][1]) for name in ways if name != chosen)
+    return Schedule(*best[chosen], others)
 
 
 def _check_memory(problems: Sequence[ProblemCost], teacher: TeacherCost, work: Work, free: int) -> None:
@@ -236,7 +246,7 @@ def _groups(
 
 def _windows(steps: int, count: int) -> tuple[tuple[int, int], ...]:
     edges = [round(i * steps / count) for i in range(count + 1)]
-    return tuple((a, b) for a, b in zip(edges, edges[1:], strict=False) if a < b)
+    return tuple((a, b) for a, b in pairwise(edges) if a < b)
 
 
 def _price(

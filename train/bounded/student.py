@@ -140,7 +140,13 @@ class Student:
         self.tensors.clear()
 
     def _place(
-        self, graph: nn.Module, name: str, read: Callable[[str], Tensor], device: torch.device, *, trains: bool
+        self,
+        graph: nn.Module,
+        name: str,
+        read: Callable[[str], Tensor],
+        device: torch.device,
+        *,
+        trains: bool,
     ) -> Any:
         table, leaf = tensor_place(graph, name)
         own = table[leaf]

@@ -66,9 +66,7 @@ class Route:
 
     def last(self, problem: Problem) -> int:
         """Return the last segment that a problem needs a value of."""
-        return max(
-            self._segment[node] for name, _ in self.of[problem.number] for node in self.bundles[name]
-        )
+        return max(self._segment[node] for name, _ in self.of[problem.number] for node in self.bundles[name])
 
     def key(self, *more: str) -> str:
         """Return a digest of the bundles' contents and of `more`."""

@@ -153,13 +153,19 @@ def train_bounded(
 def _check(options: BoundedOptions) -> None:
     for name in options.stages:
         if name == "finetune":
-            raise PpclError("stage finetune trains a whole mixture; leave it out, or train without a memory limit")
+            raise PpclError(
+                "stage finetune trains a whole mixture; leave it out, or train without a memory limit"
+            )
         if name not in STAGES:
             raise PpclError(f"unknown stage {name!r}{near(name, STAGES)}: the stages are {', '.join(STAGES)}")
     if not options.stages or [name for name in STAGES if name in options.stages] != list(options.stages):
-        raise PpclError(f"stages {','.join(options.stages)} are out of order or repeated: keep to depth,width")
+        raise PpclError(
+            f"stages {','.join(options.stages)} are out of order or repeated: keep to depth,width"
+        )
     if len(options.steps) != len(options.stages) or min(options.steps) < 1:
-        raise PpclError(f"steps {options.steps}: give one number above 0 for each of {','.join(options.stages)}")
+        raise PpclError(
+            f"steps {options.steps}: give one number above 0 for each of {','.join(options.stages)}"
+        )
     if options.weights.attention:
         raise PpclError("the distillation graph compares no attention outputs: leave their weight at 0")
     if options.weights.relative and options.batch > 1:
@@ -207,7 +213,9 @@ class _Context:
     def stage(self, number: int) -> _Stage:
         """Return a stage by its position in the run."""
         model = self.opened.model
-        model.requires_grad_(False)  # these parameters are on the meta device: the flags tell what is to train
+        model.requires_grad_(
+            False
+        )  # these parameters are on the meta device: the flags tell what is to train
         model.students_module.requires_grad_(True)
         return _Stage(self, number, problems(model, self.options.stages[number]))
 
@@ -230,7 +238,8 @@ class _Stage:
         sizes = [call_size(call) for call in context.calls]
         self._batch_sizes = [call.batch for call in context.calls]
         self._work = Work(
-            [batches.indices(step) for step in range(self._steps)], [size / max(1, sizes[0]) for size in sizes]
+            [batches.indices(step) for step in range(self._steps)],
+            [size / max(1, sizes[0]) for size in sizes],
         )
         for problem in found if context.resume else ():
             self._note(problem)
@@ -266,7 +275,9 @@ class _Stage:
         for problem in self._problems:
             found = load_finished(self._done, self._title(problem))
             if found is None:
-                raise PpclError(f"{self._done}: {problem.title} was damaged after it was trained; resume to mend it")
+                raise PpclError(
+                    f"{self._done}: {problem.title} was damaged after it was trained; resume to mend it"
+                )
             self._context.opened.trained.update(found[0])
         shutil.rmtree(self._context.work / "cache", ignore_errors=True)
 
@@ -395,5 +406,3 @@ class _Stage:
 
     def _title(self, problem: Problem) -> str:
         return f"{self._name}-{problem.number:03d}"
-
-

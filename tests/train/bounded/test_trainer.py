@@ -137,9 +137,7 @@ def kill_at(number: int) -> Callable[[int, int, str], None]:
 
 
 @pytest.mark.parametrize("way", ["cached", "recomputed"])
-def test_a_killed_run_goes_on_to_the_bit(
-    way: str, tmp_path: Path, tight: Callable[[int], int]
-) -> None:
+def test_a_killed_run_goes_on_to_the_bit(way: str, tmp_path: Path, tight: Callable[[int], int]) -> None:
     """Killed at many moments, one after the other: in the teacher's pass, inside of a group, between groups."""
     model, calls = build()
     model.plug(students=model.edits).save(tmp_path / "straight")
@@ -197,7 +195,14 @@ def test_a_dry_run_tells_the_schedule_and_writes_nothing(saved: tuple[Path, Call
     assert told == list(result.lines) and not result.stages
     text = "\n".join(told)
     assert "stage depth: 2 students, 4 steps, 2 at a time" in text
-    for part in ("cached: the teacher runs once", "memory: ", " of 8.00 GiB", "disk: ", "FLOPs of the teacher", "time: about"):
+    for part in (
+        "cached: the teacher runs once",
+        "memory: ",
+        " of 8.00 GiB",
+        "disk: ",
+        "FLOPs of the teacher",
+        "time: about",
+    ):
         assert part in text
     assert all(plan.schedule and plan.schedule.price.training_flops > 0 for plan in result.schedules)
 
