@@ -37,10 +37,22 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Limits:
-    """What may be used: bytes of memory beside what the process holds already, and bytes of disk."""
+    """What may be used.
+
+    Attributes:
+        memory: bytes beside what the process holds already.
+        disk: bytes of disk.
+        cache_memory: bytes of the memory that the cache may take at most.
+    """
 
     memory: int
     disk: int
+    cache_memory: int = 2**62
+
+    @property
+    def free(self) -> int:
+        """Bytes of memory that estimates may fill."""
+        return self.memory - MARGIN
 
 
 @dataclass(frozen=True)
@@ -160,14 +172,13 @@ def plan_schedule(
     Raises:
         PpclError: one student alone, or the teacher's heaviest block, needs more memory, or the disk is too small.
     """
-    free = limits.memory - MARGIN
-    _check_memory(problems, teacher, work, free)
+    _check_memory(problems, teacher, work, limits.free)
     # Each trained weight once as a finished student's file, once in the new students' file.
     fixed = 2 * sum(problem.weights for problem in problems)
     best: dict[str, tuple[tuple[Sweep, ...], Price, int]] = {}
     least_disk = None
-    for sweeps in _candidates(problems, work, free):
-        price = _price(problems, teacher, work, speeds, free, sweeps)
+    for sweeps in _candidates(problems, work, limits.free):
+        price = _price(problems, teacher, work, speeds, limits, sweeps)
         if price is None:
             continue
         training = max(
@@ -254,14 +265,14 @@ def _price(
     teacher: TeacherCost,
     work: Work,
     speeds: Speeds,
-    free: int,
+    limits: Limits,
     sweeps: Sequence[Sweep],
 ) -> Price | None:
     """Return what a way costs; None where it does not fit into memory."""
     seconds = teacher_flops = training_flops = 0.0
     passes = memory = in_memory = on_disk = 0
     for sweep in sweeps:
-        one = _sweep_price(problems, teacher, work, speeds, free, sweep)
+        one = _sweep_price(problems, teacher, work, speeds, limits, sweep)
         if one is None:
             return None
         seconds += one.seconds
@@ -275,10 +286,10 @@ def _price(
 
 
 def cache_room(
-    problems: Sequence[ProblemCost], teacher: TeacherCost, work: Work, memory: int, sweep: Sweep
+    problems: Sequence[ProblemCost], teacher: TeacherCost, work: Work, limits: Limits, sweep: Sweep
 ) -> int:
-    """Return how many of `memory` bytes the cache may hold while a sweep is done."""
-    return max(0, memory - MARGIN - max(_phases(problems, teacher, work, sweep)))
+    """Return how many bytes of memory the cache may hold while a sweep is done."""
+    return max(0, min(limits.cache_memory, limits.free - max(_phases(problems, teacher, work, sweep))))
 
 
 def _phases(
@@ -299,7 +310,7 @@ def _sweep_price(
     teacher: TeacherCost,
     work: Work,
     speeds: Speeds,
-    free: int,
+    limits: Limits,
     sweep: Sweep,
 ) -> Price | None:
     mine = [problems[number] for number in sweep.problems]
@@ -307,9 +318,9 @@ def _sweep_price(
     one_call = sum(border.values())
     last = max(problem.last for problem in mine)
     training, running = _phases(problems, teacher, work, sweep)
-    room = free - max(training, running)
-    if room < 0:
+    if max(training, running) > limits.free:
         return None
+    room = min(limits.cache_memory, limits.free - max(training, running))
     states = max(teacher.states[: last + 1], default=0)
     flops, weights = sum(teacher.flops[: last + 1]), sum(teacher.weights[: last + 1])
     seconds = teacher_flops = 0.0
@@ -320,7 +331,7 @@ def _sweep_price(
         reads = sum(work.scales[call] for call in uses)
         cached = int(distinct * one_call)
         held = min(cached, room)
-        spilled = max(0, int(distinct * states) - max(0, free - running - held))
+        spilled = max(0, int(distinct * states) - max(0, limits.free - running - held))
         share = (cached - held) / cached if cached else 0.0
         teacher_flops += distinct * flops
         seconds += distinct * flops / speeds.flops + weights / speeds.read

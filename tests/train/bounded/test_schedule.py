@@ -83,6 +83,15 @@ def test_recomputing_wins_where_the_disk_is_slow() -> None:
     assert all(a[1] == b[0] for a, b in pairwise(windows))
 
 
+def test_the_caches_memory_can_be_bounded_by_itself() -> None:
+    students = [student(number) for number in range(4)]
+    work = Work([(0,), (1,)], [1.0, 1.0])
+    limits = Limits(1000 * MIB + MARGIN, 1000 * MIB, cache_memory=5 * MIB)
+    price = plan_schedule(students, TEACHER, work, limits, EVEN, 0).price
+    assert price.cache_memory == 5 * MIB
+    assert price.cache_disk == 2 * (15 * MIB + 4096) - 5 * MIB
+
+
 def test_the_choice_is_the_fastest() -> None:
     for memory in (26, 60, 200, 400):
         found = planned(memory * MIB, 3000 * MIB)

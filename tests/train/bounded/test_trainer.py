@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.model import STUDENTS
 from ppcl_fx.train import Losses, train
-from ppcl_fx.train.bounded import teacher, trainer
+from ppcl_fx.train.bounded import stage, teacher, trainer
 from ppcl_fx.train.bounded.options import BoundedOptions, BoundedResult
 from ppcl_fx.train.bounded.schedule import MARGIN, Speeds
 from ppcl_fx.train.bounded.trainer import train_bounded
@@ -95,82 +96,103 @@ def test_batches_of_one_call_are_equal_to_the_bit(saved: tuple[Path, Calls], tmp
     assert all(torch.equal(tensor, state[name]) for name, tensor in load_file(folder / STUDENTS).items())
 
 
+@dataclass
+class Straight:
+    """A folder before training, and what an undisturbed run makes of it."""
+
+    folder: Path
+    calls: Calls
+    result: BoundedResult
+    students: dict[str, torch.Tensor]
+
+    def copy(self, to: Path) -> Path:
+        """Return a copy of the folder before training."""
+        return Path(shutil.copytree(self.folder, to))
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    place = tmp_path_factory.mktemp("straight")
+    folder, calls = save("qwen", place / "before")
+    shutil.copytree(folder, place / "after")
+    result = run(place / "after", calls)
+    return Straight(folder, calls, result, load_file(place / "after" / STUDENTS))
+
+
 WAYS: dict[str, dict[str, Any]] = {
     "one at a time": {"left": 2_200_000},
-    "recomputed": {"left": 40_000_000, "speeds": SLOW_DISK, "disk_limit": 30_000_000, "way": "recomputed"},
-    "on disk": {"left": 2_200_000, "disk_limit": 30_000_000},
+    "recomputed": {"left": 40_000_000, "speeds": SLOW_DISK, "way": "recomputed"},
 }
 
 
 @pytest.mark.parametrize("name", WAYS)
 def test_limits_change_the_way_and_not_the_result(
-    name: str, saved: tuple[Path, Calls], tight: Callable[[int], int], tmp_path: Path
+    name: str, straight: Straight, tight: Callable[[int], int], tmp_path: Path
 ) -> None:
-    folder, calls = saved
-    shutil.copytree(folder, tmp_path / "other")
-    straight = run(tmp_path / "other", calls)
-    assert [plan.schedule.at_once for plan in straight.schedules if plan.schedule] == [2, 2]
+    folder = straight.copy(tmp_path / "student")
+    assert [plan.schedule.at_once for plan in straight.result.schedules if plan.schedule] == [2, 2]
     options = dict(WAYS[name])
     left, way = options.pop("left"), options.pop("way", "cached")
-    result = run(folder, calls, memory_limit=tight(left), **options)
-    assert curves(result) == curves(straight)
-    schedules = [plan.schedule for plan in result.schedules]
-    assert schedules[0] is not None and schedules[0].kind == way, result.lines
-    assert (folder / STUDENTS).read_bytes() == (tmp_path / "other" / STUDENTS).read_bytes()
+    result = run(folder, straight.calls, memory_limit=tight(left), **options)
+    assert curves(result) == curves(straight.result)
+    schedule = result.schedules[0].schedule
+    assert schedule is not None and schedule.kind == way, result.lines
+    assert schedule.at_once == (1 if name == "one at a time" else 2)
+    found = load_file(folder / STUDENTS)
+    assert all(torch.equal(found[key], tensor) for key, tensor in straight.students.items())
 
 
 class _Killed(Exception):
     """Stands for the signal that ends a run."""
 
 
-def kill_at(number: int) -> Callable[[int, int, str], None]:
-    """Returns a report that ends the run when it is called for the n-th time."""
-    seen = 0
+def kill_at(label: str, done: int) -> Callable[[int, int, str], None]:
+    """Return a report that ends the run when something of that label has come so far."""
 
-    def report(done: int, total: int, label: str) -> None:
-        nonlocal seen
-        seen += 1
-        if seen == number:
-            raise _Killed(label)
+    def report(at: int, total: int, words: str) -> None:
+        if words.startswith(label) and at == done:
+            raise _Killed
 
     return report
 
 
-@pytest.mark.parametrize("way", ["cached", "recomputed"])
-def test_a_killed_run_goes_on_to_the_bit(way: str, tmp_path: Path, tight: Callable[[int], int]) -> None:
-    """Killed at many moments, one after the other: in the teacher's pass, inside of a group, between groups."""
-    model, calls = build()
-    model.plug(students=model.edits).save(tmp_path / "straight")
-    shutil.copytree(tmp_path / "straight", tmp_path / "killed")
-    expected = run(tmp_path / "straight", calls, every=2)
-    slow = {"speeds": SLOW_DISK, "memory_limit": tight(40_000_000)} if way == "recomputed" else {
-        "memory_limit": tight(2_200_000)
-    }  # fmt: skip
-    labels = []
-    for number in (3, 38, 3, 6, 12):
-        try:
-            run(tmp_path / "killed", calls, every=2, resume=True, report=kill_at(number), **slow)
-        except _Killed as killed:
-            labels.append(str(killed))
-    assert any(label.startswith("running") for label in labels), labels
-    assert any(label.startswith("depth") for label in labels), labels
-    result = run(tmp_path / "killed", calls, every=2, resume=True, **slow)
-    assert curves(result) == curves(expected)
-    assert (tmp_path / "killed" / STUDENTS).read_bytes() == (tmp_path / "straight" / STUDENTS).read_bytes()
-    again = run(tmp_path / "killed", calls, every=2, resume=True, **slow)
-    assert curves(again) == curves(expected) and not again.lines
+MOMENTS: dict[str, list[tuple[str, int]]] = {
+    # In the teacher's pass, inside of the first group, after the first group was finished, in the next stage.
+    "one at a time": [
+        ("running", 12),
+        ("depth, depth:transformer_blocks.0-1", 3),
+        ("depth, depth:transformer_blocks.2-3", 1),
+        ("width", 2),
+    ],
+    "recomputed": [("running", 2), ("depth", 3)],
+}
+
+
+@pytest.mark.parametrize("name", MOMENTS)
+def test_a_killed_run_goes_on_to_the_bit(
+    name: str, straight: Straight, tight: Callable[[int], int], tmp_path: Path
+) -> None:
+    folder = straight.copy(tmp_path / "student")
+    options = {key: value for key, value in WAYS[name].items() if key == "speeds"}
+    options |= {"memory_limit": tight(WAYS[name]["left"]), "every": 2, "resume": True}
+    for label, done in MOMENTS[name]:
+        with pytest.raises(_Killed):
+            run(folder, straight.calls, report=kill_at(label, done), **options)
+        before = load_file(folder / STUDENTS)
+        assert all(not torch.equal(before[k], t) for k, t in straight.students.items() if "to_q.weight" in k)
+    result = run(folder, straight.calls, **options)
+    assert curves(result) == curves(straight.result)
+    found = load_file(folder / STUDENTS)
+    assert all(torch.equal(found[key], tensor) for key, tensor in straight.students.items())
+    again = run(folder, straight.calls, **options)
+    assert curves(again) == curves(straight.result) and not again.lines
 
 
 def test_a_damaged_cache_is_computed_again(
-    saved: tuple[Path, Calls],
-    tight: Callable[[int], int],
-    caplog: pytest.LogCaptureFixture,
-    tmp_path: Path,
+    straight: Straight, tight: Callable[[int], int], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    folder, calls = saved
-    shutil.copytree(folder, tmp_path / "other")
-    expected = run(tmp_path / "other", calls, stages=("depth",), steps=(3,))
-    spoilt = []
+    folder = straight.copy(tmp_path / "student")
+    spoilt: list[Path] = []
 
     def spoil(done: int, total: int, label: str) -> None:
         if label.startswith("depth") and not spoilt:
@@ -180,10 +202,11 @@ def test_a_damaged_cache_is_computed_again(
                 data[-1] ^= 1
                 file.write_bytes(bytes(data))
 
-    result = run(folder, calls, stages=("depth",), steps=(3,), memory_limit=tight(2_200_000), report=spoil)
+    # Every value goes to a file: the group takes all the memory there is.
+    result = run(folder, straight.calls, memory_limit=tight(2_200_000), cache_memory=0, report=spoil)
     assert spoilt
     assert "computed again" in caplog.text and "checksum" in caplog.text
-    assert curves(result) == curves(expected)
+    assert curves(result) == curves(straight.result)
 
 
 def test_a_dry_run_tells_the_schedule_and_writes_nothing(saved: tuple[Path, Calls]) -> None:
@@ -222,14 +245,14 @@ def test_a_student_that_diverges_stops_and_the_others_go_on(
     saved: tuple[Path, Calls], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, calls = saved
-    step = trainer.Student.step
+    step = stage.Student.step
 
     def spoil(self: Any, batch: Any) -> float:
         if self.problem.number == 0 and self.done == 2:
             next(iter(self.tensors.values())).data.fill_(float("nan"))
         return step(self, batch)
 
-    monkeypatch.setattr(trainer.Student, "step", spoil)
+    monkeypatch.setattr(stage.Student, "step", spoil)
     result = run(folder, calls, stages=("depth",), steps=(4,))
     ((edit, why),) = (result.stopped or {}).items()
     assert edit == "depth:transformer_blocks.0-1"
@@ -261,7 +284,7 @@ def test_what_cannot_be_done_is_refused(
 def test_an_unfinished_run_is_not_overwritten_nor_taken_for_another(saved: tuple[Path, Calls]) -> None:
     folder, calls = saved
     with pytest.raises(_Killed):
-        run(folder, calls, report=kill_at(2))
+        run(folder, calls, report=kill_at("running", 2))
     with pytest.raises(PpclError, match="holds a training that did not end; resume it"):
         run(folder, calls)
     with pytest.raises(PpclError, match=r"trained with lr 0\.003, not 0\.1"):
