@@ -36,7 +36,7 @@ def state_budget(gm: GraphModule, calls: Sequence[Call], sites: Sequence[StreamS
     Raises:
         PpclError: the limit is too small for even one block.
     """
-    scale = _largest(calls) / max(1, _elements(calls[0].kwargs)) if len(calls) else 1.0
+    scale = _largest(calls) / max(1, elements(calls[0].kwargs)) if len(calls) else 1.0
     width = max((int(site.outputs[0].meta["val"].shape[-1]) for site in sites), default=0)
     # A block's sums, and one of them being solved in float64.
     sums = width**2 * (8 * (8 if width <= WIDE else 4) + 6 * 8)
@@ -69,11 +69,6 @@ def segment_weights(gm: GraphModule, segment: Segment) -> int:
     return sum(value_bytes(attribute(gm, name)) for name in segment.tensors)
 
 
-def call_size(call: Call) -> int:
-    """Return the number of elements of a call's tensors: what its cost is taken to grow with."""
-    return _elements(call.kwargs)
-
-
 def _curves(site: StreamSite, scale: float) -> int:
     """Bytes that the curves of the largest sample take: states, features or Gram matrices, surrogates."""
     value = site.outputs[0].meta["val"]
@@ -85,16 +80,17 @@ def _curves(site: StreamSite, scale: float) -> int:
 
 
 def _largest(calls: Sequence[Call]) -> int:
-    return max(_elements(call.kwargs) for call in calls)
+    return max(elements(call.kwargs) for call in calls)
 
 
-def _elements(value: Any) -> int:
+def elements(value: Any) -> int:
+    """Return the number of elements of the tensors in a value: what the cost of a call is taken to grow with."""
     if isinstance(value, Tensor):
         return value.numel()
     if isinstance(value, dict):
-        return sum(_elements(item) for item in value.values())
+        return sum(elements(item) for item in value.values())
     if isinstance(value, list | tuple):
-        return sum(_elements(item) for item in value)
+        return sum(elements(item) for item in value)
     return 0
 
 

@@ -19,6 +19,7 @@ from ppcl_fx.files import inside, need_room, read_json, read_safetensors, write_
 from ppcl_fx.long_files import Form, form_bytes, write_long
 from ppcl_fx.model import CARD, PLAN, STUDENTS, TEACHER, Card, PluggableModel
 from ppcl_fx.passes.rewrite import insert_edits
+from ppcl_fx.passes.streaming.footprint import elements
 from ppcl_fx.passes.streaming.rewrite import student_forms
 from ppcl_fx.plan import Plan
 from ppcl_fx.shards import Shards
@@ -54,6 +55,7 @@ class StudentFolder:
         model: the pluggable model; its parameters are on the meta device.
         teacher: the teacher's weights.
         students: the students' weights as they were saved.
+        traced_size: elements of the tensors of the call that the model was traced with.
         trained: tensors that lie over them, by name.
     """
 
@@ -61,6 +63,7 @@ class StudentFolder:
     model: PluggableModel
     teacher: Checkpoint
     students: Shards
+    traced_size: int
     trained: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -85,7 +88,7 @@ class StudentFolder:
         gm = trace(teacher.model, example)
         gm.meta["ppcl"]["model"] = plan.model
         model = PluggableModel(insert_edits(gm, plan), plan)
-        made = cls(folder, model, teacher, students)
+        made = cls(folder, model, teacher, students, elements(example))
         made._check(student_forms(model.graph))
         return made
 

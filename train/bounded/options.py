@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost
 from ppcl_fx.train.bounded.schedule import Schedule
 from ppcl_fx.train.curves import StageCurves
 from ppcl_fx.train.options import TermWeights
@@ -42,7 +43,7 @@ class BoundedOptions(BaseModel):
     seed: int = 42
     weights: TermWeights = TermWeights()
     clip: float | None = Field(1.0, gt=0)
-    autocast: str | None = None
+    autocast: Literal["bfloat16", "float16"] | None = None
     checkpointing: bool = False
     every: int = Field(100, gt=0)
 
@@ -53,7 +54,11 @@ class BoundedOptions(BaseModel):
     @property
     def cast(self) -> torch.dtype | None:
         """`autocast` as a dtype."""
-        return None if self.autocast is None else getattr(torch, self.autocast)
+        return (
+            None
+            if self.autocast is None
+            else {"bfloat16": torch.bfloat16, "float16": torch.float16}[self.autocast]
+        )
 
 
 @dataclass(frozen=True)
@@ -65,12 +70,16 @@ class StageSchedule:
         steps: its steps.
         students: ids of the edits of each student that is not finished yet.
         schedule: the way; None where every student is finished.
+        costs: what the schedule rests on: each student's costs.
+        teacher: and the teacher's.
     """
 
     stage: str
     steps: int
     students: tuple[tuple[str, ...], ...]
     schedule: Schedule | None
+    costs: tuple[ProblemCost, ...] = ()
+    teacher: TeacherCost | None = None
 
 
 @dataclass(frozen=True)

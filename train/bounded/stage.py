@@ -13,7 +13,7 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.streaming.cuts import cut
-from ppcl_fx.passes.streaming.footprint import call_size
+from ppcl_fx.passes.streaming.footprint import elements
 from ppcl_fx.train import checkpoints
 from ppcl_fx.train.bounded.cache import Cache
 from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost, problem_cost, teacher_cost
@@ -49,9 +49,8 @@ class Context:
     def stage(self, number: int) -> Stage:
         """Return a stage by its position in the run."""
         model = self.opened.model
-        model.requires_grad_(
-            False
-        )  # these parameters are on the meta device: the flags tell what is to train
+        # These parameters are on the meta device: the flags only tell what is to train.
+        model.requires_grad_(False)
         model.students_module.requires_grad_(True)
         return Stage(self, number, problems(model, self.options.stages[number]))
 
@@ -71,11 +70,11 @@ class Stage:
         self._teacher: TeacherCost | None = None
         self.stopped: dict[str, str] = {}
         batches = context.batches(context.options.batch)
-        sizes = [call_size(call) for call in context.calls]
         self._batch_sizes = [call.batch for call in context.calls]
+        traced = max(1, context.opened.traced_size)
         self._work = Work(
             [batches.indices(step) for step in range(self._steps)],
-            [size / max(1, sizes[0]) for size in sizes],
+            [elements(call.kwargs) / traced for call in context.calls],
         )
         for problem in found if context.resume else ():
             self._note(problem)
@@ -97,7 +96,8 @@ class Stage:
         self._costs = [problem_cost(problem, route.last(problem), checkpointing) for problem in left]
         saved = 0 if context.options.every >= self._steps else checkpoints.KEPT + 1
         schedule = plan_schedule(self._costs, self._teacher, self._work, context.limits, speeds, saved)
-        return StageSchedule(self._name, self._steps, tuple(problem.edits for problem in left), schedule)
+        students = tuple(problem.edits for problem in left)
+        return StageSchedule(self._name, self._steps, students, schedule, tuple(self._costs), self._teacher)
 
     def run(self, schedule: Schedule | None) -> None:
         """Train what is not finished, and lay the results over the saved students.

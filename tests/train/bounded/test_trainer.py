@@ -27,8 +27,6 @@ from tests.train.pluggable import build
 
 FAST_DISK = Speeds(flops=1e6, read=1e12, write=1e12)
 """Computing is dear here and the disk is for nothing: everything is cached."""
-SLOW_DISK = Speeds(flops=1e12, read=1.0, write=1.0)
-"""The other way round."""
 STEPS = {"depth": 4, "width": 3}
 
 
@@ -119,25 +117,30 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
     return Straight(folder, calls, result, load_file(place / "after" / STUDENTS))
 
 
-WAYS: dict[str, dict[str, Any]] = {
-    "one at a time": {"left": 2_200_000},
-    "recomputed": {"left": 40_000_000, "speeds": SLOW_DISK, "way": "recomputed"},
-}
+def squeezed(name: str, straight: Straight, tight: Callable[[int], int], checkpoints: int) -> dict[str, Any]:
+    """Return the limits under which the depth stage goes another way than with all the room it wants."""
+    depth = straight.result.schedules[0]
+    assert depth.schedule is not None and (depth.schedule.kind, depth.schedule.at_once) == ("cached", 2)
+    if name == "one at a time":
+        needs = [cost.held + cost.step for plan in straight.result.schedules for cost in plan.costs]
+        needs += [p.teacher.block + max(p.teacher.states) for p in straight.result.schedules if p.teacher]
+        return {"memory_limit": tight(max(needs) + 10_000)}
+    # The disk has no room for a cache, and the memory's holds the calls of one step of two, not all five calls.
+    disk = sum(2 * cost.weights + checkpoints * cost.saved for cost in depth.costs)
+    return {"disk_limit": disk, "cache_memory": int(0.45 * depth.schedule.price.cache_memory)}
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize("name", ["one at a time", "recomputed"])
 def test_limits_change_the_way_and_not_the_result(
     name: str, straight: Straight, tight: Callable[[int], int], tmp_path: Path
 ) -> None:
     folder = straight.copy(tmp_path / "student")
-    assert [plan.schedule.at_once for plan in straight.result.schedules if plan.schedule] == [2, 2]
-    options = dict(WAYS[name])
-    left, way = options.pop("left"), options.pop("way", "cached")
-    result = run(folder, straight.calls, memory_limit=tight(left), **options)
-    assert curves(result) == curves(straight.result)
+    result = run(folder, straight.calls, **squeezed(name, straight, tight, checkpoints=0))
     schedule = result.schedules[0].schedule
-    assert schedule is not None and schedule.kind == way, result.lines
-    assert schedule.at_once == (1 if name == "one at a time" else 2)
+    assert schedule is not None
+    expected = ("cached", 1) if name == "one at a time" else ("recomputed", 2)
+    assert (schedule.kind, schedule.at_once) == expected, result.lines
+    assert curves(result) == curves(straight.result)
     found = load_file(folder / STUDENTS)
     assert all(torch.equal(found[key], tensor) for key, tensor in straight.students.items())
 
@@ -173,8 +176,7 @@ def test_a_killed_run_goes_on_to_the_bit(
     name: str, straight: Straight, tight: Callable[[int], int], tmp_path: Path
 ) -> None:
     folder = straight.copy(tmp_path / "student")
-    options = {key: value for key, value in WAYS[name].items() if key == "speeds"}
-    options |= {"memory_limit": tight(WAYS[name]["left"]), "every": 2, "resume": True}
+    options = {**squeezed(name, straight, tight, checkpoints=3), "every": 2, "resume": True}
     for label, done in MOMENTS[name]:
         with pytest.raises(_Killed):
             run(folder, straight.calls, report=kill_at(label, done), **options)
@@ -189,7 +191,7 @@ def test_a_killed_run_goes_on_to_the_bit(
 
 
 def test_a_damaged_cache_is_computed_again(
-    straight: Straight, tight: Callable[[int], int], caplog: pytest.LogCaptureFixture, tmp_path: Path
+    straight: Straight, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     folder = straight.copy(tmp_path / "student")
     spoilt: list[Path] = []
@@ -202,8 +204,7 @@ def test_a_damaged_cache_is_computed_again(
                 data[-1] ^= 1
                 file.write_bytes(bytes(data))
 
-    # Every value goes to a file: the group takes all the memory there is.
-    result = run(folder, straight.calls, memory_limit=tight(2_200_000), cache_memory=0, report=spoil)
+    result = run(folder, straight.calls, cache_memory=0, report=spoil)
     assert spoilt
     assert "computed again" in caplog.text and "checksum" in caplog.text
     assert curves(result) == curves(straight.result)
