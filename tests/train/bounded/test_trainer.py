@@ -130,21 +130,6 @@ def squeezed(name: str, straight: Straight, tight: Callable[[int], int], checkpo
     return {"disk_limit": disk, "cache_memory": int(0.45 * depth.schedule.price.cache_memory)}
 
 
-@pytest.mark.parametrize("name", ["one at a time", "recomputed"])
-def test_limits_change_the_way_and_not_the_result(
-    name: str, straight: Straight, tight: Callable[[int], int], tmp_path: Path
-) -> None:
-    folder = straight.copy(tmp_path / "student")
-    result = run(folder, straight.calls, **squeezed(name, straight, tight, checkpoints=0))
-    schedule = result.schedules[0].schedule
-    assert schedule is not None
-    expected = ("cached", 1) if name == "one at a time" else ("recomputed", 2)
-    assert (schedule.kind, schedule.at_once) == expected, result.lines
-    assert curves(result) == curves(straight.result)
-    found = load_file(folder / STUDENTS)
-    assert all(torch.equal(found[key], tensor) for key, tensor in straight.students.items())
-
-
 class _Killed(Exception):
     """Stands for the signal that ends a run."""
 
@@ -160,34 +145,42 @@ def kill_at(label: str, done: int) -> Callable[[int, int, str], None]:
 
 
 MOMENTS: dict[str, list[tuple[str, int]]] = {
-    # In the teacher's pass, inside of the first group, after the first group was finished, in the next stage.
+    # In the teacher's pass, inside of the first group, after the first group was finished.
     "one at a time": [
         ("running", 12),
         ("depth, depth:transformer_blocks.0-1", 3),
         ("depth, depth:transformer_blocks.2-3", 1),
-        ("width", 2),
     ],
-    "recomputed": [("running", 2), ("depth", 3)],
+    "recomputed": [("depth", 3)],
 }
 
 
 @pytest.mark.parametrize("name", MOMENTS)
-def test_a_killed_run_goes_on_to_the_bit(
+def test_limits_and_kills_change_nothing_to_the_bit(
     name: str, straight: Straight, tight: Callable[[int], int], tmp_path: Path
 ) -> None:
     folder = straight.copy(tmp_path / "student")
+    untouched = (folder / STUDENTS).read_bytes()
     options = {**squeezed(name, straight, tight, checkpoints=3), "every": 2, "resume": True}
+    told: list[str] = []
     for label, done in MOMENTS[name]:
         with pytest.raises(_Killed):
-            run(folder, straight.calls, report=kill_at(label, done), **options)
-        before = load_file(folder / STUDENTS)
-        assert all(not torch.equal(before[k], t) for k, t in straight.students.items() if "to_q.weight" in k)
+            run(folder, straight.calls, report=kill_at(label, done), tell=told.append, **options)
+        assert (folder / STUDENTS).read_bytes() == untouched
+    expected = ("1 at a time", "  cached: ") if name == "one at a time" else ("2 at a time", "  recomputed: ")
+    assert told[0].endswith(expected[0]) and told[1].startswith(expected[1]), told
     result = run(folder, straight.calls, **options)
     assert curves(result) == curves(straight.result)
     found = load_file(folder / STUDENTS)
     assert all(torch.equal(found[key], tensor) for key, tensor in straight.students.items())
-    again = run(folder, straight.calls, **options)
+
+
+def test_a_run_that_has_ended_is_not_trained_again(straight: Straight) -> None:
+    folder = straight.folder.parent / "after"
+    before = (folder / STUDENTS).read_bytes()
+    again = run(folder, straight.calls, resume=True)
     assert curves(again) == curves(straight.result) and not again.lines
+    assert (folder / STUDENTS).read_bytes() == before
 
 
 def test_a_damaged_cache_is_computed_again(
