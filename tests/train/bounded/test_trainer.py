@@ -117,17 +117,18 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Straight:
     return Straight(folder, calls, result, load_file(place / "after" / STUDENTS))
 
 
-def squeezed(name: str, straight: Straight, tight: Callable[[int], int], checkpoints: int) -> dict[str, Any]:
-    """Return the limits under which the depth stage goes another way than with all the room it wants."""
+def squeezed(name: str, straight: Straight, tight: Callable[[int], int]) -> dict[str, Any]:
+    """Return limits under which one student trains at a time, from a cache or with the teacher run at every step."""
     depth = straight.result.schedules[0]
     assert depth.schedule is not None and (depth.schedule.kind, depth.schedule.at_once) == ("cached", 2)
-    if name == "one at a time":
+    if name == "cached":
         needs = [cost.held + cost.step for plan in straight.result.schedules for cost in plan.costs]
         needs += [p.teacher.block + max(p.teacher.states) for p in straight.result.schedules if p.teacher]
         return {"memory_limit": tight(max(needs) + 10_000)}
-    # The disk has no room for a cache, and the memory's holds the calls of one step of two, not all five calls.
-    disk = sum(2 * cost.weights + checkpoints * cost.saved for cost in depth.costs)
-    return {"disk_limit": disk, "cache_memory": int(0.45 * depth.schedule.price.cache_memory)}
+    # The disk has room for one student's three checkpoints and no cache, the memory for the two calls of a step.
+    disk = sum(2 * cost.weights for cost in depth.costs) + 3 * max(cost.saved for cost in depth.costs)
+    border = max(sum(cost.border.values()) for cost in depth.costs)
+    return {"disk_limit": disk, "cache_memory": int(2.25 * border)}
 
 
 class _Killed(Exception):
@@ -146,7 +147,7 @@ def kill_at(label: str, done: int) -> Callable[[int, int, str], None]:
 
 MOMENTS: dict[str, list[tuple[str, int]]] = {
     # In the teacher's pass, inside of the first group, after the first group was finished.
-    "one at a time": [
+    "cached": [
         ("running", 12),
         ("depth, depth:transformer_blocks.0-1", 3),
         ("depth, depth:transformer_blocks.2-3", 1),
@@ -161,14 +162,13 @@ def test_limits_and_kills_change_nothing_to_the_bit(
 ) -> None:
     folder = straight.copy(tmp_path / "student")
     untouched = (folder / STUDENTS).read_bytes()
-    options = {**squeezed(name, straight, tight, checkpoints=3), "every": 2, "resume": True}
+    options = {**squeezed(name, straight, tight), "every": 2, "resume": True}
     told: list[str] = []
     for label, done in MOMENTS[name]:
         with pytest.raises(_Killed):
             run(folder, straight.calls, report=kill_at(label, done), tell=told.append, **options)
         assert (folder / STUDENTS).read_bytes() == untouched
-    expected = ("1 at a time", "  cached: ") if name == "one at a time" else ("2 at a time", "  recomputed: ")
-    assert told[0].endswith(expected[0]) and told[1].startswith(expected[1]), told
+    assert told[0].endswith("1 at a time") and told[1].startswith(f"  {name}: "), told
     result = run(folder, straight.calls, **options)
     assert curves(result) == curves(straight.result)
     found = load_file(folder / STUDENTS)
