@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
 
 STAGES = ("depth", "width")
+ORIGIN = "ppcl_origin"
+"""In a distillation graph's node metas: the name of the node of the pluggable graph that gives the same value there."""
 
 
 def pairs(edit: str, terms: tuple[tuple[str, torch.Tensor, torch.Tensor], ...]) -> None:
@@ -221,7 +223,8 @@ class _Builder:
             if is_switch(current):
                 self._done[key] = self._done[next(iter(sources.values()))]
             else:
-                self._done[key] = self._copy(current, {n: self._done[source] for n, source in sources.items()})
+                values = {n: self._done[source] for n, source in sources.items()}
+                self._done[key] = self._copy(current, values, teachers=not key[1])
         return self._done[self._key(node, active)]
 
     def _key(self, node: Node, active: frozenset[Node]) -> tuple[Node, frozenset[Node]]:
@@ -236,7 +239,8 @@ class _Builder:
             return {chosen: self._key(chosen, active)}
         return {source: self._key(source, active) for source in node.all_input_nodes}
 
-    def _copy(self, node: Node, values: dict[Node, Any]) -> Node:
+    def _copy(self, node: Node, values: dict[Node, Any], teachers: bool = True) -> Node:
+        """Copy a node. `teachers`: no switch before it is at its student, so the pluggable graph has the same value."""
         copy = self.graph.create_node(
             node.op,
             node.target,
@@ -245,4 +249,6 @@ class _Builder:
             name=node.name,
         )
         copy.meta = dict(node.meta)
+        if teachers:
+            copy.meta[ORIGIN] = node.name
         return copy

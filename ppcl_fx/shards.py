@@ -111,6 +111,15 @@ class Shards:
                 raise PpclError(f"{folder / name}: holds no {tensor}, which {INDEX} says it does; {AGAIN}")
         return cls(folder, stored)
 
+    @classmethod
+    def one_file(cls, path: Path) -> Shards:
+        """Open a single safetensors file of any name: its header is read, no tensor is.
+
+        Raises:
+            PpclError: it is missing or truncated.
+        """
+        return cls(path.parent, _headers(path))
+
     @property
     def files(self) -> list[Path]:
         """The safetensors files, in order."""

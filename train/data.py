@@ -105,6 +105,16 @@ class Batches:
         """
         return moved(collate(self._drawn(step)), self._device, self._dtype)
 
+    def one(self, index: int) -> dict[str, Any]:
+        """Return the keyword arguments of one call, by its position in `calls`, as `kwargs` gives those of a batch.
+
+        Raises:
+            PpclError: The call holds NaN or infinity.
+        """
+        call = self._calls[index]
+        _check(call)
+        return moved(call.kwargs, self._device, self._dtype)
+
     def target(self, step: int) -> Tensor | None:
         """Return the teacher's recorded output for the batch of `step`, on the device and as recorded, or None
         where a call has none.

@@ -4,7 +4,7 @@ its own node.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -97,8 +97,12 @@ class Distiller(Saving):
         Returns:
             Edit id -> its loss, a detached float32 scalar on the model's device, not scaled.
         """
+        return self.step_on(inputs(self._gm, kwargs), scale)
+
+    def step_on(self, values: Sequence[Any], scale: float = 1.0) -> dict[str, Tensor]:
+        """Do what `step` does on the values of the graph's placeholders, in order."""
         self._live, self._scale = self._trained, scale
-        losses = self._run_losses(kwargs)
+        losses = self._run_losses(values)
         if self._joint:
             torch.autograd.backward(total_loss(losses.values()) * scale)
         return {edit: loss.detach() for edit, loss in losses.items()}
@@ -106,12 +110,12 @@ class Distiller(Saving):
     def evaluate(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return each edit's loss on a call's `kwargs`, without gradients."""
         self._live = set()
-        return self._run_losses(kwargs)
+        return self._run_losses(inputs(self._gm, kwargs))
 
-    def _run_losses(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _run_losses(self, values: Sequence[Any]) -> dict[str, Tensor]:
         self._losses = {}
         with _restored_grad_mode(), casting(_device(self._gm), self._autocast):
-            self.run(*inputs(self._gm, kwargs))
+            self.run(*values)
         losses, self._losses = self._losses, {}
         return losses
 

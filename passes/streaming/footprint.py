@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.graphs import attribute
@@ -36,14 +36,11 @@ def state_budget(gm: GraphModule, calls: Sequence[Call], sites: Sequence[StreamS
     Raises:
         PpclError: the limit is too small for even one block.
     """
-    scale = _largest(calls) / max(1, _elements(calls[0].kwargs)) if len(calls) else 1.0
-    weights = max(_weights(gm, segment) for segment in cut(gm))
-    working = INSIDE * int(scale * max((_bytes(node.meta.get("val")) for node in gm.graph.nodes), default=0))
+    scale = _largest(calls) / max(1, elements(calls[0].kwargs)) if len(calls) else 1.0
     width = max((int(site.outputs[0].meta["val"].shape[-1]) for site in sites), default=0)
     # A block's sums with the tokens not yet in them, and one of them being solved in float64.
     sums = width**2 * (8 * (8 if width <= WIDE else 4) + 4 * 4 + 6 * 8)
-    # On a CPU a matrix product may keep a second copy of its weights, laid out for the processor.
-    block = 2 * weights + working + sums
+    block = block_bytes(gm, scale) + sums
     need = anonymous() + max(block, max((_curves(site, scale) for site in sites), default=0))
     if need > limit:
         raise PpclError(
@@ -53,8 +50,23 @@ def state_budget(gm: GraphModule, calls: Sequence[Call], sites: Sequence[StreamS
     return limit - need
 
 
-def _weights(gm: GraphModule, segment: Segment) -> int:
-    return sum(_bytes(attribute(gm, name)) for name in segment.tensors)
+def block_bytes(gm: GraphModule, scale: float, skip: Callable[[Node], bool] = lambda node: False) -> int:
+    """Return the bytes that the heaviest segment of a streamed run takes while it runs: weights and values inside.
+
+    Args:
+        gm: the traced model.
+        scale: size of the largest call over that of the traced one.
+        skip: nodes that are not run.
+    """
+    weights = max(segment_weights(gm, segment) for segment in cut(gm, skip=skip))
+    values = (value_bytes(node.meta.get("val")) for node in gm.graph.nodes if not skip(node))
+    # On a CPU a matrix product may keep a second copy of its weights, laid out for the processor.
+    return 2 * weights + INSIDE * int(scale * max(values, default=0))
+
+
+def segment_weights(gm: GraphModule, segment: Segment) -> int:
+    """Return the bytes of a segment's parameters and buffers."""
+    return sum(value_bytes(attribute(gm, name)) for name in segment.tensors)
 
 
 def _curves(site: StreamSite, scale: float) -> int:
@@ -68,20 +80,22 @@ def _curves(site: StreamSite, scale: float) -> int:
 
 
 def _largest(calls: Sequence[Call]) -> int:
-    return max(_elements(call.kwargs) for call in calls)
+    return max(elements(call.kwargs) for call in calls)
 
 
-def _elements(value: Any) -> int:
+def elements(value: Any) -> int:
+    """Return the number of elements of the tensors in a value: what the cost of a call is taken to grow with."""
     if isinstance(value, Tensor):
         return value.numel()
     if isinstance(value, dict):
-        return sum(_elements(item) for item in value.values())
+        return sum(elements(item) for item in value.values())
     if isinstance(value, list | tuple):
-        return sum(_elements(item) for item in value)
+        return sum(elements(item) for item in value)
     return 0
 
 
-def _bytes(value: Any) -> int:
+def value_bytes(value: Any) -> int:
+    """Return the bytes of the tensors in a value, its lists and tuples."""
     if isinstance(value, torch.Tensor):
         return int(value.nbytes)
-    return sum(_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
+    return sum(value_bytes(item) for item in value) if isinstance(value, list | tuple) else 0

@@ -1,0 +1,186 @@
+"""Memory-bounded training of one interval of a full-size Qwen-Image (20.43 B parameters in bf16), on a CPU.
+
+    python -m benchmarks.interval
+
+Nothing is downloaded. The teacher is the synthetic checkpoint of `benchmarks.streaming`: one block of random weights,
+hard-linked sixty times, with random inputs. The student folder is written by the streamed rewrite with one edit, the
+interval [15, 24] of the paper's Eq. 13, and trained by `train_bounded`: the teacher is streamed up to block 24, its
+states at the interval's borders are cached, and the student (bf16 weights, float32 masters, float32 AdamW moments) does
+its steps from the cache.
+
+The training runs in a process of its own. Peak memory is the largest RssAnon that /proc/self/status gave, asked every
+20 ms, for the teacher's pass and for the steps apart. Memory-mapped weights are not in it; the largest RSS with them is
+given too. Random weights say nothing of what is learnt: this measures memory and time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.clock import RESULTS
+from benchmarks.streaming import HEAD, Peak, calls, config, make, opened
+from benchmarks.trace import STACK
+from ppcl_fx.calls import Calls
+from ppcl_fx.files import need_room, write_json
+from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
+from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.report.machine import describe, slug
+from ppcl_fx.train.bounded.options import BoundedOptions
+from ppcl_fx.train.bounded.trainer import train_bounded
+
+Result = dict[str, Any]
+
+
+def student(scratch: Path, made: dict[str, Any], recorded: Calls, first: int, last: int) -> None:
+    """Write the student folder: the interval's student begins as the block in its middle."""
+    plan = Plan(edits=[DepthEdit(stack=STACK, first=first, last=last, init="middle")])
+    rewrite_streamed(opened(scratch / "model", made), plan, scratch / "student", recorded, fit=False)
+
+
+def train(scratch: Path, made: dict[str, Any], recorded: Calls, options: argparse.Namespace) -> Result:
+    """Train the interval and return what it took."""
+    lines: list[str] = []
+    ends: list[float] = []
+    phases: dict[str, Peak] = {}
+
+    def phase(name: str) -> None:
+        if name not in phases:
+            phases[name] = Peak()
+            phases[name].start()
+
+    def report(done: int, total: int, label: str) -> None:
+        if label.startswith("running the teacher"):
+            if done == total:
+                phase("steps")
+        else:
+            ends.append(time.perf_counter())
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        print(line, file=sys.stderr, flush=True)
+
+    phase("whole")
+    begin = time.perf_counter()
+    result = train_bounded(
+        scratch / "student",
+        recorded,
+        BoundedOptions(
+            stages=("depth",), steps=(options.steps,), batch=1, lr=1e-4, checkpointing=options.checkpointing
+        ),
+        memory_limit=int(options.memory_gib * 2**30),
+        dry_run=options.dry_run,
+        teacher=opened(scratch / "model", made),
+        tell=tell,
+        report=report,
+    )
+    seconds = time.perf_counter() - begin
+    peaks = {name: peak.result() for name, peak in phases.items()}
+    found: Result = {"schedule": lines, "seconds": round(seconds, 1), "memory": peaks}
+    if options.dry_run:
+        return found
+    (curves,) = result.stages
+    (losses,) = curves.losses.values()
+    trained = (scratch / "student" / "students.safetensors").stat().st_size
+    return {
+        **found,
+        "seconds_in_steps": round(curves.seconds, 1),
+        "seconds_between_steps": [round(b - a, 1) for a, b in pairwise(ends)],
+        "losses": losses,
+        "student_bytes": trained,
+        "student_params": trained // 2,
+    }
+
+
+def main(arguments: list[str] | None = None) -> Path | None:
+    """Measure, print and write the result; return its path."""
+    options = _options(arguments)
+    made = config(options.blocks, options.heads)
+    recorded = calls(options.calls, options.batch, options.side, options.text)
+    if options.part:
+        print(json.dumps(train(Path(options.scratch), made, recorded, options)))
+        return None
+    scratch = Path(tempfile.mkdtemp(prefix="ppcl-interval-", dir=options.scratch))
+    try:
+        need_room(scratch, 16 * 2**30 if options.heads >= 24 else 2**30)
+        (scratch / "model").mkdir()
+        make(scratch / "model", made)
+        student(scratch, made, recorded, options.first, options.last)
+        found = _run(options, scratch)
+    finally:
+        shutil.rmtree(scratch)
+    result = {
+        "what": "interval",
+        **describe(("torch", "diffusers", "safetensors", "ppcl-fx")),
+        "model": f"Qwen-Image, {options.blocks} blocks of width {options.heads * HEAD}, bf16, random weights",
+        "interval": [options.first, options.last],
+        "steps": options.steps,
+        "calls": {
+            "count": options.calls,
+            "batch": options.batch,
+            "image_tokens": options.side**2,
+            "text_tokens": options.text,
+        },
+        "memory_limit_gib": options.memory_gib,
+        "checkpointing": options.checkpointing,
+        **found,
+    }
+    for name, peak in found["memory"].items():
+        print(
+            f"{name:<8} {peak['peak_anonymous_gib']:.2f} GiB anonymous, {peak['peak_resident_gib']:.2f} GiB resident"
+        )
+    print(f"{found['seconds']} s in all, {found.get('seconds_in_steps')} s in {options.steps} steps")
+    if options.dry_run:
+        return None
+    path: Path = options.out or RESULTS / f"{slug()}-interval.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, result)
+    print(path)
+    return path
+
+
+def _run(options: argparse.Namespace, scratch: Path) -> Result:
+    command = [sys.executable, "-m", "benchmarks.interval", "--part", "--scratch", str(scratch)]
+    names = ("blocks", "heads", "calls", "batch", "side", "text", "first", "last", "steps", "memory-gib")
+    for name in names:
+        command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
+    command += ["--checkpointing"] * options.checkpointing + ["--dry-run"] * options.dry_run
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+    found: Result = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.interval", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--blocks", type=int, default=60, help="blocks (default: 60)")
+    parser.add_argument("--heads", type=int, default=24, help="heads of 128 channels (default: 24)")
+    parser.add_argument("--first", type=int, default=15, help="first block of the interval (default: 15)")
+    parser.add_argument("--last", type=int, default=24, help="last block of the interval (default: 24)")
+    parser.add_argument("--steps", type=int, default=2, help="optimiser steps (default: 2)")
+    parser.add_argument("--calls", type=int, default=2, help="calls (default: 2)")
+    parser.add_argument("--batch", type=int, default=1, help="samples in each call (default: 1)")
+    parser.add_argument("--side", type=int, default=16, help="image tokens along one side (default: 16)")
+    parser.add_argument("--text", type=int, default=64, help="text tokens (default: 64)")
+    parser.add_argument("--memory-gib", type=float, default=20.0, help="the limit that is kept (default: 20)")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--dry-run", action="store_true", help="only the schedule")
+    parser.add_argument("--scratch", default=None, help="folder for the checkpoint (default: the system's)")
+    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

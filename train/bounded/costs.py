@@ -1,0 +1,160 @@
+"""What a stage costs, from shapes alone: nothing is computed and no weight is read."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.utils.flop_counter import FlopCounterMode
+
+from ppcl_fx.graphs import attribute
+from ppcl_fx.passes.streaming.cuts import Segment
+from ppcl_fx.passes.streaming.footprint import INSIDE, block_bytes, segment_weights, value_bytes
+from ppcl_fx.train.bounded.problems import Problem
+from ppcl_fx.train.executor import live_nodes
+
+_log = logging.getLogger("ppcl_fx.train")
+
+ADAM = 8
+"""Bytes of AdamW's two float32 moments of a parameter."""
+
+
+@dataclass(frozen=True)
+class ProblemCost:
+    """What one problem costs.
+
+    Attributes:
+        held: bytes while it trains, whatever the call: weights, gradients, masters, AdamW's moments.
+        saved: bytes of a checkpoint of it.
+        weights: bytes of the tensors that it trains.
+        step: bytes that a step takes on top, for a call of the traced size.
+        flops: of a forward and a backward pass on a call of the traced size.
+        border: bytes by name of the values that it needs of the teacher, for a call of the traced size.
+        last: the teacher's last segment that it needs a value of.
+    """
+
+    held: int
+    saved: int
+    weights: int
+    step: int
+    flops: int
+    border: Mapping[str, int]
+    last: int
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """What the teacher's streamed pass costs.
+
+    Attributes:
+        flops: of each segment, for a call of the traced size.
+        weights: bytes of each segment's weights, read once in a pass.
+        states: bytes of a call of the traced size between two segments, after each segment.
+        block: bytes that the heaviest segment takes while it runs the largest call.
+    """
+
+    flops: tuple[int, ...]
+    weights: tuple[int, ...]
+    states: tuple[int, ...]
+    block: int
+
+
+def problem_cost(problem: Problem, last: int, checkpointing: bool) -> ProblemCost:
+    """Return what a problem costs; its parameters are on the meta device."""
+    trained = [problem.graph.get_parameter(name) for name in problem.trained]
+    frozen = sum(value_bytes(attribute(problem.graph, name)) for name in problem.frozen)
+    size = sum(p.nbytes for p in trained)
+    low = sum(p.numel() * 4 for p in trained if p.itemsize < 4)  # float32 masters of 16-bit weights
+    moments = sum(p.numel() * ADAM for p in trained)
+    placeholders = problem.graph.graph.find_nodes(op="placeholder")
+    border = {
+        name: value_bytes(node.meta.get("val"))
+        for name, node in zip(problem.border, placeholders, strict=True)
+    }
+    return ProblemCost(
+        held=2 * size + 2 * low + moments + frozen,
+        saved=size + low + moments,
+        weights=size,
+        step=_step_bytes(problem, checkpointing) + sum(border.values()),
+        flops=_training_flops(problem),
+        border=border,
+        last=last,
+    )
+
+
+def teacher_cost(
+    gm: GraphModule, segments: Sequence[Segment], skip: Callable[[Node], bool], scale: float
+) -> TeacherCost:
+    """Return what a pass of the teacher costs.
+
+    Args:
+        gm: the pluggable graph, its parameters on the meta device.
+        segments: what the pass is cut in.
+        skip: nodes that are not run.
+        scale: size of the largest call over that of the traced one.
+    """
+    known: dict[tuple[Any, ...], int] = {}
+    return TeacherCost(
+        tuple(sum(_node_flops(gm, node, known) for node in segment.nodes) for segment in segments),
+        tuple(segment_weights(gm, segment) for segment in segments),
+        tuple(sum(value_bytes(node.meta.get("val")) for node in segment.leaving) for segment in segments),
+        block_bytes(gm, scale, skip),
+    )
+
+
+def _training_flops(problem: Problem) -> int:
+    """A backward pass takes twice the forward pass: once for the inputs' gradients, once for the weights'."""
+    known: dict[tuple[Any, ...], int] = {}
+    return 3 * sum(_node_flops(problem.graph, node, known) for node in problem.graph.graph.nodes)
+
+
+def _step_bytes(problem: Problem, checkpointing: bool) -> int:
+    """Estimate what a step keeps for its backward pass: the trained nodes' values, and what modules hold inside."""
+    gm = problem.graph
+    kept = largest = 0
+    for node in live_nodes(gm):
+        size = value_bytes(node.meta.get("val"))
+        whole = node.op == "call_module" and not type(
+            gm.get_submodule(str(node.target))
+        ).__module__.startswith("torch.nn.")
+        kept += INSIDE * size if whole else size
+        largest = max(largest, size)
+    # Checkpointed, a module is computed again in the backward pass and holds its inside for that time.
+    return INSIDE * largest + (kept if not checkpointing else kept // 2)
+
+
+def _node_flops(gm: GraphModule, node: Node, known: dict[tuple[Any, ...], int]) -> int:
+    """Return the FLOPs of one node of the teacher; modules of one kind on equal shapes are counted once."""
+    if node.op != "call_module":
+        return 0
+    module = gm.get_submodule(str(node.target))
+    shapes = [tuple(p.shape) for p in module.parameters()]
+    if not shapes:
+        return 0
+    inputs = [_shape(source.meta.get("val")) for source in node.all_input_nodes]
+    key = (type(module), str(shapes), str(inputs))
+    if key not in known:
+        known[key] = _module_flops(module, node)
+    return known[key]
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else str(value)
+
+
+def _module_flops(module: torch.nn.Module, node: Node) -> int:
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta.get("val"))
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as flops:
+            module(*args, **kwargs)
+        return int(flops.get_total_flops())
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError) as error:
+        _log.debug("%s: its FLOPs are taken from a formula (%s)", node.target, error)
+        value = node.meta.get("val")
+        rows = value.numel() // value.shape[-1] if isinstance(value, Tensor) and value.ndim else 1
+        return 2 * rows * sum(p.numel() for p in module.parameters())

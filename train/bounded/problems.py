@@ -1,0 +1,160 @@
+"""The problems that a stage falls into: each a small graph of its own, from cached teacher values to a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from ppcl_fx.graphs import ancestors, attribute
+from ppcl_fx.passes.distil import ORIGIN, distil, pairs
+from ppcl_fx.passes.streaming.footprint import value_bytes
+from ppcl_fx.train.executor import live_nodes, node_parameters
+
+if TYPE_CHECKING:
+    from ppcl_fx.model import PluggableModel
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """One edit, or several that share weights: what trains alone.
+
+    Attributes:
+        number: its position in the stage, from 0.
+        edits: ids of the edits.
+        graph: a distillation graph whose placeholders are the border; nothing of the teacher before it is left.
+        border: names of the pluggable graph's nodes whose values it starts from and aims at, as the placeholders.
+        trained: names of the tensors that it trains.
+        frozen: names of the teacher's tensors that it computes with.
+    """
+
+    number: int
+    edits: tuple[str, ...]
+    graph: GraphModule
+    border: tuple[str, ...]
+    trained: tuple[str, ...]
+    frozen: tuple[str, ...]
+
+    @property
+    def title(self) -> str:
+        """The edits' ids, for messages."""
+        return " + ".join(self.edits)
+
+
+def problems(model: PluggableModel, stage: str) -> list[Problem]:
+    """Cut a stage's distillation graph in problems.
+
+    An interval's student needs the teacher's values where it begins and where it ends, and nothing else of the
+    teacher (Eq. 6: the losses do not see each other). Edits whose students share weights are one problem.
+
+    Args:
+        model: the pluggable model; only the students have `requires_grad`. The meta device will do.
+        stage: "depth" or "width".
+
+    Returns:
+        The problems, in the order of the distillation graph.
+
+    Raises:
+        PpclError: as `distil`.
+    """
+    gm = distil(model, stage)
+    live = live_nodes(gm)
+    ends = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is pairs]
+    groups = _together(gm, [(end, ancestors([end], within=live)) for end in ends])
+    return [
+        _problem(gm, number, mine, student_side(gm, nodes)) for number, (mine, nodes) in enumerate(groups)
+    ]
+
+
+def student_side(gm: GraphModule, live: set[Node]) -> set[Node]:
+    """Return the nodes of a distillation graph to run while training; what they read of the others is cached.
+
+    A node without weights before the live ones joins (a norm of the block's input) where that leaves fewer bytes to
+    cache than its value has.
+
+    Args:
+        gm: the distillation graph.
+        live: the nodes that a trained weight of the problem comes before, and that lead to its loss.
+    """
+    side = set(live)
+    for node in reversed(gm.graph.nodes):
+        if node in side or not any(user in side for user in node.users):
+            continue
+        if node.op == "get_attr" or ORIGIN not in node.meta:
+            # A constant is at hand; a value behind another edit's student is not in the pluggable graph.
+            side.add(node)
+        elif node.op != "placeholder" and not node.is_impure() and not _has_tensors(gm, node):
+            new = [
+                source for source in node.all_input_nodes if not any(user in side for user in source.users)
+            ]
+            if not new or sum(_size(source) for source in new) < _size(node):
+                side.add(node)
+    return side
+
+
+def _size(node: Node) -> int:
+    """Bytes of a value; a number counts as one, since it has to be kept too."""
+    return value_bytes(node.meta.get("val")) or 1
+
+
+def _has_tensors(gm: GraphModule, node: Node) -> bool:
+    if node.op != "call_module":
+        return False
+    module = gm.get_submodule(str(node.target))
+    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+
+
+def _together(gm: GraphModule, parts: Sequence[tuple[Node, set[Node]]]) -> list[tuple[list[Node], set[Node]]]:
+    """Join the parts whose trained weights overlap; each is the `pairs` node of an edit and what it needs."""
+    groups: list[tuple[list[Node], set[Node], set[int]]] = []
+    for end, nodes in parts:
+        weights = {id(p) for node in nodes for p in node_parameters(gm, node)}
+        joined: tuple[list[Node], set[Node], set[int]] = ([end], set(nodes), weights)
+        apart = []
+        for group in groups:
+            if group[2] & joined[2]:
+                joined = (group[0] + joined[0], group[1] | joined[1], group[2] | joined[2])
+            else:
+                apart.append(group)
+        groups = [*apart, joined]
+    return [(ends, nodes) for ends, nodes, _ in groups]
+
+
+def _problem(gm: GraphModule, number: int, ends: Sequence[Node], nodes: set[Node]) -> Problem:
+    inside = [node for node in gm.graph.nodes if node in nodes]
+    read = {source for node in inside for source in node.all_input_nodes} - nodes
+    border = [node for node in gm.graph.nodes if node in read]
+    graph = Graph(tracer_cls=None)
+    values: dict[Node, Any] = {}
+    for node in border:
+        values[node] = graph.placeholder(f"border_{len(values)}")
+        values[node].meta = {"val": node.meta.get("val")}
+    for node in inside:
+        values[node] = graph.node_copy(node, lambda source: values[source])
+    graph.output(None)
+    made = GraphModule(gm, graph, class_name="Problem")
+    made.meta = dict(gm.meta)
+    parameters = dict(made.named_parameters())
+    trained = tuple(name for name, p in parameters.items() if p.requires_grad)
+    others = [*parameters, *(name for name, _ in made.named_buffers())]
+    return Problem(
+        number,
+        tuple(str(end.args[0]) for end in sorted(ends, key=inside.index)),
+        made,
+        tuple(str(node.meta[ORIGIN]) for node in border),
+        trained,
+        tuple(name for name in others if name not in set(trained)),
+    )
+
+
+def tensor_place(gm: nn.Module, name: str) -> tuple[dict[str, Any], str]:
+    """Return the table (parameters or buffers) that a tensor of a graph module stands in, and its name there."""
+    path, _, leaf = name.rpartition(".")
+    owner = gm.get_submodule(path)
+    table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
+    if leaf not in table:
+        raise RuntimeError(f"{name} is {type(attribute(gm, name)).__name__} and no tensor of a module")
+    return table, leaf

@@ -1,0 +1,244 @@
+"""One stage of a memory-bounded training: its problems, its schedule, its run."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.streaming.cuts import cut
+from ppcl_fx.passes.streaming.footprint import elements
+from ppcl_fx.train import checkpoints
+from ppcl_fx.train.bounded.cache import Cache
+from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost, problem_cost, teacher_cost
+from ppcl_fx.train.bounded.folder import StudentFolder, dtype_of, load_finished
+from ppcl_fx.train.bounded.options import BoundedOptions, StageSchedule
+from ppcl_fx.train.bounded.problems import Problem, problems
+from ppcl_fx.train.bounded.schedule import Limits, Schedule, Speeds, Sweep, Work, cache_room, plan_schedule
+from ppcl_fx.train.bounded.student import Part, Student
+from ppcl_fx.train.bounded.teacher import Report, Route, Teacher, states_room
+from ppcl_fx.train.checkpoints import Identity
+from ppcl_fx.train.curves import StageCurves
+from ppcl_fx.train.data import Batches
+
+if TYPE_CHECKING:
+    from ppcl_fx.calls import Calls
+
+
+@dataclass(frozen=True)
+class Context:
+    """What all stages of a run share."""
+
+    opened: StudentFolder
+    calls: Calls
+    options: BoundedOptions
+    identity: Identity
+    work: Path
+    resume: bool
+    device: torch.device
+    limits: Limits
+    memory_limit: int | None
+    report: Report
+
+    def stage(self, number: int) -> Stage:
+        """Return a stage by its position in the run."""
+        model = self.opened.model
+        # These parameters are on the meta device: the flags only tell what is to train.
+        model.requires_grad_(False)
+        model.students_module.requires_grad_(True)
+        return Stage(self, number, problems(model, self.options.stages[number]))
+
+    def batches(self, batch: int) -> Batches:
+        """Return the batches, tensors on the CPU."""
+        return Batches(self.calls, batch, self.options.seed, dtype=dtype_of(self.opened.model))
+
+
+class Stage:
+    """A stage: its problems, its schedule, its run."""
+
+    def __init__(self, context: Context, number: int, found: Sequence[Problem]) -> None:
+        self._context, self._number, self._problems = context, number, found
+        self._name, self._steps = context.options.stages[number], context.options.steps[number]
+        self._finished: dict[int, StageCurves] = {}
+        self._costs: list[ProblemCost] = []
+        self._teacher: TeacherCost | None = None
+        self.stopped: dict[str, str] = {}
+        batches = context.batches(context.options.batch)
+        self._batch_sizes = [call.batch for call in context.calls]
+        traced = max(1, context.opened.traced_size)
+        self._work = Work(
+            [batches.indices(step) for step in range(self._steps)],
+            [elements(call.kwargs) / traced for call in context.calls],
+        )
+        for problem in found if context.resume else ():
+            self._note(problem)
+
+    def plan(self, speeds: Speeds) -> StageSchedule:
+        """Make the schedule of what is not finished.
+
+        Raises:
+            PpclError: a limit is too small.
+        """
+        left = self._left()
+        if not left:
+            return StageSchedule(self._name, self._steps, (), None)
+        context, gm = self._context, self._context.opened.model.graph
+        route = Route(gm, left)
+        segments = cut(gm, skip=route.skip)
+        self._teacher = teacher_cost(gm, segments, route.skip, self._work.largest())
+        checkpointing = context.options.checkpointing and self._name == "depth"
+        self._costs = [problem_cost(problem, route.last(problem), checkpointing) for problem in left]
+        saved = 0 if context.options.every >= self._steps else checkpoints.KEPT + 1
+        schedule = plan_schedule(self._costs, self._teacher, self._work, context.limits, speeds, saved)
+        students = tuple(problem.edits for problem in left)
+        return StageSchedule(self._name, self._steps, students, schedule, tuple(self._costs), self._teacher)
+
+    def run(self, schedule: Schedule | None) -> None:
+        """Train what is not finished, and lay the results over the saved students.
+
+        Raises:
+            PpclError: the disk is full, or a call cannot be used.
+        """
+        left = self._left()
+        for number, sweep in enumerate(schedule.sweeps if schedule is not None else ()):
+            self._sweep(sweep, [left[i] for i in sweep.problems], number, left)
+        for problem in self._problems:
+            found = load_finished(self._done, self._title(problem))
+            if found is None:
+                raise PpclError(
+                    f"{self._done}: {problem.title} was damaged after it was trained; resume to mend it"
+                )
+            self._context.opened.trained.update(found[0])
+        shutil.rmtree(self._context.work / "cache", ignore_errors=True)
+
+    def curves(self) -> StageCurves:
+        """Return the losses of all students, in the order of the graph."""
+        mine = [self._finished[problem.number] for problem in self._problems]
+        return StageCurves(
+            name=self._name,
+            label=self._name,
+            steps=self._steps,
+            seconds=sum(curves.seconds for curves in mine),
+            losses={edit: values for curves in mine for edit, values in curves.losses.items()},
+        )
+
+    def _sweep(self, sweep: Sweep, mine: Sequence[Problem], number: int, left: Sequence[Problem]) -> None:
+        assert self._teacher is not None
+        context, opened = self._context, self._context.opened
+        route = Route(opened.model.graph, mine)
+        room = cache_room(self._costs, self._teacher, self._work, context.limits, sweep)
+        cache = Cache(
+            context.work / "cache",
+            route.key(self._name, context.identity.plan, context.identity.calls),
+            room,
+            context.limits.disk,
+            context.device,
+        )
+        teacher = Teacher(
+            route,
+            context.batches(1),
+            opened.read,
+            opened.release,
+            cache,
+            context.work / "states",
+            partial(states_room, context.memory_limit, self._teacher.block, cache, room),
+            context.device,
+            context.report,
+        )
+        for group in sweep.groups:
+            self._group([left[i] for i in group], sweep.windows, teacher, cache)
+
+    def _group(
+        self, mine: Sequence[Problem], windows: Sequence[tuple[int, int]], teacher: Teacher, cache: Cache
+    ) -> None:
+        """Train the problems of a group side by side, step by step."""
+        context = self._context
+        if len(windows) == 1:
+            # Before the students are in memory.
+            teacher.fill(self._calls(*windows[0]))
+        students = [self._student(problem) for problem in mine]
+        try:
+            for start, stop in windows:
+                begin = max(start, min(student.done for student in students))
+                if begin >= stop:
+                    continue
+                if len(windows) > 1:
+                    cache.keep_only(self._calls(begin, stop))
+                    teacher.fill(self._calls(begin, stop))
+                for step in range(begin, stop):
+                    self._step(step, students, teacher)
+            for student in students:
+                student.finish(self._done, self._title(student.problem))
+                self._note(student.problem)
+            context.opened.release()
+        finally:
+            for student in reversed(students):
+                student.release()
+
+    def _step(self, step: int, students: Sequence[Student], teacher: Teacher) -> None:
+        options = self._context.options
+        total = 0.0
+        for student in students:
+            if student.stopped or student.done != step:
+                continue
+            total += student.step(self._parts(step, student, teacher))
+        every = (step + 1) % options.every == 0 and step + 1 < self._steps
+        if every:
+            for student in students:
+                if student.done == step + 1:
+                    student.checkpoint()
+        titles = students[0].problem.title + (f" and {len(students) - 1} more" if len(students) > 1 else "")
+        self._context.report(step + 1, self._steps, f"{self._name}, {titles}, loss {total:.4g}")
+
+    def _parts(self, step: int, student: Student, teacher: Teacher) -> list[Part]:
+        """Return the calls of a step with their shares of the batch: losses are means over samples."""
+        calls = self._work.order[step]
+        whole = sum(self._batch_sizes[call] for call in calls)
+        return [
+            (
+                self._batch_sizes[call] / whole if len(calls) > 1 else 1.0,
+                partial(teacher.border, student.problem, call),
+            )
+            for call in calls
+        ]
+
+    def _student(self, problem: Problem) -> Student:
+        context = self._context
+        folder = context.work / "checkpoints" / self._title(problem)
+        return Student(
+            problem,
+            self._name,
+            self._steps,
+            context.opened.read,
+            context.options,
+            context.identity,
+            folder,
+            context.device,
+        )
+
+    def _calls(self, start: int, stop: int) -> list[int]:
+        return sorted({call for step in self._work.order[start:stop] for call in step})
+
+    def _left(self) -> list[Problem]:
+        return [problem for problem in self._problems if problem.number not in self._finished]
+
+    def _note(self, problem: Problem) -> None:
+        """Take down what came of a problem, if it is finished."""
+        found = load_finished(self._done, self._title(problem))
+        if found is not None:
+            self._finished[problem.number] = found[1].curves
+            if found[1].stopped:
+                self.stopped.update(dict.fromkeys(problem.edits, found[1].stopped))
+
+    @property
+    def _done(self) -> Path:
+        return self._context.work / "done"
+
+    def _title(self, problem: Problem) -> str:
+        return f"{self._name}-{problem.number:03d}"

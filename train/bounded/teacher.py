@@ -1,0 +1,197 @@
+"""The teacher's pass: streamed block by block over calls, leaving in the cache what the students need."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ppcl_fx.calls import Call
+from ppcl_fx.memory import anonymous
+from ppcl_fx.passes.streaming.cuts import parts
+from ppcl_fx.passes.streaming.fit import closure
+from ppcl_fx.passes.streaming.runner import Read, Streamer
+from ppcl_fx.passes.streaming.states import States
+from ppcl_fx.passes.watch import Watch
+from ppcl_fx.train.bounded.cache import Cache, Damaged
+from ppcl_fx.train.bounded.problems import Problem
+from ppcl_fx.train.data import Batches
+
+_log = logging.getLogger("ppcl_fx.train")
+
+Report = Callable[[int, int, str], None]
+"""Told how far it is: what is done, of how much, and what it is."""
+
+
+class Route:
+    """The part of a pluggable graph that gives some problems' borders.
+
+    Args:
+        gm: the pluggable graph.
+        problems: the problems.
+
+    Attributes:
+        bundles: name -> the nodes whose values are cached together: those of one segment that the same problems read.
+        of: for each problem's number, bundle and position of each value of its border.
+    """
+
+    def __init__(self, gm: GraphModule, problems: Sequence[Problem]) -> None:
+        self.gm = gm
+        nodes = {node.name: node for node in gm.graph.nodes}
+        readers: dict[Node, list[int]] = {}
+        for problem in problems:
+            for name in problem.border:
+                readers.setdefault(nodes[name], []).append(problem.number)
+        self._needed = closure(gm, list(readers))
+        segment = parts([node for node in gm.graph.nodes if node in self._needed])
+        keys: dict[tuple[int, tuple[int, ...]], list[Node]] = {}
+        for node in gm.graph.nodes:
+            if node in readers:
+                keys.setdefault((segment[node], tuple(readers[node])), []).append(node)
+        self.bundles = {f"{number:03d}": tuple(group) for number, group in enumerate(keys.values())}
+        place = {node: (name, i) for name, group in self.bundles.items() for i, node in enumerate(group)}
+        self.of = {problem.number: [place[nodes[name]] for name in problem.border] for problem in problems}
+        self._segment = segment
+
+    def skip(self, node: Node) -> bool:
+        """Tell whether a node is not run."""
+        return node not in self._needed
+
+    def last(self, problem: Problem) -> int:
+        """Return the last segment that a problem needs a value of."""
+        return max(self._segment[node] for name, _ in self.of[problem.number] for node in self.bundles[name])
+
+    def key(self, *more: str) -> str:
+        """Return a digest of the bundles' contents and of `more`."""
+        names = {name: [node.name for node in group] for name, group in self.bundles.items()}
+        return hashlib.sha256(json.dumps([names, *more]).encode()).hexdigest()
+
+
+class Teacher:
+    """Gives the problems' borders: from the cache, or by running the teacher.
+
+    Args:
+        route: what to run.
+        batches: the calls.
+        read: gives the graph's weights by name.
+        release: called after each segment.
+        cache: where values go.
+        work: a folder for the calls' states between segments.
+        room: tells how many bytes these states may take in memory.
+        device: where to compute.
+        report: told how far it is.
+    """
+
+    def __init__(
+        self,
+        route: Route,
+        batches: Batches,
+        read: Read,
+        release: Callable[[], None],
+        cache: Cache,
+        work: Path,
+        room: Callable[[], int],
+        device: torch.device,
+        report: Report,
+    ) -> None:
+        self._route, self._batches, self._cache = route, batches, cache
+        self._release, self._work, self._room, self._report = release, work, room, report
+        self._states = States(work, 0, device)
+        self._call = -1
+        self.passes = 0
+        """Runs of the teacher so far."""
+        watches = [Watch(nodes, self._keeper(name)) for name, nodes in route.bundles.items()]
+        self._runner = Streamer(route.gm, watches, read, self._states, device, skip=route.skip)
+
+    def fill(self, calls: Sequence[int]) -> None:
+        """Run the teacher on those calls that the cache lacks.
+
+        Raises:
+            PpclError: the disk is full, a call holds NaN, or lies outside of what was traced.
+        """
+        missing = [c for c in calls if not all(self._cache.has(c, name) for name in self._route.bundles)]
+        if not missing:
+            return
+        self.passes += 1
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._states.budget = self._room()
+        segments = self._runner.segments
+        last = max(number for number, segment in enumerate(segments) if segment.due)
+        total = (last + 1) * len(missing)
+        for number in range(last + 1):
+
+            def begin(position: int) -> None:
+                self._call = missing[position]
+
+            def end(position: int, _result: Any, number: int = number) -> None:
+                self._report(number * len(missing) + position + 1, total, "running the teacher")
+
+            # Later segments take the calls' states, and of the calls only their number.
+            given = _Prepared(self._batches, missing if number == 0 else missing[:1] * len(missing))
+            self._runner.run_segment(number, given, begin=begin, end=end)
+            self._states.forget_all_but(number + 1)
+            self._release()
+        # States of the last segment are nobody's input.
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    def border(self, problem: Problem, call: int) -> list[Any]:
+        """Return a problem's border for a call. What is damaged on disk is computed again, with a warning."""
+        try:
+            return self._cached(problem, call)
+        except Damaged as error:
+            _log.warning("cached values of call %d are computed again: %s", call, error)
+            self._cache.drop(call)
+            self.fill([call])
+            return self._cached(problem, call)
+
+    def _cached(self, problem: Problem, call: int) -> list[Any]:
+        wanted = self._route.of[problem.number]
+        found = {name: self._cache.get(call, name) for name in dict.fromkeys(name for name, _ in wanted)}
+        return [found[name][position] for name, position in wanted]
+
+    def _keeper(self, name: str) -> Callable[..., None]:
+        def keep(*values: Any) -> None:
+            if not self._cache.has(self._call, name):
+                self._cache.put(self._call, name, values)
+
+        return keep
+
+
+def states_room(limit: int | None, block: int, cache: Cache, memory: int) -> int:
+    """Return what is free of a limit for states between segments, the rest of the cache's memory set aside."""
+    if limit is None:
+        return 2**62
+    return max(0, limit - anonymous() - block - max(0, memory - cache.held_bytes))
+
+
+class _Prepared(Sequence[Call]):
+    """Calls in the model's dtype, each made when it is asked for."""
+
+    def __init__(self, batches: Batches, positions: Sequence[int]) -> None:
+        self._batches, self._positions = batches, positions
+        self._last: tuple[int, Call] | None = None
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> Call: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Call]: ...
+    def __getitem__(self, index: int | slice) -> Call | Sequence[Call]:
+        if isinstance(index, slice):
+            return _Prepared(self._batches, self._positions[index])
+        position = self._positions[index]
+        if self._last is None or self._last[0] != position:
+            self._last = (position, Call(self._batches.one(position), (), 0.0, position, 1))
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[Call]:
+        return (self[index] for index in range(len(self)))
