@@ -96,7 +96,11 @@ class Batches:
         drawn = [self._calls[index] for index in self.indices(step)]
         for call in drawn:
             _check(call)
-        return _moved(collate(drawn), self._device, self._dtype)
+        return self.joined(drawn)
+
+    def joined(self, calls: Sequence[Call]) -> dict[str, Any]:
+        """Return the arguments of one call that does the work of these, on the device."""
+        return _moved(collate(calls), self._device, self._dtype)
 
     def target(self, step: int) -> Tensor | None:
         """Return the teacher's recorded output for the batch of `step`, on the device and as recorded, or None
