@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from ppcl_fx.errors import PpclError, near
 from ppcl_fx.graphs import descendants, example, module_paths, users
 from ppcl_fx.passes.expand import map_values
 from ppcl_fx.passes.switches import SWITCH, is_switch, surface, switches
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit
+from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, known
 from ppcl_fx.sites import is_attention
 from ppcl_fx.stacks import block_regions
 from ppcl_fx.tracing.guards import is_guard
@@ -50,7 +50,11 @@ class _Term:
 
 
 def distil(
-    model: PluggableModel, stage: str, sequential: bool = False, attention: bool = False
+    model: PluggableModel,
+    stage: str,
+    sequential: bool = False,
+    attention: bool = False,
+    only: Collection[str] | None = None,
 ) -> GraphModule:
     """Return the graph that trains one stage's edits.
 
@@ -64,6 +68,8 @@ def distil(
             (the paper's control).
         attention: compare what the attentions of a depth edit's student and of the interval's last block return
             as well: terms ``attention.<number of the attention>.<number of the output>``. Not in the paper's loss.
+        only: the ids of the edits to train, some of the stage's; all of them if left out. The teacher is computed
+            as far as these need it.
 
     Raises:
         PpclError: the stage is unknown, or the plan has no edit for it.
@@ -74,6 +80,9 @@ def distil(
     edits = [edit for edit in model.plan.edits if isinstance(edit, DepthEdit) == (stage == "depth")]
     if not edits:
         raise PpclError(f"the plan has no edit for stage {stage}; train another stage")
+    if only is not None:
+        known([edit.id for edit in edits], list(only))
+        edits = [edit for edit in edits if edit.id in only]
     upstream: frozenset[Node] = frozenset()
     if sequential:
         chained = [e for e in model.plan.edits if stage == "width" or isinstance(e, DepthEdit)]

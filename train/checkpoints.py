@@ -8,7 +8,7 @@ import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -31,6 +31,8 @@ from ppcl_fx.train.curves import StageCurves
 KEPT = 2
 """Checkpoints that stay on disk: the last, and the one before in case the last is damaged."""
 TENSORS = "state.safetensors"
+PIECES = "pieces.json"
+"""In place of the tensors' file, where several ranks wrote (`ppcl_fx.train.pieces`)."""
 STATE = "state.json"
 SUMS = "SHA256SUMS"
 """The checksums of the other two files, as `sha256sum -c` reads them."""
@@ -85,7 +87,7 @@ class Checkpoint:
     """A checkpoint read back: its JSON half, its tensors by name, and the folder it came from."""
 
     state: State
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     folder: Path
 
 
@@ -98,25 +100,32 @@ def save(
     tensors: Mapping[str, Tensor],
     *,
     over: bool = False,
+    put: Callable[[Path, Mapping[str, Tensor]], str] | None = None,
 ) -> Path:
     """Write a checkpoint into `folder`, drop all but the last `KEPT`, and return the new checkpoint's folder.
 
     `stage` counts the run's stages from 0, `step` the steps of that stage that are done. Later checkpoints are
-    dropped too: the run went on from an earlier one because they were damaged.
+    dropped too: the run went on from an earlier one because they were damaged. `put` writes the tensors into the
+    folder in another form and returns the name of the file that says how.
 
     Raises:
         PpclError: The place cannot be written; the checkpoints that were there still are.
     """
     target = folder / f"{stage:02d}-{step:08d}"
     with new_folder(target, overwrite=True) as beside:
-        write_safetensors(beside / TENSORS, tensors)
+        written = (put or _put)(beside, tensors)
         write_json(beside / STATE, State(identity=identity, stage=stage, step=step, over=over, curves=curves))
-        write_text(beside / SUMS, "".join(f"{_sum(beside / name)}  {name}\n" for name in (TENSORS, STATE)))
+        write_text(beside / SUMS, "".join(f"{_sum(beside / name)}  {name}\n" for name in (written, STATE)))
     found = existing(folder)
     place = found.index(target) + 1
     for old in found[: max(0, place - KEPT)] + found[place:]:
         shutil.rmtree(old)
     return target
+
+
+def _put(folder: Path, tensors: Mapping[str, Tensor]) -> str:
+    write_safetensors(folder / TENSORS, tensors)
+    return TENSORS
 
 
 def existing(folder: Path) -> list[Path]:
@@ -150,7 +159,7 @@ def latest(folder: Path, identity: Identity) -> Checkpoint | None:
     damaged: PpclError | None = None
     for path in reversed(existing(folder)):
         try:
-            found = _read(path)
+            found = read(path)
         except PpclError as error:
             _log.warning("damaged checkpoint passed over: %s", error)
             damaged = error
@@ -175,10 +184,26 @@ def peek(folder: Path) -> State | None:
     return None
 
 
-def _read(path: Path) -> Checkpoint:
-    for name in (STATE, TENSORS):
-        _check_sum(path, name)
-    return Checkpoint(read_json(path / STATE, State), read_safetensors(path / TENSORS), path)
+def read(path: Path, *, check: bool = True) -> Checkpoint:
+    """Read the checkpoint in `path`; with `check`, compare every checksum.
+
+    Raises:
+        PpclError: It is damaged.
+    """
+    shared = (path / PIECES).is_file()
+    for name in (STATE, PIECES if shared else TENSORS):
+        if check:
+            _check_sum(path, name)
+    return Checkpoint(read_json(path / STATE, State), _tensors(path, shared, check), path)
+
+
+def _tensors(path: Path, shared: bool, check: bool) -> Mapping[str, Tensor]:
+    if not shared:
+        return read_safetensors(path / TENSORS)
+    # Only here: distributed checkpoints are slow to import.
+    from ppcl_fx.train.pieces import Pieces
+
+    return Pieces(path, check=check)
 
 
 def _check_sum(path: Path, name: str) -> None:

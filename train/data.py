@@ -103,7 +103,11 @@ class Batches:
         Raises:
             PpclError: More than 1 % of the calls hold NaN or infinity.
         """
-        return moved(collate(self._drawn(step)), self._device, self._dtype)
+        return self.joined(self._drawn(step))
+
+    def joined(self, calls: Sequence[Call]) -> dict[str, Any]:
+        """Return the arguments of one call that does the work of these, on the device."""
+        return moved(collate(calls), self._device, self._dtype)
 
     def one(self, index: int) -> dict[str, Any]:
         """Return the keyword arguments of one call, by its position in `calls`, as `kwargs` gives those of a batch.

@@ -42,6 +42,7 @@ class Journal:
         every: Steps between checkpoints; a stage's end has one in any case.
         device: The device whose random generator is stored too.
         curves: One entry a stage, the current one last.
+        save: Writes a checkpoint, as `checkpoints.save` does.
     """
 
     folder: Path
@@ -50,13 +51,14 @@ class Journal:
     every: int
     device: torch.device
     curves: list[StageCurves] = field(default_factory=list)
+    save: Callable[..., object] = checkpoints.save
 
     def write(self, number: int, step: int, tensors: Mapping[str, Tensor], *, over: bool = False) -> None:
         """Write a checkpoint of the current stage after `step` of its steps: the students and `tensors`."""
         students = {f"students.{name}": value for name, value in self.students.items()}
         states = checkpoints.rng_state(self.device)
         everything = {**students, **tensors, **states}
-        checkpoints.save(self.folder, self.identity, number, step, self.curves, everything, over=over)
+        self.save(self.folder, self.identity, number, step, self.curves, everything, over=over)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Set the students and the curves to what the checkpoint holds."""
@@ -217,7 +219,7 @@ class _Run:
                 self._masters.take_gradients()
                 samples += self._feed.samples(position)
         active = {edit: self._masters.groups[edit] for edit in self._stage.groups}
-        norms = schedule.clip(active, self._options.clip)
+        norms = self._stage.norms(schedule.clip(active, self._options.clip))
         numbers = [_numbers(losses) for losses in found]
         lengths = _numbers(norms)
         bad = self._spoilt(step, positions, numbers, lengths)

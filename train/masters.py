@@ -13,6 +13,11 @@ from ppcl_fx.train.executor import Groups
 _LOW = (torch.bfloat16, torch.float16)
 
 
+def is_low(parameter: Tensor) -> bool:
+    """Tell whether a parameter is stored in 16 bits, so that it gets a master."""
+    return parameter.dtype in _LOW
+
+
 class Masters:
     """What the optimiser updates: a float32 copy of each 16-bit parameter, and every other parameter itself.
 
@@ -64,7 +69,7 @@ class Masters:
                 master.copy_(tensors[f"master.{number}"])
 
     def _master(self, parameter: Parameter) -> Parameter:
-        if parameter.dtype not in _LOW:
+        if not is_low(parameter):
             return parameter
         master = Parameter(parameter.detach().float())
         self._copies.append((parameter, master))

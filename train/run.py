@@ -28,7 +28,11 @@ from ppcl_fx.train.finetuned import plan_digest, save_finetuned
 from ppcl_fx.train.loop import Around, Journal, Progress, run_stage
 from ppcl_fx.train.losses import Weights
 from ppcl_fx.train.options import Options, plan_stages
+from ppcl_fx.train.parallel import Intervals
+from ppcl_fx.train.ranked import agreed, begin, refuse_on_ranks, share_checkpoints, students_alone
+from ppcl_fx.train.ranks import Ranks, current
 from ppcl_fx.train.scoring import shapes_score
+from ppcl_fx.train.shares import SharedBatches
 from ppcl_fx.train.signals import Asked, listening
 from ppcl_fx.train.stages import Distillation, FineTuning, Stage
 from ppcl_fx.train.watch import Show, Watch
@@ -57,7 +61,7 @@ class TrainResult:
         checkpoints: The folder of the checkpoints.
         finetuned: The folder of the fine-tuned model, None without that stage.
         finetuned_model: The fine-tuned model itself, a plain graph called like the teacher; None without that
-            stage.
+            stage, and on all ranks but the first.
     """
 
     stages: tuple[StageCurves, ...]
@@ -111,12 +115,13 @@ def train(
         Stopped: A signal stopped the run; it can be resumed.
     """
     began = time.perf_counter()
+    ranks = current()
     model.require_no_lora("training")
     folder = Path(out)
     chosen = resolve(config, **options)
     stages, steps = _busy_stages(model, chosen.stages, chosen.steps)
     busy = chosen.model_copy(update={"stages": stages, "steps": steps})
-    cast = _autocast(model, busy.autocast)
+    cast = _autocast(model, busy.autocast, ranks.device or model.device)
     students = _mixture(model, busy.keep)
     used, held = split(calls, busy.held_out, busy.seed)
     _check_extras(busy, held)
@@ -127,37 +132,42 @@ def train(
     }
     identity = Identity(plan=plan_digest(model.plan), calls=calls.fingerprint, options=decisive)
     logs = Path(busy.log) if busy.log is not None else folder / LOGS
-    for place in (folder, logs):
+    refuse_on_ranks(ranks, busy, score is not None or busy.score_prompts > 0)
+    for place in (folder, logs) if ranks.first else ():
         check_writable(place)
     if score is None and busy.score_prompts:
         score = shapes_score(model, busy.score_prompts)
-    start = _starting_point(folder / CHECKPOINTS, identity, resume)
+    start = begin(ranks, lambda: _starting_point(folder / CHECKPOINTS, identity, resume))
     follower = Watch(
-        logs,
+        logs if ranks.first else None,
         model.device,
         log_every=busy.log_every,
         tensorboard=busy.tensorboard,
-        show=watch,
+        show=watch if ranks.first else None,
         count=not busy.compile,
     )
-    save_config(chosen, folder / CONFIG)
-    runner = _Runner(model, busy, cast, identity, folder, students, progress, follower, score)
+    if ranks.first:
+        save_config(chosen, folder / CONFIG)
+    told = progress if ranks.first else None
+    runner = _Runner(model, busy, cast, identity, folder, students, told, follower, score, ranks)
     with _training(model, busy.seed), listening() as asked:
         try:
-            finetuned = runner.run(calls, used, held, start, asked)
+            finetuned = runner.run(calls, used, held, start, agreed(asked, ranks))
         finally:
             follower.close()
     losses = Losses(
         plan=identity.plan, calls=identity.calls, sequential=busy.sequential, stages=runner.journal.curves
     )
-    losses.save(folder / LOSSES)
+    if ranks.first:
+        losses.save(folder / LOSSES)
+    ranks.barrier()
     return TrainResult(
         stages=tuple(runner.journal.curves),
         seconds=time.perf_counter() - began,
         folder=folder,
         losses=folder / LOSSES,
         checkpoints=folder / CHECKPOINTS,
-        finetuned=runner.finetuned_folder if finetuned is not None else None,
+        finetuned=runner.finetuned_folder if "finetune" in stages else None,
         finetuned_model=finetuned,
     )
 
@@ -176,7 +186,9 @@ class _Runner:
         progress: Progress | None,
         watch: Watch,
         score: Score | None,
+        ranks: Ranks,
     ) -> None:
+        self._ranks = ranks
         self._model, self._options, self._cast, self._students = model, options, cast, students
         self._progress, self._watch, self._score = progress, watch, score
         self._suffix = "" if options.keep is None else f"-{options.keep:g}"
@@ -189,8 +201,6 @@ class _Runner:
     ) -> GraphModule | None:
         """Run all stages that are not done yet; return the fine-tuned model, if there is one."""
         options = self._options
-        feed = self._batches(calls, used)
-        held_out = self._batches(calls, held) if held else None
         for number, (name, total) in enumerate(zip(options.stages, options.steps, strict=True)):
             if start is not None and number < start.state.stage:
                 continue
@@ -198,13 +208,15 @@ class _Runner:
             if resumed is None:
                 self.journal.curves.append(StageCurves(name=name, label=self._label(name)))
             else:
-                self.journal.restore(resumed)
+                self.journal.restore(students_alone(self._ranks, resumed, self.journal.students))
                 _forget_mixtures(self._model)
             # A stage before may have stopped some of them.
             self._model.students_module.requires_grad_(True)
             stage = self._stage(name)
+            resumed = share_checkpoints(self._ranks, stage, self.journal, resumed)
+            feed = self._batches(name, calls, used)
             around = Around(
-                held_out=held_out,
+                held_out=self._batches(name, calls, held) if held else None,
                 recorded=isinstance(stage, FineTuning) and self._use_recorded(stage, feed),
                 score=self._scorer(name, stage),
                 watch=self._watch,
@@ -215,20 +227,28 @@ class _Runner:
             run_stage(
                 stage, feed, self.journal, options, number=number, total=total, lr=rate, start=resumed, around=around
             )
+            if isinstance(stage, Intervals):
+                stage.share()
             _forget_mixtures(self._model)
             if isinstance(stage, FineTuning):
                 finetuned = stage.result()
-                save_finetuned(finetuned, self._model, list(self._students), self.finetuned_folder)
+                if finetuned is not None:
+                    save_finetuned(finetuned, self._model, list(self._students), self.finetuned_folder)
                 return finetuned
         return None
 
-    def _batches(self, calls: Calls, only: list[int]) -> Batches:
+    def _batches(self, name: str, calls: Calls, only: list[int]) -> Batches:
         model, options = self._model, self._options
-        return Batches(calls, options.batch, options.seed, device=model.device, dtype=model.dtype, only=only)
+        where: dict[str, Any] = {"device": model.device, "dtype": model.dtype, "only": only}
+        if name == "finetune" and not self._ranks.alone:
+            return SharedBatches(calls, options.batch, options.seed, ranks=self._ranks, **where)
+        return Batches(calls, options.batch, options.seed, **where)
 
     def _use_recorded(self, stage: FineTuning, feed: Batches) -> bool:
         wanted = self._options.recorded
-        use = wanted == "always" or (wanted == "exact" and outputs_are_the_teachers(stage, feed))
+        # A share of a batch may round otherwise than the batch that was recorded: with several ranks it is computed.
+        exact = wanted == "exact" and self._ranks.alone
+        use = wanted == "always" or (exact and outputs_are_the_teachers(stage, feed))
         _log.info("finetune: the teacher's outputs are %s", "read from the calls" if use else "computed")
         return use
 
@@ -260,9 +280,15 @@ class _Runner:
             "autocast": self._cast,
             "backend": options.compile_backend if options.compile else None,
         }
+        weights = Weights(**options.weights.model_dump())
+        if not self._ranks.alone:
+            if name == "finetune":
+                from ppcl_fx.train.sharded import ShardedFineTuning  # slow to import
+
+                return ShardedFineTuning(self._model, self._students, self._ranks, **how)
+            return Intervals(self._model, name, weights, self._ranks, **how)
         if name == "finetune":
             return FineTuning(self._model, self._students, **how)
-        weights = Weights(**options.weights.model_dump())
         return Distillation(self._model, name, weights, sequential=options.sequential, **how)
 
 
@@ -311,10 +337,10 @@ def _mixture(model: PluggableModel, keep: float | None) -> tuple[str, ...]:
         model.plug(students=list(before))
 
 
-def _autocast(model: PluggableModel, wanted: bool | None) -> torch.dtype | None:
-    """Return the dtype to cast matrix products to, or None."""
+def _autocast(model: PluggableModel, wanted: bool | None, device: torch.device) -> torch.dtype | None:
+    """Return the dtype to cast matrix products to on `device`, or None."""
     if wanted is None:
-        cuda = model.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        cuda = device.type == "cuda" and torch.cuda.is_bf16_supported()
         wanted = cuda and model.dtype == torch.float32
     return torch.bfloat16 if wanted else None
 

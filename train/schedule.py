@@ -94,7 +94,9 @@ def clip(groups: Mapping[str, Sequence[Parameter]], limit: float | None) -> dict
     """
     norms: dict[str, Tensor] = {}
     for name, parameters in groups.items():
-        norms[name] = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        # Of sharded gradients each rank knows its own part of the norm.
+        norms[name] = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if limit is not None:
             clip_grads_with_norm_(parameters, limit, norms[name])
     return norms

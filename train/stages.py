@@ -5,7 +5,7 @@ mixture.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -48,6 +48,9 @@ class Stage(Protocol):
     def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
         """Return each edit's loss on one batch, without gradients."""
 
+    def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return every edit's gradient norm, given those of the parameters in `groups`."""
+
     def stop(self, edit: str) -> None:
         """Train `edit` no further; what only its loss needed is computed no more."""
 
@@ -68,6 +71,7 @@ class Distillation:
         weights: The weights of the loss terms.
         sequential: Feed each student what the student before it gives, not what the teacher gives (the
             paper's control).
+        only: The ids of the edits to train, some of the stage's; None for all.
         checkpointing: Recompute the students' insides in the backward pass instead of keeping them.
         autocast: The dtype of matrix products, or None.
         backend: `torch.compile`'s backend for the student blocks, None not to compile them.
@@ -80,11 +84,14 @@ class Distillation:
         weights: Weights,
         *,
         sequential: bool = False,
+        only: Collection[str] | None = None,
         checkpointing: bool = False,
         autocast: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
-        self._graph = distil(model, name, sequential=sequential, attention=weights.attention != 0.0)
+        self._graph = distil(
+            model, name, sequential=sequential, attention=weights.attention != 0.0, only=only
+        )
         compared = any(term.startswith("attention.") for term in terms(self._graph))
         if name == "depth" and weights.attention and not compared:
             raise PpclError("the distillation graph compares no attention outputs: leave their weight at 0")
@@ -112,6 +119,10 @@ class Distillation:
         """See `Stage`."""
         return self._distiller.evaluate(kwargs)
 
+    def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Stage`: all are this process's."""
+        return mine
+
     def stop(self, edit: str) -> None:
         """See `Stage`. The teacher's blocks after the last student that still trains are not run any more."""
         for parameter in self.groups[edit]:
@@ -119,6 +130,10 @@ class Distillation:
             parameter.grad = None
         without_edit(self._graph, edit)
         self._build()
+
+    def move(self, device: torch.device) -> None:
+        """Move what the stage computes with, of the teacher and of the students, to `device`."""
+        self._graph.to(device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing: the students are in every checkpoint."""
@@ -178,6 +193,10 @@ class FineTuning:
         with torch.no_grad():
             return {WHOLE: self._loss(kwargs, target)}
 
+    def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See `Stage`: all are this process's."""
+        return mine
+
     def stop(self, edit: str) -> None:
         """Nothing is left to train: the loop ends here."""
         self.groups = {}
@@ -193,8 +212,8 @@ class FineTuning:
             velocity = prediction(self._runner.run(*inputs(self.student, kwargs)))
         return output_loss(velocity, wanted)
 
-    def result(self) -> GraphModule:
-        """Return the fine-tuned model, not training any more."""
+    def result(self) -> GraphModule | None:
+        """Return the fine-tuned model, not training any more; of several ranks' one, None on all but the first."""
         return self.student.requires_grad_(False)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -24,11 +24,15 @@ LINE_SECONDS = 10.0
 
 
 class Terminal:
-    """Progress bars on a terminal, a line now and then where stderr is a file. `verbose` adds notes and log lines."""
+    """Progress bars on a terminal, a line now and then where stderr is a file. `verbose` adds notes and log lines.
 
-    def __init__(self, verbose: bool = False) -> None:
-        self.verbose = verbose
-        _set_up_libraries(verbose)
+    With `silent` nothing is shown: another process shows it.
+    """
+
+    def __init__(self, verbose: bool = False, silent: bool = False) -> None:
+        self.verbose = verbose and not silent
+        self._silent = silent
+        _set_up_libraries(self.verbose)
 
     def note(self, line: str) -> None:
         """Say something that only `-v` wants to know."""
@@ -39,10 +43,17 @@ class Terminal:
     def step(self, label: str) -> Iterator[Report]:
         """Show how far one step of the work is; the block reports by calling what it is given."""
         started = time.monotonic()
+        if self._silent:
+            yield _nothing
+            return
         show = _bar(label) if sys.stderr.isatty() else _lines(label)
         with show as report:
             yield report
         self.note(f"{label}: {time.monotonic() - started:.1f} s")
+
+
+def _nothing(done: int, total: int, label: str = "") -> None:
+    """Show nothing."""
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,7 @@ from ppcl_fx.files import check_writable
 
 if TYPE_CHECKING:
     from ppcl_fx.train import StageCurves, TrainResult
+    from ppcl_fx.train.options import Options
 
 STAGES = ("depth", "width", "finetune")
 REPORT = "report.html"
@@ -95,12 +97,16 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, to the bit.")
     ] = False,
+    rank_timeout: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="How long ranks (torchrun) wait for each other.")
+    ] = 600.0,
     verbose: Verbose = False,
     json: Json = False,
-) -> Result:
+) -> Result | None:
     """Train STUDENT's students in place; checkpoints, logs, loss curves and the fine-tuned model go to its folder.
 
-    Ctrl-C and SIGTERM save first. The complete options of the run are written to STUDENT/train.toml.
+    Start it with torchrun or accelerate launch to train on several GPUs. Ctrl-C and SIGTERM save first. The complete
+    options of the run are written to STUDENT/train.toml.
     """
     stages = choices("--stage", stage, STAGES) if stage is not None else None
     counts = parse_counts("--steps", steps) if steps is not None else None
@@ -125,16 +131,28 @@ def train(
 
     chosen = resolve(config, **options)
     check_writable(student)
-    terminal = Terminal(verbose)
 
+    from ppcl_fx.train.ranks import joined
+
+    with joined(rank_timeout) as ranks:
+        return _run(student, calls, chosen, resume, Terminal(verbose, silent=not ranks.first), ranks.first)
+
+
+def _run(
+    student: Path, calls: Path, chosen: Options, resume: bool, terminal: Terminal, first: bool
+) -> Result | None:
+    """Train; on the first rank write the results and return them."""
     from ppcl_fx.report import write_report
     from ppcl_fx.train import train as run
 
     model = open_student(student, terminal)
     recording = open_calls(calls, terminal)
     recording.check(student, model.plan.model)
-    with watching() as show:
+    with ExitStack() as stack:
+        show = stack.enter_context(watching()) if first else None
         trained = run(model, recording.calls, out=student, config=chosen, resume=resume, watch=show)
+    if not first:
+        return None
     model.save_students(student)
     curves = {stage.label: stage.losses for stage in trained.stages}
     write_report(student / REPORT, plan=model.plan, losses=curves, title=f"{student.name}: training")

@@ -1,0 +1,118 @@
+"""What several ranks agree on in a run: what they can do, where they begin, when they stop."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.train import checkpoints
+from ppcl_fx.train.checkpoints import Checkpoint
+from ppcl_fx.train.options import Options
+from ppcl_fx.train.ranks import Ranks
+from ppcl_fx.train.signals import Asked
+
+if TYPE_CHECKING:
+    from ppcl_fx.train.loop import Journal
+    from ppcl_fx.train.stages import Stage
+
+FAULT = "!"
+"""What rank 0's word begins with where it is about a fault."""
+
+
+def refuse_on_ranks(ranks: Ranks, options: Options, scored: bool) -> None:
+    """Raise PpclError for what only one process can do."""
+    if ranks.alone:
+        return
+    mend = "run it on one process"
+    if options.sequential:
+        raise PpclError(
+            f"sequential distillation feeds each student the one before it, and is not split over ranks; {mend}"
+        )
+    if options.optimizer == "adamw8bit" and "finetune" in options.stages:
+        raise PpclError(
+            f"training option optimizer: adamw8bit does not know sharded parameters; take adamw, or {mend}"
+        )
+    if scored:
+        raise PpclError(f"no rank has the whole model while it trains, so it cannot be scored on the way; {mend}")
+
+
+def agreed(asked: Asked, ranks: Ranks) -> Asked:
+    """Return what all ranks together were asked."""
+    return asked if ranks.alone else AgreedAsked(asked, ranks)
+
+
+class AgreedAsked(Asked):
+    """Whether a signal asked any rank to stop: all ranks ask this at the same points, and get the same answer.
+
+    Args:
+        mine: What this rank was asked.
+        ranks: This process among the others.
+    """
+
+    def __init__(self, mine: Asked, ranks: Ranks) -> None:
+        super().__init__()
+        self._mine, self._ranks = mine, ranks
+
+    def __bool__(self) -> bool:
+        """Ask the others. Raises PpclError where one is lost."""
+        given = torch.zeros(len(signal.Signals) + 64)
+        if self._mine.by is not None:
+            given[int(self._mine.by)] = 1
+        found = self._ranks.sum(given).nonzero()
+        if len(found):
+            self.by = signal.Signals(int(found[-1]))
+        return self.by is not None
+
+
+def begin(ranks: Ranks, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+    """Let rank 0 look for the checkpoint to go on from, and have every rank open the same one.
+
+    Raises:
+        PpclError: Rank 0 found a fault, or a rank is lost.
+    """
+    if ranks.alone:
+        return find()
+    if not ranks.first:
+        where = heard(ranks)
+        return checkpoints.read(Path(where), check=False) if where else None
+    try:
+        found = find()
+    except PpclError as error:
+        ranks.words(f"{FAULT}{error}")
+        raise
+    ranks.words(str(found.folder) if found is not None else "")
+    return found
+
+
+def students_alone(ranks: Ranks, start: Checkpoint, students: Mapping[str, Tensor]) -> Checkpoint:
+    """Return a checkpoint with the tensors of the students; one process takes it as it is."""
+    if ranks.alone:
+        return start
+    from ppcl_fx.train.together import students_of  # slow to import
+
+    return students_of(start, students)
+
+
+def share_checkpoints(ranks: Ranks, stage: Stage, journal: Journal, start: Checkpoint | None) -> Checkpoint | None:
+    """Have several ranks write a stage's checkpoints together; return what `start` holds for this one."""
+    if ranks.alone:
+        return start
+    from ppcl_fx.train.together import Together  # slow to import
+
+    shared = Together(ranks, stage, journal.students)
+    journal.save = shared.save
+    return shared.local(start) if start is not None else None
+
+
+def heard(ranks: Ranks) -> str:
+    """Return rank 0's word on another rank. Raises PpclError where it is about a fault."""
+    word = ranks.words("")
+    if word.startswith(FAULT):
+        raise PpclError(word.removeprefix(FAULT))
+    return word

@@ -1,0 +1,201 @@
+"""Processes that train together: who this one is, and the few words they say to each other.
+
+`torchrun` and `accelerate launch` tell each process its rank in environment variables. A process that was started
+alone is a world of one, and everything here then does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppcl_fx.errors import PpclError
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+TIMEOUT = 600.0
+"""Seconds that a rank waits for the others before it takes them for lost."""
+_SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "timeout", "tcpstore", "socket")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together.
+
+    Attributes:
+        rank: its number, from 0. Rank 0 alone prints and writes what is written once.
+        world: how many there are.
+        device: where its part of the work is done; None for wherever the model is.
+    """
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device | None = None
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other."""
+        return self.world == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0."""
+        return self.rank == 0
+
+    def mesh(self) -> DeviceMesh:
+        """Return all ranks in one row, on the devices they compute on."""
+        from torch.distributed.device_mesh import init_device_mesh  # slow, and not always needed
+
+        return init_device_mesh(self.device.type if self.device is not None else "cpu", (self.world,))
+
+    def barrier(self) -> None:
+        """Wait until every rank is here. Raises PpclError where one is lost."""
+        self.sum(torch.zeros(1))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Return the sum over all ranks of a tensor that each gives; it travels by way of the CPU.
+
+        Raises:
+            PpclError: a rank is lost.
+        """
+        if self.alone:
+            return tensor
+        total = tensor.detach().cpu().clone()
+        with together():
+            dist.all_reduce(total)
+        return total.to(tensor.device)
+
+    def any(self, flag: bool) -> bool:
+        """Tell whether `flag` is true on any rank: how all of them agree to stop at the same step."""
+        return flag if self.alone else bool(self.sum(torch.tensor(float(flag))) > 0)
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Overwrite `tensor` (a plain one) with what rank `source` has in it. Raises PpclError where it is lost."""
+        if self.alone:
+            return
+        with together(), torch.no_grad():
+            carried = tensor.detach().cpu().contiguous()
+            dist.broadcast(carried, source)
+            if self.rank != source:
+                tensor.copy_(carried)
+
+    def gather(self, item: Any) -> list[Any]:
+        """Return what each rank gives (anything small), by rank. Raises PpclError where one is lost."""
+        if self.alone:
+            return [item]
+        found: list[Any] = [None] * self.world
+        with together():
+            dist.all_gather_object(found, item)
+        return found
+
+    def words(self, text: str) -> str:
+        """Return the text that rank 0 gives. Raises PpclError where it is lost."""
+        return str(self.gather(text if self.first else "")[0])
+
+
+def current() -> Ranks:
+    """Return this process's place in `torch.distributed`, or a world of one where that was not begun."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Ranks()
+    return Ranks(dist.get_rank(), dist.get_world_size(), _device())
+
+
+@contextmanager
+def joined(timeout: float = TIMEOUT) -> Iterator[Ranks]:
+    """Join the ranks that the environment names (`torchrun` and `accelerate launch` set it), and leave them after.
+
+    gloo carries what is on the CPU, NCCL what is on a GPU; each rank of a node takes the GPU of its local number.
+    Where `torch.distributed` was begun already, it is used and left as it is.
+
+    Args:
+        timeout: seconds to wait for the others, at the start and later.
+
+    Raises:
+        PpclError: the environment is incomplete, a rank has no GPU of its own, or the others do not come.
+    """
+    if _number("WORLD_SIZE", 1) == 1 or dist.is_initialized():
+        yield current()
+        return
+    rank, world = _number("RANK"), _number("WORLD_SIZE")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        _given(name)
+    device = _device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    with together(f"the {world} ranks did not come together"):
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    try:
+        yield Ranks(rank, world, device)
+    except BaseException:
+        # The others may wait in a collective: a closed connection tells them. NCCL would wait itself, and is left
+        # to the end of the process.
+        if device.type == "cpu":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
+
+
+@contextmanager
+def together(what: str = "another rank is lost or does not answer") -> Iterator[None]:
+    """Make an error of the communication between ranks one line: what is done inside needs all of them.
+
+    Raises:
+        PpclError: a rank closed its connection, or did not answer within the timeout.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        known = isinstance(error, dist.DistError) or any(sign in text.lower() for sign in _SIGNS)
+        if not known:
+            raise
+        raise PpclError(
+            f"{_name()}{what} ({_short(text)}); the last checkpoint is good, start again with --resume"
+        ) from error
+
+
+def _name() -> str:
+    return f"rank {os.environ['RANK']}: " if os.environ.get("RANK") else ""
+
+
+def _short(text: str) -> str:
+    """The words of a communication error without the source file it begins with."""
+    plain = text.partition("] ")[2] if text.startswith("[") else text
+    return plain.split(". This may")[0].split(". Original")[0][:160]
+
+
+def _device() -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
+    if local >= count:
+        raise PpclError(
+            f"local rank {local} has no GPU of its own, there are {count}; start {count} ranks on this node"
+        )
+    return torch.device("cuda", local)
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "") if default is not None else _given(name)
+    if default is not None and not text:
+        return default
+    if not text.isdigit() or (name == "WORLD_SIZE" and int(text) < 1):
+        raise PpclError(f"the environment variable {name} is {text!r}, not a number of ranks; start with torchrun")
+    return int(text)
+
+
+def _given(name: str) -> str:
+    text = os.environ.get(name, "")
+    if not text:
+        raise PpclError(f"WORLD_SIZE is set and {name} is not; start with torchrun or accelerate launch")
+    return text

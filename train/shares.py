@@ -1,0 +1,95 @@
+"""A batch split over ranks: each gets consecutive samples of it, whatever calls they were recorded in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from ppcl_fx.calls import Call
+from ppcl_fx.train.data import Batches
+from ppcl_fx.train.ranks import Ranks
+
+
+class Share(dict[str, Any]):
+    """One rank's part of a batch: the transformer's arguments, like any batch's.
+
+    Attributes:
+        samples: samples of the batch in it; 0 where there are fewer samples than ranks. The arguments are then one
+            sample of another rank's, to be computed (all ranks must take part) and not to be counted.
+        total: samples of the whole batch.
+    """
+
+    def __init__(self, kwargs: dict[str, Any], samples: int, total: int) -> None:
+        super().__init__(kwargs)
+        self.samples = samples
+        self.total = total
+
+
+class SharedBatches(Batches):
+    """`Batches` whose arguments are this rank's share. All ranks draw the same batches.
+
+    Args:
+        ranks: this process among the others; the other arguments are those of `Batches`.
+    """
+
+    def __init__(self, *args: Any, ranks: Ranks, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._ranks = ranks
+
+    def joined(self, calls: Sequence[Call]) -> dict[str, Any]:
+        """Return this rank's share of the calls, joined."""
+        total = sum(call.batch for call in calls)
+        first, last = bounds(total, self._ranks.rank, self._ranks.world)
+        if first < last:
+            return Share(super().joined(cut(calls, first, last)), last - first, total)
+        at = min(first, total - 1)
+        return Share(super().joined(cut(calls, at, at + 1)), 0, total)
+
+    def target(self, step: int) -> Tensor | None:
+        """Return the recorded output for this rank's share of the batch, or None where a call has none."""
+        whole = super().target(step)
+        if whole is None:
+            return None
+        first, last = bounds(len(whole), self._ranks.rank, self._ranks.world)
+        at = min(first, len(whole) - 1)
+        return whole[first:last] if first < last else whole[at : at + 1]
+
+
+def bounds(total: int, rank: int, world: int) -> tuple[int, int]:
+    """Return a rank's first sample of `total`, and the one after its last; shares differ by one sample at most."""
+    return total * rank // world, total * (rank + 1) // world
+
+
+def cut(calls: Sequence[Call], first: int, last: int) -> list[Call]:
+    """Return the samples `first` to `last` (exclusive) of consecutive calls, as calls."""
+    found: list[Call] = []
+    begin = 0
+    for call in calls:
+        low, high = max(first - begin, 0), min(last - begin, call.batch)
+        if low < high:
+            found.append(call if (low, high) == (0, call.batch) else _samples(call, low, high))
+        begin += call.batch
+    return found
+
+
+def _samples(call: Call, low: int, high: int) -> Call:
+    """The same rules as `ppcl_fx.collating.collate`, read backwards."""
+    kwargs = {name: _part(value, call.batch, low, high) for name, value in call.kwargs.items()}
+    return replace(call, kwargs=kwargs, batch=high - low)
+
+
+def _part(value: Any, batch: int, low: int, high: int) -> Any:
+    if isinstance(value, Tensor):
+        return value[low:high] if value.ndim and value.shape[0] == batch else value
+    if isinstance(value, dict):
+        return {name: _part(item, batch, low, high) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        batched = any(isinstance(item, Tensor) and item.ndim and item.shape[0] == batch for item in value)
+        if isinstance(value, list) and len(value) == batch and not batched:
+            return value[low:high]
+        items = [_part(item, batch, low, high) for item in value]
+        return tuple(items) if isinstance(value, tuple) else items
+    return value
