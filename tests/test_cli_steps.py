@@ -172,6 +172,31 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(place: Workplace) ->
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_training_under_a_memory_limit_gives_the_same_losses(place: Workplace) -> None:
+    plain = place.folder / "plain"
+    shutil.copytree(place.student, plain)
+    how = ["--calls", place.calls, "--stage", "depth,width", "--steps", "2,1", "--batch", 1]
+    before = read_safetensors(place.student / "students.safetensors")
+    said = place.ok("train", place.student, *how, "--dry-run", "--memory-limit", "4GiB")
+    assert any("memory" in line for line in said["schedule"]) and "losses" not in said
+    after = read_safetensors(place.student / "students.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    bounded = place.ok("train", place.student, *how, "--memory-limit", "4GiB", "--disk-limit", "1GiB")
+    trained = read_safetensors(place.student / "students.safetensors")
+    assert any(not torch.equal(before[name], trained[name]) for name in before)
+    for mine, theirs in zip(bounded["stages"], place.ok("train", plain, *how)["stages"], strict=True):
+        assert mine["stage"] == theirs["stage"] and mine["last"] == pytest.approx(theirs["last"], rel=1e-5)
+    assert (place.student / "report.html").is_file()
+    for options, words in (
+        (["--memory-limit", "4GiB", "--sequential"], "training option sequential: not with --memory-limit"),
+        (["--memory-limit", "4GiB", "--stage", "finetune", "--steps", 1], "stage finetune trains a whole mixture"),
+        (["--disk-limit", "4GiB"], "--disk-limit: only with --memory-limit"),
+        (["--device", "cpu:1x"], "--device cpu:1x"),
+        (["--memory-limit", "1MiB"], "memory"),
+    ):
+        assert words in place.refused("train", place.student, "--calls", place.calls, *options)
+
+
 def test_train_takes_a_file_with_the_command_line_on_top(place: Workplace) -> None:
     file = place.folder / "mine.toml"
     text = 'stages = ["depth"]\nsteps = [9]\nlr = 1e-4\nema = 0.5\n[weights]\nrelative = 1.0\n'

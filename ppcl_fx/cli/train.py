@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import Json, Verbose, choices, given, parse_counts, parse_keep
+from ppcl_fx.cli.bounded import Limits, bounded_options, run_bounded
+from ppcl_fx.cli.options import Device, Json, MemoryLimit, Verbose, choices, given, parse_counts, parse_keep
 from ppcl_fx.cli.teacher import open_calls, open_student
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.cli.watching import watching
@@ -97,6 +98,14 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint, to the bit.")
     ] = False,
+    memory_limit: MemoryLimit = None,
+    disk_limit: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Disk that --memory-limit may use; what is free if left out.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what memory, disk, FLOPs and time training would take.")
+    ] = False,
+    device: Device = "cpu",
     rank_timeout: Annotated[
         float, typer.Option(min=1, metavar="SECONDS", help="How long ranks (torchrun) wait for each other.")
     ] = 600.0,
@@ -108,6 +117,7 @@ def train(
     Start it with torchrun or accelerate launch to train on several GPUs. Ctrl-C and SIGTERM save first. The complete
     options of the run are written to STUDENT/train.toml.
     """
+    limits = Limits.parse(memory_limit, disk_limit, dry_run, device)
     stages = choices("--stage", stage, STAGES) if stage is not None else None
     counts = parse_counts("--steps", steps) if steps is not None else None
     if counts is not None and (stages is not None or config is None):
@@ -131,6 +141,9 @@ def train(
 
     chosen = resolve(config, **options)
     check_writable(student)
+    if limits is not None:
+        wanted = bounded_options(chosen, stages is not None or config is not None)
+        return run_bounded(student, calls, wanted, limits, resume, Terminal(verbose))
 
     from ppcl_fx.train.ranks import joined
 
