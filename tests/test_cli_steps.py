@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import tomllib
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from PIL import Image
 
 import ppcl_fx
 from ppcl_fx.cli.app import main
 from ppcl_fx.files import read_safetensors
+from ppcl_fx.shapes import scenes
+from ppcl_fx.shapes.captions import parse
 from tests.shapes_folder import BLOCKS, save_pipeline
 
 PROMPTS = ("a red circle", "two squares")
@@ -195,6 +199,42 @@ def test_training_under_a_memory_limit_gives_the_same_losses(place: Workplace) -
         (["--memory-limit", "1MiB"], "memory"),
     ):
         assert words in place.refused("train", place.student, "--calls", place.calls, *options)
+
+
+def test_train_records_prompts_as_it_goes(place: Workplace) -> None:
+    how = ["--prompts", place.folder / "prompts.txt", "--stage", "depth,finetune", "--steps", "3,2"]
+    before = read_safetensors(place.student / "students.safetensors")
+    said = place.ok("train", place.student, *how, "--pipeline", place.model)
+    assert [stage["steps"] for stage in said["stages"]] == [3, 2]
+    after = read_safetensors(place.student / "students.safetensors")
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    (recorded,) = (place.student / "recorded").iterdir()
+    assert [part.name for part in recorded.iterdir()] == ["part-00000"]
+    for options, words in (
+        (how, "--prompts: needs the teacher's pipeline; give --pipeline MODEL"),
+        ([*how, "--calls", place.calls], "--calls and --prompts: give one of --calls, --prompts, --images"),
+        ([*how, "--pipeline", "shapes"], "--pipeline shapes: not the teacher of"),
+        ([*how, "--pipeline", place.model / "transformer"], "a bare transformer draws nothing"),
+        ([*how, "--pipeline", place.model, "--memory-limit", "4GiB"], "only with recorded calls"),
+        ([*how, "--pipeline", place.model, "--held-out", 0.5], "only recorded calls can be held out"),
+        (["--calls", place.calls, "--pipeline", place.model], "--pipeline: recorded calls need none"),
+    ):
+        assert words in place.refused("train", place.student, *options)
+
+
+def test_train_takes_pictures_with_captions(place: Workplace) -> None:
+    pictures = place.folder / "pictures"
+    pictures.mkdir()
+    drawn = scenes.draw_prompts([parse(text) for text in PROMPTS], random.Random(0))
+    for number, picture in enumerate(drawn):
+        array = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(array).save(pictures / f"{number}.png")
+    lines = [{"file_name": f"{number}.png", "text": text} for number, text in enumerate(PROMPTS)]
+    (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    how = ["--images", pictures, "--pipeline", place.model, "--stage", "depth", "--steps", "3"]
+    said = place.ok("train", place.student, *how)
+    assert [stage["steps"] for stage in said["stages"]] == [3]
+    assert (place.student / "encoded").is_dir()
 
 
 def test_train_takes_a_file_with_the_command_line_on_top(place: Workplace) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,25 +17,6 @@ from ppcl_fx.fingerprint import tensor_digest
 from ppcl_fx.train.sources.order import Order
 from ppcl_fx.train.sources.skips import Skips
 from ppcl_fx.train.sources.source import State
-
-
-class Feed(Protocol):
-    """What training draws from: batches by number, the same ones whenever they are asked for."""
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch."""
-
-    def kwargs(self, step: int) -> dict[str, Any]:
-        """Return the transformer's keyword arguments of batch number `step` (from 0), on the device."""
-
-    def target(self, step: int) -> Tensor | None:
-        """Return the teacher's recorded output for that batch, or None where it is not known."""
-
-    def samples(self, step: int) -> int:
-        """Return the number of samples in that batch."""
-
-    def names(self, step: int) -> str:
-        """Return what that batch is made of, for a message."""
 
 
 class Batches:
@@ -150,6 +131,7 @@ class Batches:
             PpclError: The state belongs to other data.
         """
         self._order.restore(state)
+        self._last = (-1, [])
 
     def _drawn(self, step: int) -> list[Call]:
         """The calls of a step; another good one where all of them are bad, so that every rank has work."""

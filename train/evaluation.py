@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ppcl_fx.train.data import Batches, Feed
+from ppcl_fx.train.data import Batches
 from ppcl_fx.train.stages import FineTuning, Stage
 
 History = Sequence[tuple[int, float]]
@@ -16,7 +16,7 @@ CHECKED = 8
 """Kinds of batches whose recorded outputs are compared with the teacher's."""
 
 
-def evaluate(stage: Stage, feed: Feed, *, recorded: bool = False) -> dict[str, float]:
+def evaluate(stage: Stage, feed: Batches, *, recorded: bool = False) -> dict[str, float]:
     """Return each edit's mean loss over one epoch of `feed`, every batch with the same weight.
 
     Args:

@@ -18,11 +18,12 @@ from ppcl_fx.train import checkpoints, schedule
 from ppcl_fx.train.average import Average
 from ppcl_fx.train.checkpoints import Checkpoint, Identity
 from ppcl_fx.train.curves import StageCurves, Stop
-from ppcl_fx.train.data import Feed
+from ppcl_fx.train.data import Batches
 from ppcl_fx.train.evaluation import converged, evaluate
 from ppcl_fx.train.masters import Masters
 from ppcl_fx.train.options import Options
 from ppcl_fx.train.signals import Asked
+from ppcl_fx.train.sources.source import Feed
 from ppcl_fx.train.stages import Stage
 from ppcl_fx.train.watch import Watch
 
@@ -93,7 +94,7 @@ class Around:
         progress: Told after each step.
     """
 
-    held_out: Feed | None = None
+    held_out: Batches | None = None
     recorded: bool = False
     score: Callable[[], float] | None = None
     watch: Watch = field(default_factory=Watch)

@@ -22,8 +22,9 @@ from ppcl_fx.train.checkpoints import Checkpoint, Identity
 from ppcl_fx.train.config import CONFIG, resolve
 from ppcl_fx.train.config import save as save_config
 from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
-from ppcl_fx.train.data import Batches, split
+from ppcl_fx.train.data import Batches
 from ppcl_fx.train.evaluation import outputs_are_the_teachers
+from ppcl_fx.train.feeds import Data
 from ppcl_fx.train.finetuned import plan_digest, save_finetuned
 from ppcl_fx.train.loop import Around, Journal, Progress, run_stage
 from ppcl_fx.train.losses import Weights
@@ -32,8 +33,8 @@ from ppcl_fx.train.parallel import Intervals
 from ppcl_fx.train.ranked import agreed, begin, refuse_on_ranks, share_checkpoints, students_alone
 from ppcl_fx.train.ranks import Ranks, current
 from ppcl_fx.train.scoring import shapes_score
-from ppcl_fx.train.shares import SharedBatches
 from ppcl_fx.train.signals import Asked, listening
+from ppcl_fx.train.sources.source import Feed, Source
 from ppcl_fx.train.stages import Distillation, FineTuning, Stage
 from ppcl_fx.train.watch import Show, Watch
 
@@ -75,7 +76,7 @@ class TrainResult:
 
 def train(
     model: PluggableModel,
-    calls: Calls,
+    calls: Calls | Source,
     *,
     out: str | Path,
     config: str | Path | Options | None = None,
@@ -92,7 +93,8 @@ def train(
     Args:
         model: The pluggable model; stages "depth" and "width" train its students, "finetune" leaves it as it
             is.
-        calls: Recorded calls of the teacher.
+        calls: Recorded calls of the teacher, or a source that makes its data as training goes on
+            (`ppcl_fx.train.sources`).
         out: Folder for checkpoints, logs, `losses.json`, `train.toml` (the complete options) and the fine-tuned
             model.
         config: A TOML file with options, or options; the defaults are those of `Options`.
@@ -123,14 +125,14 @@ def train(
     busy = chosen.model_copy(update={"stages": stages, "steps": steps})
     cast = _autocast(model, busy.autocast, ranks.device or model.device)
     students = _mixture(model, busy.keep)
-    used, held = split(calls, busy.held_out, busy.seed)
-    _check_extras(busy, held)
+    data = Data(calls, busy, ranks)
+    _check_extras(busy, data)
     decisive = {
         **busy.decisive(),
         "autocast": None if cast is None else str(cast).removeprefix("torch."),
         "students": list(students),
     }
-    identity = Identity(plan=plan_digest(model.plan), calls=calls.fingerprint, options=decisive)
+    identity = Identity(plan=plan_digest(model.plan), calls=data.fingerprint, options=decisive)
     logs = Path(busy.log) if busy.log is not None else folder / LOGS
     refuse_on_ranks(ranks, busy, score is not None or busy.score_prompts > 0)
     for place in (folder, logs) if ranks.first else ():
@@ -152,7 +154,7 @@ def train(
     runner = _Runner(model, busy, cast, identity, folder, students, told, follower, score, ranks)
     with _training(model, busy.seed), listening() as asked:
         try:
-            finetuned = runner.run(calls, used, held, start, agreed(asked, ranks))
+            finetuned = runner.run(data, start, agreed(asked, ranks))
         finally:
             follower.close()
     losses = Losses(
@@ -196,9 +198,7 @@ class _Runner:
         named = dict(model.students_module.named_parameters())
         self.journal = Journal(folder / CHECKPOINTS, identity, named, options.every, model.device)
 
-    def run(
-        self, calls: Calls, used: list[int], held: list[int], start: Checkpoint | None, asked: Asked
-    ) -> GraphModule | None:
+    def run(self, data: Data, start: Checkpoint | None, asked: Asked) -> GraphModule | None:
         """Run all stages that are not done yet; return the fine-tuned model, if there is one."""
         options = self._options
         for number, (name, total) in enumerate(zip(options.stages, options.steps, strict=True)):
@@ -214,9 +214,9 @@ class _Runner:
             self._model.students_module.requires_grad_(True)
             stage = self._stage(name)
             resumed = share_checkpoints(self._ranks, stage, self.journal, resumed)
-            feed = self._batches(name, calls, used)
+            feed = data.feed(name, self._model)
             around = Around(
-                held_out=self._batches(name, calls, held) if held else None,
+                held_out=data.held_out(name, self._model),
                 recorded=isinstance(stage, FineTuning) and self._use_recorded(stage, feed),
                 score=self._scorer(name, stage),
                 watch=self._watch,
@@ -237,18 +237,11 @@ class _Runner:
                 return finetuned
         return None
 
-    def _batches(self, name: str, calls: Calls, only: list[int]) -> Batches:
-        model, options = self._model, self._options
-        where: dict[str, Any] = {"device": model.device, "dtype": model.dtype, "only": only}
-        if name == "finetune" and not self._ranks.alone:
-            return SharedBatches(calls, options.batch, options.seed, ranks=self._ranks, **where)
-        return Batches(calls, options.batch, options.seed, **where)
-
-    def _use_recorded(self, stage: FineTuning, feed: Batches) -> bool:
+    def _use_recorded(self, stage: FineTuning, feed: Feed) -> bool:
         wanted = self._options.recorded
         # A share of a batch may round otherwise than the batch that was recorded: with several ranks it is computed.
         exact = wanted == "exact" and self._ranks.alone
-        use = wanted == "always" or (exact and outputs_are_the_teachers(stage, feed))
+        use = wanted == "always" or (isinstance(feed, Batches) and exact and outputs_are_the_teachers(stage, feed))
         _log.info("finetune: the teacher's outputs are %s", "read from the calls" if use else "computed")
         return use
 
@@ -310,11 +303,11 @@ def _busy_stages(
     return tuple(name for name, _ in left), tuple(count for _, count in left)
 
 
-def _check_extras(options: Options, held: list[int]) -> None:
+def _check_extras(options: Options, data: Data) -> None:
     """Refuse, before any work, what is not installed or cannot work together."""
     if options.optimizer == "adamw8bit":
         schedule.eight_bit()
-    if options.patience is not None and not held:
+    if options.patience is not None and not data.holds_out:
         raise PpclError("training option patience: needs held-out calls to see a gain; give held_out a share")
     if options.compile:
         from torch._dynamo import list_backends

@@ -11,8 +11,9 @@ import typer
 from ppcl_fx.cli.boundary import Result
 from ppcl_fx.cli.bounded import Limits, bounded_options, run_bounded
 from ppcl_fx.cli.options import Device, Json, MemoryLimit, Verbose, choices, given, parse_counts, parse_keep
-from ppcl_fx.cli.teacher import open_calls, open_student
+from ppcl_fx.cli.teacher import open_student
 from ppcl_fx.cli.terminal import Terminal
+from ppcl_fx.cli.training_data import Given
 from ppcl_fx.cli.watching import watching
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import check_writable
@@ -27,7 +28,18 @@ REPORT = "report.html"
 
 def train(
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="What 'ppcl-fx rewrite' wrote.")],
-    calls: Annotated[Path, typer.Option(metavar="FOLDER", help="Recorded calls of the teacher: RUN/calls.")],
+    calls: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Recorded calls of the teacher: RUN/calls.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Or prompts, one a line, that the teacher draws as it goes.")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="Or pictures with captions: metadata.jsonl or .tar shards.")
+    ] = None,
+    pipeline: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The teacher's pipeline, for --prompts and --images.")
+    ] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Options as TOML, such as the train.toml of a run; options given here win."),
@@ -117,6 +129,8 @@ def train(
     Start it with torchrun or accelerate launch to train on several GPUs. Ctrl-C and SIGTERM save first. The complete
     options of the run are written to STUDENT/train.toml.
     """
+    data = Given(calls, prompts, images, pipeline)
+    data.check()
     limits = Limits.parse(memory_limit, disk_limit, dry_run, device)
     stages = choices("--stage", stage, STAGES) if stage is not None else None
     counts = parse_counts("--steps", steps) if steps is not None else None
@@ -143,27 +157,28 @@ def train(
     check_writable(student)
     if limits is not None:
         wanted = bounded_options(chosen, stages is not None or config is not None)
+        if calls is None:
+            raise PpclError("--memory-limit and --dry-run: only with recorded calls; give --calls")
         return run_bounded(student, calls, wanted, limits, resume, Terminal(verbose))
 
     from ppcl_fx.train.ranks import joined
 
     with joined(rank_timeout) as ranks:
-        return _run(student, calls, chosen, resume, Terminal(verbose, silent=not ranks.first), ranks.first)
+        return _run(student, data, chosen, resume, Terminal(verbose, silent=not ranks.first), ranks.first)
 
 
 def _run(
-    student: Path, calls: Path, chosen: Options, resume: bool, terminal: Terminal, first: bool
+    student: Path, data: Given, chosen: Options, resume: bool, terminal: Terminal, first: bool
 ) -> Result | None:
     """Train; on the first rank write the results and return them."""
     from ppcl_fx.report import write_report
     from ppcl_fx.train import train as run
 
     model = open_student(student, terminal)
-    recording = open_calls(calls, terminal)
-    recording.check(student, model.plan.model)
+    drawn = data.open(student, model, chosen, terminal)
     with ExitStack() as stack:
         show = stack.enter_context(watching()) if first else None
-        trained = run(model, recording.calls, out=student, config=chosen, resume=resume, watch=show)
+        trained = run(model, drawn, out=student, config=chosen, resume=resume, watch=show)
     if not first:
         return None
     model.save_students(student)

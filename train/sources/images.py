@@ -80,6 +80,7 @@ class ImageSource:
             groups.setdefault(part.card.groups[i], []).append(index)
         self._order = Order(list(groups.values()), batch, seed, rank, world)
         self._open: dict[Path, Calls] = {}
+        self._last: tuple[int, list[Call]] = (-1, [])
 
     @property
     def fingerprint(self) -> str:
@@ -99,13 +100,18 @@ class ImageSource:
         Raises:
             PpclError: More than 1 % of the pictures are corrupt.
         """
-        epoch, indices = self._order.place(step)
-        drawn = [call for index in indices if (call := self._sample(epoch, index)) is not None]
-        if not drawn:
-            # Another good sample, so that every rank has work; too many bad ones stop before none is left.
-            every = (self._sample(epoch, index) for index in range(len(self._samples)))
-            drawn = [next(call for call in every if call is not None)]
-        return moved(collate(drawn), self._device, self._dtype)
+        return moved(collate(self._drawn(step)), self._device, self._dtype)
+
+    def target(self, step: int) -> None:
+        """Return None: the teacher has not seen these noisy pictures yet."""
+
+    def samples(self, step: int) -> int:
+        """Return the number of pictures in the batch of `step`."""
+        return len(self._drawn(step))
+
+    def names(self, step: int) -> str:
+        """Return the batch of `step` for a message: the pictures' names."""
+        return ", ".join(self._name(call.index) for call in self._drawn(step))
 
     def state(self, step: int) -> State:
         """Return where the source stands before `step`."""
@@ -118,11 +124,28 @@ class ImageSource:
             PpclError: The state belongs to other data.
         """
         self._order.restore(state)
+        self._last = (-1, [])
+
+    def _drawn(self, step: int) -> list[Call]:
+        """The samples of a step; another good one where all are corrupt, so that every rank has work."""
+        if self._last[0] != step:
+            epoch, indices = self._order.place(step)
+            drawn = [call for index in indices if (call := self._sample(epoch, index)) is not None]
+            if not drawn:
+                # Too many bad ones stop before none is left.
+                every = (self._sample(epoch, index) for index in range(len(self._samples)))
+                drawn = [next(call for call in every if call is not None)]
+            self._last = (step, drawn)
+        return self._last[1]
+
+    def _name(self, index: int) -> str:
+        part, number = self._samples[index]
+        return part.card.names[number]
 
     def _sample(self, epoch: int, index: int) -> Call | None:
         """A sample at its noise level of this epoch; None where it is corrupt."""
         part, number = self._samples[index]
-        name = part.card.names[number]
+        name = self._name(index)
         if name in self.skips.reasons:
             return None
         try:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
@@ -117,9 +118,24 @@ class PromptSource:
         Raises:
             PpclError: A recorded part is damaged or of another teacher, or the pipeline refuses its arguments.
         """
-        epoch, turn, position = self._place(step)
-        part = self._turns(epoch)[turn]
-        return self._batches(epoch, part).kwargs(position)
+        batches, position = self._at(step)
+        return batches.kwargs(position)
+
+    def target(self, step: int) -> Tensor | None:
+        """Return the teacher's output for the batch of `step`, which was recorded with it."""
+        batches, position = self._at(step)
+        return batches.target(position)
+
+    def samples(self, step: int) -> int:
+        """Return the number of samples in the batch of `step`."""
+        batches, position = self._at(step)
+        return batches.samples(position)
+
+    def names(self, step: int) -> str:
+        """Return the batch of `step` for a message: its calls, and the part they were recorded in."""
+        epoch, turn, _ = self._place(step)
+        batches, position = self._at(step)
+        return f"{batches.names(position)} of part {self._turns(epoch)[turn]}"
 
     def state(self, step: int) -> State:
         """Return where the source stands before `step`: the parts that any rank has begun count as done.
@@ -144,6 +160,11 @@ class PromptSource:
                 f"{len(self._parts)} parts with seed {self._seed}; train with the same prompts and seed"
             )
         self._start = state
+
+    def _at(self, step: int) -> tuple[Batches, int]:
+        """The batches of the part that `step` is in, and which of them it is."""
+        epoch, turn, position = self._place(step)
+        return self._batches(epoch, self._turns(epoch)[turn]), position
 
     def _turns(self, epoch: int) -> list[int]:
         """The parts of an epoch that are this rank's, in their order."""
