@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 VARIANTS = ("ppcl", "uniform", "sequential")
 KEEPS = (1.0, 0.7, 0.6, 0.5)
-STEPS = (600, 60, 300)
+STEPS = (600, 60, 450)
 LEAVES = (
     "calls", "analysis.json", "plan.json", "student", "train", "engines", "pictures", "report.html", "summary.json",
 )  # fmt: skip
@@ -230,7 +230,7 @@ def _train(
                 batch=batch,
                 lr=rate,
                 finetune_lr=rate,
-                ema=EMA,
+                ema=EMA if stages == ("finetune",) else None,
                 seed=SEED,
                 sequential=sequential,
                 weights=Weights(relative=1.0),
