@@ -39,6 +39,15 @@ def fingerprint(model: nn.Module, read: Callable[[str], torch.Tensor] | None = N
     return digest.hexdigest()
 
 
+def state_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Return the hash of named tensors: of each the name, shape, dtype and `SAMPLES` values, as in `fingerprint`."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+        digest.update(_sample(tensor, tensor.dtype))
+    return digest.hexdigest()
+
+
 def tensor_digest(tensor: torch.Tensor) -> str:
     """Return the sha256 (64 hexadecimal digits) of a tensor's dtype, shape and all its bytes."""
     digest = hashlib.sha256(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())

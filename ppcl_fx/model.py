@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx._version import __version__
 from ppcl_fx.budget import choose
+from ppcl_fx.effects import EFFECTS, Effects, load_effects
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build, describe
 from ppcl_fx.files import (
@@ -64,8 +65,12 @@ class PluggableModel(PipelineModel):
     Args:
         graph: a pluggable graph, as `ppcl_fx.passes.rewrite.insert_edits` makes it.
         plan: the plan it was made by.
+
+    Attributes:
+        effects: what each student does to the output, where it was measured (`ppcl_fx.train.effects`).
     """
 
+    effects: Effects | None
     _views: dict[frozenset[str], GraphModule]
     _counts: dict[frozenset[str], int]
 
@@ -74,6 +79,7 @@ class PluggableModel(PipelineModel):
         self.graph = graph
         self._plan = plan
         self._plan_counted = False
+        self.effects = None
         self.students: tuple[str, ...] = ()
         self._forget()
 
@@ -125,7 +131,8 @@ class PluggableModel(PipelineModel):
         """Choose a mixture of teacher and student parts.
 
         Args:
-            keep: share of the teacher's parameters that may stay, in (0, 1]. Starts from all students and swaps
+            keep: share of the teacher's parameters that may stay, in (0, 1]. With measured `effects`, plugs the
+                edits with the least sum of them that meets the budget. Without, starts from all students and swaps
                 those back to their teacher that the plan predicts to do most damage, as long as the budget holds.
             students: the ids of the edits to plug; all others go back to the teacher.
 
@@ -223,15 +230,22 @@ class PluggableModel(PipelineModel):
         )
         write_json(folder / CARD, card)
         write_json(folder / PLAN, self.plan)
+        if self.effects is not None:
+            write_json(folder / EFFECTS, self.effects)
         words = model_card(self.plan, card.plugged, info["config"], card.made, self.param_count(), scores)
         write_text(folder / MODEL_CARD, words)
         (folder / TEACHER).mkdir()
         write_json(folder / TEACHER / "config.json", info["config"])
 
     def save_students(self, folder: str | Path) -> None:
-        """Replace the students' weights in a folder that `save` wrote."""
+        """Replace the students' weights, and their measured effects, in a folder that `save` wrote."""
         read_json(inside(folder, CARD), Card)
+        # In this order: effects of other weights are not used, whenever this is killed.
         write_safetensors(inside(folder, STUDENTS), self._split()[1])
+        if self.effects is not None:
+            write_json(inside(folder, EFFECTS), self.effects)
+        else:
+            inside(folder, EFFECTS).unlink(missing_ok=True)
 
     def _split(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         self.require_no_lora("saving")
@@ -284,6 +298,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
             f"{folder / STUDENTS} does not fit the plan: it holds {extra[0]}, which no edit has; save again"
         )
     model.students_module.load_state_dict(weights)
+    model.effects = load_effects(folder, model.plan, weights) if (folder / EFFECTS).exists() else None
     return model.plug(students=card.plugged).eval()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
@@ -128,6 +130,13 @@ class Plan(BaseModel):
         for one, two in itertools.pairwise(groups):
             if one.stack == two.stack and two.source < one.last:
                 raise PpclError(f"the text groups {one.id} and {two.id} overlap; let the second begin at {one.last}")
+
+
+def plan_digest(plan: Plan) -> str:
+    """Return a digest of a plan's model and edits; what was predicted of them, and why, does not count."""
+    edits = [edit.model_dump(mode="json", exclude={"damage"}) for edit in plan.edits]
+    content = {"model": plan.model, "teacher_params": plan.teacher_params, "edits": edits}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def known(ids: Sequence[str], names: Sequence[str]) -> None:

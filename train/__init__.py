@@ -1,7 +1,8 @@
 """Training: what makes the students good.
 
 `train` runs the stages: "depth" and "width" distil each edit's students from the teacher's own states, edit
-by edit, "finetune" trains one whole mixture on the teacher's output. `load_finetuned` reads its result back.
+by edit, "finetune" trains one whole mixture on the teacher's output. `load_finetuned` reads its result back. `measure_effects` and `predicted_and_measured` say
+what each student does to the output.
 Names are imported when they are first used, so that importing this package does not import torch.
 """
 
@@ -14,6 +15,7 @@ from ppcl_fx.errors import near
 
 if TYPE_CHECKING:
     from ppcl_fx.train.curves import Losses, StageCurves
+    from ppcl_fx.train.effects import measure_effects, predicted_and_measured
     from ppcl_fx.train.finetuned import load_finetuned
     from ppcl_fx.train.losses import Weights
     from ppcl_fx.train.options import STAGES, Options
@@ -27,10 +29,23 @@ _HOME = {
     "TrainResult": "run",
     "Weights": "losses",
     "load_finetuned": "finetuned",
+    "measure_effects": "effects",
+    "predicted_and_measured": "effects",
     "train": "run",
 }
 
-__all__ = ["STAGES", "Losses", "Options", "StageCurves", "TrainResult", "Weights", "load_finetuned", "train"]
+__all__ = [
+    "STAGES",
+    "Losses",
+    "Options",
+    "StageCurves",
+    "TrainResult",
+    "Weights",
+    "load_finetuned",
+    "measure_effects",
+    "predicted_and_measured",
+    "train",
+]
 
 if not TYPE_CHECKING:
 

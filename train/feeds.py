@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train.data import Batches, split
+from ppcl_fx.train.effects import spaced
 from ppcl_fx.train.options import Options
 from ppcl_fx.train.ranks import Ranks
 from ppcl_fx.train.shares import SharedBatches
@@ -37,6 +38,8 @@ class Data:
             self._used, self._held = split(data, options.held_out, options.seed)
         elif options.held_out:
             raise PpclError("training option held_out: only recorded calls can be held out; give it no share")
+        elif options.effects:
+            raise PpclError("training option effects: measured on recorded calls only; leave it out")
         elif not ranks.alone:
             raise PpclError("several processes train on recorded calls only; record the prompts first")
 
@@ -56,6 +59,11 @@ class Data:
         if not isinstance(self._data, Calls) or not self._held:
             return None
         return self._batches(self._data, stage, model, self._held)
+
+    def measured_on(self, count: int) -> tuple[Calls, list[int]]:
+        """Return the recorded calls and at most `count` positions in them, of held-out ones where there are any."""
+        assert isinstance(self._data, Calls)
+        return self._data, spaced(self._held or self._used, count)
 
     def _batches(self, calls: Calls, stage: str, model: PluggableModel, only: list[int]) -> Batches:
         options = self._options

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -14,11 +12,11 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import new_folder, read_json, read_safetensors, write_json, write_safetensors
+from ppcl_fx.plan import plan_digest as plan_digest
 from ppcl_fx.train.stages import mixture
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
-    from ppcl_fx.plan import Plan
 
 WEIGHTS = "model.safetensors"
 CARD = "finetuned.json"
@@ -40,13 +38,6 @@ class Card(BaseModel):
     students: list[str]
     params: int = Field(gt=0)
     keep: float = Field(gt=0)
-
-
-def plan_digest(plan: Plan) -> str:
-    """Return a digest of a plan's model and edits; what was predicted of them, and why, does not count."""
-    edits = [edit.model_dump(mode="json", exclude={"damage"}) for edit in plan.edits]
-    content = {"model": plan.model, "teacher_params": plan.teacher_params, "edits": edits}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def save_finetuned(gm: GraphModule, model: PluggableModel, students: list[str], folder: Path) -> None:

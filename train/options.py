@@ -14,7 +14,7 @@ from ppcl_fx.errors import PpclError, near
 STAGES = ("depth", "width", "finetune")
 """The stages of training, in the paper's order."""
 
-INDIFFERENT = frozenset({"checkpointing", "every", "tensorboard", "log", "log_every", "score_prompts"})
+INDIFFERENT = frozenset({"checkpointing", "every", "tensorboard", "log", "log_every", "score_prompts", "effects"})
 """Options that do not change the numbers that come out: a resumed run may have others."""
 
 
@@ -60,6 +60,7 @@ class Options(BaseModel):
     patience: int | None = Field(None, gt=0, description="evaluations without gain until a student stops")
     min_gain: float = Field(0.005, ge=0, lt=1, description="share of the best loss that counts as a gain")
     score_prompts: int = Field(0, ge=0, description="pictures a category scored at evaluations ('shapes')")
+    effects: int = Field(0, ge=0, description="calls to measure each student's effect on the output on, afterwards")
     every: int = Field(100, gt=0, description="steps between checkpoints")
     log: str | None = Field(None, description="folder of the logs; none: RUN/logs")
     log_every: int = Field(1, gt=0, description="steps between lines of log.jsonl")

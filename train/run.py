@@ -23,6 +23,7 @@ from ppcl_fx.train.config import CONFIG, resolve
 from ppcl_fx.train.config import save as save_config
 from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
 from ppcl_fx.train.data import Batches
+from ppcl_fx.train.effects import with_mixtures
 from ppcl_fx.train.evaluation import outputs_are_the_teachers
 from ppcl_fx.train.feeds import Data
 from ppcl_fx.train.finetuned import plan_digest, save_finetuned
@@ -92,7 +93,7 @@ def train(
 
     Args:
         model: The pluggable model; stages "depth" and "width" train its students, "finetune" leaves it as it
-            is.
+            is. With the option `effects`, `model.effects` holds what each student does to the output.
         calls: Recorded calls of the teacher, or a source that makes its data as training goes on
             (`ppcl_fx.train.sources`).
         out: Folder for checkpoints, logs, `losses.json`, `train.toml` (the complete options) and the fine-tuned
@@ -124,6 +125,8 @@ def train(
     stages, steps = _busy_stages(model, chosen.stages, chosen.steps)
     busy = chosen.model_copy(update={"stages": stages, "steps": steps})
     cast = _autocast(model, busy.autocast, ranks.device or model.device)
+    if set(stages) - {"finetune"}:
+        model.effects = None  # they were the effects of the students before this training
     students = _mixture(model, busy.keep)
     data = Data(calls, busy, ranks)
     _check_extras(busy, data)
@@ -163,6 +166,8 @@ def train(
     if ranks.first:
         losses.save(folder / LOSSES)
     ranks.barrier()
+    if busy.effects and ranks.first:
+        _measure(model, *data.measured_on(busy.effects), runner.journal.curves)
     return TrainResult(
         stages=tuple(runner.journal.curves),
         seconds=time.perf_counter() - began,
@@ -328,6 +333,15 @@ def _mixture(model: PluggableModel, keep: float | None) -> tuple[str, ...]:
         return tuple(model.edits) if keep is None else tuple(model.plug(keep=keep).students)
     finally:
         model.plug(students=list(before))
+
+
+def _measure(model: PluggableModel, calls: Calls, only: Sequence[int], curves: Sequence[StageCurves]) -> None:
+    """Measure the students' effects; where that cannot be done, a warning, and the training is kept."""
+    try:
+        with_mixtures(model, calls, only, curves)
+    except PpclError as error:
+        model.effects = None
+        _log.warning("the students' effects were not measured: %s", error)
 
 
 def _autocast(model: PluggableModel, wanted: bool | None, device: torch.device) -> torch.dtype | None:

@@ -19,6 +19,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.files import check_writable
 
 if TYPE_CHECKING:
+    from ppcl_fx.effects import Effects
     from ppcl_fx.train import StageCurves, TrainResult
     from ppcl_fx.train.options import Options
 
@@ -98,6 +99,10 @@ def train(
     score_prompts: Annotated[
         int | None, typer.Option(min=0, help="Pictures a category scored at evaluations ('shapes' only).")
     ] = None,
+    effects: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="CALLS", help="Measure each student's effect on the output on so many calls."),
+    ] = None,
     every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
     log: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Folder of the logs; STUDENT/logs if left out.")
@@ -146,7 +151,7 @@ def train(
         betas=betas.split(",") if betas is not None else None, weight_decay=weight_decay, clip=clip, ema=ema,
         seed=seed, sequential=sequential, autocast=autocast, checkpointing=checkpointing, compile=compile,
         compile_backend=compile_backend, recorded=recorded, held_out=held_out, evaluate_every=evaluate_every,
-        patience=patience, min_gain=min_gain, score_prompts=score_prompts, every=every, log=log,
+        patience=patience, min_gain=min_gain, score_prompts=score_prompts, effects=effects, every=every, log=log,
         log_every=log_every, tensorboard=tensorboard,
         weights=_terms(weights) if weights is not None else None,
     )  # fmt: skip
@@ -183,8 +188,10 @@ def _run(
         return None
     model.save_students(student)
     curves = {stage.label: stage.losses for stage in trained.stages}
-    write_report(student / REPORT, plan=model.plan, losses=curves, title=f"{student.name}: training")
-    return _result(student, trained)
+    write_report(
+        student / REPORT, plan=model.plan, losses=curves, effects=model.effects, title=f"{student.name}: training"
+    )
+    return _result(student, trained, model.effects)
 
 
 def _terms(text: str) -> dict[str, str]:
@@ -204,7 +211,7 @@ def _more(stage: StageCurves, edit: str) -> str:
     return (f", held-out {held_out[-1][1]:.4g}" if held_out else "") + (f"; stopped, {stop.reason}" if stop else "")
 
 
-def _result(student: Path, trained: TrainResult) -> Result:
+def _result(student: Path, trained: TrainResult, effects: Effects | None) -> Result:
     stages = [
         {
             "stage": stage.label,
@@ -223,6 +230,7 @@ def _result(student: Path, trained: TrainResult) -> Result:
         "losses": str(trained.losses),
         "checkpoints": str(trained.checkpoints),
         "finetuned": str(trained.finetuned) if trained.finetuned is not None else None,
+        "effects": None if effects is None else effects.model_dump(mode="json"),
         "report": str(student / REPORT),
         "seconds": round(trained.seconds, 3),
         "stages": stages,
@@ -234,6 +242,9 @@ def _result(student: Path, trained: TrainResult) -> Result:
             f"  {edit}: loss {values[0]:.4g} -> {values[-1]:.4g}{_more(stage, edit)}"
             for edit, values in stage.losses.items()
         ]
+    for mixture in effects.mixtures if effects is not None else ():
+        measured = f"{mixture.measured:.4g} measured, {mixture.predicted:.4g} predicted"
+        lines.append(f"keep {mixture.keep:g}: error of the output {measured}")
     if trained.finetuned is not None:
         lines.append(f"fine-tuned model: {trained.finetuned}")
     return Result(data, [*lines, f"report: {student / REPORT}"])

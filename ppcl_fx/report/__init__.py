@@ -11,6 +11,7 @@ from ppcl_fx.report.results import PictureGrid, Ratio
 from ppcl_fx.report.training import Losses
 
 if TYPE_CHECKING:
+    from ppcl_fx.effects import Effects
     from ppcl_fx.plan import Plan
     from ppcl_fx.redundancy import Redundancy
 
@@ -23,6 +24,7 @@ def write_report(
     redundancy: Redundancy | None = None,
     plan: Plan | None = None,
     losses: Losses | None = None,
+    effects: Effects | None = None,
     ratios: Sequence[Ratio] | None = None,
     pictures: PictureGrid | None = None,
     title: str = "ppcl-fx report",
@@ -38,6 +40,7 @@ def write_report(
         redundancy: what the analysis found.
         plan: what was selected; it is marked in the analysis too.
         losses: stage -> edit id -> loss of each step.
+        effects: what each student does to the output.
         ratios: the objects of summary.json, the teacher first.
         pictures: prompts down, ratios across.
         title: of the page.
@@ -49,6 +52,7 @@ def write_report(
     """
     from ppcl_fx.files import write_text
     from ppcl_fx.report.analysis import analysis_section
+    from ppcl_fx.report.effects import effects_section
     from ppcl_fx.report.frontier import frontier_section
     from ppcl_fx.report.page import analysis_cards, page, plan_section, provenance_section
     from ppcl_fx.report.results import headline, pictures_section, ratios_section
@@ -66,6 +70,8 @@ def write_report(
         sections["frontier"] = frontier_section(redundancy, plan)
     if losses:
         sections["losses"] = losses_section(losses)
+    if effects is not None:
+        sections["effects"] = effects_section(effects)
     if provenance or redundancy is not None:
         sections["provenance"] = provenance_section(provenance or {}, redundancy)
     sections = {anchor: section for anchor, section in sections.items() if section}

@@ -19,6 +19,7 @@ _NAMES = {
     "analysis": "Analysis",
     "frontier": "Sizes",
     "losses": "Distillation",
+    "effects": "Effects",
     "provenance": "Provenance",
 }
 
