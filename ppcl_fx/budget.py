@@ -19,12 +19,13 @@ _log = logging.getLogger("ppcl_fx")
 def choose(model: PluggableModel, keep: float) -> tuple[str, ...]:
     """Return the edits to plug so that at most `keep` of the teacher's parameters stay.
 
-    Where the model has measured effects (`ppcl_fx.effects`), the edits with the least sum of them that meets the budget.
+    Where the model has measured effects (`ppcl_fx.effects`), they are the edits with the least sum of effects of all
+    sets that meet the budget.
 
-    Otherwise it starts from every student and swaps back to the teacher, one by one, the student that the plan predicts to do
-    most damage, as long as the exact count stays within the budget (the paper's 12 B and 14 B models are its 10 B
-    model with students swapped back). Edits without a prediction count as the least damaging, the plan's later ones
-    first.
+    Otherwise it starts from every student and swaps back to the teacher, one by one, the student that the plan
+    predicts to do most damage, as long as the exact count stays within the budget (the paper's 12 B and 14 B models
+    are its 10 B model with students swapped back). Edits without a prediction count as the least damaging, the plan's
+    later ones first.
 
     Raises:
         PpclError: `keep` is not in (0, 1], or all students together save too little.
