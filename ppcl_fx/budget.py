@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.knapsack import cheapest, saving_terms, touching
+from ppcl_fx.knapsack import least_within, touching
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
@@ -45,12 +45,10 @@ def choose(model: PluggableModel, keep: float) -> tuple[str, ...]:
 
 def _measured(model: PluggableModel, budget: int, errors: Mapping[str, float]) -> tuple[str, ...]:
     """Return the edits with the least summed error that leave at most `budget` parameters."""
-    touch = touching(model.plan.edits)
-    terms = saving_terms(touch, model.param_count)
-    found = cheapest(touch, terms, errors, model.teacher_params - budget)
-    if found is not None and model.param_count(found) <= budget:
+    found = least_within(touching(model.plan.edits), model.param_count, errors, budget)
+    if found is not None:
         return tuple(edit for edit in model.edits if edit in found)
-    # Never seen: edits that share no block, and still do not save independently of each other.
+    # All students together meet the budget, so this is about savings that depend on each other over a distance.
     _log.warning("the edits' savings depend on each other in an unknown way; students are swapped back one by one")
     return swapped_back(model, budget, errors)
 

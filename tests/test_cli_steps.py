@@ -203,7 +203,7 @@ def test_what_training_measured_decides_what_is_exported(place: Workplace) -> No
     assert all(edit["loss"] is not None for edit in found["edits"])
     assert 'id="effects"' in (place.student / "report.html").read_text(encoding="utf-8")
     # The file decides, not the plan: with the depth edit the worse one, the projector alone meets the budget.
-    depth, ffn = (edit["edit"] for edit in found["edits"])
+    ffn = found["edits"][1]["edit"]
     found["edits"][0]["error"], found["edits"][1]["error"] = 0.9, 0.1
     (place.student / "effects.json").write_text(json.dumps(found), encoding="utf-8")
     model = ppcl_fx.load(place.student)
