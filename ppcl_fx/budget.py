@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.knapsack import cheapest, saving_terms, touching
+from ppcl_fx.knapsack import least_within, touching
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
@@ -19,12 +19,13 @@ _log = logging.getLogger("ppcl_fx")
 def choose(model: PluggableModel, keep: float) -> tuple[str, ...]:
     """Return the edits to plug so that at most `keep` of the teacher's parameters stay.
 
-    Where the model has measured effects (`ppcl_fx.effects`), the edits with the least sum of them that meets the budget.
+    Where the model has measured effects (`ppcl_fx.effects`), they are the edits with the least sum of effects of all
+    sets that meet the budget.
 
-    Otherwise it starts from every student and swaps back to the teacher, one by one, the student that the plan predicts to do
-    most damage, as long as the exact count stays within the budget (the paper's 12 B and 14 B models are its 10 B
-    model with students swapped back). Edits without a prediction count as the least damaging, the plan's later ones
-    first.
+    Otherwise it starts from every student and swaps back to the teacher, one by one, the student that the plan
+    predicts to do most damage, as long as the exact count stays within the budget (the paper's 12 B and 14 B models
+    are its 10 B model with students swapped back). Edits without a prediction count as the least damaging, the plan's
+    later ones first.
 
     Raises:
         PpclError: `keep` is not in (0, 1], or all students together save too little.
@@ -44,12 +45,10 @@ def choose(model: PluggableModel, keep: float) -> tuple[str, ...]:
 
 def _measured(model: PluggableModel, budget: int, errors: Mapping[str, float]) -> tuple[str, ...]:
     """Return the edits with the least summed error that leave at most `budget` parameters."""
-    touch = touching(model.plan.edits)
-    terms = saving_terms(touch, model.param_count)
-    found = cheapest(touch, terms, errors, model.teacher_params - budget)
-    if found is not None and model.param_count(found) <= budget:
+    found = least_within(touching(model.plan.edits), model.param_count, errors, budget)
+    if found is not None:
         return tuple(edit for edit in model.edits if edit in found)
-    # Never seen: edits that share no block, and still do not save independently of each other.
+    # All students together meet the budget, so this is about savings that depend on each other over a distance.
     _log.warning("the edits' savings depend on each other in an unknown way; students are swapped back one by one")
     return swapped_back(model, budget, errors)
 

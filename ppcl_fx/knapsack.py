@@ -2,7 +2,9 @@
 
 Edits of different blocks save independently of each other; those of one block do not (a feed-forward without its text
 stream saves less, the projector of a student saves nothing while the student is not plugged). What a set saves is
-therefore a sum over its subsets of edits that touch (inclusion and exclusion): few, because few edits touch.
+therefore a sum over its subsets of edits that touch (inclusion and exclusion): few, because few edits touch. Text
+groups reach furthest: once a group is plugged, the last block before its end that still has a text stream may lose the
+tail of it, and which block that is depends on all intervals within the group.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import networkx as nx
 
@@ -17,8 +20,13 @@ from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, TextStreamEdit
 
 Terms = Mapping[frozenset[str], int]
 """Edits that touch -> the parameters that all of them together save beyond what the smaller sets in it save."""
+Params = Callable[[Sequence[str]], int]
 Touch = Mapping[str, frozenset[str]]
-"""Edit -> the edits that change some block that it changes too."""
+"""Edit -> the edits whose savings depend on it, and on which its own depend."""
+COUNTED = 128
+"""Sets of three and more edits are counted beforehand up to so many sets in all, larger ones when they are proposed."""
+TRIES = 64
+"""How often a choice is made again with what counting the one before has shown."""
 
 
 @dataclass(frozen=True)
@@ -33,36 +41,79 @@ class _Part:
 def touching(edits: Sequence[Edit]) -> dict[str, frozenset[str]]:
     """Return, for each edit, those that share a block with it, in an order in which neighbours come together.
 
-    Text groups that meet in a block are one to the others: the text stream runs through both.
+    Text groups that meet in a block are one to the others: the text stream runs through both. Within it the intervals
+    touch each other, and the feed-forward of a group's source touches them.
     """
     spans = {edit.id: (edit.stack, *_span(edit)) for edit in edits}
     chained = nx.Graph()
     chained.add_nodes_from(spans)
     groups = [edit.id for edit in edits if isinstance(edit, TextStreamEdit)]
     chained.add_edges_from((a, b) for a, b in itertools.combinations(groups, 2) if _meet(spans[a], spans[b]))
-    wide = {}
+    wide = dict(spans)
+    pairs = {frozenset((edit.id,)) for edit in edits}
     for members in nx.connected_components(chained):
         stack = spans[next(iter(members))][0]
         reach = (stack, min(spans[m][1] for m in members), max(spans[m][2] for m in members))
-        wide |= dict.fromkeys(members, reach)
+        if members <= set(groups):
+            wide |= dict.fromkeys(members, reach)
+            sources = {spans[m][1] for m in members}
+            far = [e.id for e in edits if _meet(reach, spans[e.id]) and _reaches_far(e, sources)]
+            pairs |= {frozenset(pair) for pair in itertools.combinations(far, 2)}
     order = sorted(spans, key=lambda name: (spans[name][0], spans[name][1], -spans[name][2]))
-    return {one: frozenset(two for two in order if two != one and _meet(wide[one], wide[two])) for one in order}
+    pairs |= {frozenset(pair) for pair in itertools.combinations(order, 2) if _meet(wide[pair[0]], wide[pair[1]])}
+    return {one: frozenset(two for two in order if two != one and frozenset((one, two)) in pairs) for one in order}
 
 
-def saving_terms(touch: Touch, params: Callable[[Sequence[str]], int]) -> dict[frozenset[str], int]:
+def least_within(
+    touch: Touch, params: Params, costs: Mapping[str, float], budget: int, counted: int = COUNTED
+) -> tuple[str, ...] | None:
+    """Return the edits with the least summed cost that leave at most `budget` parameters; see `cheapest`.
+
+    What is returned has been counted. No set is cheaper, unless more than `counted` sets of edits touch, which takes a
+    text group of six intervals: then what the larger sets save is learnt from the choices that are counted, and a
+    cheaper set that saves more than was known may be missed.
+
+    Args:
+        touch: which edits touch.
+        params: the exact number of parameters of the model with some edits plugged.
+        costs: edit -> its cost, not negative.
+        budget: parameters that may stay.
+        counted: sets of touching edits to count beforehand; those of one and two always are.
+
+    Returns:
+        The edits, None where no set was found.
+    """
+    whole = params(())
+    terms = saving_terms(touch, params, counted)
+    for _ in range(TRIES):
+        found = cheapest(touch, terms, costs, whole - budget)
+        if found is None or params(found) <= budget:
+            return found
+        before = dict(terms)
+        for clique in nx.find_cliques(_graph(touch)):
+            inside = frozenset(clique) & frozenset(found)
+            more = whole - params(sorted(inside)) - savings(inside, terms)
+            if more:
+                terms[inside] = terms.get(inside, 0) + more
+        if terms == before:
+            return None
+    return None
+
+
+def saving_terms(touch: Touch, params: Params, counted: int = COUNTED) -> dict[frozenset[str], int]:
     """Return the terms whose sum over the subsets of a set of edits is what the set saves.
 
     Args:
         touch: which edits touch.
         params: the exact number of parameters of the model with some edits plugged; asked once for each set of edits
             that all touch each other.
+        counted: after so many sets, none of more than two edits.
     """
-    graph = nx.Graph()
-    graph.add_nodes_from(touch)
-    graph.add_edges_from((one, two) for one, others in touch.items() for two in others)
     whole = params(())
     terms: dict[frozenset[str], int] = {}
-    for clique in nx.enumerate_all_cliques(graph):  # the smaller ones first
+    for number, clique in enumerate(nx.enumerate_all_cliques(_graph(touch))):  # the smaller ones first
+        if len(clique) > 2 and number >= counted:
+            break
         edits = frozenset(clique)
         term = whole - params(sorted(edits)) - savings(edits, terms)
         if term:
@@ -120,6 +171,17 @@ def _unbeaten(parts: Iterable[_Part]) -> list[_Part]:
 
 def _price(part: _Part) -> tuple[float, int, int, tuple[str, ...]]:
     return (part.cost, len(part.edits), -part.saved, part.edits)
+
+
+def _graph(touch: Touch) -> Any:
+    graph = nx.Graph()
+    graph.add_nodes_from(touch)
+    graph.add_edges_from((one, two) for one, others in touch.items() for two in others)
+    return graph
+
+
+def _reaches_far(edit: Edit, sources: set[int]) -> bool:
+    return isinstance(edit, DepthEdit) or (isinstance(edit, FfnEdit) and edit.block in sources)
 
 
 def _span(edit: Edit) -> tuple[int, int]:

@@ -259,6 +259,30 @@ def test_train_takes_a_file_with_the_command_line_on_top(place: Workplace) -> No
     assert "only students of the shipped 'shapes' model" in line
 
 
+def test_what_training_measured_decides_what_is_exported(place: Workplace) -> None:
+    short = ["--calls", place.calls, "--stage", "depth,width", "--steps", "1,1", "--held-out", "0.3"]
+    said = place.ok("train", place.student, *short, "--effects", "1")
+    found = json.loads((place.student / "effects.json").read_text(encoding="utf-8"))
+    assert said["effects"] == found
+    assert len(found["mixtures"]) >= 5
+    assert all(edit["loss"] is not None for edit in found["edits"])
+    assert 'id="effects"' in (place.student / "report.html").read_text(encoding="utf-8")
+    # The file decides, not the plan: with the depth edit the worse one, the projector alone meets the budget.
+    ffn = found["edits"][1]["edit"]
+    found["edits"][0]["error"], found["edits"][1]["error"] = 0.9, 0.1
+    (place.student / "effects.json").write_text(json.dumps(found), encoding="utf-8")
+    model = ppcl_fx.load(place.student)
+    share = f"{model.param_count([ffn]) / model.teacher_params + 1e-4:.4f}"
+    (one,) = place.ok("export", place.student, "--format", "released", "--keep", share, "-o", place.folder / "out")[
+        "folders"
+    ]
+    assert one["plugged"] == [ffn]
+    found["plan"] = "0" * 64
+    (place.student / "effects.json").write_text(json.dumps(found), encoding="utf-8")
+    line = place.refused("export", place.student, "--format", "released", "-o", place.folder / "other")
+    assert "effects.json: measured for another plan or model" in line
+
+
 def test_export_writes_a_checked_file_for_a_share(place: Workplace) -> None:
     pytest.importorskip("onnxruntime")
     out = place.folder / "engines"

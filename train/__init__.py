@@ -1,8 +1,8 @@
 """Training: what makes the students good.
 
 `train` runs the stages: "depth" and "width" distil each edit's students from the teacher's own states, edit
-by edit, "finetune" trains one whole mixture on the teacher's output. `load_finetuned` reads its result back. `measure_effects` and `predicted_and_measured` say
-what each student does to the output.
+by edit, "finetune" trains one whole mixture on the teacher's output. `load_finetuned` reads its result back.
+`measure_effects` and `predicted_and_measured` say what each student does to the output.
 Names are imported when they are first used, so that importing this package does not import torch.
 """
 

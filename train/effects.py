@@ -34,8 +34,8 @@ class OutputErrors:
 
     Args:
         model: the pluggable model; its mixture, mode and weights are as before after each measurement.
-        calls: recorded calls of its teacher. Recorded outputs are used where the teacher gives the same to the bit, which
-            is looked at once for each shape.
+        calls: recorded calls of its teacher. Recorded outputs are used where the teacher gives the same to the bit,
+            which is looked at once for each shape.
         only: positions of the calls; all of them if None.
     """
 
@@ -69,7 +69,7 @@ class OutputErrors:
             apart = sum(_square(ours.double() - theirs.double()) for ours, theirs in pairs)
             whole = sum(_square(theirs.double()) for _, theirs in pairs)
             if whole == 0.0:
-                raise PpclError("the teacher's outputs are all zero, so no error is relative to them: record other calls")
+                raise PpclError("all of the teacher's outputs are zero, so errors mean nothing: record other calls")
             error = apart / whole
             if not math.isfinite(error):
                 names = ", ".join(students)
@@ -136,11 +136,8 @@ def measure_effects(
     touch = touching(model.plan.edits)
     found = []
     for done, edit in enumerate(model.edits, start=1):
-        error, on = errors.of([edit]), _host(model, edit, touch[edit])
-        if error == 0.0 and on is not None:
-            error = max(0.0, errors.of([on, edit]) - errors.of([on]))
-        else:
-            on = None
+        on = _host(model, edit, touch[edit])
+        error = errors.of([edit]) if on is None else max(0.0, errors.of([on, edit]) - errors.of([on]))
         found.append(Effect(edit=edit, error=error, on=[] if on is None else [on], loss=losses.get(edit)))
         if progress is not None:
             progress(done, len(model.edits))

@@ -14,8 +14,8 @@ def effects_section(effects: Effects) -> Html:
     calls = len(effects.measured_on)
     lead = (
         "Squared error of the model's output against the teacher's, as a share of the teacher's square, measured on "
-        f"{calls} call{'' if calls == 1 else 's'} with {effects.samples} samples. Predicted is the sum of the effects of "
-        "the edits plugged, each measured alone; measured is the mixture itself."
+        f"{calls} call{'' if calls == 1 else 's'} with {effects.samples} samples. Predicted is the sum of the "
+        "effects of the edits plugged, each measured alone; measured is the mixture itself."
     )
     mixtures = [_chart(effects.mixtures), _mixtures(effects.mixtures)] if effects.mixtures else []
     return tag(
@@ -69,13 +69,17 @@ def _edits(edits: Sequence[Effect]) -> Html:
     rows = [
         tag(
             "tr",
-            tag("th", effect.edit, tag("small", f" added to {', '.join(effect.on)}") if effect.on else None, scope="row"),
+            tag("th", effect.edit, tag("small", _added(effect)), scope="row"),
             tag("td", f"{effect.error:.4g}"),
             tag("td", f"{effect.loss:.4g}" if effect.loss is not None else "–"),
         )
         for effect in sorted(edits, key=lambda effect: -effect.error)
     ]
     return _table(["edit", "effect", "held-out loss"], rows, "The most harmful first.")
+
+
+def _added(effect: Effect) -> str:
+    return f" added to {', '.join(effect.on)}" if effect.on else ""
 
 
 def _table(names: Sequence[str], rows: Sequence[Html], words: str) -> Html:
