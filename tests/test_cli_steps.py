@@ -31,7 +31,7 @@ PLAN = {
 }
 
 
-class Workplace:
+class Place:
     """A folder with a model, prompts and a plan, and the program run in it."""
 
     def __init__(self, folder: Path, capture: pytest.CaptureFixture[str] | None = None) -> None:
@@ -69,7 +69,7 @@ class Workplace:
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder, its calls and analysis, and a student by a plan: made once, copied for each test."""
     folder = tmp_path_factory.mktemp("steps")
-    place = Workplace(folder)
+    place = Place(folder)
     save_pipeline(place.model)
     prompts = folder / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS) + "\n\n", encoding="utf-8")
@@ -82,13 +82,13 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Workplace:
+def place(prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Place:
     """The prepared folder, copied."""
     shutil.copytree(prepared, tmp_path / "copy")
-    return Workplace(tmp_path / "copy", capfd)
+    return Place(tmp_path / "copy", capfd)
 
 
-def test_analyze_records_and_writes_three_results(place: Workplace) -> None:
+def test_analyze_records_and_writes_three_results(place: Place) -> None:
     assert {path.name for path in place.run.iterdir()} == {"calls", "analysis.json", "report.html"}
     calls = ppcl_fx.Calls.open(place.calls)
     assert len(calls) == 2 * STEPS  # both branches of guidance
@@ -99,14 +99,14 @@ def test_analyze_records_and_writes_three_results(place: Workplace) -> None:
     assert (place.run / "report.html").read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_analyze_can_use_recorded_calls_again(place: Workplace) -> None:
+def test_analyze_can_use_recorded_calls_again(place: Place) -> None:
     said = place.ok("analyze", place.model, "--calls", place.calls, "-o", place.folder / "again")
     first = ppcl_fx.Redundancy.load(place.run / "analysis.json")
     assert ppcl_fx.Redundancy.load(said["analysis"]) == first
     assert (said["calls"], said["params"], said["blocks"]) == (str(place.calls), first.teacher_params, BLOCKS)
 
 
-def test_results_are_not_overwritten_unasked(place: Workplace) -> None:
+def test_results_are_not_overwritten_unasked(place: Place) -> None:
     before = (place.run / "analysis.json").stat().st_mtime_ns
     line = place.refused("analyze", place.model, "-o", place.run, "--prompts", place.folder / "prompts.txt")
     assert "already exists" in line
@@ -116,7 +116,7 @@ def test_results_are_not_overwritten_unasked(place: Workplace) -> None:
     assert (place.run / "analysis.json").stat().st_mtime_ns == before
 
 
-def test_rewrite_meets_the_budget_to_the_parameter(place: Workplace) -> None:
+def test_rewrite_meets_the_budget_to_the_parameter(place: Place) -> None:
     out = place.folder / "half"
     said = place.ok(
         "rewrite", place.model, "--analysis", place.run / "analysis.json", "--keep", "0.6", "-o", out
@@ -128,7 +128,7 @@ def test_rewrite_meets_the_budget_to_the_parameter(place: Workplace) -> None:
     assert list(model.students) == model.edits == said["edits"]
 
 
-def test_with_every_edit_switched_back_the_student_is_the_teacher(place: Workplace) -> None:
+def test_with_every_edit_switched_back_the_student_is_the_teacher(place: Place) -> None:
     from ppcl_fx.sources import open_source
 
     model = ppcl_fx.load(place.student)
@@ -140,7 +140,7 @@ def test_with_every_edit_switched_back_the_student_is_the_teacher(place: Workpla
         assert not torch.equal(model.plug(students=model.edits)(**kwargs)[0], expected)
 
 
-def test_train_changes_the_students_in_place_and_nothing_else(place: Workplace) -> None:
+def test_train_changes_the_students_in_place_and_nothing_else(place: Place) -> None:
     teacher = place.student / "teacher" / "diffusion_pytorch_model.safetensors"
     before, weights = read_safetensors(place.student / "students.safetensors"), teacher.read_bytes()
     before = {name: tensor.clone() for name, tensor in before.items()}
@@ -161,7 +161,7 @@ def test_train_changes_the_students_in_place_and_nothing_else(place: Workplace) 
         assert Path(said[name]).exists()
 
 
-def test_a_resumed_training_ends_where_an_unbroken_one_does(place: Workplace) -> None:
+def test_a_resumed_training_ends_where_an_unbroken_one_does(place: Place) -> None:
     options = ["--calls", place.calls, "--stage", "depth", "--steps", "4", "--every", "2"]
     other = place.folder / "other"
     shutil.copytree(place.student, other)
@@ -176,7 +176,7 @@ def test_a_resumed_training_ends_where_an_unbroken_one_does(place: Workplace) ->
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_training_under_a_memory_limit_gives_the_same_losses(place: Workplace) -> None:
+def test_training_under_a_memory_limit_gives_the_same_losses(place: Place) -> None:
     plain = place.folder / "plain"
     shutil.copytree(place.student, plain)
     how = ["--calls", place.calls, "--stage", "depth,width", "--steps", "2,1", "--batch", 1]
@@ -201,7 +201,7 @@ def test_training_under_a_memory_limit_gives_the_same_losses(place: Workplace) -
         assert words in place.refused("train", place.student, "--calls", place.calls, *options)
 
 
-def test_train_records_prompts_as_it_goes(place: Workplace) -> None:
+def test_train_records_prompts_as_it_goes(place: Place) -> None:
     how = ["--prompts", place.folder / "prompts.txt", "--stage", "depth,finetune", "--steps", "3,2"]
     before = read_safetensors(place.student / "students.safetensors")
     said = place.ok("train", place.student, *how, "--pipeline", place.model)
@@ -222,7 +222,7 @@ def test_train_records_prompts_as_it_goes(place: Workplace) -> None:
         assert words in place.refused("train", place.student, *options)
 
 
-def test_train_takes_pictures_with_captions(place: Workplace) -> None:
+def test_train_takes_pictures_with_captions(place: Place) -> None:
     pictures = place.folder / "pictures"
     pictures.mkdir()
     drawn = scenes.draw_prompts([parse(text) for text in PROMPTS], random.Random(0))
@@ -237,7 +237,7 @@ def test_train_takes_pictures_with_captions(place: Workplace) -> None:
     assert (place.student / "encoded").is_dir()
 
 
-def test_train_takes_a_file_with_the_command_line_on_top(place: Workplace) -> None:
+def test_train_takes_a_file_with_the_command_line_on_top(place: Place) -> None:
     file = place.folder / "mine.toml"
     text = 'stages = ["depth"]\nsteps = [9]\nlr = 1e-4\nema = 0.5\n[weights]\nrelative = 1.0\n'
     file.write_text(text, encoding="utf-8")
@@ -259,7 +259,7 @@ def test_train_takes_a_file_with_the_command_line_on_top(place: Workplace) -> No
     assert "only students of the shipped 'shapes' model" in line
 
 
-def test_what_training_measured_decides_what_is_exported(place: Workplace) -> None:
+def test_what_training_measured_decides_what_is_exported(place: Place) -> None:
     short = ["--calls", place.calls, "--stage", "depth,width", "--steps", "1,1", "--held-out", "0.3"]
     said = place.ok("train", place.student, *short, "--effects", "1")
     found = json.loads((place.student / "effects.json").read_text(encoding="utf-8"))
@@ -283,7 +283,7 @@ def test_what_training_measured_decides_what_is_exported(place: Workplace) -> No
     assert "effects.json: measured for another plan or model" in line
 
 
-def test_export_writes_a_checked_file_for_a_share(place: Workplace) -> None:
+def test_export_writes_a_checked_file_for_a_share(place: Place) -> None:
     pytest.importorskip("onnxruntime")
     out = place.folder / "engines"
     model = ppcl_fx.load(place.student)
@@ -297,7 +297,7 @@ def test_export_writes_a_checked_file_for_a_share(place: Workplace) -> None:
     assert ratio["parity_max_abs"] <= 1e-4
 
 
-def test_a_budget_in_parameters_is_met_with_the_least_damage(place: Workplace) -> None:
+def test_a_budget_in_parameters_is_met_with_the_least_damage(place: Place) -> None:
     analysis, out = place.run / "analysis.json", place.folder / "budget"
     whole = ppcl_fx.Redundancy.load(analysis).teacher_params
     budget = f"{0.7 * whole / 1000:.3f}K"
@@ -310,7 +310,7 @@ def test_a_budget_in_parameters_is_met_with_the_least_damage(place: Workplace) -
     assert "must lie between 1 and" in line
 
 
-def test_folders_that_others_load(place: Workplace) -> None:
+def test_folders_that_others_load(place: Place) -> None:
     model = ppcl_fx.load(place.student)
     depth, ffn = model.edits
     share = f"{model.param_count([depth]) / model.teacher_params + 1e-4:.4f}"
@@ -327,7 +327,7 @@ def test_folders_that_others_load(place: Workplace) -> None:
     assert not (out / "x").exists()
 
 
-def test_a_released_checkpoint_comes_and_goes(place: Workplace) -> None:
+def test_a_released_checkpoint_comes_and_goes(place: Place) -> None:
     model = ppcl_fx.load(place.student)
     share = f"{model.param_count(model.edits) / model.teacher_params + 1e-4:.4f}"
     out, joined = place.folder / "out", place.folder / "joined"
@@ -349,7 +349,7 @@ def test_a_released_checkpoint_comes_and_goes(place: Workplace) -> None:
     assert not (out / "x").exists()
 
 
-def test_files_of_another_model_are_refused(place: Workplace) -> None:
+def test_files_of_another_model_are_refused(place: Place) -> None:
     other = save_pipeline(place.folder / "other", seed=1)
     line = place.refused("analyze", other, "--calls", place.calls, "-o", place.folder / "x")
     assert str(place.calls) in line
@@ -369,7 +369,7 @@ def test_files_of_another_model_are_refused(place: Workplace) -> None:
         ({"kind": "depht", "stack": "transformer_blocks", "first": 4, "last": 5}, "depht"),
     ],
 )
-def test_bad_plans_are_refused_in_one_line(place: Workplace, edit: dict[str, Any], words: str) -> None:
+def test_bad_plans_are_refused_in_one_line(place: Place, edit: dict[str, Any], words: str) -> None:
     place.plan.write_text(json.dumps({"edits": [PLAN["edits"][0], edit]}), encoding="utf-8")
     line = place.refused(
         "rewrite", place.model, "--plan", place.plan, "--calls", place.calls, "-o", place.folder / "x"
@@ -378,7 +378,7 @@ def test_bad_plans_are_refused_in_one_line(place: Workplace, edit: dict[str, Any
     assert not (place.folder / "x").exists()
 
 
-def test_missing_and_damaged_inputs_are_refused_in_one_line(place: Workplace) -> None:
+def test_missing_and_damaged_inputs_are_refused_in_one_line(place: Place) -> None:
     x = place.folder / "x"
     assert "no such model" in place.refused("analyze", place.folder / "modle", "-o", x)
     assert "give --prompts" in place.refused("analyze", place.model, "-o", x)
