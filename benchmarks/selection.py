@@ -128,7 +128,6 @@ def one_seed(seed: int, rules: Sequence[str], work: Path, steps: tuple[int, int]
             "share": round(plan.params / plan.teacher_params, 4),
             "params": plan.params,
             "edits": plan.ids,
-            "predicted": round(sum(edit.damage or 0.0 for edit in plan.edits), 5),
             "velocity_error": round(velocity_error(model, held), 5),
             "score": round(scored(pipeline, model, per_category, seed), 4),
             "teacher": round(score, 4),
