@@ -14,12 +14,11 @@ from torch import Tensor
 from ppcl_fx.calls import Call, Calls, check_finite, collate, map_tensors
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import tensor_digest
-from ppcl_fx.train.sources.order import Order
+from ppcl_fx.train.sources.order import Order, Ordered
 from ppcl_fx.train.sources.skips import Skips
-from ppcl_fx.train.sources.source import State
 
 
-class Batches:
+class Batches(Ordered):
     """Batches of calls, epoch after epoch; in one epoch each call is drawn exactly once. A `Source`.
 
     Only calls that concatenate to what a pipeline could have passed come together: the same shapes but for
@@ -54,6 +53,7 @@ class Batches:
         world: int = 1,
         only: Sequence[int] | None = None,
     ) -> None:
+        super().__init__()
         drawn = range(len(calls)) if only is None else only
         if not len(drawn):
             raise PpclError("no calls to train on: record some prompts first")
@@ -62,17 +62,12 @@ class Batches:
         self._dtype = dtype
         self._order = Order(groups(calls, drawn), batch, seed, rank, world)
         self._all = drawn
-        self._last: tuple[int, list[Call]] = (-1, [])
         self.skips = Skips("the recorded calls", len(drawn))
 
     @property
     def fingerprint(self) -> str:
         """The calls' fingerprint."""
         return self._calls.fingerprint
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch, over all ranks."""
-        return len(self._order)
 
     def indices(self, step: int) -> tuple[int, ...]:
         """Return the positions in `calls` of the batch of `step` (from 0)."""
@@ -120,26 +115,10 @@ class Batches:
         numbers = [str(call.index) for call in self._drawn(step)]
         return f"call{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
 
-    def state(self, step: int) -> State:
-        """Return where the source stands before `step`."""
-        return self._order.state(step)
-
-    def restore(self, state: State) -> None:
-        """Go on from `state`, on any number of ranks.
-
-        Raises:
-            PpclError: The state belongs to other data.
-        """
-        self._order.restore(state)
-        self._last = (-1, [])
-
-    def _drawn(self, step: int) -> list[Call]:
-        """The calls of a step; another good one where all of them are bad, so that every rank has work."""
-        if self._last[0] != step:
-            # The line of too many bad ones comes before none is left.
-            good = self._good(self.indices(step)) or next(found for i in self._all if (found := self._good([i])))
-            self._last = (step, good)
-        return self._last[1]
+    def _draw(self, step: int) -> list[Call]:
+        """The good calls of a step; another one where all of them are bad, so that every rank has work."""
+        # The line of too many bad ones comes before none is left.
+        return self._good(self.indices(step)) or next(found for i in self._all if (found := self._good([i])))
 
     def _good(self, indices: Sequence[int]) -> list[Call]:
         good = []

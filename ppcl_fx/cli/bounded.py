@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ppcl_fx.cli.boundary import Result
 from ppcl_fx.cli.options import parse_device
+from ppcl_fx.cli.stage_words import stage_lines, stage_rows
 from ppcl_fx.cli.teacher import open_calls
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
@@ -111,28 +112,15 @@ def run_bounded(
 def _result(student: Path, done: BoundedResult) -> Result:
     if done.losses is None:
         return Result({"student": str(student), "schedule": list(done.lines)}, list(done.lines))
-    stages = [
-        {
-            "stage": stage.label,
-            "steps": stage.steps,
-            "seconds": round(stage.seconds, 3),
-            "first": {edit: values[0] for edit, values in stage.losses.items()},
-            "last": {edit: values[-1] for edit, values in stage.losses.items()},
-        }
-        for stage in done.stages
-    ]
     data = {
         "student": str(student),
         "schedule": list(done.lines),
         "losses": str(done.losses),
         "report": str(student / REPORT),
         "seconds": round(done.seconds, 3),
-        "stages": stages,
+        "stages": stage_rows(done.stages),
         "stopped": done.stopped or {},
     }
-    lines = []
-    for stage in done.stages:
-        lines.append(f"{stage.label}: {stage.steps} steps, {stage.seconds:.1f} s")
-        lines += [f"  {edit}: loss {values[0]:.4g} -> {values[-1]:.4g}" for edit, values in stage.losses.items()]
+    lines = stage_lines(done.stages)
     lines += [f"  {edit}: stopped, {why}" for edit, why in (done.stopped or {}).items()]
     return Result(data, [*lines, f"report: {student / REPORT}"])

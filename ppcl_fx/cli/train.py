@@ -11,6 +11,7 @@ import typer
 from ppcl_fx.cli.boundary import Result
 from ppcl_fx.cli.bounded import Limits, bounded_options, run_bounded
 from ppcl_fx.cli.options import Device, Json, MemoryLimit, Verbose, choices, given, parse_counts, parse_keep
+from ppcl_fx.cli.stage_words import stage_lines, stage_rows
 from ppcl_fx.cli.teacher import open_student
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.cli.training_data import Given
@@ -20,7 +21,7 @@ from ppcl_fx.files import check_writable
 
 if TYPE_CHECKING:
     from ppcl_fx.effects import Effects
-    from ppcl_fx.train import StageCurves, TrainResult
+    from ppcl_fx.train import TrainResult
     from ppcl_fx.train.options import Options
 
 STAGES = ("depth", "width", "finetune")
@@ -206,25 +207,7 @@ def _plural(count: int, noun: str) -> str:
     return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
-def _more(stage: StageCurves, edit: str) -> str:
-    held_out, stop = stage.held_out.get(edit), stage.stopped.get(edit)
-    return (f", held-out {held_out[-1][1]:.4g}" if held_out else "") + (f"; stopped, {stop.reason}" if stop else "")
-
-
 def _result(student: Path, trained: TrainResult, effects: Effects | None) -> Result:
-    stages = [
-        {
-            "stage": stage.label,
-            "steps": stage.steps,
-            "seconds": round(stage.seconds, 3),
-            "first": {edit: values[0] for edit, values in stage.losses.items()},
-            "last": {edit: values[-1] for edit, values in stage.losses.items()},
-            "held_out": {edit: values[-1][1] for edit, values in stage.held_out.items()},
-            "score": stage.scores[-1][1] if stage.scores else None,
-            "stopped": {edit: stop.reason for edit, stop in stage.stopped.items()},
-        }
-        for stage in trained.stages
-    ]
     data = {
         "student": str(student),
         "losses": str(trained.losses),
@@ -233,15 +216,9 @@ def _result(student: Path, trained: TrainResult, effects: Effects | None) -> Res
         "effects": None if effects is None else effects.model_dump(mode="json"),
         "report": str(student / REPORT),
         "seconds": round(trained.seconds, 3),
-        "stages": stages,
+        "stages": stage_rows(trained.stages),
     }
-    lines = []
-    for stage in trained.stages:
-        lines.append(f"{stage.label}: {stage.steps} steps, {stage.seconds:.1f} s")
-        lines += [
-            f"  {edit}: loss {values[0]:.4g} -> {values[-1]:.4g}{_more(stage, edit)}"
-            for edit, values in stage.losses.items()
-        ]
+    lines = stage_lines(trained.stages)
     for mixture in effects.mixtures if effects is not None else ():
         measured = f"{mixture.measured:.4g} measured, {mixture.predicted:.4g} predicted"
         lines.append(f"keep {mixture.keep:g}: error of the output {measured}")

@@ -19,6 +19,8 @@ Kwargs = dict[str, Any]
 AXES = (4, 6, 6)
 """How the channels of a head are shared among the axes of a rotary embedding."""
 
+HEADED: dict[str, Any] = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM}
+
 
 @dataclass(frozen=True)
 class Shape:

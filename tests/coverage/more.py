@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 
 from tests.coverage.case import (
     AXES,
-    HEAD_DIM,
+    HEADED,
     HEADS,
     POOLED_CHANNELS,
     TEXT_CHANNELS,
@@ -22,8 +21,6 @@ from tests.coverage.case import (
 )
 from tests.coverage.dual import packed
 from tests.coverage.video import WAN, clip, ltx, pooled
-
-HEADED: dict[str, Any] = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM}
 
 
 def krea2(draw: Draw) -> Kwargs:

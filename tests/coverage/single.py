@@ -10,6 +10,7 @@ import torch
 from tests.coverage.case import (
     AXES,
     HEAD_DIM,
+    HEADED,
     HEADS,
     TEXT_CHANNELS,
     WIDTH,
@@ -19,8 +20,6 @@ from tests.coverage.case import (
     grid,
     small,
 )
-
-HEADED: dict[str, Any] = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM}
 
 
 def z_image(draw: Draw) -> Kwargs:

@@ -10,6 +10,7 @@ import torch
 from tests.coverage.case import (
     AXES,
     HEAD_DIM,
+    HEADED,
     HEADS,
     POOLED_CHANNELS,
     TEXT_CHANNELS,
@@ -19,8 +20,6 @@ from tests.coverage.case import (
     Kwargs,
     small,
 )
-
-HEADED: dict[str, Any] = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM}
 
 
 def clip(draw: Draw, *, mask: bool = False, channels: int = 4, **more: Any) -> Kwargs:

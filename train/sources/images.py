@@ -18,17 +18,16 @@ from ppcl_fx.train.data import moved
 from ppcl_fx.train.sources.cache import TEMPLATE, Part, cut, encode, find_parts, sample_digest
 from ppcl_fx.train.sources.encode import Encoder
 from ppcl_fx.train.sources.flow import Density, generator_of
-from ppcl_fx.train.sources.order import Order
+from ppcl_fx.train.sources.order import Order, Ordered
 from ppcl_fx.train.sources.pairs import open_pairs
 from ppcl_fx.train.sources.skips import Skips
-from ppcl_fx.train.sources.source import State
 from ppcl_fx.train.sources.template import Template
 
 OPEN = 128
 """Parts of the cache that are kept open."""
 
 
-class ImageSource:
+class ImageSource(Ordered):
     """Calls at x_t = (1 - sigma) x_0 + sigma eps, from cached latents x_0. A `Source`.
 
     eps and sigma depend on the seed, the epoch and the sample alone: not on the batch size, the ranks, or what was
@@ -65,6 +64,7 @@ class ImageSource:
         rank: int = 0,
         world: int = 1,
     ) -> None:
+        super().__init__()
         if batch < 1:
             raise PpclError(f"the batch size is {batch}; use 1 or more")
         self._parts, self._template = parts, template
@@ -80,7 +80,6 @@ class ImageSource:
             groups.setdefault(part.card.groups[i], []).append(index)
         self._order = Order(list(groups.values()), batch, seed, rank, world)
         self._open: dict[Path, Calls] = {}
-        self._last: tuple[int, list[Call]] = (-1, [])
 
     @property
     def fingerprint(self) -> str:
@@ -89,10 +88,6 @@ class ImageSource:
         density = [self._density.name, self._density.mean, self._density.std]
         plain = json.dumps([self._template.model_dump(mode="json"), digests, density])
         return hashlib.sha256(plain.encode()).hexdigest()
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch, over all ranks."""
-        return len(self._order)
 
     def kwargs(self, step: int) -> dict[str, Any]:
         """Return the transformer's keyword arguments of the batch of `step`, on the device.
@@ -113,30 +108,15 @@ class ImageSource:
         """Return the batch of `step` for a message: the pictures' names."""
         return ", ".join(self._name(call.index) for call in self._drawn(step))
 
-    def state(self, step: int) -> State:
-        """Return where the source stands before `step`."""
-        return self._order.state(step)
-
-    def restore(self, state: State) -> None:
-        """Go on from `state`, on any number of ranks.
-
-        Raises:
-            PpclError: The state belongs to other data.
-        """
-        self._order.restore(state)
-        self._last = (-1, [])
-
-    def _drawn(self, step: int) -> list[Call]:
-        """The samples of a step; another good one where all are corrupt, so that every rank has work."""
-        if self._last[0] != step:
-            epoch, indices = self._order.place(step)
-            drawn = [call for index in indices if (call := self._sample(epoch, index)) is not None]
-            if not drawn:
-                # Too many bad ones stop before none is left.
-                every = (self._sample(epoch, index) for index in range(len(self._samples)))
-                drawn = [next(call for call in every if call is not None)]
-            self._last = (step, drawn)
-        return self._last[1]
+    def _draw(self, step: int) -> list[Call]:
+        """The good samples of a step; another one where all are corrupt, so that every rank has work."""
+        epoch, indices = self._order.place(step)
+        drawn = [call for index in indices if (call := self._sample(epoch, index)) is not None]
+        if not drawn:
+            # Too many bad ones stop before none is left.
+            every = (self._sample(epoch, index) for index in range(len(self._samples)))
+            drawn = [next(call for call in every if call is not None)]
+        return drawn
 
     def _name(self, index: int) -> str:
         part, number = self._samples[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+from ppcl_fx.calls import Call
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train.sources.source import State
 
@@ -79,6 +80,41 @@ class Order:
             batches += [tuple(shuffled[i : i + self._batch]) for i in range(0, len(group), self._batch)]
         generator.shuffle(batches)
         return batches
+
+
+class Ordered:
+    """A source whose samples come in an `Order`; those of the step asked for last are at hand."""
+
+    _order: Order
+
+    def __init__(self) -> None:
+        self._last: tuple[int, list[Call]] = (-1, [])
+
+    def __len__(self) -> int:
+        """Return the number of batches in an epoch, over all ranks."""
+        return len(self._order)
+
+    def state(self, step: int) -> State:
+        """Return where the source stands before `step`."""
+        return self._order.state(step)
+
+    def restore(self, state: State) -> None:
+        """Go on from `state`, on any number of ranks.
+
+        Raises:
+            PpclError: The state belongs to other data.
+        """
+        self._order.restore(state)
+        self._last = (-1, [])
+
+    def _drawn(self, step: int) -> list[Call]:
+        """The calls of a step's samples."""
+        if self._last[0] != step:
+            self._last = (step, self._draw(step))
+        return self._last[1]
+
+    def _draw(self, step: int) -> list[Call]:
+        raise NotImplementedError
 
 
 def check_rank(rank: int, world: int) -> None:
