@@ -15,7 +15,6 @@ import json
 import random
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +81,35 @@ def scored(pipeline: ShapesPipeline, transformer: Any, per_category: int, seed: 
         pipeline.transformer = own
 
 
+def distil(
+    model: PluggableModel,
+    calls: Calls,
+    settings: demo.Settings,
+    steps: tuple[int, int],
+    seed: int,
+    out: Path,
+    *,
+    sequential: bool = False,
+) -> float:
+    """Train and plug the students with the demo's settings; return the seconds of the steps. Goes on where stopped."""
+    counts = demo.fitting_steps((*steps, 1), {edit.kind for edit in model.plan.edits})
+    trained = train(
+        model,
+        calls,
+        stages=("depth", "width"),
+        steps={stage: counts[stage] for stage in ("depth", "width")},
+        out=out,
+        resume=True,
+        batch=settings.distil_calls,
+        lr=settings.lr,
+        seed=seed,
+        sequential=sequential,
+        weights=Weights(relative=1.0),
+    )
+    model.plug(students=model.plan.ids)
+    return sum(stage.seconds for stage in trained.stages)
+
+
 def one_seed(seed: int, rules: Sequence[str], work: Path, steps: tuple[int, int], per_category: int) -> None:
     """Write the rows of one seed to `work`; those that it holds for the same plan are not made again."""
     settings = demo.Settings(out=work)
@@ -105,22 +133,7 @@ def one_seed(seed: int, rules: Sequence[str], work: Path, steps: tuple[int, int]
         if path.is_file() and json.loads(path.read_text())["edits"] == plan.ids:
             continue
         model = ppcl_fx.rewrite(gm, plan, some)
-        begin = time.perf_counter()
-        counts = demo.fitting_steps((*steps, 1), {edit.kind for edit in plan.edits})
-        train(
-            model,
-            calls,
-            stages=("depth", "width"),
-            steps={stage: counts[stage] for stage in ("depth", "width")},
-            out=work / f"seed-{seed}-{rule}-{keep:g}",
-            batch=settings.distil_calls,
-            lr=settings.lr,
-            seed=seed,
-            weights=Weights(relative=1.0),
-            every=10_000,
-        )
-        seconds = time.perf_counter() - begin
-        model.plug(students=plan.ids)
+        seconds = distil(model, calls, settings, steps, seed, path.with_suffix(""))
         row = {
             "seed": seed,
             "rule": rule,
