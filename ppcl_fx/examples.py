@@ -27,7 +27,9 @@ def describe(value: Any) -> JsonValue:
     if isinstance(value, (list, tuple)):
         return {"tuple" if isinstance(value, tuple) else "list": [describe(item) for item in value]}
     if isinstance(value, Mapping):
-        return {"dict": {str(key): describe(item) for key, item in value.items()}}
+        if all(isinstance(key, str) for key in value):
+            return {"dict": {key: describe(item) for key, item in value.items()}}
+        return {"pairs": [[describe(key), describe(item)] for key, item in value.items()]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     raise PpclError(f"an argument of type {type(value).__name__} cannot be saved; record calls with plain values")
@@ -60,6 +62,11 @@ def build(description: JsonValue, dtypes: Mapping[torch.dtype, torch.dtype] | No
         return tuple(items) if kind == "tuple" else items
     if kind == "dict" and isinstance(content, dict):
         return {key: build(item, dtypes) for key, item in content.items()}
+    if kind == "pairs" and isinstance(content, list):
+        pairs = [pair for pair in content if isinstance(pair, list) and len(pair) == 2]
+        keys = [build(pair[0], dtypes) for pair in pairs]
+        if len(pairs) == len(content) and all(isinstance(key, (bool, int, float, str)) for key in keys):
+            return {key: build(pair[1], dtypes) for key, pair in zip(keys, pairs, strict=True)}
     if kind == "value" and not isinstance(content, (list, dict)):
         return content
     raise PpclError(f"the saved example of a call has an unknown entry {kind!r}; save the model again")

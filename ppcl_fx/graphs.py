@@ -84,16 +84,21 @@ def is_add(node: Node) -> bool:
 
 def parameter_count(gm: GraphModule) -> int:
     """Count the parameters that a graph uses, each once."""
-    seen: dict[int, int] = {}
+    return sum(parameter.numel() for parameter in used_parameters(gm))
+
+
+def used_parameters(gm: GraphModule) -> list[torch.nn.Parameter]:
+    """Return the parameters that a graph uses, each once; a module of the model may hold others."""
+    seen: dict[int, torch.nn.Parameter] = {}
     for node in gm.graph.nodes:
         if node.op == "call_module":
             for parameter in gm.get_submodule(str(node.target)).parameters():
-                seen[id(parameter)] = parameter.numel()
+                seen[id(parameter)] = parameter
         elif node.op == "get_attr":
             value = attribute(gm, str(node.target))
             if isinstance(value, torch.nn.Parameter):
-                seen[id(value)] = value.numel()
-    return sum(seen.values())
+                seen[id(value)] = value
+    return list(seen.values())
 
 
 def attribute(gm: torch.nn.Module, path: str) -> object:

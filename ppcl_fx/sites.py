@@ -113,11 +113,20 @@ def _state_before(gm: GraphModule, after: Node, inside: set[Node], entering: set
         if any(is_attention(gm, node) for node in depending) or _linears(gm, depending) < 2:
             continue
         # Any other token state in the branch would make the projector a function of something it does not see. A
-        # modulation may have the shape of one, token by token; but it does not come from the streams.
+        # modulation may have the shape of one, token by token; but it does not come from the streams, of which it may
+        # know the sizes.
         others = [n for n in slice_ - depending if _shape(n) == _shape(before)]
-        if not any(entering & ancestors([n], stop=entering, within=inside | entering) for n in others):
+        told = {n for n in inside if not _is_size(n)} | entering
+        if not any(entering & ancestors([n], stop=entering, within=told) for n in others):
             return before
     return None
+
+
+def _is_size(node: Node) -> bool:
+    """Tell whether a node asks for a tensor's sizes, which hold nothing of its numbers."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target is getattr and node.args[1] in ("shape", "ndim")
 
 
 def _linears(gm: GraphModule, nodes: set[Node]) -> int:

@@ -131,6 +131,12 @@ def test_feed_forwards_are_found_where_they_stand_alone(
         assert site.before.meta["val"].shape == site.after.meta["val"].shape
 
 
+def test_a_modulation_may_know_the_sizes_of_the_stream_that_it_modulates() -> None:
+    temb = torch.randn(2, 6, 2 * toys.WIDTH, generator=torch.Generator().manual_seed(0))
+    gm = trace(toys.build(toys.ModulatesTokens), {**toys.example(), "temb": temb})
+    assert [len(ffn_sites(gm, block)) for block in stacks(gm)[0].blocks] == [1, 1, 1]
+
+
 def test_the_text_site_is_what_feeds_the_text_projections(qwen: GraphModule, flux: GraphModule) -> None:
     site = text_site(qwen, stacks(qwen)[0].blocks[1])
     assert site.attention.target == "transformer_blocks.1.attn"

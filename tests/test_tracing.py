@@ -215,6 +215,36 @@ def test_lengths_read_from_a_mask_are_guarded() -> None:
             trace(model, to_meta(toys.masked(*traced)))
 
 
+@pytest.mark.parametrize("kind", [toys.AsksItsDevice, toys.LeavesAutocast, toys.HasAWholePart])
+def test_a_model_that_asks_where_it_runs_is_traced_for_that_place(kind: type[toys.Toy]) -> None:
+    model = toys.build(kind)
+    gm = trace(model, toys.example())
+    for given in (toys.example(), toys.example(batch=3, tokens=4)):
+        with torch.no_grad():
+            assert torch.equal(run(gm, given), model(**given, return_dict=False)[0])
+
+
+def test_a_part_outside_of_autocast_refuses_autocast() -> None:
+    model = toys.build(toys.LeavesAutocast)
+    gm = trace(model, toys.example())
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(GuardError, match=r"autocast at toys\.py:\d+ was False while tracing and is True now"),
+    ):
+        run(gm, toys.example())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(PpclError, match="trace outside of autocast"):
+        trace(model, toys.example())
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [(toys.EntersAutocast, "switches autocast on"), (toys.MapsTokens, "maps a function over proxies by torch.vmap")],
+)
+def test_what_a_trace_cannot_keep_is_refused_with_its_place(kind: type[toys.Toy], words: str) -> None:
+    with pytest.raises(PpclError, match=rf"toys\.py:\d+.* {words}"):
+        trace(toys.build(kind), toys.example())
+
+
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(PpclError, match="Sequential has no transformer blocks"):
         trace(nn.Sequential(nn.Linear(3, 3)), {"input": torch.zeros(1, 3)})

@@ -112,6 +112,95 @@ class BranchesOnValues(Toy):
         return x
 
 
+class AsksItsDevice(Toy):
+    """Decides by the kind of device that it runs on."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Double the values on the CPU."""
+        if x.device.type == "cpu":
+            return 2 * x
+        return x
+
+
+class LeavesAutocast(Toy):
+    """Computes a part outside of autocast, as models do with positions."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Multiply the channels by themselves, in the input's own dtype."""
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return x @ (x.transpose(1, 2) @ x)
+
+
+class EntersAutocast(Toy):
+    """Computes a part in half precision."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Multiply the channels by themselves."""
+        with torch.autocast("cpu", torch.bfloat16):
+            return (x @ (x.transpose(1, 2) @ x)).to(x.dtype)
+
+
+class MapsTokens(Toy):
+    """Maps a function over the tokens, as flex attention does to make a block mask."""
+
+    def before(self, x: Tensor) -> Tensor:
+        """Double every token."""
+        return torch.vmap(lambda token: 2 * token, in_dims=1, out_dims=1)(x)
+
+
+class WantsStorage(nn.Module):
+    """Refuses the meta device by a `ValueError`, as flex attention does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Double the values."""
+        if x.is_meta:
+            raise ValueError("Found input tensors on meta device.")
+        return 2 * x
+
+
+class HasAWholePart(Toy):
+    """Has a part that cannot run on the meta device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = WantsStorage()
+
+    def before(self, x: Tensor) -> Tensor:
+        """Ask the part."""
+        doubled: Tensor = self.part(x)
+        return doubled
+
+
+class ModulatedBlock(Block):
+    """Attention, then a feed-forward that is modulated token by token; the modulation asks for the batch's size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(2, WIDTH))
+        self.ff = nn.ModuleDict({"up": nn.Linear(WIDTH, 2 * WIDTH), "down": nn.Linear(2 * WIDTH, WIDTH)})
+
+    def forward(self, x: Tensor, temb: Tensor | None = None) -> Tensor:
+        """Add what attention gives and then what the feed-forward gives."""
+        assert temb is not None
+        scale, gate = (self.table + temb.reshape(x.size(0), temb.shape[1], 2, -1)).unbind(dim=2)
+        x = super().forward(x)
+        return x + gate * self.ff["down"](self.ff["up"](x * scale).relu())
+
+
+class ModulatesTokens(Toy):
+    """Three blocks that are modulated token by token."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ModulatedBlock() for _ in range(3))
+
+    def forward(self, x: Tensor, temb: Tensor | None = None, return_dict: bool = True) -> Any:
+        """Run the blocks; `temb` is ``[batch, tokens, 2 * channels]``."""
+        for block in self.blocks:
+            x = block(x, temb)
+        return (x,)
+
+
 class Lengths(nn.Module):
     """Reads the lengths of texts from a mask, in Python, as some position embeddings do."""
 

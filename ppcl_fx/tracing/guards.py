@@ -37,6 +37,11 @@ def expect_tensor(value: Any, dims: int, words: str) -> None:
         )
 
 
+def autocast_enabled(device_type: str) -> bool:
+    """Tell whether `torch.autocast` is on for a kind of device: what a part that switches it off must know."""
+    return torch.is_autocast_enabled(device_type)
+
+
 has_side_effect(expect)
 has_side_effect(expect_tensor)
 

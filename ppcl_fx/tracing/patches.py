@@ -1,4 +1,4 @@
-"""What is patched while a trace runs: module calls, parameter reads, tensor constructors, `len` and `int`."""
+"""What is patched while a trace runs: module calls, parameter reads, constructors, autocast, vmap, `len`, `int`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,36 @@ def _recorded(tracer: ExampleTracer, function: Callable[..., Any]) -> Callable[.
     return recorded
 
 
+def _autocast_made(tracer: ExampleTracer, original: Callable[..., None]) -> Callable[..., None]:
+    def make(context: Any, device_type: Any, dtype: Any = None, enabled: Any = True, cache_enabled: Any = None) -> None:
+        if tracer.recording:
+            context.asked = (device_type, enabled)
+            device_type, dtype, enabled = "cpu", None, False  # the context itself does nothing to a trace
+        original(context, device_type, dtype, enabled, cache_enabled)
+
+    return make
+
+
+def _autocast_entered(tracer: ExampleTracer, original: Callable[..., Any]) -> Callable[..., Any]:
+    def enter(context: Any) -> Any:
+        if tracer.recording:
+            # A decorator's context was made when its function was defined.
+            tracer.leave_autocast(*vars(context).get("asked", (context.device, context._enabled)))
+        return original(context)
+
+    return enter
+
+
+def _without_vmap(tracer: ExampleTracer, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def mapped(*args: Any, **kwargs: Any) -> Any:
+        if tracer.recording:
+            tracer.refuse_vmap()
+        return original(*args, **kwargs)
+
+    return mapped
+
+
 def _model_namespaces(root: nn.Module) -> list[dict[str, Any]]:
     """Return the global names of the Python modules that the model's own code lives in (never torch's)."""
     packages = {type(module).__module__.rpartition(".")[0] for module in root.modules()}
@@ -76,7 +106,7 @@ def _model_namespaces(root: nn.Module) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def patched(tracer: ExampleTracer, root: nn.Module) -> Iterator[None]:
-    """Redirect module calls, parameter reads, constructors, `len` and `int` to the tracer, and put all back."""
+    """Redirect module calls, parameter reads, constructors, contexts, `len` and `int` to the tracer; put all back."""
     # A device context remembers torch's constructors the first time it is used; it must not meet ours.
     with torch.device("meta"):
         torch.empty(0)
@@ -109,6 +139,10 @@ def patched(tracer: ExampleTracer, root: nn.Module) -> Iterator[None]:
         replace(nn.Module, "__getattr__", read)
         for name in CONSTRUCTORS:
             replace(torch, name, _recorded(tracer, getattr(torch, name)))
+        replace(torch.autocast, "__init__", _autocast_made(tracer, torch.autocast.__init__))
+        replace(torch.autocast, "__enter__", _autocast_entered(tracer, torch.autocast.__enter__))
+        for owner in (torch, torch.func):
+            replace(owner, "vmap", _without_vmap(tracer, owner.vmap))
         for names in _model_namespaces(root):
             for name, stand_in in (("len", length), ("int", int_type)):
                 if names.get(name, getattr(builtins, name)) is getattr(builtins, name):

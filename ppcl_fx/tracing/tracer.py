@@ -6,7 +6,7 @@ import collections
 import operator
 import sys
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torch.fx.proxy import Scope, TracerBase
 from ppcl_fx.errors import PpclError
 from ppcl_fx.graphs import attribute
 from ppcl_fx.tracing.examples import META, examples, fresh, signature
-from ppcl_fx.tracing.guards import expect, expect_tensor
+from ppcl_fx.tracing.guards import autocast_enabled, expect, expect_tensor
 from ppcl_fx.tracing.patches import patched
 from ppcl_fx.tracing.proxies import ExampleProxy
 from ppcl_fx.tracing.shadow import shadow, to_meta
@@ -185,6 +185,8 @@ class ExampleTracer(TracerBase):
         kwargs: Any = examples(dict(node.kwargs))
         if node.target is getattr and args[1] == "device":
             return self.device
+        if node.target is getattr and isinstance(args[0], torch.device):
+            return getattr(self.device, args[1])  # a model that asks where it runs means its own place
         module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         key = signature(module if module is not None else node.target, args, kwargs)
         # Look-alike blocks ask the same questions again and again.
@@ -201,6 +203,10 @@ class ExampleTracer(TracerBase):
                     assert callable(node.target)
                     value = node.target(*args, **kwargs)
         except (NotImplementedError, RuntimeError) as error:
+            return self._evaluate_by_value(node, module, error)
+        except ValueError as error:
+            if not _for_want_of_values(error):
+                raise
             return self._evaluate_by_value(node, module, error)
         finally:
             self.recording = was
@@ -269,6 +275,32 @@ class ExampleTracer(TracerBase):
             ) from why
         finally:
             self.recording = was
+
+    def leave_autocast(self, device_type: Any, enabled: bool) -> None:
+        """Note that a part of the model runs without autocast; a graph cannot switch it, so later calls must be so.
+
+        Raises:
+            PpclError: the part switches autocast on.
+        """
+        if enabled:
+            raise PpclError(
+                f"{self._where()} switches autocast on for a part of the model, which a trace cannot keep; "
+                "give a model that computes in one dtype"
+            )
+        on = self.create_proxy("call_function", autocast_enabled, (device_type,), {})
+        if on.example:
+            raise PpclError(
+                f"{self._where()} switches autocast off for a part of the model, which a trace cannot keep; "
+                "trace outside of autocast"
+            )
+        self.guard(on.node, False, f"autocast at {self._where()}")
+
+    def refuse_vmap(self) -> NoReturn:
+        """Say that a trace cannot follow `torch.vmap`, whose C++ side knows nothing of proxies."""
+        raise PpclError(
+            f"{self._where()} maps a function over proxies by torch.vmap (flex attention makes its block masks so), "
+            "which a trace cannot follow; call the model in a way that needs no such mask"
+        )
 
     def decide_length(self, proxy: ExampleProxy) -> int:
         """Answer ``len(proxy)``; guarded unless it follows from the graph itself."""

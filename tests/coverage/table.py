@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
 from ppcl_fx.errors import GuardError, Refusal
-from ppcl_fx.graphs import parameter_count
+from ppcl_fx.graphs import parameter_count, used_parameters
 from ppcl_fx.passes.ffn import projector_path
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.rewrite import insert_edits
@@ -28,14 +28,16 @@ from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.sites import FfnSite, ffn_sites, text_site
 from ppcl_fx.stacks import Block, Stack, stacks
 from ppcl_fx.tracing import bind, trace
-from tests.coverage import dual, more, single, video
+from tests.coverage import dual, more, single, video, video_more
 from tests.coverage.case import EXAMPLE, OTHERS, Case, Kwargs
 from tests.coverage.control import NotTaken, arguments, felt, passing, with_residuals
 from tests.coverage.edits import shortened, without_feed_forwards, without_text
 from tests.coverage.page import render
 from tests.passes.by_hand import randomise
 
-CASES: list[Case] = sorted([*dual.CASES, *single.CASES, *more.CASES, *video.CASES], key=lambda case: case.id)
+CASES: list[Case] = sorted(
+    [*dual.CASES, *single.CASES, *more.CASES, *video.CASES, *video_more.CASES], key=lambda case: case.id
+)
 PAGE = Path(__file__).parents[2] / "docs" / "coverage.md"
 
 EQUAL = "equal"
@@ -172,7 +174,8 @@ def _depth(traced: Traced) -> list[str]:
             with shortened(traced.model, [edit]):
                 expected = traced.model(**kwargs)
             exact = exact and _same(view(**bind(view, kwargs)), expected)
-        gone = sum(p.numel() for p in traced.model.get_submodule(stack.blocks[1].path).parameters())
+        own = {id(p) for p in traced.model.get_submodule(stack.blocks[1].path).parameters()}
+        gone = sum(p.numel() for p in used_parameters(traced.gm) if id(p) in own)
         kept = parameter_count(view) - (traced.total - gone)
         cells.append("WRONG" if not exact else "yes" if kept == 0 else f"yes, {'keeps' if kept > 0 else 'takes'} more")
     return cells
