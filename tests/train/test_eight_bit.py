@@ -76,7 +76,8 @@ def test_the_averages_take_a_quarter() -> None:
 @there
 def test_where_it_cannot_do_a_step_one_line_says_so_before_training() -> None:
     schedule.try_eight_bit(torch.device("cpu"))
-    with pytest.raises(PpclError, match=r"adamw8bit does not run on meta with bitsandbytes \d.*; take adamw$") as caught:
+    said = r"adamw8bit does not run on meta with bitsandbytes \d.*; take adamw$"
+    with pytest.raises(PpclError, match=said) as caught:
         schedule.try_eight_bit(torch.device("meta"))
     assert "\n" not in str(caught.value)
 
