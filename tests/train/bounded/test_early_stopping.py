@@ -19,6 +19,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.model import STUDENTS
 from ppcl_fx.passes.streaming.runner import Streamer
 from ppcl_fx.train import StageCurves, train
+from ppcl_fx.train.bounded import problems
 from ppcl_fx.train.bounded.options import BoundedResult
 from ppcl_fx.train.bounded.student import Student
 from tests.train.bounded.test_trainer import _Killed, kill_at, run, save
@@ -118,7 +119,10 @@ def test_a_killed_run_stops_the_same_students_at_the_same_steps(
 
     monkeypatch.setattr(Streamer, "run_segment", counted)
 
-    def report(_done: int, _total: int, words: str) -> None:
+    kill = kill_at("depth", 5)
+
+    def report(done: int, total: int, words: str) -> None:
+        kill(done, total, words)
         if words.startswith("depth"):
             last.append(0)
 
@@ -126,16 +130,30 @@ def test_a_killed_run_stops_the_same_students_at_the_same_steps(
     options = {**STOPPING, **limits(ordinary, name), "steps": (8, 6), "resume": True}
     told: list[str] = []
     with pytest.raises(_Killed):
-        run(folder, ordinary.calls, report=kill_at("depth", 5), tell=told.append, **options)
+        run(folder, ordinary.calls, report=report, tell=told.append, **options)
     assert told[0].endswith("2 at a time") and told[1].startswith(f"  {name}: "), told
+    if name == "recomputed":
+        assert max(last[:4]) > max(last[4:]) > 0, "the teacher runs no further than the last student that trains"
     # The second student has stopped at step 4 and is finished; the first goes on from its checkpoint, or begins again.
     assert [path.name for path in (folder / "bounded" / "done").glob("*.json")] == ["depth-001.json"]
     ordinary.check(folder, run(folder, ordinary.calls, **options))
-    if name == "recomputed":
-        folder = ordinary.copy(tmp_path / "again")
-        last[:] = [0]
-        ordinary.check(folder, run(folder, ordinary.calls, report=report, **{**options, "resume": False}))
-        assert max(last[:4]) > max(last[4:6]) > 0, "the teacher runs no further than the last student that trains"
+
+
+def test_edits_of_one_problem_stop_one_by_one(
+    ordinary: Ordinary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Edits are one problem where their students share weights; here all of a stage are joined."""
+
+    def joined(_gm: Any, parts: Any) -> list[Any]:
+        return [([end for end, _ in parts], set().union(*(nodes for _, nodes in parts)))]
+
+    monkeypatch.setattr(problems, "_together", joined)
+    folder = ordinary.copy(tmp_path / "student")
+    how = {**STOPPING, "steps": (8, 6), "every": 5, "resume": True}
+    with pytest.raises(_Killed):
+        run(folder, ordinary.calls, report=kill_at("depth", 5), **how)
+    # In the checkpoint of step 5 one edit has stopped and the other has not.
+    ordinary.check(folder, run(folder, ordinary.calls, **how))
 
 
 @pytest.mark.parametrize(
