@@ -180,6 +180,7 @@ def test_training_under_a_memory_limit_gives_the_same_losses(place: Place) -> No
     plain = place.folder / "plain"
     shutil.copytree(place.student, plain)
     how = ["--calls", place.calls, "--stage", "depth,width", "--steps", "2,1", "--batch", 1]
+    how += ["--held-out", 0.3, "--evaluate-every", 1, "--patience", 1, "--ema", 0.5]
     before = read_safetensors(place.student / "students.safetensors")
     said = place.ok("train", place.student, *how, "--dry-run", "--memory-limit", "4GiB")
     assert any("memory" in line for line in said["schedule"]) and "losses" not in said
@@ -190,6 +191,8 @@ def test_training_under_a_memory_limit_gives_the_same_losses(place: Place) -> No
     assert any(not torch.equal(before[name], trained[name]) for name in before)
     for mine, theirs in zip(bounded["stages"], place.ok("train", plain, *how)["stages"], strict=True):
         assert mine["stage"] == theirs["stage"] and mine["last"] == pytest.approx(theirs["last"], rel=1e-5)
+        assert mine["held_out"] == pytest.approx(theirs["held_out"], rel=1e-5)
+        assert mine["held_out"] and mine["stopped"].keys() == theirs["stopped"].keys()
     assert (place.student / "report.html").is_file()
     for options, words in (
         (["--memory-limit", "4GiB", "--sequential"], "training option sequential: not with --memory-limit"),
@@ -197,6 +200,7 @@ def test_training_under_a_memory_limit_gives_the_same_losses(place: Place) -> No
         (["--disk-limit", "4GiB"], "--disk-limit: only with --memory-limit"),
         (["--device", "cpu:1x"], "--device cpu:1x"),
         (["--memory-limit", "1MiB"], "memory"),
+        (["--memory-limit", "4GiB", "--stage", "depth", "--steps", 1, "--patience", 1], "patience: needs held-out"),
     ):
         assert words in place.refused("train", place.student, "--calls", place.calls, *options)
 

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -239,14 +239,15 @@ def set_rng_state(states: Mapping[str, Tensor], device: torch.device) -> None:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimiser's state as tensors called ``optimizer.<number of the parameter>.<key>``.
 
-    A plain integer (the step count of the 8-bit AdamW) becomes a tensor called ``...<key>:int``.
+    A plain integer (the step count of the 8-bit AdamW) becomes a tensor called ``...<key>:int``. What the 8-bit AdamW
+    keeps in a dictionary of its own (the averages' bytes and the maps to read them) stands beside the rest.
 
     Raises:
         RuntimeError: The optimiser keeps something that is neither.
     """
     tensors: dict[str, Tensor] = {}
     for number, slots in optimizer.state_dict()["state"].items():
-        for key, value in slots.items():
+        for key, value in _flat(slots):
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{number}.{key}"] = value
             elif type(value) is int:
@@ -256,6 +257,15 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
                     f"the optimiser keeps a {type(value).__name__} as {key!r}; only tensors can be stored"
                 )
     return tensors
+
+
+def _flat(slots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Walk a parameter's slots; those of a dictionary among them come in its place, as the optimiser takes them too."""
+    for key, value in slots.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield key, value
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:

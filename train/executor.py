@@ -109,8 +109,12 @@ class Distiller(Saving):
 
     def evaluate(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return each edit's loss on a call's `kwargs`, without gradients."""
+        return self.evaluate_on(inputs(self._gm, kwargs))
+
+    def evaluate_on(self, values: Sequence[Any]) -> dict[str, Tensor]:
+        """Do what `evaluate` does on the values of the graph's placeholders, in order."""
         self._live = set()
-        return self._run_losses(inputs(self._gm, kwargs))
+        return self._run_losses(values)
 
     def _run_losses(self, values: Sequence[Any]) -> dict[str, Tensor]:
         self._losses = {}

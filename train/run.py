@@ -129,7 +129,7 @@ def train(
         model.effects = None  # they were the effects of the students before this training
     students = _mixture(model, busy.keep)
     data = Data(calls, busy, ranks)
-    _check_extras(busy, data)
+    _check_extras(busy, data, ranks.device or model.device)
     decisive = {
         **busy.decisive(),
         "autocast": None if cast is None else str(cast).removeprefix("torch."),
@@ -308,10 +308,10 @@ def _busy_stages(
     return tuple(name for name, _ in left), tuple(count for _, count in left)
 
 
-def _check_extras(options: Options, data: Data) -> None:
+def _check_extras(options: Options, data: Data, device: torch.device) -> None:
     """Refuse, before any work, what is not installed or cannot work together."""
     if options.optimizer == "adamw8bit":
-        schedule.eight_bit()
+        schedule.try_eight_bit(device)
     if options.patience is not None and not data.holds_out:
         raise PpclError("training option patience: needs held-out calls to see a gain; give held_out a share")
     if options.compile:

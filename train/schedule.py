@@ -22,6 +22,8 @@ WEIGHT_DECAY = 0.02
 
 EIGHT_BIT = "bitsandbytes"
 """The package of the 8-bit AdamW."""
+EIGHT_BIT_FROM = 4096
+"""Values from which on a parameter's averages take a byte each; those of smaller ones stay float32."""
 
 
 def warmup_steps(total: int) -> int:
@@ -80,6 +82,27 @@ def eight_bit() -> Any:
         raise PpclError(
             f"training option optimizer: adamw8bit needs {EIGHT_BIT}, which is not here ({error}); "
             "pip install 'ppcl-fx[bnb]', or take adamw"
+        ) from None
+
+
+def try_eight_bit(device: torch.device) -> None:
+    """Do one step of the 8-bit AdamW on `device`: it imports where its compiled half is missing, and fails at a step.
+
+    Raises:
+        PpclError: bitsandbytes is not installed, or cannot do a step on this device.
+    """
+    package = eight_bit()
+    parameter = Parameter(torch.zeros(EIGHT_BIT_FROM, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        package.optim.AdamW8bit([parameter]).step()
+        if float(parameter.detach().abs().max()) == 0.0:
+            raise RuntimeError("a step changes nothing")
+    except Exception as error:  # noqa: BLE001 - whatever it is, the person hears it before the training
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PpclError(
+            f"training option optimizer: adamw8bit does not run on {device.type} with {EIGHT_BIT} "
+            f"{package.__version__} ({reason}); take adamw"
         ) from None
 
 

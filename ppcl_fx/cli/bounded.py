@@ -122,5 +122,4 @@ def _result(student: Path, done: BoundedResult) -> Result:
         "stopped": done.stopped or {},
     }
     lines = stage_lines(done.stages)
-    lines += [f"  {edit}: stopped, {why}" for edit, why in (done.stopped or {}).items()]
     return Result(data, [*lines, f"report: {student / REPORT}"])

@@ -264,7 +264,7 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     assert 0 < result.stages[0].seconds < 600
 
 
-# Compiled students, 8-bit AdamW, recorded outputs, the score
+# Compiled students, recorded outputs, the score
 
 
 # torch's compiler itself looks at the gradients of tensors between blocks, and warns of it.
@@ -281,28 +281,6 @@ def test_compiled_students_learn_the_same(tmp_path: Path) -> None:
             assert second.losses[edit] == pytest.approx(curve, rel=1e-3)
     with pytest.raises(PpclError, match="did you mean 'inductor'"):
         _run(compiled, calls, tmp_path / "x", compile=True, compile_backend="inducter")
-
-
-def test_8_bit_adamw_trains_and_resumes_to_the_bit(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    (plain, calls), (killed, _), (again, _) = build(), build(), build()
-    _run(plain, calls, tmp_path / "plain", optimizer="adamw8bit")
-
-    def kill(_stage: str, done: int, _total: int, _loss: float) -> None:
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        _run(killed, calls, tmp_path / "run", optimizer="adamw8bit", progress=kill)
-    _run(again, calls, tmp_path / "run", optimizer="adamw8bit", resume=True)
-    assert _same(_students(again), _students(plain))
-
-
-def test_without_bitsandbytes_asking_for_it_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = build()
-    monkeypatch.setitem(__import__("sys").modules, "bitsandbytes", None)
-    with pytest.raises(PpclError, match=r"adamw8bit needs bitsandbytes.*pip install 'ppcl-fx\[bnb\]'"):
-        _run(model, calls, tmp_path / "run", optimizer="adamw8bit", progress=_never)
 
 
 def test_recorded_outputs_give_the_same_losses_without_a_teacher(

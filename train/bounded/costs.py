@@ -17,11 +17,16 @@ from ppcl_fx.passes.streaming.cuts import Segment
 from ppcl_fx.passes.streaming.footprint import INSIDE, block_bytes, segment_weights, value_bytes
 from ppcl_fx.train.bounded.problems import Problem
 from ppcl_fx.train.executor import live_nodes
+from ppcl_fx.train.schedule import EIGHT_BIT_FROM
 
 _log = logging.getLogger("ppcl_fx.train")
 
 ADAM = 8
-"""Bytes of AdamW's two float32 moments of a parameter."""
+"""Bytes of AdamW's two float32 moments of a value."""
+BLOCK = 256
+"""Values that share a scale in the 8-bit AdamW."""
+MAPS = 2 * 256 * 4
+"""Bytes of the 8-bit AdamW's two maps from a byte to a value."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class ProblemCost:
     """What one problem costs.
 
     Attributes:
-        held: bytes while it trains, whatever the call: weights, gradients, masters, AdamW's moments.
+        held: bytes while it trains, whatever the call: weights, gradients, masters, AdamW's moments, the average.
         saved: bytes of a checkpoint of it.
         weights: bytes of the tensors that it trains.
         step: bytes that a step takes on top, for a call of the traced size.
@@ -64,13 +69,25 @@ class TeacherCost:
     block: int
 
 
-def problem_cost(problem: Problem, last: int, checkpointing: bool) -> ProblemCost:
-    """Return what a problem costs; its parameters are on the meta device."""
+def problem_cost(
+    problem: Problem, last: int, checkpointing: bool, optimizer: str = "adamw", average: bool = False
+) -> ProblemCost:
+    """Return what a problem costs; its parameters are on the meta device.
+
+    Args:
+        problem: the problem.
+        last: the teacher's last segment that it needs a value of.
+        checkpointing: whether its insides are computed again in the backward pass.
+        optimizer: "adamw" or "adamw8bit".
+        average: whether an average of its weights is kept. To evaluate it the weights are put aside, which takes the
+            place of the gradients.
+    """
     trained = [problem.graph.get_parameter(name) for name in problem.trained]
     frozen = sum(value_bytes(attribute(problem.graph, name)) for name in problem.frozen)
     size = sum(p.nbytes for p in trained)
     low = sum(p.numel() * 4 for p in trained if p.itemsize < 4)  # float32 masters of 16-bit weights
-    moments = sum(p.numel() * ADAM for p in trained)
+    moments = sum(moment_bytes(p.numel(), optimizer) for p in trained)
+    moments += sum(p.numel() * 4 for p in trained) if average else 0
     placeholders = problem.graph.graph.find_nodes(op="placeholder")
     border = {
         name: value_bytes(node.meta.get("val"))
@@ -85,6 +102,13 @@ def problem_cost(problem: Problem, last: int, checkpointing: bool) -> ProblemCos
         border=border,
         last=last,
     )
+
+
+def moment_bytes(values: int, optimizer: str) -> int:
+    """Return what AdamW keeps of a parameter of so many values: two float32 moments, or two of a byte."""
+    if optimizer == "adamw" or values < EIGHT_BIT_FROM:
+        return ADAM * values
+    return 2 * values + 2 * 4 * -(-values // BLOCK) + MAPS
 
 
 def teacher_cost(

@@ -36,14 +36,12 @@ class Finished(BaseModel):
 
     Attributes:
         sha256: of the tensors' file.
-        curves: the losses, one value a step.
-        stopped: why it ended before its last step; empty if it did not.
+        curves: the losses, one value a step, the held-out losses, and why an edit ended before its last step.
     """
 
     model_config = ConfigDict(extra="forbid")
     sha256: str
     curves: StageCurves
-    stopped: str = ""
 
 
 @dataclass
@@ -142,13 +140,11 @@ class StudentFolder:
             )
 
 
-def save_finished(
-    folder: Path, name: str, tensors: Mapping[str, Tensor], curves: StageCurves, stopped: str
-) -> None:
+def save_finished(folder: Path, name: str, tensors: Mapping[str, Tensor], curves: StageCurves) -> None:
     """Write a finished student; the JSON file comes last, and without it the student is not finished."""
     path = folder / f"{name}.safetensors"
     write_safetensors(path, tensors)
-    write_json(folder / f"{name}.json", Finished(sha256=_digest(path), curves=curves, stopped=stopped))
+    write_json(folder / f"{name}.json", Finished(sha256=_digest(path), curves=curves))
 
 
 def load_finished(folder: Path, name: str) -> tuple[dict[str, Tensor], Finished] | None:

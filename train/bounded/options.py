@@ -14,6 +14,7 @@ from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost
 from ppcl_fx.train.bounded.schedule import Schedule
 from ppcl_fx.train.curves import StageCurves
 from ppcl_fx.train.options import TermWeights
+from ppcl_fx.train.schedule import BETAS, WEIGHT_DECAY
 
 STAGES = ("depth", "width")
 """The stages that can be trained so: fine-tuning needs the whole mixture in memory."""
@@ -25,11 +26,21 @@ class BoundedOptions(BaseModel):
     Attributes:
         stages: "depth", "width", or both in this order.
         steps: steps of each stage.
-        batch: calls of one step. They go through a student one after the other; gradients add up.
+        batch: calls of one batch. They go through a student one after the other; gradients add up.
+        accumulate: batches of one step; each counts the same.
         lr: peak learning rate.
-        seed: decides the order of the calls.
+        warmup: steps up to it, None for a twentieth of the stage, at most 100.
+        optimizer: "adamw" or "adamw8bit".
+        betas: AdamW's.
+        weight_decay: AdamW's.
+        seed: decides the order of the calls and the split of the held-out ones.
         weights: weights of the loss terms.
         clip: the largest norm of the gradients of one edit, None for no limit.
+        ema: decay of an average of the weights, which is evaluated and kept; None for no average.
+        held_out: share of the calls that is never trained on.
+        evaluate_every: steps between evaluations on them; a stage's end has one too.
+        patience: evaluations without gain until a student stops, None for never.
+        min_gain: share of the best held-out loss by which a new one must be lower to be a gain.
         autocast: dtype of matrix products ("bfloat16"), or None for the tensors' own.
         checkpointing: compute the students' insides again in the backward pass.
         every: steps between checkpoints.
@@ -39,10 +50,20 @@ class BoundedOptions(BaseModel):
     stages: tuple[str, ...]
     steps: tuple[int, ...]
     batch: int = Field(2, gt=0)
+    accumulate: int = Field(1, gt=0)
     lr: float = Field(1e-3, gt=0)
+    warmup: int | None = Field(None, ge=0)
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    betas: tuple[float, float] = BETAS
+    weight_decay: float = Field(WEIGHT_DECAY, ge=0)
     seed: int = 42
     weights: TermWeights = TermWeights()
     clip: float | None = Field(1.0, gt=0)
+    ema: float | None = Field(None, ge=0, lt=1)
+    held_out: float = Field(0.0, ge=0, lt=1)
+    evaluate_every: int = Field(100, gt=0)
+    patience: int | None = Field(None, gt=0)
+    min_gain: float = Field(0.005, ge=0, lt=1)
     autocast: Literal["bfloat16", "float16"] | None = None
     checkpointing: bool = False
     every: int = Field(100, gt=0)
@@ -90,7 +111,8 @@ class BoundedResult:
         schedules: one for each stage, in order.
         lines: the schedules in words, as they are printed before the training starts.
         stages: the curves; empty for a dry run.
-        stopped: edit id -> why it ended before its last step. Its weights are those after the last good step.
+        stopped: edit id -> why it ended before its last step: it has converged, or its loss was NaN and its weights
+            are those after the last good step.
         losses: the file with the curves; None for a dry run.
         seconds: wall time of this process's part.
     """

@@ -62,10 +62,35 @@ class Work:
     Attributes:
         order: for each step the positions of its calls.
         scales: for each call its size over that of the traced call.
+        held_out: positions of the calls that the students are evaluated on.
+        evaluate_every: steps between evaluations; the last step has one in any case.
     """
 
     order: Sequence[tuple[int, ...]]
     scales: Sequence[float]
+    held_out: Sequence[int] = ()
+    evaluate_every: int = 1
+
+    def evaluated(self, done: int) -> bool:
+        """Tell whether the students are evaluated once so many steps are done."""
+        return bool(self.held_out) and (done % self.evaluate_every == 0 or done == len(self.order))
+
+    def evaluations(self, start: int, stop: int) -> int:
+        """Return how often the students are evaluated after a step from `start` on and before `stop`."""
+        return sum(self.evaluated(step + 1) for step in range(start, stop))
+
+    def calls(self, start: int, stop: int) -> list[int]:
+        """Return the positions of the calls that steps and evaluations of a part need, each once and in order."""
+        trained = {call for step in self.order[start:stop] for call in step}
+        return sorted(trained | set(self.held_out if self.evaluations(start, stop) else ()))
+
+    def trained(self, start: int, stop: int) -> float:
+        """Return the summed size of the calls of all steps of a part."""
+        return sum(self.scales[call] for step in self.order[start:stop] for call in step)
+
+    def looked_at(self, start: int, stop: int) -> float:
+        """Return the summed size of the calls of all evaluations of a part."""
+        return self.evaluations(start, stop) * sum(self.scales[call] for call in self.held_out)
 
     def largest(self) -> float:
         """Size of the largest call over that of the traced one."""
@@ -97,7 +122,7 @@ class Price:
     Attributes:
         seconds: estimate of the time.
         teacher_flops: of all passes of the teacher.
-        training_flops: of all steps of all students.
+        training_flops: of all steps and evaluations of all students, none of them stopped early.
         passes: runs of the teacher.
         memory: the most bytes in memory beside what the process held before.
         cache_memory: of which for the cache.
@@ -326,9 +351,8 @@ def _sweep_price(
     seconds = teacher_flops = 0.0
     most_memory = most_disk = 0
     for start, stop in sweep.windows:
-        uses = [call for step in work.order[start:stop] for call in step]
-        distinct = sum(work.scales[call] for call in set(uses))
-        reads = sum(work.scales[call] for call in uses)
+        distinct = sum(work.scales[call] for call in work.calls(start, stop))
+        reads = work.trained(start, stop) + work.looked_at(start, stop)
         cached = int(distinct * one_call)
         held = min(cached, room)
         spilled = max(0, int(distinct * states) - max(0, limits.free - running - held))
@@ -336,11 +360,12 @@ def _sweep_price(
         teacher_flops += distinct * flops
         seconds += distinct * flops / speeds.flops + weights / speeds.read
         seconds += (last + 1) * spilled * (1 / speeds.write + 1 / speeds.read)
-        # Every group reads the values that its own students need, at each step.
+        # Every group reads the values that its own students need, at each step and evaluation.
         seconds += (cached - held) / speeds.write + reads * one_call * share / speeds.read
         most_memory, most_disk = max(most_memory, held), max(most_disk, cached - held + spilled)
-    uses_all = sum(work.scales[call] for step in work.order for call in step)
-    training_flops = uses_all * sum(problem.flops for problem in mine)
+    steps = len(work.order)
+    # An evaluation is a forward pass, a third of a step.
+    training_flops = (work.trained(0, steps) + work.looked_at(0, steps) / 3) * sum(problem.flops for problem in mine)
     seconds += training_flops / speeds.flops
     return Price(
         seconds,

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Context:
-    """What all stages of a run share."""
+    """What all stages of a run share; `used` and `held` are the positions of the calls to train and to evaluate on."""
 
     opened: StudentFolder
     calls: Calls
@@ -45,6 +45,8 @@ class Context:
     limits: Limits
     memory_limit: int | None
     report: Report
+    used: Sequence[int]
+    held: Sequence[int]
 
     def stage(self, number: int) -> Stage:
         """Return a stage by its position in the run."""
@@ -54,9 +56,9 @@ class Context:
         model.students_module.requires_grad_(True)
         return Stage(self, number, problems(model, self.options.stages[number]))
 
-    def batches(self, batch: int) -> Batches:
-        """Return the batches, tensors on the CPU."""
-        return Batches(self.calls, batch, self.options.seed, dtype=dtype_of(self.opened.model))
+    def batches(self, batch: int, only: Sequence[int] | None = None) -> Batches:
+        """Return the batches of some calls, or of all; tensors on the CPU."""
+        return Batches(self.calls, batch, self.options.seed, dtype=dtype_of(self.opened.model), only=only)
 
 
 class Stage:
@@ -68,13 +70,23 @@ class Stage:
         self._finished: dict[int, StageCurves] = {}
         self._costs: list[ProblemCost] = []
         self._teacher: TeacherCost | None = None
-        self.stopped: dict[str, str] = {}
-        batches = context.batches(context.options.batch)
+        options = context.options
+        batches, count = context.batches(options.batch, context.used), options.accumulate
+        self._rounds = [
+            [batches.indices(position) for position in range(step * count, (step + 1) * count)]
+            for step in range(self._steps)
+        ]
+        self._held_out: list[tuple[int, ...]] = []
+        if context.held:
+            held_out = context.batches(options.batch, context.held)
+            self._held_out = [held_out.indices(step) for step in range(len(held_out))]
         self._batch_sizes = [call.batch for call in context.calls]
         traced = max(1, context.opened.traced_size)
         self._work = Work(
-            [batches.indices(step) for step in range(self._steps)],
+            [tuple(call for batch in rounds for call in batch) for rounds in self._rounds],
             [elements(call.kwargs) / traced for call in context.calls],
+            context.held,
+            options.evaluate_every,
         )
         for problem in found if context.resume else ():
             self._note(problem)
@@ -93,7 +105,8 @@ class Stage:
         segments = cut(gm, skip=route.skip)
         self._teacher = teacher_cost(gm, segments, route.skip, self._work.largest())
         checkpointing = context.options.checkpointing and self._name == "depth"
-        self._costs = [problem_cost(problem, route.last(problem), checkpointing) for problem in left]
+        kept = (context.options.optimizer, context.options.ema is not None)
+        self._costs = [problem_cost(problem, route.last(problem), checkpointing, *kept) for problem in left]
         saved = 0 if context.options.every >= self._steps else checkpoints.KEPT + 1
         schedule = plan_schedule(self._costs, self._teacher, self._work, context.limits, speeds, saved)
         students = tuple(problem.edits for problem in left)
@@ -118,14 +131,16 @@ class Stage:
         shutil.rmtree(self._context.work / "cache", ignore_errors=True)
 
     def curves(self) -> StageCurves:
-        """Return the losses of all students, in the order of the graph."""
+        """Return the curves of all students, in the order of the graph."""
         mine = [self._finished[problem.number] for problem in self._problems]
         return StageCurves(
             name=self._name,
             label=self._name,
-            steps=self._steps,
+            steps=max(curves.steps for curves in mine),
             seconds=sum(curves.seconds for curves in mine),
             losses={edit: values for curves in mine for edit, values in curves.losses.items()},
+            held_out={edit: values for curves in mine for edit, values in curves.held_out.items()},
+            stopped={edit: stop for curves in mine for edit, stop in curves.stopped.items()},
         )
 
     def _sweep(self, sweep: Sweep, mine: Sequence[Problem], number: int, left: Sequence[Problem]) -> None:
@@ -152,30 +167,34 @@ class Stage:
             context.report,
         )
         for group in sweep.groups:
+            if len(sweep.windows) == 1:
+                # Before the students are in memory, and for those of the groups to come too.
+                self._fill(mine, *sweep.windows[0], teacher)
             self._group([left[i] for i in group], sweep.windows, teacher, cache)
+
+    def _fill(self, mine: Sequence[Problem], start: int, stop: int, teacher: Teacher) -> None:
+        """Let the teacher run for the problems that are not finished, on the calls of a part of the steps."""
+        teacher.narrow([problem for problem in mine if problem.number not in self._finished])
+        teacher.fill(self._work.calls(start, stop))
 
     def _group(
         self, mine: Sequence[Problem], windows: Sequence[tuple[int, int]], teacher: Teacher, cache: Cache
     ) -> None:
-        """Train the problems of a group side by side, step by step."""
+        """Train the problems of a group side by side, step by step, until all steps are done or all have stopped."""
         context = self._context
-        if len(windows) == 1:
-            # Before the students are in memory.
-            teacher.fill(self._calls(*windows[0]))
         students = [self._student(problem) for problem in mine]
         try:
             for start, stop in windows:
-                begin = max(start, min(student.done for student in students))
+                begin = max(start, min((s.done for s in students if not s.over), default=self._steps))
                 if begin >= stop:
                     continue
                 if len(windows) > 1:
-                    cache.keep_only(self._calls(begin, stop))
-                    teacher.fill(self._calls(begin, stop))
+                    cache.keep_only(self._work.calls(begin, stop))
+                    self._fill(mine, begin, stop, teacher)
                 for step in range(begin, stop):
+                    if all(student.over for student in students):
+                        break
                     self._step(step, students, teacher)
-            for student in students:
-                student.finish(self._done, self._title(student.problem))
-                self._note(student.problem)
             context.opened.release()
         finally:
             for student in reversed(students):
@@ -185,20 +204,25 @@ class Stage:
         options = self._context.options
         total = 0.0
         for student in students:
-            if student.stopped or student.done != step:
+            if student.over or student.done != step:
                 continue
-            total += student.step(self._parts(step, student, teacher))
-        every = (step + 1) % options.every == 0 and step + 1 < self._steps
-        if every:
-            for student in students:
-                if student.done == step + 1:
-                    student.checkpoint()
+            total += student.step([self._parts(batch, student, teacher) for batch in self._rounds[step]])
+            if not student.over or student.done == self._steps:
+                self._evaluate(student, teacher)
+            if student.over:
+                student.finish(self._done, self._title(student.problem))
+                self._note(student.problem)
+            elif (step + 1) % options.every == 0:
+                student.checkpoint()
         titles = students[0].problem.title + (f" and {len(students) - 1} more" if len(students) > 1 else "")
         self._context.report(step + 1, self._steps, f"{self._name}, {titles}, loss {total:.4g}")
 
-    def _parts(self, step: int, student: Student, teacher: Teacher) -> list[Part]:
-        """Return the calls of a step with their shares of the batch: losses are means over samples."""
-        calls = self._work.order[step]
+    def _evaluate(self, student: Student, teacher: Teacher) -> None:
+        if self._work.evaluated(student.done):
+            student.evaluate([self._parts(batch, student, teacher) for batch in self._held_out])
+
+    def _parts(self, calls: Sequence[int], student: Student, teacher: Teacher) -> list[Part]:
+        """Return the calls of a batch with their shares of it: losses are means over samples."""
         whole = sum(self._batch_sizes[call] for call in calls)
         return [
             (
@@ -222,9 +246,6 @@ class Stage:
             context.device,
         )
 
-    def _calls(self, start: int, stop: int) -> list[int]:
-        return sorted({call for step in self._work.order[start:stop] for call in step})
-
     def _left(self) -> list[Problem]:
         return [problem for problem in self._problems if problem.number not in self._finished]
 
@@ -233,8 +254,6 @@ class Stage:
         found = load_finished(self._done, self._title(problem))
         if found is not None:
             self._finished[problem.number] = found[1].curves
-            if found[1].stopped:
-                self.stopped.update(dict.fromkeys(problem.edits, found[1].stopped))
 
     @property
     def _done(self) -> Path:

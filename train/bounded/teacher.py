@@ -105,27 +105,32 @@ class Teacher:
         self._release, self._work, self._room, self._report = release, work, room, report
         self._states = States(work, 0, device)
         self._call = -1
+        self._wanted: set[str] = set()
+        self._last = -1
         self.passes = 0
         """Runs of the teacher so far."""
         watches = [Watch(nodes, self._keeper(name)) for name, nodes in route.bundles.items()]
         self._runner = Streamer(route.gm, watches, read, self._states, device, skip=route.skip)
 
+    def narrow(self, problems: Sequence[Problem]) -> None:
+        """From now on give the borders of these problems alone: the teacher runs no further than the last of them."""
+        self._wanted = {name for problem in problems for name, _ in self._route.of[problem.number]}
+        self._last = max((self._route.last(problem) for problem in problems), default=-1)
+
     def fill(self, calls: Sequence[int]) -> None:
-        """Run the teacher on those calls that the cache lacks.
+        """Run the teacher on those calls that the cache lacks, for the problems that `narrow` was given.
 
         Raises:
             PpclError: the disk is full, a call holds NaN, or lies outside of what was traced.
         """
-        missing = [c for c in calls if not all(self._cache.has(c, name) for name in self._route.bundles)]
+        missing = [c for c in calls if not all(self._cache.has(c, name) for name in self._wanted)]
         if not missing:
             return
         self.passes += 1
         shutil.rmtree(self._work, ignore_errors=True)
         self._states.budget = self._room()
-        segments = self._runner.segments
-        last = max(number for number, segment in enumerate(segments) if segment.due)
-        total = (last + 1) * len(missing)
-        for number in range(last + 1):
+        total = (self._last + 1) * len(missing)
+        for number in range(self._last + 1):
 
             def begin(position: int) -> None:
                 self._call = missing[position]
@@ -158,7 +163,7 @@ class Teacher:
 
     def _keeper(self, name: str) -> Callable[..., None]:
         def keep(*values: Any) -> None:
-            if not self._cache.has(self._call, name):
+            if name in self._wanted and not self._cache.has(self._call, name):
                 self._cache.put(self._call, name, values)
 
         return keep

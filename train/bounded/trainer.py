@@ -23,7 +23,9 @@ from ppcl_fx.train.bounded.teacher import Report
 from ppcl_fx.train.bounded.words import schedule_lines
 from ppcl_fx.train.checkpoints import Identity
 from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
+from ppcl_fx.train.data import split
 from ppcl_fx.train.finetuned import plan_digest
+from ppcl_fx.train.schedule import try_eight_bit
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
@@ -46,7 +48,10 @@ class _Run(BaseModel):
     identity: Identity
     ended: bool = False
     stages: list[StageCurves] = []
-    stopped: dict[str, str] = {}
+
+    def stopped(self) -> dict[str, str]:
+        """Return edit id -> why it ended before its last step; the last stage's word counts."""
+        return {edit: stop.reason for stage in self.stages for edit, stop in stage.stopped.items()}
 
 
 def train_bounded(
@@ -96,7 +101,8 @@ def train_bounded(
             unfinished run, or one of something else, the calls are another model's, or a file is damaged.
     """
     began = time.perf_counter()
-    _check(options)
+    where = torch.device(device)
+    _check(options, where)
     opened = StudentFolder.open(folder, teacher)
     if calls.model and opened.model.plan.model and calls.model != opened.model.plan.model:
         raise PpclError(f"{folder}: the calls were recorded from another model; record calls of its teacher")
@@ -107,8 +113,8 @@ def train_bounded(
     before = _before(work, identity, resume)
     if before is not None and before.ended and not dry_run:
         losses = opened.folder / LOSSES
-        return BoundedResult((), (), tuple(before.stages), before.stopped, losses, 0.0)
-    where = torch.device(device)
+        return BoundedResult((), (), tuple(before.stages), before.stopped(), losses, 0.0)
+    used, held = split(calls, options.held_out, options.seed)
     if not resume and not dry_run:
         shutil.rmtree(work, ignore_errors=True)
     base = anonymous()
@@ -118,7 +124,7 @@ def train_bounded(
         disk=_disk(work, disk_limit),
         cache_memory=NO_LIMIT if cache_memory is None else cache_memory,
     )
-    context = Context(opened, calls, options, identity, work, resume, where, limits, memory_limit, report)
+    context = Context(opened, calls, options, identity, work, resume, where, limits, memory_limit, report, used, held)
     stages = [context.stage(n) for n in range(len(options.stages))]
     plans = [stage.plan(speeds) for stage in stages]
     lines = [line for plan in plans for line in schedule_lines(plan, limits, base, speeds)]
@@ -135,7 +141,6 @@ def train_bounded(
         identity=identity,
         ended=True,
         stages=[stage.curves() for stage in stages],
-        stopped={edit: why for stage in stages for edit, why in stage.stopped.items()},
     )
     curves = Losses(plan=identity.plan, calls=identity.calls, sequential=False, stages=run.stages)
     curves.save(opened.folder / LOSSES)
@@ -144,10 +149,10 @@ def train_bounded(
         if path.is_dir():
             shutil.rmtree(path)
     seconds = time.perf_counter() - began
-    return BoundedResult(plans, lines, tuple(run.stages), run.stopped, opened.folder / LOSSES, seconds)
+    return BoundedResult(plans, lines, tuple(run.stages), run.stopped(), opened.folder / LOSSES, seconds)
 
 
-def _check(options: BoundedOptions) -> None:
+def _check(options: BoundedOptions, device: torch.device) -> None:
     for name in options.stages:
         if name == "finetune":
             raise PpclError(
@@ -169,6 +174,10 @@ def _check(options: BoundedOptions) -> None:
         raise PpclError(
             "the relative loss is a ratio over a whole batch, and here its calls come one by one: give batch 1"
         )
+    if options.patience is not None and not options.held_out:
+        raise PpclError("training option patience: needs held-out calls to see a gain; give held_out a share")
+    if options.optimizer == "adamw8bit":
+        try_eight_bit(device)
 
 
 def _before(work: Path, identity: Identity, resume: bool) -> _Run | None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost
+from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost, moment_bytes
 from ppcl_fx.train.bounded.schedule import CLEARLY, MARGIN, Limits, Schedule, Speeds, Work, plan_schedule
 
 MIB = 2**20
@@ -113,3 +113,23 @@ def test_call_sizes_count() -> None:
     prices = [plan_schedule([student(0)], TEACHER, work, limits, EVEN, 0).price for work in (even, uneven)]
     assert prices[1].training_flops == 2 * prices[0].training_flops
     assert prices[1].cache_memory == 2 * prices[0].cache_memory
+
+
+def test_held_out_calls_are_cached_and_their_evaluations_priced() -> None:
+    order = [(step % 8,) for step in range(20)]
+    work = Work(order, [1.0] * 10, held_out=(8, 9), evaluate_every=15)
+    assert (work.evaluations(0, 20), work.evaluations(0, 14), work.evaluations(15, 20)) == (2, 0, 1)
+    assert work.calls(0, 2) == [0, 1]
+    assert work.calls(13, 15) == [5, 6, 8, 9]
+    students = [student(number) for number in range(4)]
+    price = plan_schedule(students, TEACHER, work, Limits(1000 * MIB + MARGIN, 1000 * MIB), EVEN, 0).price
+    assert price.cache_memory == 10 * (15 * MIB + 4096)
+    assert price.teacher_flops == 10 * BLOCKS * 1e9
+    # A forward pass is a third of a step: two evaluations on two calls.
+    assert price.training_flops == pytest.approx((20 + 4 / 3) * 4e9)
+
+
+def test_8_bit_moments_and_averages_are_counted() -> None:
+    assert moment_bytes(2**16, "adamw") == 8 * 2**16
+    assert moment_bytes(2**16, "adamw8bit") == 2 * 2**16 + 2 * 4 * 256 + 2048
+    assert moment_bytes(4095, "adamw8bit") == 8 * 4095
