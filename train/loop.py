@@ -182,7 +182,10 @@ class _Run:
             if stopped:
                 watch.changed()
             over = step == self._total or not self._stage.groups
-            saved = (over or step % self._journal.every == 0) and self._save(step, over)
+            due = over or step % self._journal.every == 0
+            if due:
+                self._look_at_weights(step)
+            saved = due and self._save(step, over)
             if self._around.progress is not None:
                 self._around.progress(curves.label, step, self._total, sum(losses.values()))
             if asked:
@@ -270,6 +273,19 @@ class _Run:
             self._masters.read_back(self._parameters[edit])
             kept = "the last checkpoint's weights are kept"
         self._halt(edit, Stop(step=step, kind="nan", reason=f"step {step + 1}: {reason}; {kept}"))
+
+    def _look_at_weights(self, step: int) -> None:
+        """Before they are saved: give up an edit whose last update overflowed, which no loss has shown yet."""
+        for edit in list(self._stage.groups):
+            if all(bool(torch.isfinite(p).all()) for p in self._masters.groups[edit]):
+                continue
+            reason = f"the update left weights of {edit} that are not finite"
+            if not self._stage.separate:
+                raise PpclError(
+                    f"stage {self._curves.label}, step {step}: {reason}; the last checkpoint is good, train again "
+                    "with a smaller learning rate"
+                )
+            self._give_up(edit, step - 1, reason)
 
     def _halt(self, edit: str, stop: Stop) -> None:
         """Train an edit no further, and keep nothing for it that only training needs."""

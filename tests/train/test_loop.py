@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import ppcl_fx.files
 from ppcl_fx.calls import Call, Calls
@@ -172,6 +173,44 @@ def test_nan_stops_its_own_interval_only(tmp_path: Path, caplog: pytest.LogCaptu
     json.loads(result.losses.read_text(encoding="utf-8"))
 
 
+def test_an_update_that_overflows_is_never_saved(tmp_path: Path) -> None:
+    """The loss of its step was finite, so only a look at the weights shows it."""
+    model, calls = build()
+    model.requires_grad_(False)
+    model.students_module.requires_grad_(True)
+    bad, mine = next(iter(Distillation(model, "depth", Weights()).groups.items()))
+    saved: list[list[Tensor]] = []
+    steps = itertools.count(1)
+
+    def overflow(*_: Any) -> None:
+        if next(steps) == 4:
+            with torch.no_grad():
+                mine[0].fill_(float("inf"))
+
+    def keep(_stage: str, done: int, _total: int, _loss: float) -> None:
+        if done == 2:
+            saved.append([p.detach().clone() for p in mine])
+
+    hook = register_optimizer_step_post_hook(overflow)
+    try:
+        result = _run(model, calls, tmp_path / "run", progress=keep)
+    finally:
+        hook.remove()
+    stopped = result.stages[0].stopped
+    assert list(stopped) == [bad]
+    assert stopped[bad].step == 3
+    assert "not finite; the last checkpoint's weights are kept" in stopped[bad].reason
+    assert all(torch.equal(now, then) for now, then in zip(mine, saved[0], strict=True))
+    assert len(result.stages[0].losses[bad]) == 4
+
+
+def test_an_update_that_overflows_before_any_checkpoint_ends_the_run(tmp_path: Path) -> None:
+    model, calls = build()
+    with pytest.raises(PpclError, match="step 1: .* not finite; train again with a smaller lr"):
+        _run(model, calls, tmp_path / "run", lr=1e39, every=1, warmup=0)
+    assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
 def test_where_errors_run_through_the_chain_nan_ends_the_run(tmp_path: Path) -> None:
     model, calls = build()
     bad = model.edits[0]
@@ -328,3 +367,4 @@ def test_the_score_is_asked_at_each_evaluation(tmp_path: Path) -> None:
     assert [name for name, _ in seen] == ["depth", "depth", "finetune"]
     assert result.stages[0].scores == [(2, 0.1), (4, 0.2)]
     assert list(model.students) == plugged
+

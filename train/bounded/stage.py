@@ -209,11 +209,11 @@ class Stage:
             total += student.step([self._parts(batch, student, teacher) for batch in self._rounds[step]])
             if not student.over or student.done == self._steps:
                 self._evaluate(student, teacher)
+            if (step + 1) % options.every == 0:
+                student.checkpoint()
             if student.over:
                 student.finish(self._done, self._title(student.problem))
                 self._note(student.problem)
-            elif (step + 1) % options.every == 0:
-                student.checkpoint()
         titles = students[0].problem.title + (f" and {len(students) - 1} more" if len(students) > 1 else "")
         self._context.report(step + 1, self._steps, f"{self._name}, {titles}, loss {total:.4g}")
 

@@ -65,7 +65,7 @@ class Student:
         folder: Path,
         device: torch.device,
     ) -> None:
-        self.problem, self.done = problem, 0
+        self.problem, self.done, self._read = problem, 0, read
         self._total, self._options, self._identity, self._folder = total, options, identity, folder
         self.curves = StageCurves(name=stage, label=stage)
         self._graph = graph = copy_graph_module(problem.graph)
@@ -161,6 +161,7 @@ class Student:
 
     def checkpoint(self) -> None:
         """Write a checkpoint, unless it is over."""
+        self._look_at_weights()
         if self.over:
             return
         tensors = {f"students.{name}": p.detach() for name, p in self.tensors.items()}
@@ -170,6 +171,7 @@ class Student:
 
     def finish(self, folder: Path, name: str) -> None:
         """Write what came out, remove the checkpoints, and keep no more than the weights in memory."""
+        self._look_at_weights()
         for edit in self._active:
             self._average.settle(edit)
         tensors = {name: p.detach() for name, p in self.tensors.items()}
@@ -217,11 +219,27 @@ class Student:
         weights = Weights(**options.weights.model_dump())
         return Distiller(self._graph, weights, checkpointing=options.checkpointing, autocast=options.cast)
 
+    def _look_at_weights(self) -> None:
+        """Before they are saved: stop where the last update overflowed, which no loss has shown yet."""
+        if not self._finite():
+            self._spoilt(f"step {self.done}: the update left weights that are not finite")
+
+    def _finite(self) -> bool:
+        return all(bool(torch.isfinite(p).all()) for edit in self._active for p in self._masters.groups[edit])
+
     def _spoilt(self, reason: str) -> None:
-        """Stop all edits, with the weights of the last update: those of a problem may share some."""
+        """Stop all edits, for those of a problem may share weights: with the weights of the last update, or, where that
+        overflowed, with those of the last checkpoint, or of the beginning.
+        """
         self._optimizer.zero_grad(set_to_none=True)
+        finite = self._finite()
+        if not finite:
+            last = checkpoints.latest(self._folder, self._identity)
+            with torch.no_grad():
+                for name, parameter in self.tensors.items():
+                    parameter.copy_(last.tensors[f"students.{name}"] if last is not None else self._read(name))
         for edit in list(self._active):
-            if all(bool(torch.isfinite(p).all()) for p in self._masters.groups[edit]):
+            if finite:
                 self._average.settle(edit)
             else:
                 self._average.forget(edit)

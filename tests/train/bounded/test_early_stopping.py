@@ -184,3 +184,20 @@ def test_patience_needs_held_out_calls(ordinary: Ordinary) -> None:
     with pytest.raises(PpclError, match="patience: needs held-out calls to see a gain; give held_out a share"):
         run(ordinary.folder, ordinary.calls, patience=2)
     assert not (ordinary.folder / "bounded").exists()
+
+
+@pytest.mark.parametrize("every", [1, 100])
+def test_an_update_that_overflows_leaves_the_weights_of_the_beginning(
+    every: int, ordinary: Ordinary, tmp_path: Path
+) -> None:
+    """With a checkpoint due it is seen before it is saved, without one by the next step's loss."""
+    folder = ordinary.copy(tmp_path / "student")
+    before = load_file(folder / STUDENTS)
+    result = run(
+        folder, ordinary.calls, stages=("depth",), steps=(3,), batch=1, lr=1e39, warmup=0, every=every
+    )
+    assert result.stopped is not None and set(result.stopped) == {FIRST, SECOND}
+    expected = "step 1: the update left weights" if every == 1 else "step 2: the loss"
+    assert all(reason.startswith(expected) for reason in result.stopped.values())
+    found = load_file(folder / STUDENTS)
+    assert found and all(torch.equal(found[name], before[name]) for name in before)
