@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ import torch
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train.ranks import Ranks
 from ppcl_fx.train.shares import Share
-from ppcl_fx.train.sources import cache, parts, skips
+from ppcl_fx.train.sources import cache, disk, parts, skips
 from ppcl_fx.train.sources.encode import Encoder
-from ppcl_fx.train.sources.source import RankedSource, Source
+from ppcl_fx.train.sources.source import RankedSource
 from tests.train.sources.pictures import same, write_folder
 from tests.train.sources.taught import pictures, prompts, trained
 from tests.train.world import result, start
@@ -217,23 +217,20 @@ def test_every_rank_sees_the_batches_of_one_process_and_its_share_of_them(name: 
         assert mine["state"] == alone.state(STEPS - 1)
         assert mine["said"] == [(alone.samples(step), alone.names(step)) for step in range(STEPS)] * 2
         assert all(same(mine["whole"][step], alone.kwargs(step)) for step in range(STEPS))
-        _restored(alone, name, runs).restore(mine["state"])
     for step in range(STEPS):
         whole = alone.kwargs(step)
-        _joined([mine["shares"][step] for mine in found], whole, len(whole["hidden_states"]))
+        _check_cut([mine["shares"][step] for mine in found], whole)
+    last = alone.kwargs(STEPS - 1)
+    alone.restore(found[1]["state"])
+    assert same(alone.kwargs(STEPS - 1), last)
 
 
-def _restored(source: Any, name: str, runs: Path) -> Source:
-    return cast(Source, prompts(runs / "one") if name == "prompts" else source)
-
-
-def _joined(shares: list[tuple[dict[str, Any], int, int]], whole: dict[str, Any], rows: int) -> None:
+def _check_cut(shares: list[tuple[dict[str, Any], int, int]], whole: dict[str, Any]) -> None:
     """Assert that shares are a batch, cut in order."""
     assert {total for _, _, total in shares} == {sum(counted for _, counted, _ in shares)}
     own = [kwargs for kwargs, counted, _ in shares if counted]
     assert torch.equal(torch.cat([kwargs["hidden_states"] for kwargs in own]), whole["hidden_states"])
     assert torch.equal(torch.cat([kwargs["timestep"] for kwargs in own]), whole["timestep"])
-    assert rows == len(whole["timestep"])
 
 
 def test_a_corrupt_picture_is_named_once(runs: Path) -> None:
@@ -263,4 +260,12 @@ def test_a_damaged_sample_that_one_rank_reads_is_left_out_by_all(runs: Path, mon
     assert len(first["hurt lines"]) == 4, "each is named once, by rank 0"
     assert second["hurt lines"] == []
     for shares, batch in zip(zip(first["hurt"], second["hurt"], strict=True), whole, strict=True):
-        _joined(list(shares), batch, len(batch["timestep"]))
+        _check_cut(list(shares), batch)
+
+
+def test_what_another_rank_wrote_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk.time, "sleep", lambda _: (tmp_path / "late").mkdir())
+    disk.wait_for(tmp_path / "late", Ranks(1, 2))
+    monkeypatch.setattr(disk, "SECONDS", -1.0)
+    with pytest.raises(PpclError, match="rank 1 does not see it; keep the data on a disk that all ranks see"):
+        disk.wait_for(tmp_path / "never", Ranks(1, 2))
