@@ -14,6 +14,7 @@ from torch import Tensor
 from ppcl_fx.calls import Call, Calls, check_finite, collate, map_tensors
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import tensor_digest
+from ppcl_fx.train.ranks import Ranks
 from ppcl_fx.train.sources.order import Order, Ordered
 from ppcl_fx.train.sources.skips import Skips
 
@@ -33,8 +34,7 @@ class Batches(Ordered):
         device: Where the tensors go.
         dtype: What the floating tensors of the calls' main dtype become (the model's own dtype); None leaves
             them.
-        rank: Which of the processes this is; each gets its own batches, together they get all.
-        world: Number of processes.
+        ranks: This process among the others, which draw the same; None for one process.
         only: The positions in `calls` to draw from; None for all.
 
     Raises:
@@ -49,8 +49,7 @@ class Batches(Ordered):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        rank: int = 0,
-        world: int = 1,
+        ranks: Ranks | None = None,
         only: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
@@ -60,9 +59,10 @@ class Batches(Ordered):
         self._calls = calls
         self._device = torch.device(device)
         self._dtype = dtype
-        self._order = Order(groups(calls, drawn), batch, seed, rank, world)
+        self._order = Order(groups(calls, drawn), batch, seed)
         self._all = drawn
-        self.skips = Skips("the recorded calls", len(drawn))
+        self._ranks = ranks or Ranks()
+        self.skips = Skips("the recorded calls", len(drawn), self._ranks)
 
     @property
     def fingerprint(self) -> str:
@@ -116,7 +116,7 @@ class Batches(Ordered):
         return f"call{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
 
     def _draw(self, step: int) -> list[Call]:
-        """The good calls of a step; another one where all of them are bad, so that every rank has work."""
+        """The good calls of a step; another one where all of them are bad, so that no batch is empty."""
         # The line of too many bad ones comes before none is left.
         return self._good(self.indices(step)) or next(found for i in self._all if (found := self._good([i])))
 

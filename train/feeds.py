@@ -11,7 +11,7 @@ from ppcl_fx.train.effects import spaced
 from ppcl_fx.train.options import Options
 from ppcl_fx.train.ranks import Ranks
 from ppcl_fx.train.shares import SharedBatches
-from ppcl_fx.train.sources.source import Feed, Source
+from ppcl_fx.train.sources.source import Feed, RankedSource, Source
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
@@ -26,7 +26,7 @@ class Data:
         ranks: the processes that train together.
 
     Raises:
-        PpclError: a share is to be held out of too few calls, or of a source; or a source is shared by ranks.
+        PpclError: a share is to be held out of too few calls, or of a source; or a source is not for these ranks.
     """
 
     def __init__(self, data: Calls | Source, options: Options, ranks: Ranks) -> None:
@@ -40,8 +40,8 @@ class Data:
             raise PpclError("training option held_out: only recorded calls can be held out; give it no share")
         elif options.effects:
             raise PpclError("training option effects: measured on recorded calls only; leave it out")
-        elif not ranks.alone:
-            raise PpclError("several processes train on recorded calls only; record the prompts first")
+        else:
+            _check_ranks(data, ranks)
 
     @property
     def holds_out(self) -> bool:
@@ -52,6 +52,8 @@ class Data:
         """Return what a stage trains on."""
         if isinstance(self._data, Calls):
             return self._batches(self._data, stage, model, self._used)
+        if self._split(stage) and isinstance(self._data, RankedSource):
+            return self._data.shares()
         return self._data
 
     def held_out(self, stage: str, model: PluggableModel) -> Batches | None:
@@ -67,7 +69,27 @@ class Data:
 
     def _batches(self, calls: Calls, stage: str, model: PluggableModel, only: list[int]) -> Batches:
         options = self._options
-        where: dict[str, Any] = {"device": model.device, "dtype": model.dtype, "only": only}
-        if stage == "finetune" and not self._ranks.alone:
-            return SharedBatches(calls, options.batch, options.seed, ranks=self._ranks, **where)
-        return Batches(calls, options.batch, options.seed, **where)
+        where: dict[str, Any] = {
+            "device": model.device, "dtype": model.dtype, "only": only, "ranks": self._ranks,
+        }  # fmt: skip
+        kind = SharedBatches if self._split(stage) else Batches
+        return kind(calls, options.batch, options.seed, **where)
+
+    def _split(self, stage: str) -> bool:
+        """Whether each rank gets its share of a batch, and not all of it."""
+        return stage == "finetune" and not self._ranks.alone
+
+
+def _check_ranks(data: Source, ranks: Ranks) -> None:
+    """Raise PpclError where a source cannot give its data to these ranks."""
+    if isinstance(data, RankedSource):
+        if data.ranks.world != ranks.world:
+            raise PpclError(
+                f"the data was opened for {data.ranks.world} processes and {ranks.world} train on it; open it after "
+                "they have come together"
+            )
+    elif not ranks.alone:
+        raise PpclError(
+            f"{type(data).__name__} gives its data to one process; train on one, or give it what "
+            "ppcl_fx.train.sources.source.RankedSource has"
+        )

@@ -7,11 +7,11 @@ alone is a world of one, and everything here then does nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from ppcl_fx.errors import PpclError
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+T = TypeVar("T")
 TIMEOUT = 600.0
 """Seconds that a rank waits for the others before it takes them for lost."""
 _SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "timeout", "tcpstore", "socket")
@@ -96,6 +97,24 @@ class Ranks:
         with together():
             dist.all_gather_object(found, item)
         return found
+
+    def each(self, work: Callable[[], T]) -> T:
+        """Do this rank's part of some work, and return what came of it once every rank has done its own.
+
+        Raises:
+            PpclError: one rank or more was refused; all raise the same line, that of the first. Or a rank is lost.
+        """
+        if self.alone:
+            return work()
+        fault, found = "", None
+        try:
+            found = work()
+        except PpclError as error:
+            fault = str(error)
+        faults = [line for line in self.gather(fault) if line]
+        if faults:
+            raise PpclError(faults[0])
+        return cast(T, found)
 
     def words(self, text: str) -> str:
         """Return the text that rank 0 gives. Raises PpclError where it is lost."""

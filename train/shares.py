@@ -29,38 +29,34 @@ class Share(dict[str, Any]):
 
 
 class SharedBatches(Batches):
-    """`Batches` whose arguments are this rank's share. All ranks draw the same batches.
-
-    Args:
-        ranks: this process among the others; the other arguments are those of `Batches`.
-    """
-
-    def __init__(self, *args: Any, ranks: Ranks, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._ranks = ranks
+    """`Batches` whose arguments are this rank's share. All ranks draw the same batches."""
 
     def joined(self, calls: Sequence[Call]) -> dict[str, Any]:
         """Return this rank's share of the calls, joined."""
         total = sum(call.batch for call in calls)
-        first, last = bounds(total, self._ranks.rank, self._ranks.world)
-        if first < last:
-            return Share(super().joined(cut(calls, first, last)), last - first, total)
-        at = min(first, total - 1)
-        return Share(super().joined(cut(calls, at, at + 1)), 0, total)
+        first, last, counted = portion(total, self._ranks)
+        return Share(super().joined(cut(calls, first, last)), counted, total)
 
     def target(self, step: int) -> Tensor | None:
         """Return the recorded output for this rank's share of the batch, or None where a call has none."""
         whole = super().target(step)
         if whole is None:
             return None
-        first, last = bounds(len(whole), self._ranks.rank, self._ranks.world)
-        at = min(first, len(whole) - 1)
-        return whole[first:last] if first < last else whole[at : at + 1]
+        first, last, _ = portion(len(whole), self._ranks)
+        return whole[first:last]
 
 
-def bounds(total: int, rank: int, world: int) -> tuple[int, int]:
-    """Return a rank's first sample of `total`, and the one after its last; shares differ by one sample at most."""
-    return total * rank // world, total * (rank + 1) // world
+def portion(total: int, ranks: Ranks) -> tuple[int, int, int]:
+    """Return a rank's first sample of `total`, the one after its last, and how many of them count.
+
+    Portions are in the order of the ranks and differ by one sample at most. One without a sample of its own is a
+    sample of another rank's that does not count.
+    """
+    first, last = total * ranks.rank // ranks.world, total * (ranks.rank + 1) // ranks.world
+    if first < last:
+        return first, last, last - first
+    at = min(first, total - 1)
+    return at, at + 1, 0
 
 
 def cut(calls: Sequence[Call], first: int, last: int) -> list[Call]:

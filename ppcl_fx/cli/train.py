@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ppcl_fx.effects import Effects
     from ppcl_fx.train import TrainResult
     from ppcl_fx.train.options import Options
+    from ppcl_fx.train.ranks import Ranks
 
 STAGES = ("depth", "width", "finetune")
 REPORT = "report.html"
@@ -170,22 +171,22 @@ def train(
     from ppcl_fx.train.ranks import joined
 
     with joined(rank_timeout) as ranks:
-        return _run(student, data, chosen, resume, Terminal(verbose, silent=not ranks.first), ranks.first)
+        return _run(student, data, chosen, resume, Terminal(verbose, silent=not ranks.first), ranks)
 
 
 def _run(
-    student: Path, data: Given, chosen: Options, resume: bool, terminal: Terminal, first: bool
+    student: Path, data: Given, chosen: Options, resume: bool, terminal: Terminal, ranks: Ranks
 ) -> Result | None:
     """Train; on the first rank write the results and return them."""
     from ppcl_fx.report import write_report
     from ppcl_fx.train import train as run
 
     model = open_student(student, terminal)
-    drawn = data.open(student, model, chosen, terminal)
+    drawn = data.open(student, model, chosen, terminal, ranks)
     with ExitStack() as stack:
-        show = stack.enter_context(watching()) if first else None
+        show = stack.enter_context(watching()) if ranks.first else None
         trained = run(model, drawn, out=student, config=chosen, resume=resume, watch=show)
-    if not first:
+    if not ranks.first:
         return None
     model.save_students(student)
     curves = {stage.label: stage.losses for stage in trained.stages}

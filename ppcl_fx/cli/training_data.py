@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.model import PluggableModel
     from ppcl_fx.train.options import Options
+    from ppcl_fx.train.ranks import Ranks
     from ppcl_fx.train.sources.source import Source
 
 RECORDED, ENCODED = "recorded", "encoded"
@@ -49,8 +50,10 @@ class Given:
         if self.calls is not None and self.pipeline is not None:
             raise PpclError("--pipeline: recorded calls need none; leave it out")
 
-    def open(self, student: Path, model: PluggableModel, options: Options, terminal: Terminal) -> Calls | Source:
-        """Open the data; recordings and encoded pictures are kept in the student's folder.
+    def open(
+        self, student: Path, model: PluggableModel, options: Options, terminal: Terminal, ranks: Ranks
+    ) -> Calls | Source:
+        """Open the data, all ranks together; recordings and encoded pictures are kept in the student's folder.
 
         Raises:
             PpclError: the data is missing or damaged, or the pipeline is not the teacher's.
@@ -60,7 +63,7 @@ class Given:
             recording.check(student, model.plan.model)
             return recording.calls
         pipeline = self._pipeline(student, model, terminal)
-        how: dict[str, Any] = {"device": model.device, "dtype": model.dtype}
+        how: dict[str, Any] = {"device": model.device, "dtype": model.dtype, "ranks": ranks}
         if self.prompts is not None:
             from ppcl_fx.train.sources.prompts import PromptSource
 

@@ -18,7 +18,7 @@ from ppcl_fx.train import ranked
 from ppcl_fx.train.losses import Weights
 from ppcl_fx.train.parallel import assign, division_cost
 from ppcl_fx.train.ranks import Ranks, current, joined, together
-from ppcl_fx.train.shares import Share, SharedBatches, bounds, cut
+from ppcl_fx.train.shares import Share, SharedBatches, cut, portion
 from ppcl_fx.train.stages import Distillation
 from tests.models import flux_kwargs, qwen_kwargs
 from tests.train.pluggable import build
@@ -87,10 +87,11 @@ def test_the_shares_of_a_batch_are_the_batch(world: int, kwargs: Any) -> None:
 
 def test_shares_cover_the_batch_without_overlap() -> None:
     for total, world in itertools.product(range(1, 9), range(1, 6)):
-        found = [bounds(total, rank, world) for rank in range(world)]
-        assert found[0][0] == 0
-        assert found[-1][1] == total
-        assert all(a[1] == b[0] for a, b in itertools.pairwise(found))
+        found = [portion(total, Ranks(rank, world)) for rank in range(world)]
+        assert all(low < high for low, high, _ in found), "a rank without a share takes part with one sample"
+        own = [(low, high) for low, high, counted in found if counted]
+        assert [number for low, high in own for number in range(low, high)] == list(range(total))
+        assert {counted for _, _, counted in found} <= {total // world, total // world + 1}
     calls = [Call(qwen_kwargs(seed=i), (), 0.5, i, 2) for i in range(3)]
     assert [call.batch for call in cut(calls, 1, 4)] == [1, 2]
     assert cut(calls, 2, 4)[0] is calls[1]

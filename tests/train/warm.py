@@ -8,7 +8,9 @@ import torch.distributed.fsdp
 
 from tests.train import world
 from tests.train.pluggable import build
+from tests.train.sources import taught
 
 torch.set_num_threads(1)
 build("qwen")
+taught.warm()
 MADE = world.STEPS

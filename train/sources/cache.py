@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.files import new_folder, read_json, write_json
 from ppcl_fx.fingerprint import tensor_digest
 from ppcl_fx.train.data import signature
+from ppcl_fx.train.ranks import Ranks
+from ppcl_fx.train.sources.disk import wait_for
 from ppcl_fx.train.sources.encode import Encoder
-from ppcl_fx.train.sources.order import check_rank
 from ppcl_fx.train.sources.pairs import Pair
 from ppcl_fx.train.sources.skips import Skips
 from ppcl_fx.train.sources.template import Template, Unsupported, tensors_of
@@ -75,10 +77,12 @@ class Pairs:
     pairs: Sequence[Pair]
 
 
-def cut(pairs: Sequence[Pair]) -> list[Pairs]:
-    """Return the parts of a data set; reads every picture's file, for the parts' names."""
+def cut(pairs: Sequence[Pair], ranks: Ranks | None = None) -> list[Pairs]:
+    """Return the parts of a data set; reads every picture's file, for the parts' names, each rank its share."""
+    ranks = ranks or Ranks()
     parts = [pairs[i : i + PART] for i in range(0, len(pairs), PART)]
-    return [Pairs(_name(part), part) for part in parts]
+    names = ranks.gather([_name(part) for part in parts[ranks.rank :: ranks.world]])
+    return [Pairs(names[i % ranks.world][i // ranks.world], part) for i, part in enumerate(parts)]
 
 
 def encode(
@@ -86,49 +90,51 @@ def encode(
     parts: Sequence[Pairs],
     cache: str | Path,
     *,
-    rank: int = 0,
-    world: int = 1,
+    ranks: Ranks | None = None,
+    skips: Skips | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Encode all pictures that the cache does not hold yet; each rank does its share.
+    """Encode all pictures that the cache does not hold yet; the ranks take turns, a part each.
 
-    A kill costs the part that was being encoded. A damaged part is encoded again.
+    A kill costs the parts that were being encoded, one a rank. A damaged part is encoded again.
 
     Args:
         encoder: The pipeline's.
         parts: Pictures and captions, as `cut` gives them.
         cache: The folder of the cache; parts that belong to other data stay there.
-        rank: Which of the processes this is.
-        world: Number of processes.
-        progress: Called with the pictures done and those of this rank.
+        ranks: This process among the others, which encode the same; None for one process.
+        skips: Where corrupt pictures are counted.
+        progress: Called with the pictures that are done and all of them, of all ranks together.
 
     Returns:
         The pipeline's folder in the cache.
 
     Raises:
-        PpclError: More than 1 % of the pictures are corrupt, or the pipeline is not supported.
+        PpclError: More than 1 % of the pictures are corrupt, or the pipeline is not supported; in the same words on
+            every rank.
     """
-    check_rank(rank, world)
+    ranks = ranks or Ranks()
     folder = Path(cache) / encoder.key[:32]
-    skips = Skips("the pictures", sum(len(part.pairs) for part in parts))
-    if encoder.template is None and (folder / TEMPLATE).is_file():
-        encoder.template = read_json(folder / TEMPLATE, Template)
-    mine = parts[rank::world]
-    done, total = 0, sum(len(part.pairs) for part in mine)
-    for part in mine:
-        place = folder / part.name
-        if _find(place) is None:
-            _encode(encoder, part.pairs, place, skips)
-            if encoder.template is not None and not (folder / TEMPLATE).is_file():
-                write_json(folder / TEMPLATE, encoder.template)
-        done += len(part.pairs)
+    total = sum(len(part.pairs) for part in parts)
+    skips = skips or Skips("the pictures", total, ranks)
+    ranks.each(lambda: _know_template(encoder, folder))
+    missing = _missing(folder, parts, ranks)
+    done = total - sum(len(part.pairs) for part in missing)
+    # In turns, so that no rank waits longer for the others than for one part, and all stop at once.
+    for first in range(0, len(missing), ranks.world):
+        turn = missing[first : first + ranks.world]
+        ranks.each(partial(_encode_all, encoder, turn[ranks.rank : ranks.rank + 1], folder, skips))
+        skips.agree()
+        done += sum(len(part.pairs) for part in turn)
         if progress is not None:
             progress(done, total)
     return folder
 
 
-def find_parts(folder: Path, parts: Sequence[Pairs]) -> list[Part]:
+def find_parts(folder: Path, parts: Sequence[Pairs], ranks: Ranks | None = None) -> list[Part]:
     """Return the cached parts, in the order of `parts`, from the pipeline's folder in the cache.
+
+    With several ranks it waits until this one sees what the others have encoded.
 
     Raises:
         PpclError: One is missing or damaged.
@@ -136,6 +142,7 @@ def find_parts(folder: Path, parts: Sequence[Pairs]) -> list[Part]:
     found = []
     for part in parts:
         place = folder / part.name
+        wait_for(place, ranks or Ranks())
         cached = _find(place)
         if cached is None:
             first = part.pairs[0].name
@@ -189,6 +196,25 @@ def _find(place: Path) -> Part | None:
     return part
 
 
+def _missing(folder: Path, parts: Sequence[Pairs], ranks: Ranks) -> list[Pairs]:
+    """The parts that are still to be encoded; each rank looks for its share, and all know the same ones."""
+    mine = [part.name for part in parts[ranks.rank :: ranks.world] if _find(folder / part.name) is None]
+    wanted = {name for names in ranks.gather(mine) for name in names}
+    return list({part.name: part for part in parts if part.name in wanted}.values())
+
+
+def _know_template(encoder: Encoder, folder: Path) -> None:
+    if encoder.template is None and (folder / TEMPLATE).is_file():
+        encoder.template = read_json(folder / TEMPLATE, Template)
+
+
+def _encode_all(encoder: Encoder, parts: Sequence[Pairs], folder: Path, skips: Skips) -> None:
+    for part in parts:
+        _encode(encoder, part.pairs, folder / part.name, skips)
+        if encoder.template is not None and not (folder / TEMPLATE).is_file():
+            write_json(folder / TEMPLATE, encoder.template)
+
+
 def _encode(encoder: Encoder, part: Sequence[Pair], place: Path, skips: Skips) -> None:
     calls: list[Call] = []
     card = Card(names=[], digests=[], groups=[], mu=[], skipped={})
@@ -199,7 +225,7 @@ def _encode(encoder: Encoder, part: Sequence[Pair], place: Path, skips: Skips) -
             raise
         except PpclError as error:
             card.skipped[pair.name] = str(error)
-            skips.add(pair.name, str(error))
+            skips.meet(pair.name, str(error))
             continue
         calls.append(Call(call.kwargs, call.prompts, call.timestep, len(calls), call.batch))
         card.names.append(pair.name)

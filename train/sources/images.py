@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError
@@ -15,7 +16,10 @@ from ppcl_fx.calls import Call, Calls, collate
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import read_json
 from ppcl_fx.train.data import moved
-from ppcl_fx.train.sources.cache import TEMPLATE, Part, cut, encode, find_parts, sample_digest
+from ppcl_fx.train.ranks import Ranks, current
+from ppcl_fx.train.shares import Share, portion
+from ppcl_fx.train.sources.cache import TEMPLATE, Pairs, Part, cut, encode, find_parts, sample_digest
+from ppcl_fx.train.sources.disk import wait_for
 from ppcl_fx.train.sources.encode import Encoder
 from ppcl_fx.train.sources.flow import Density, generator_of
 from ppcl_fx.train.sources.order import Order, Ordered
@@ -28,10 +32,11 @@ OPEN = 128
 
 
 class ImageSource(Ordered):
-    """Calls at x_t = (1 - sigma) x_0 + sigma eps, from cached latents x_0. A `Source`.
+    """Calls at x_t = (1 - sigma) x_0 + sigma eps, from cached latents x_0. A `RankedSource`.
 
     eps and sigma depend on the seed, the epoch and the sample alone: not on the batch size, the ranks, or what was
-    drawn before. Samples are read when they are drawn, and compared with their checksums.
+    drawn before. Samples are read when they are drawn, and compared with their checksums. All ranks draw the same
+    batches; of its `shares` each reads no more than its own pictures.
 
     Args:
         parts: Of the cache.
@@ -41,8 +46,8 @@ class ImageSource(Ordered):
         density: Of the noise levels, before the scheduler's shift.
         device: Where the tensors go.
         dtype: What the floating tensors of the calls' main dtype become; None leaves them.
-        rank: Which of the processes this is.
-        world: Number of processes.
+        ranks: This process among the others; None for one process.
+        skips: Where corrupt samples are counted; None: nowhere else yet.
 
     Attributes:
         skips: The corrupt samples, those that could not be encoded included.
@@ -61,8 +66,8 @@ class ImageSource(Ordered):
         density: Density | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        rank: int = 0,
-        world: int = 1,
+        ranks: Ranks | None = None,
+        skips: Skips | None = None,
     ) -> None:
         super().__init__()
         if batch < 1:
@@ -71,14 +76,17 @@ class ImageSource(Ordered):
         self._seed, self._density = seed, density or Density()
         self._device, self._dtype = torch.device(device), dtype
         self._samples = [(part, i) for part in parts for i in range(len(part.card.names))]
+        self._ranks, self._split = ranks or Ranks(), False
         skipped = {name: why for part in parts for name, why in part.card.skipped.items()}
-        self.skips = Skips("the pictures", len(self._samples) + len(skipped))
+        self.skips = skips or Skips("the pictures", len(self._samples) + len(skipped), self._ranks)
         for name, why in skipped.items():
-            self.skips.add(name, why)
+            self.skips.meet(name, why)
+        self.skips.agree()
         groups: dict[str, list[int]] = {}
         for index, (part, i) in enumerate(self._samples):
             groups.setdefault(part.card.groups[i], []).append(index)
-        self._order = Order(list(groups.values()), batch, seed, rank, world)
+        self._order = Order(list(groups.values()), batch, seed)
+        self._drawn_from: list[int] = []
         self._open: dict[Path, Calls] = {}
 
     @property
@@ -89,34 +97,56 @@ class ImageSource(Ordered):
         plain = json.dumps([self._template.model_dump(mode="json"), digests, density])
         return hashlib.sha256(plain.encode()).hexdigest()
 
+    @property
+    def ranks(self) -> Ranks:
+        """This process among those that encode together."""
+        return self._ranks
+
+    def shares(self) -> Self:
+        """Return the same batches as `ppcl_fx.train.shares.Share`: this rank's pictures of each."""
+        other = copy.copy(self)
+        other._split, other._last = True, (-1, [])
+        return other
+
     def kwargs(self, step: int) -> dict[str, Any]:
         """Return the transformer's keyword arguments of the batch of `step`, on the device.
 
         Raises:
             PpclError: More than 1 % of the pictures are corrupt.
         """
-        return moved(collate(self._drawn(step)), self._device, self._dtype)
+        joined = moved(collate(self._drawn(step)), self._device, self._dtype)
+        total = len(self._drawn_from)
+        return Share(joined, portion(total, self._ranks)[2], total) if self._split else joined
 
     def target(self, step: int) -> None:
         """Return None: the teacher has not seen these noisy pictures yet."""
 
     def samples(self, step: int) -> int:
         """Return the number of pictures in the batch of `step`."""
-        return len(self._drawn(step))
+        self._drawn(step)
+        return len(self._drawn_from)
 
     def names(self, step: int) -> str:
         """Return the batch of `step` for a message: the pictures' names."""
-        return ", ".join(self._name(call.index) for call in self._drawn(step))
+        self._drawn(step)
+        return ", ".join(map(self._name, self._drawn_from))
 
     def _draw(self, step: int) -> list[Call]:
-        """The good samples of a step; another one where all are corrupt, so that every rank has work."""
+        """This rank's samples of a step's batch: its good ones, or another one where all of them are corrupt."""
         epoch, indices = self._order.place(step)
-        drawn = [call for index in indices if (call := self._sample(epoch, index)) is not None]
-        if not drawn:
+        while True:
             # Too many bad ones stop before none is left.
-            every = (self._sample(epoch, index) for index in range(len(self._samples)))
-            drawn = [next(call for call in every if call is not None)]
-        return drawn
+            good = self._good(indices) or self._good(range(len(self._samples)))[:1]
+            first, last, _ = portion(len(good), self._ranks) if self._split else (0, len(good), 0)
+            drawn = [call for index in good[first:last] if (call := self._sample(epoch, index)) is not None]
+            # What one rank finds to be corrupt is left out by all, and the rest is shared out anew.
+            if not self.skips.agree():
+                self._drawn_from = good
+                return drawn
+
+    def _good(self, indices: Sequence[int]) -> list[int]:
+        """The samples of which nothing bad is known."""
+        return [index for index in indices if self._name(index) not in self.skips.reasons]
 
     def _name(self, index: int) -> str:
         part, number = self._samples[index]
@@ -125,16 +155,13 @@ class ImageSource(Ordered):
     def _sample(self, epoch: int, index: int) -> Call | None:
         """A sample at its noise level of this epoch; None where it is corrupt."""
         part, number = self._samples[index]
-        name = self._name(index)
-        if name in self.skips.reasons:
-            return None
         try:
             call = self._calls(part)[number]
             if sample_digest(call) != part.card.digests[number]:
                 raise PpclError("not what was encoded")
         except (PpclError, SafetensorError, OSError) as error:
             reason = " ".join(str(error).split())
-            self.skips.add(name, f"{part.folder}: {reason}; remove that folder to encode it again")
+            self.skips.meet(self._name(index), f"{part.folder}: {reason}; remove that folder to encode it again")
             return None
         generator = generator_of(self._seed, epoch, index)
         sigma = self._template.sigma(self._density.draw(generator), part.card.mu[number])
@@ -161,18 +188,16 @@ def open_images(
     density: Density | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    rank: int = 0,
-    world: int = 1,
-    barrier: Callable[[], None] | None = None,
+    ranks: Ranks | None = None,
     progress: Callable[[int, int], None] | None = None,
     **given: Any,
 ) -> ImageSource:
-    """Encode what is not in the cache yet, and return the pictures as a source.
+    """Encode what is not in the cache yet, all ranks together, and return the pictures as a source.
 
     Args:
         pipeline: A pipeline of a rectified flow, with its VAE and text encoders.
         path: A folder with ``metadata.jsonl``, a folder of WebDataset shards, or one shard.
-        cache: The folder of the cache.
+        cache: The folder of the cache; a disk that all ranks see.
         batch: Pictures of one step.
         seed: Decides order, noise and noise levels.
         height: Of the pictures; None for their own.
@@ -180,22 +205,26 @@ def open_images(
         density: Of the noise levels.
         device: Where the tensors go.
         dtype: What the floating tensors of the calls' main dtype become.
-        rank: Which of the processes this is.
-        world: Number of processes.
-        barrier: Waits for all ranks; needed with more than one, between encoding and reading.
-        progress: Called with the pictures done and those to do, of this rank.
+        ranks: This process among the others; None for what `torch.distributed` says.
+        progress: Called with the pictures that are done and all of them.
         **given: Further arguments of the pipeline.
 
     Raises:
         PpclError: The data or the pipeline is not supported, or more than 1 % of the pictures are corrupt.
     """
+    ranks = current() if ranks is None else ranks
     encoder = Encoder(pipeline, height, width, **given)
-    wanted = cut(open_pairs(path))
-    folder = encode(encoder, wanted, cache, rank=rank, world=world, progress=progress)
-    if barrier is not None:
-        barrier()
-    parts = find_parts(folder, wanted)
-    template = read_json(folder / TEMPLATE, Template)
+    pairs = ranks.each(lambda: open_pairs(path))
+    skips = Skips("the pictures", len(pairs), ranks)
+    wanted = cut(pairs, ranks)
+    folder = encode(encoder, wanted, cache, ranks=ranks, skips=skips, progress=progress)
+    parts, template = ranks.each(lambda: _read(folder, wanted, ranks))
     return ImageSource(
-        parts, template, batch, seed, density=density, device=device, dtype=dtype, rank=rank, world=world
+        parts, template, batch, seed, density=density, device=device, dtype=dtype, ranks=ranks, skips=skips
     )
+
+
+def _read(folder: Path, wanted: Sequence[Pairs], ranks: Ranks) -> tuple[list[Part], Template]:
+    parts = find_parts(folder, wanted, ranks)
+    wait_for(folder / TEMPLATE, ranks)
+    return parts, read_json(folder / TEMPLATE, Template)

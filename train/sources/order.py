@@ -1,4 +1,4 @@
-"""In which order samples come: shuffled by seed and epoch, dealt out to ranks, a pure function of the step."""
+"""In which order samples come: shuffled by seed and epoch, a pure function of the step."""
 
 from __future__ import annotations
 
@@ -13,64 +13,52 @@ from ppcl_fx.train.sources.source import State
 class Order:
     """Batches of sample numbers, epoch after epoch; in one epoch each sample is drawn exactly once.
 
-    A batch holds samples of one group only; a group's last batch may be smaller than `batch`. Ranks take batches in
-    turn: at one step they hold different ones, and together they miss none. An epoch may end within a step.
+    A batch holds samples of one group only; a group's last batch may be smaller than `batch`. How many processes train
+    does not count.
 
     Args:
         groups: Numbers of the samples that may come together, group by group.
-        batch: Samples of one rank's batch.
+        batch: Samples of one batch.
         seed: Decides the order together with the epoch's number.
-        rank: Which of the processes this is.
-        world: Number of processes.
     """
 
-    def __init__(
-        self, groups: Sequence[Sequence[int]], batch: int, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
-        check_rank(rank, world)
+    def __init__(self, groups: Sequence[Sequence[int]], batch: int, seed: int) -> None:
         self._groups = groups
         self._batch = batch
         self._seed = seed
-        self._rank, self._world = rank, world
-        self._step, self._begin = 0, 0
         self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch, over all ranks."""
+        """Return the number of batches in an epoch."""
         return sum(-(-len(group) // self._batch) for group in self._groups)
 
     def indices(self, step: int) -> tuple[int, ...]:
-        """Return the samples of this rank's batch of `step`."""
+        """Return the samples of the batch of `step`."""
         return self.place(step)[1]
 
     def place(self, step: int) -> tuple[int, tuple[int, ...]]:
-        """Return the epoch (from 0) that this rank is in at `step`, and the samples of its batch."""
-        epoch, position = divmod(self._number(step, self._rank), len(self))
+        """Return the epoch (from 0) of `step`, and the samples of its batch."""
+        epoch, position = divmod(step, len(self))
         if self._epoch[0] != epoch:
             self._epoch = (epoch, self._order(epoch))
         return epoch, self._epoch[1][position]
 
     def state(self, step: int) -> State:
-        """Return where the ranks stand before `step`."""
-        epoch, position = divmod(self._number(step, 0), len(self))
-        return State(seed=self._seed, step=step, epoch=epoch, position=position)
+        """Return where the data stands before `step`."""
+        epoch, position = divmod(step, len(self))
+        return State(seed=self._seed, step=step, epoch=epoch, position=position, within=0)
 
     def restore(self, state: State) -> None:
-        """Go on from a state that any number of ranks left.
+        """Check that a state is one of this data; nothing else is needed to go on from it.
 
         Raises:
             PpclError: The state is not one of this data.
         """
-        if state["seed"] != self._seed or not 0 <= state["position"] < len(self):
+        if state != self.state(state["step"]):
             raise PpclError(
-                f"the data stood at batch {state['position']} with seed {state['seed']}, and now has "
-                f"{len(self)} batches and seed {self._seed}; train with the same data, batch and seed"
+                f"the data stood at batch {state['position']} of epoch {state['epoch']} with seed {state['seed']}, and "
+                f"now has {len(self)} batches an epoch and seed {self._seed}; train with the same data, batch and seed"
             )
-        self._step, self._begin = state["step"], state["epoch"] * len(self) + state["position"]
-
-    def _number(self, step: int, rank: int) -> int:
-        """The number of a rank's batch of `step` in the one sequence of all epochs."""
-        return self._begin + (step - self._step) * self._world + rank
 
     def _order(self, epoch: int) -> list[tuple[int, ...]]:
         generator = random.Random(f"ppcl-fx batches {self._seed} {epoch}")
@@ -91,7 +79,7 @@ class Ordered:
         self._last: tuple[int, list[Call]] = (-1, [])
 
     def __len__(self) -> int:
-        """Return the number of batches in an epoch, over all ranks."""
+        """Return the number of batches in an epoch."""
         return len(self._order)
 
     def state(self, step: int) -> State:
@@ -99,7 +87,7 @@ class Ordered:
         return self._order.state(step)
 
     def restore(self, state: State) -> None:
-        """Go on from `state`, on any number of ranks.
+        """Go on from `state`, which any number of ranks left.
 
         Raises:
             PpclError: The state belongs to other data.
@@ -115,13 +103,3 @@ class Ordered:
 
     def _draw(self, step: int) -> list[Call]:
         raise NotImplementedError
-
-
-def check_rank(rank: int, world: int) -> None:
-    """Check that `rank` is one of `world` processes.
-
-    Raises:
-        PpclError: It is not.
-    """
-    if not 0 <= rank < world:
-        raise PpclError(f"rank {rank} of {world} processes; ranks are numbered from 0")

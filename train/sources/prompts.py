@@ -2,60 +2,47 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import new_folder, read_json, write_json
 from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.recording import record
-from ppcl_fx.train.data import Batches, groups
-from ppcl_fx.train.sources.order import check_rank
+from ppcl_fx.train.data import Batches
+from ppcl_fx.train.ranks import Ranks, current
+from ppcl_fx.train.shares import SharedBatches
+from ppcl_fx.train.sources.parts import Parts
 from ppcl_fx.train.sources.source import State
 
 PART = 8
 """Prompts that are recorded at a time."""
-CALLS, CARD = "calls", "part.json"
-"""What the folder of a part holds."""
-
-
-class _Card(BaseModel):
-    """What is known of a recorded part without its tensors: how many calls may come together, group by group."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    version: Literal[1] = 1
-    groups: list[int]
 
 
 class PromptSource:
-    """Calls that the teacher's pipeline makes while it draws prompts. A `Source`.
+    """Calls that the teacher's pipeline makes while it draws prompts. A `RankedSource`.
 
     The prompts are shuffled once and cut into parts. A part is recorded when training comes to it, saved as
     ``FOLDER/<fingerprint>/part-00000`` and so on, and trained on for as many steps as its calls fill. Later
-    epochs go through the saved parts, each time in another order. A part is there as a whole or not at all, so a
-    kill costs at most the recording of one. Ranks own different parts, and none waits for another. Only one part
-    is in memory.
+    epochs go through the saved parts, each time in another order. Ranks draw different prompts of a part, and then
+    all train on the whole of it. A kill costs each rank one run of the pipeline at most. Only one part is in memory.
 
     Args:
         pipeline: Any diffusers pipeline with a `transformer`, which must compute the teacher's output whenever
             `kwargs` is called.
         prompts: What to draw.
-        folder: Where the recorded parts are kept.
+        folder: Where the recorded parts are kept; a disk that all ranks see.
         batch: Calls for one step.
         seed: Decides the parts, their order, and the starting noise.
         device: Where the tensors go.
         dtype: What the floating tensors of the calls' main dtype become; None leaves them.
-        rank: Which of the processes this is.
-        world: Number of processes.
+        ranks: This process among the others; None for what `torch.distributed` says.
         part: Prompts that are recorded at a time.
         batch_size: Prompts in one run of the pipeline, and samples in one call.
         model: The teacher's fingerprint; None: that of the pipeline's transformer now.
@@ -63,7 +50,7 @@ class PromptSource:
         **recording: Goes to `ppcl_fx.record`: ``num_inference_steps``, and the pipeline's own arguments.
 
     Raises:
-        PpclError: There are no prompts, or fewer parts than processes.
+        PpclError: There are no prompts, or too few at a time.
     """
 
     def __init__(
@@ -76,34 +63,37 @@ class PromptSource:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        rank: int = 0,
-        world: int = 1,
+        ranks: Ranks | None = None,
         part: int = PART,
         batch_size: int = 1,
         model: str | None = None,
         told: Callable[[int], None] | None = None,
         **recording: Any,
     ) -> None:
-        check_rank(rank, world)
         if not prompts:
             raise PpclError("there are no prompts to train on; give a file with one prompt a line")
         if part < 1 or batch_size < 1:
             raise PpclError(f"{min(part, batch_size)} prompts at a time are too few; use 1 or more")
         shuffled = random.Random(f"ppcl-fx prompts {seed}").sample(list(prompts), len(prompts))
         self._parts = [shuffled[i : i + part] for i in range(0, len(shuffled), part)]
-        if len(self._parts) < world:
-            raise PpclError(
-                f"{len(prompts)} prompts are {len(self._parts)} parts for {world} processes; give more prompts"
-            )
-        self._pipeline, self._told = pipeline, told
         self._batch, self._seed, self._device, self._dtype = batch, seed, torch.device(device), dtype
-        self._rank, self._world, self._part, self._batch_size = rank, world, part, batch_size
-        self._recording = recording
+        self._batch_size, self._recording = batch_size, recording
         self._model = fingerprint(pipeline.transformer) if model is None else model
-        self._folder = Path(folder) / self.fingerprint[:16]
-        self._lengths: dict[int, int] = {}
+        self._ranks, self._split = current() if ranks is None else ranks, False
+        self._recorded = Parts(
+            pipeline,
+            self._parts,
+            Path(folder) / self.fingerprint[:16],
+            self._model,
+            seed=seed,
+            batch_size=batch_size,
+            device=self._device,
+            ranks=self._ranks,
+            told=told,
+            **recording,
+        )
         self._open: tuple[int, int, Batches] | None = None
-        self._start = State(seed=seed, step=0, epoch=0, position=0)
+        self._start = State(seed=seed, step=0, epoch=0, position=0, within=0)
 
     @property
     def fingerprint(self) -> str:
@@ -111,6 +101,17 @@ class PromptSource:
         how = {name: repr(value) for name, value in sorted(self._recording.items())}
         plain = json.dumps([self._model, self._parts, self._seed, self._batch_size, how])
         return hashlib.sha256(plain.encode()).hexdigest()
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process among those that record together."""
+        return self._ranks
+
+    def shares(self) -> Self:
+        """Return the same batches as `ppcl_fx.train.shares.Share`: this rank's samples of each."""
+        other = copy.copy(self)
+        other._split, other._open = True, None
+        return other
 
     def kwargs(self, step: int) -> dict[str, Any]:
         """Return the transformer's keyword arguments of the batch of `step`; records what was not recorded yet.
@@ -138,18 +139,13 @@ class PromptSource:
         return f"{batches.names(position)} of part {self._turns(epoch)[turn]}"
 
     def state(self, step: int) -> State:
-        """Return where the source stands before `step`: the parts that any rank has begun count as done.
-
-        On the same number of ranks the step alone is enough, and goes on to the very batch.
-        """
-        epoch, turn, _ = self._place(step)
+        """Return where the source stands before `step`."""
+        epoch, turn, within = self._place(step)
         begun = self._start["position"] if epoch == self._start["epoch"] else 0
-        # Ranks walk alike but for the last parts, whose number of calls may differ.
-        position = min(begun + turn * self._world, len(self._parts) - 1)
-        return State(seed=self._seed, step=step, epoch=epoch, position=position)
+        return State(seed=self._seed, step=step, epoch=epoch, position=begun + turn, within=within)
 
     def restore(self, state: State) -> None:
-        """Go on from a state of another number of ranks, at the beginning of a part.
+        """Go on from `state`, which any number of ranks left; earlier parts need not be there.
 
         Raises:
             PpclError: The state belongs to other prompts or another seed.
@@ -167,17 +163,17 @@ class PromptSource:
         return self._batches(epoch, self._turns(epoch)[turn]), position
 
     def _turns(self, epoch: int) -> list[int]:
-        """The parts of an epoch that are this rank's, in their order."""
+        """The parts of an epoch in their order; of the first one, those that are left."""
         order = list(range(len(self._parts)))
         if epoch:
             random.Random(f"ppcl-fx parts {self._seed} {epoch}").shuffle(order)
         if epoch == self._start["epoch"]:
             order = order[self._start["position"] :]
-        return order[self._rank :: self._world]
+        return order
 
     def _place(self, step: int) -> tuple[int, int, int]:
-        """Return the epoch, which of the rank's parts in it, and which batch of that part `step` is."""
-        left, epoch = step - self._start["step"], self._start["epoch"]
+        """Return the epoch, which of its parts that are left, and which batch of that part `step` is."""
+        left, epoch = step - self._start["step"] + self._start["within"], self._start["epoch"]
         if left < 0:
             raise PpclError(f"step {step} comes before step {self._start['step']}, where the prompts went on")
         while True:
@@ -190,51 +186,14 @@ class PromptSource:
 
     def _length(self, part: int) -> int:
         """Return the batches of a part; of one that was recorded, without reading its calls."""
-        if part not in self._lengths:
-            folder = self._recorded(part)
-            groups = read_json(folder / CARD, _Card).groups
-            self._lengths[part] = sum(-(-size // self._batch) for size in groups)
-        return self._lengths[part]
+        return sum(-(-size // self._batch) for size in self._recorded.groups(part))
 
     def _batches(self, epoch: int, part: int) -> Batches:
         if self._open is None or self._open[:2] != (epoch, part):
             # The epoch is in the seed, because a part's own batches always begin at their step 0.
             seed = self._seed + 1_000_003 * epoch + part
-            batches = Batches(self._calls(part), self._batch, seed, device=self._device, dtype=self._dtype)
+            kind = SharedBatches if self._split else Batches
+            where: dict[str, Any] = {"device": self._device, "dtype": self._dtype, "ranks": self._ranks}
+            batches = kind(self._recorded.calls(part), self._batch, seed, **where)
             self._open = (epoch, part, batches)
         return self._open[2]
-
-    def _calls(self, part: int) -> Calls:
-        folder = self._recorded(part)
-        calls = Calls.open(folder / CALLS)
-        texts = {text for call in calls for text in call.prompts}
-        if calls.model != self._model or texts != set(self._parts[part]):
-            raise PpclError(f"{folder}: was recorded from something else; remove {self._folder}")
-        return calls
-
-    def _recorded(self, part: int) -> Path:
-        """Return the folder of a part, after recording it where that was not done yet."""
-        folder = self._folder / f"part-{part:05d}"
-        if not folder.exists():
-            self._record(part, folder)
-        return folder
-
-    def _record(self, part: int, folder: Path) -> None:
-        if self._told is not None:
-            self._told(part)
-        devices = [self._device] if self._device.type == "cuda" else []
-        # Whether a part is recorded now or was before a kill must not change the numbers that training draws.
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self._seed + part)
-            calls = record(
-                self._pipeline,
-                self._parts[part],
-                batch_size=self._batch_size,
-                seed=self._seed + part * self._part,
-                **self._recording,
-            )
-        # The students may have changed since, where the pipeline runs a pluggable model; the teacher has not.
-        calls = Calls(list(calls), self._model)
-        with new_folder(folder) as new:
-            calls.save(new / CALLS)
-            write_json(new / CARD, _Card(groups=[len(group) for group in groups(calls)]))

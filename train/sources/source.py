@@ -6,28 +6,32 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor
 
+from ppcl_fx.train.ranks import Ranks
+
 
 class State(TypedDict):
-    """Where a source stands, small enough for every checkpoint.
+    """Where a source stands, to the sample; the same whatever the number of ranks.
 
     Attributes:
         seed: What decides the order.
-        step: Steps that are done, of each rank.
-        epoch: Epochs that are done, of all ranks together.
-        position: What of the current epoch is done, of all ranks together: batches, or parts for prompts.
+        step: Steps that are done.
+        epoch: Epochs that are done.
+        position: What of the current epoch is done: batches, or parts for prompts.
+        within: Batches that are done of the part that was begun; 0 where there are no parts.
     """
 
     seed: int
     step: int
     epoch: int
     position: int
+    within: int
 
 
 class Feed(Protocol):
     """What a step draws from: batches by number, the same ones whenever they are asked for."""
 
     def kwargs(self, step: int) -> dict[str, Any]:
-        """Return the transformer's keyword arguments of this rank's batch of `step` (from 0), on the device.
+        """Return the transformer's keyword arguments of the batch of `step` (from 0), on the device.
 
         Raises:
             PpclError: More than 1 % of the samples are corrupt.
@@ -51,8 +55,7 @@ class Feed(Protocol):
 class Source(Feed, Protocol):
     """Data for training: a pure function of the step.
 
-    Going on after a kill is asking for the same step again. `state` and `restore` are needed only when the number
-    of ranks changes in between.
+    Going on after a kill is asking for the same step again; `state` and `restore` save a source the way there.
     """
 
     @property
@@ -65,9 +68,26 @@ class Source(Feed, Protocol):
         ...
 
     def restore(self, state: State) -> None:
-        """Go on from `state`, on any number of ranks: ``kwargs(state["step"])`` is what comes next.
+        """Go on from `state`: ``kwargs(state["step"])`` is what comes next.
 
         Raises:
             PpclError: The state belongs to another seed or to other data.
         """
+        ...
+
+
+@runtime_checkable
+class RankedSource(Source, Protocol):
+    """A source for several ranks: they share the work of making the data, and all draw the same batches.
+
+    Ranks may wait for each other in every method, so all of them ask for the same in the same order.
+    """
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process among the others."""
+        ...
+
+    def shares(self) -> Feed:
+        """Return the same batches with `ppcl_fx.train.shares.Share` for arguments: this rank's samples of each."""
         ...

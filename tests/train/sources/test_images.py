@@ -16,7 +16,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.recording import record
 from ppcl_fx.shapes.pipeline import ShapesPipeline, pack
 from ppcl_fx.train.sources import cache as caching
-from ppcl_fx.train.sources.cache import cut, encode
+from ppcl_fx.train.sources.cache import cut
 from ppcl_fx.train.sources.encode import Encoder
 from ppcl_fx.train.sources.flow import Density, generator_of
 from ppcl_fx.train.sources.images import ImageSource, open_images
@@ -96,14 +96,11 @@ def test_a_killed_run_goes_on_to_the_bit_and_encodes_nothing_again(
     }
 
 
-def test_ranks_get_what_one_process_gets(pipeline: Any, few: Path) -> None:
-    one = few_source(pipeline, few)
-    ranks = [few_source(pipeline, few, rank=rank, world=3) for rank in range(3)]
-    assert all(same(ranks[n % 3].kwargs(n // 3), one.kwargs(n)) for n in range(7))
-    later = few_source(pipeline, few)
-    later.restore(ranks[0].state(2))
-    assert same(later.kwargs(2), one.kwargs(6))
-    assert {s.fingerprint for s in ranks} == {one.fingerprint}
+def test_it_goes_on_from_a_state(pipeline: Any, few: Path) -> None:
+    one, later = few_source(pipeline, few), few_source(pipeline, few)
+    later.restore(one.state(6))
+    assert same(later.kwargs(6), one.kwargs(6))
+    assert later.fingerprint == one.fingerprint
     assert few_source(pipeline, few, density=Density("uniform")).fingerprint != one.fingerprint
 
 
@@ -144,26 +141,6 @@ def test_a_changed_picture_is_encoded_again_and_no_other(
     )
     open_images(other, folder, tmp_path / "cache", 6, 0)
     assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
-def test_ranks_encode_their_own_parts(pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(caching, "PART", 2)
-    folder = write_folder(tmp_path / "data", 6)
-    parts = cut(open_pairs(folder))
-    done: list[tuple[int, int]] = []
-    for rank in range(2):
-        with pytest.raises(PpclError, match="is not encoded; encode the pictures first"):
-            caching.find_parts(tmp_path / "cache" / Encoder(pipeline).key[:32], parts)
-        encode(
-            Encoder(pipeline),
-            parts,
-            tmp_path / "cache",
-            rank=rank,
-            world=2,
-            progress=lambda *d: done.append(d),
-        )
-    assert done == [(2, 4), (4, 4), (2, 2)]
-    assert len(open_images(pipeline, folder, tmp_path / "cache", 2, 0)) == 3
 
 
 def test_shards_are_encoded_like_the_folder(pipeline: Any, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which samples each rank gets: together all, each once, and the same after another number of ranks."""
+"""In which order samples come: each once an epoch, and the same from wherever it goes on."""
 
 from __future__ import annotations
 
@@ -15,30 +15,24 @@ from tests.train.test_data import _calls
 GROUPS = [list(range(7)), list(range(7, 12))]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 5])
-def test_ranks_share_an_epoch_without_overlap(world: int) -> None:
-    ranks = [Order(GROUPS, 2, 0, rank, world) for rank in range(world)]
-    one = Order(GROUPS, 2, 0)
-    assert len(one) == 4 + 3
-    # In turn, the ranks give what one process gives: so nothing is missed and nothing comes twice.
-    dealt = [ranks[number % world].indices(number // world) for number in range(3 * len(one))]
-    assert dealt == [one.indices(step) for step in range(3 * len(one))]
+def test_an_epoch_holds_each_sample_once() -> None:
+    order = Order(GROUPS, 2, 0)
+    assert len(order) == 4 + 3
+    dealt = [order.indices(step) for step in range(3 * len(order))]
     for epoch in range(3):
-        batches = dealt[epoch * len(one) : (epoch + 1) * len(one)]
+        batches = dealt[epoch * len(order) : (epoch + 1) * len(order)]
         assert sorted(i for batch in batches for i in batch) == list(range(12))
+    assert dealt[: len(order)] != dealt[len(order) : 2 * len(order)]
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 3), (2, 1), (1, 2), (3, 3)])
-def test_it_goes_on_with_another_number_of_ranks(before: int, after: int) -> None:
-    one = Order(GROUPS, 2, 0)
-    steps = 5  # into the second epoch
-    state = Order(GROUPS, 2, 0, 0, before).state(steps)
-    ranks = [Order(GROUPS, 2, 0, rank, after) for rank in range(after)]
-    for rank in ranks:
-        rank.restore(state)
-        assert rank.state(steps) == state
-    came = [ranks[number % after].indices(steps + number // after) for number in range(12)]
-    assert came == [one.indices(step) for step in range(before * steps, before * steps + 12)]
+def test_it_goes_on_from_a_state() -> None:
+    steps = 9  # into the second epoch
+    state = Order(GROUPS, 2, 0).state(steps)
+    assert (state["epoch"], state["position"]) == (1, 2)
+    later = Order(GROUPS, 2, 0)
+    later.restore(state)
+    assert later.state(steps) == state
+    assert later.indices(steps) == Order(GROUPS, 2, 0).indices(steps)
 
 
 def test_states_of_other_data_are_refused() -> None:
@@ -46,20 +40,18 @@ def test_states_of_other_data_are_refused() -> None:
     for change in ({"seed": 1}, {"position": 7}):
         with pytest.raises(PpclError, match="same data, batch and seed"):
             order.restore({**order.state(0), **change})  # type: ignore[typeddict-item]
-    with pytest.raises(PpclError, match="rank 3 of 3"):
-        Order(GROUPS, 2, 0, 3, 3)
 
 
 def test_recorded_calls_are_a_source() -> None:
     calls = _calls([qwen_kwargs(seed=seed) for seed in range(5)])
-    ranks = [Batches(calls, 1, 0, rank=rank, world=2) for rank in range(2)]
-    assert isinstance(ranks[0], Source)
-    assert ranks[0].fingerprint == calls.fingerprint
-    drawn = [ranks[number % 2].indices(number // 2) for number in range(5)]
+    batches = Batches(calls, 1, 0)
+    assert isinstance(batches, Source)
+    assert batches.fingerprint == calls.fingerprint
+    drawn = [batches.indices(step) for step in range(5)]
     assert sorted(drawn) == [(0,), (1,), (2,), (3,), (4,)]
     later = Batches(calls, 1, 0)
-    later.restore(ranks[0].state(2))
-    assert later.indices(2) == drawn[4]
+    later.restore(batches.state(2))
+    assert later.indices(2) == drawn[2]
 
 
 def test_one_corrupt_call_in_a_hundred_is_left_out_and_two_stop(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,7 +12,9 @@ import torch
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
+from ppcl_fx.recording import record
 from ppcl_fx.shapes.pipeline import ShapesPipeline
+from ppcl_fx.train.sources import parts
 from ppcl_fx.train.sources.prompts import PromptSource
 from ppcl_fx.train.sources.source import Source
 from tests.shapes_folder import save_pipeline
@@ -81,34 +83,42 @@ def test_an_epoch_sees_each_call_once_and_the_next_in_another_order(pipeline: An
     assert not torch.equal(torch.stack(epochs[0]), torch.stack(epochs[1]))
 
 
-def test_ranks_record_their_own_parts_and_together_all(pipeline: Any, tmp_path: Path) -> None:
-    rows: list[set[tuple[float, ...]]] = []
-    parts: list[int] = []
-    for rank in range(2):
-        told: list[int] = []
-        prompts = source(pipeline, tmp_path, told, rank=rank, world=2)
-        steps = range(len(range(rank, 3, 2)) * BATCHES)
-        rows.append({tuple(r.flatten().tolist()) for s in steps for r in prompts.kwargs(s)["hidden_states"]})
-        parts += told
-    assert sorted(parts) == [0, 1, 2]
-    assert not rows[0] & rows[1]
-    assert len(rows[0] | rows[1]) == 12
-
-
-def test_it_goes_on_with_another_number_of_ranks_at_a_part(pipeline: Any, tmp_path: Path) -> None:
-    two = [source(pipeline, tmp_path, rank=rank, world=2) for rank in range(2)]
-    for step in range(BATCHES):
-        for prompts in two:
-            prompts.kwargs(step)
-    state = two[0].state(BATCHES)
-    assert state == {"seed": 0, "step": BATCHES, "epoch": 0, "position": 2}
+def test_it_goes_on_from_a_state_within_a_part_without_the_parts_before(pipeline: Any, tmp_path: Path) -> None:
+    whole = source(pipeline, tmp_path / "whole")
+    expected = [whole.kwargs(step) for step in range(3 * BATCHES + 2)]
+    state = whole.state(BATCHES + 1)
+    assert state == {"seed": 0, "step": BATCHES + 1, "epoch": 0, "position": 1, "within": 1}
     told: list[int] = []
-    one = source(pipeline, tmp_path, told)
-    one.restore(state)
-    one.kwargs(BATCHES)
-    assert told == [2], "parts 0 and 1 were done by two ranks"
+    later = source(pipeline, tmp_path / "later", told)
+    later.restore(state)
+    assert later.state(BATCHES + 1) == state
+    for step in range(BATCHES + 1, len(expected)):
+        assert same(later.kwargs(step), expected[step])
+    assert told[:2] == [1, 2], "part 0 is first needed in the next epoch"
     with pytest.raises(PpclError, match="same prompts and seed"):
-        one.restore({**state, "seed": 1})
+        later.restore({**state, "seed": 1})
+
+
+def test_a_kill_within_a_part_costs_one_run_of_the_pipeline(
+    pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = source(pipeline, tmp_path / "whole").kwargs(0)
+    drawn: list[Any] = []
+
+    def killed(*args: Any, **how: Any) -> Calls:
+        drawn.append(args[1])
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return record(*args, **how)
+
+    monkeypatch.setattr(parts, "record", killed)
+    with pytest.raises(KeyboardInterrupt):
+        source(pipeline, tmp_path / "killed").kwargs(0)
+    assert same(source(pipeline, tmp_path / "killed").kwargs(0), expected)
+    assert len(drawn) == 3, "the first prompt is not drawn again"
+    assert drawn[1] == drawn[2]
+    (folder,) = (tmp_path / "killed").iterdir()
+    assert [path.name for path in folder.iterdir()] == ["part-00000"]
 
 
 def test_what_it_was_recorded_from_is_in_the_folder(pipeline: Any, tmp_path: Path) -> None:
@@ -127,7 +137,7 @@ def test_what_it_was_recorded_from_is_in_the_folder(pipeline: Any, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [({"rank": 2, "world": 2}, "rank 2 of 2"), ({"world": 4}, "3 parts for 4 processes"), ({"part": 0}, "too few")],
+    [({"part": 0}, "too few"), ({"batch_size": 0}, "too few")],
 )
 def test_what_cannot_work_is_refused(pipeline: Any, tmp_path: Path, how: dict[str, Any], reason: str) -> None:
     with pytest.raises(PpclError, match=reason):

@@ -1,0 +1,168 @@
+"""Prompts cut into parts, each recorded once: the runs of the pipeline are divided among the ranks.
+
+A run draws `batch_size` prompts with seeds of its own, so who draws it, and when, changes no number.
+``FOLDER/part-00000.runs/000/`` holds a run while its part is not whole; ``FOLDER/part-00000/`` is a whole part.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from ppcl_fx.calls import Calls
+from ppcl_fx.errors import PpclError
+from ppcl_fx.files import new_folder, read_json, write_json
+from ppcl_fx.recording import record
+from ppcl_fx.train.data import groups
+from ppcl_fx.train.ranks import Ranks
+from ppcl_fx.train.sources.disk import wait_for
+
+CALLS, CARD = "calls", "part.json"
+"""What the folder of a part holds."""
+
+
+class _Card(BaseModel):
+    """What is known of a recorded part without its tensors: how many calls may come together, group by group."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: Literal[1] = 1
+    groups: list[int]
+
+
+class Parts:
+    """Recorded parts of a list of prompts. With several ranks all of them ask for the same part at the same time.
+
+    Args:
+        pipeline: Draws the prompts.
+        prompts: Those of each part.
+        folder: Where the parts are kept; a disk that all ranks see.
+        model: The fingerprint of the pipeline's transformer.
+        seed: Prompt number i of all starts from noise of the seed ``seed + i``.
+        batch_size: Prompts in one run of the pipeline.
+        device: Whose random state is left as it was.
+        ranks: This process among the others.
+        told: Called with the number of a part before it is recorded.
+        **recording: Goes to `ppcl_fx.record`.
+    """
+
+    def __init__(
+        self,
+        pipeline: Any,
+        prompts: Sequence[Sequence[str]],
+        folder: Path,
+        model: str,
+        *,
+        seed: int,
+        batch_size: int,
+        device: torch.device,
+        ranks: Ranks,
+        told: Callable[[int], None] | None = None,
+        **recording: Any,
+    ) -> None:
+        self._pipeline, self._prompts, self._folder, self._model = pipeline, prompts, folder, model
+        self._seed, self._batch_size, self._device = seed, batch_size, device
+        self._ranks, self._told, self._recording = ranks, told, recording
+        self._groups: dict[int, list[int]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of parts."""
+        return len(self._prompts)
+
+    def groups(self, part: int) -> list[int]:
+        """Return how many calls of a part may come together, group by group; records it where that was not done.
+
+        Raises:
+            PpclError: The pipeline refuses its arguments, or the part cannot be written or read. The same line on
+                every rank.
+        """
+        if part not in self._groups:
+            folder = self._recorded(part)
+            self._groups[part] = self._ranks.each(lambda: read_json(folder / CARD, _Card)).groups
+        return self._groups[part]
+
+    def calls(self, part: int) -> Calls:
+        """Return the calls of a part; records it where that was not done.
+
+        Raises:
+            PpclError: As `groups`; or the part is damaged, or of another teacher.
+        """
+        self.groups(part)
+        return self._ranks.each(lambda: self._opened(part))
+
+    def _opened(self, part: int) -> Calls:
+        folder = self._place(part)
+        calls = Calls.open(folder / CALLS)
+        texts = {text for call in calls for text in call.prompts}
+        if calls.model != self._model or texts != set(self._prompts[part]):
+            raise PpclError(f"{folder}: was recorded from something else; remove {self._folder}")
+        return calls
+
+    def _place(self, part: int) -> Path:
+        return self._folder / f"part-{part:05d}"
+
+    def _runs(self, part: int) -> Path:
+        return self._folder / f"part-{part:05d}.runs"
+
+    def _recorded(self, part: int) -> Path:
+        """Return the folder of a part, after recording it where that was not done yet."""
+        folder = self._place(part)
+        # Rank 0 alone looks, and before the rest is done: the ranks must not be of two minds.
+        missing = self._ranks.gather(self._missing(part) if self._ranks.first else None)[0]
+        if missing is not None:
+            if self._told is not None:
+                self._told(part)
+            self._ranks.each(lambda: self._draw(part, missing[self._ranks.rank :: self._ranks.world]))
+            self._ranks.each(lambda: self._join(part))
+        self._ranks.each(lambda: wait_for(folder, self._ranks))
+        return folder
+
+    def _missing(self, part: int) -> list[int] | None:
+        """The first prompts of the runs that are still to be drawn; None where the part is whole."""
+        runs = self._runs(part)
+        if self._place(part).exists():
+            shutil.rmtree(runs, ignore_errors=True)  # a kill may have left it
+            return None
+        there = {path.name for path in runs.iterdir()} if runs.is_dir() else set()
+        return [start for start in self._starts(part) if f"{start:03d}" not in there]
+
+    def _starts(self, part: int) -> range:
+        return range(0, len(self._prompts[part]), self._batch_size)
+
+    def _draw(self, part: int, starts: Sequence[int]) -> None:
+        """Draw some runs of a part, and keep each: a kill costs no more than one."""
+        devices = [self._device] if self._device.type == "cuda" else []
+        for start in starts:
+            seed = self._seed + part * len(self._prompts[0]) + start
+            # Whether a run is drawn now, before a kill or by another rank must not change what training draws.
+            with torch.random.fork_rng(devices=devices):
+                torch.manual_seed(seed)
+                calls = record(
+                    self._pipeline,
+                    self._prompts[part][start : start + self._batch_size],
+                    batch_size=self._batch_size,
+                    seed=seed,
+                    **self._recording,
+                )
+            # The students may have changed since, where the pipeline runs a pluggable model; the teacher has not.
+            Calls(list(calls), self._model).save(self._runs(part) / f"{start:03d}")
+
+    def _join(self, part: int) -> None:
+        """On rank 0, make one part of its runs, in the order of the prompts."""
+        if not self._ranks.first:
+            return
+        found = []
+        for start in self._starts(part):
+            run = self._runs(part) / f"{start:03d}"
+            wait_for(run, self._ranks)
+            found += list(Calls.open(run))
+        calls = Calls([replace(call, index=number) for number, call in enumerate(found)], self._model)
+        with new_folder(self._place(part)) as new:
+            calls.save(new / CALLS)
+            write_json(new / CARD, _Card(groups=[len(group) for group in groups(calls)]))
+        shutil.rmtree(self._runs(part), ignore_errors=True)
