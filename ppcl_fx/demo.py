@@ -37,12 +37,14 @@ if TYPE_CHECKING:
 
 VARIANTS = ("ppcl", "uniform", "sequential")
 KEEPS = (1.0, 0.7, 0.6, 0.5)
-STEPS = (600, 60, 450)
+STEPS = (600, 60, 1500)
 LEAVES = (
     "calls", "analysis.json", "plan.json", "student", "train", "engines", "pictures", "report.html", "summary.json",
 )  # fmt: skip
 SEED = 42
-EMA = 0.98
+EMA = 0.995
+BETAS = (0.9, 0.99)
+"""Of fine-tuning: its gradients are small beside their noise, and a longer memory of their squares steadies them."""
 LEADS = {
     "ppcl": "Pruned by the paper's method: candidate intervals, non-sequential distillation, fine-tuning at the end.",
     "uniform": "A control: evenly spaced blocks removed, whatever they do; the same budget, training and steps.",
@@ -81,9 +83,9 @@ class Settings:
     batch: int = 16
     analysed: int = 48
     distil_calls: int = 1
-    finetune_calls: int = 2
+    finetune_calls: int = 1
     lr: float = 1.5e-3
-    finetune_lr: float = 1.5e-4
+    finetune_lr: float = 1e-4
 
 
 @dataclass
@@ -216,9 +218,10 @@ def _train(
     steps = fitting_steps(settings.steps, {edit.kind for edit in model.plan.edits})
     folder, sequential = settings.out / "train", settings.variant == "sequential"
     curves: list[StageCurves] = []
-    for stages, batch, rate in (
-        (("depth", "width"), settings.distil_calls, settings.lr),
-        (("finetune",), settings.finetune_calls, settings.finetune_lr),
+    averaged: dict[str, Any] = {"ema": EMA, "betas": BETAS}
+    for stages, batch, rate, more in (
+        (("depth", "width"), settings.distil_calls, settings.lr, {}),
+        (("finetune",), settings.finetune_calls, settings.finetune_lr, averaged),
     ):
         with clock.stage("distil" if len(stages) > 1 else "finetune") as say:
             trained = train(
@@ -230,7 +233,7 @@ def _train(
                 batch=batch,
                 lr=rate,
                 finetune_lr=rate,
-                ema=EMA if stages == ("finetune",) else None,
+                **more,
                 seed=SEED,
                 sequential=sequential,
                 weights=Weights(relative=1.0),
