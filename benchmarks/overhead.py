@@ -84,7 +84,7 @@ class FineTuning:
 
     def __init__(self, model: ppcl_fx.PluggableModel, stage: str) -> None:
         self._teacher = mixture(model, ())
-        self._student = mixture(model, list(model.students)).requires_grad_(True)
+        self._student = mixture(model, model.plan.ids).requires_grad_(True)
 
     def teacher(self, kwargs: dict[str, Any]) -> Any:
         """Return the teacher's velocity."""
