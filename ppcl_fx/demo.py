@@ -78,7 +78,7 @@ class Settings:
     per_category: int = 64
     variant: str = "ppcl"
     weights: Path | None = None
-    recorded: int = 2
+    recorded: int = 4
     keeps: tuple[float, ...] = KEEPS
     batch: int = 16
     analysed: int = 48
@@ -304,7 +304,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         "--weights", type=Path, help="another shapes pipeline, as ppcl_fx.shapes.teach writes it"
     )
     parser.add_argument("--keep", default=keeps, help="ratios, the teacher's 1.0 first (%(default)s)")
-    parser.add_argument("--recorded", type=int, default=2, help="recordings of each prompt (%(default)s)")
+    parser.add_argument("--recorded", type=int, default=4, help="recordings of each prompt (%(default)s)")
     given = parser.parse_args(arguments)
     if given.variant not in VARIANTS:
         known = ", ".join(VARIANTS)
