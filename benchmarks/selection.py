@@ -39,6 +39,8 @@ RULES = ("paper", "uniform", "budget")
 KEEPS = (0.7, 0.5)
 UNIFORM_MARGIN = 0.02
 """Whole blocks are all that uniform removal can remove: it may keep so much more, rather than lose one block more."""
+RECORDED = 2
+"""How often each prompt is recorded to train on."""
 HELD_OUT = 32
 """Prompts recorded apart, for the velocity error."""
 
@@ -112,7 +114,7 @@ def distil(
 
 def one_seed(seed: int, rules: Sequence[str], work: Path, steps: tuple[int, int], per_category: int) -> None:
     """Write the rows of one seed to `work`; those that it holds for the same plan are not made again."""
-    settings = demo.Settings(out=work)
+    settings = demo.Settings(out=work, recorded=RECORDED)
     paths = {
         (rule, keep): work / f"seed-{seed}-{rule}-{keep:g}.json"
         for rule, keep in itertools.product(rules, KEEPS)

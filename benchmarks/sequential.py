@@ -20,7 +20,7 @@ from typing import Any
 
 import ppcl_fx
 from benchmarks.clock import RESULTS
-from benchmarks.selection import distil, recorded, scored, velocity_error
+from benchmarks.selection import RECORDED, distil, recorded, scored, velocity_error
 from ppcl_fx import demo
 from ppcl_fx.files import write_json
 from ppcl_fx.report.machine import describe, slug
@@ -33,7 +33,7 @@ def one_seed(seed: int, work: Path, keep: float, steps: tuple[int, int], per_cat
     """Return the two rows of a seed; both ways begin with the same students."""
     paths = {way: work / f"seed-{seed}-{way}.json" for way in WAYS}
     if not all(path.is_file() for path in paths.values()):
-        settings = demo.Settings(out=work)
+        settings = demo.Settings(out=work, recorded=RECORDED)
         pipeline = load_pipeline()
         pipeline.set_progress_bar_config(disable=True)
         calls, held = recorded(pipeline, settings, seed)
