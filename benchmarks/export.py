@@ -1,10 +1,10 @@
 """Exporting five ratios of a model that does not fit in memory: time, peak memory, bytes on disk.
 
-The model is Qwen-Image with 60 blocks, 20.4 B parameters in bf16, and the students of the paper's Eq. 13. Its files have
-real headers and no content: they are sparse, so the disk holds next to nothing and reading gives zeros. The graphs, the
-checks and the hashes do not depend on the values; every byte is hashed. What a cold disk would add is the files' size
-over the disk's speed. The graphs are written into the student's folder, so no weight is copied. The export runs in a
-process of its own; memory as in `benchmarks.streaming`.
+The model is Qwen-Image with 60 blocks, 20.4 B parameters in bf16, and the students of the paper's Eq. 13. Its files
+have real headers and no content: they are sparse, so the disk holds next to nothing and reading gives zeros. Graphs,
+checks and hashes take the same time for any values; every byte is hashed. What a cold disk would add is the files'
+size over the disk's speed. The graphs are written into the student's folder, so no weight is copied. The export runs
+in a process of its own; memory as in `benchmarks.streaming`.
 """
 
 from __future__ import annotations

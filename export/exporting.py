@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -171,7 +171,9 @@ def export(
         folder.mkdir(parents=True, exist_ok=True)
         needed = {p.name for m in mixtures for ps in opened.weights.pieces(m.gm).values() for p in ps}
         replaced = [manifest_path(path).name for path in paths]
-        sharing = nullcontext(None) if embed else stored(opened.weights, needed, folder, dtype, replaced, note)
+        sharing: AbstractContextManager[Store | None] = nullcontext(None)
+        if not embed:
+            sharing = stored(opened.weights, needed, folder, dtype, replaced, note)
         with sharing as store:
             work = _Work(opened.weights, store, dtype, tolerance, runs, known or Translations(), model.plan, steps.done)
             results = [work.export(mixture) for mixture in mixtures]
