@@ -11,7 +11,6 @@ from ppcl_fx.cli.boundary import Result
 from ppcl_fx.cli.options import Json, MemoryLimit, Overwrite, Verbose, check_output, choice, parse_keeps
 from ppcl_fx.cli.teacher import Recorded, open_calls, open_student
 from ppcl_fx.cli.terminal import Terminal
-from ppcl_fx.files import check_writable
 from ppcl_fx.memory import parse_size
 
 if TYPE_CHECKING:
@@ -90,7 +89,7 @@ def export(
     from ppcl_fx.export.exporting import DTYPES as types
     from ppcl_fx.export.opened import MEMORY
 
-    check_writable(out)
+    check_output(out, overwrite=True)  # other ratios may be there: what is refused is a graph of the same name
     recorded = open_calls(calls, terminal) if calls is not None else None
     model, name = _opened(student, terminal, recorded)
     if recorded is not None:
