@@ -53,7 +53,7 @@ def prepare(gm: GraphModule, kwargs: dict[str, Any], batch: int) -> Prepared:
 
 
 def write_onnx(prepared: Prepared, path: Path, known: Any) -> Any:
-    """Translate a prepared graph, write it with its weights beside it, and let `onnx.checker` look at it.
+    """Translate a prepared graph, fuse it, write it with its weights beside it, and let `onnx.checker` look at it.
 
     Args:
         prepared: the graph.
@@ -69,6 +69,7 @@ def write_onnx(prepared: Prepared, path: Path, known: Any) -> Any:
     check_export()
     import onnx_ir
 
+    from ppcl_fx.export.fusing import fuse
     from ppcl_fx.export.stitching import observed, stitch
 
     def seen(name: str) -> dict[Any, Seen]:
@@ -76,6 +77,9 @@ def write_onnx(prepared: Prepared, path: Path, known: Any) -> Any:
 
     shapes = observed(seen("traced"), {axis.name: seen(f"{axis.name}={axis.other}") for axis in prepared.axes})
     model = stitch(prepared.lowered.graph, shapes, known)
+    gm = prepared.lowered.graph
+    tensors = (*gm.named_parameters(remove_duplicate=False), *gm.named_buffers(remove_duplicate=False))
+    fuse(model, {name for name, _ in tensors})
     onnx_ir.save(model, path, external_data=f"{path.name}.data")
     onnx = need("onnx")
     try:
