@@ -1,0 +1,137 @@
+"""Half precision: the float32 islands of the file, its check on widened types, and the range of float16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from ppcl_fx.calls import Call, Calls
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export import export_graph
+from ppcl_fx.export.fusing import fused_operators
+from ppcl_fx.export.half import check_range, largest_values, type_named, widen
+from ppcl_fx.files import read_json
+from ppcl_fx.export.sidecar import Sidecar
+from ppcl_fx.tracing import trace
+from tests import models
+
+FLOAT, HALF = ir.DataType.FLOAT, {"bf16": ir.DataType.BFLOAT16, "fp16": ir.DataType.FLOAT16}
+
+
+def calls_of(kwargs: dict[str, Any]) -> Calls:
+    return Calls([Call(kwargs=kwargs, prompts=("a", "b"), timestep=0.5, index=0, batch=2)])
+
+
+@pytest.fixture(scope="module", params=HALF)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Any]:
+    """A small Qwen-Image in each type of half precision."""
+    teacher, kwargs = models.tiny_qwen(blocks=2)
+    folder = tmp_path_factory.mktemp("half") / "out"
+    done = export_graph(trace(teacher, kwargs), folder, calls=calls_of(kwargs), dtype=request.param, runs=1)
+    return request.param, done
+
+
+def test_weights_and_inputs_are_half_and_tables_are_not(written: tuple[str, Any]) -> None:
+    name, done = written
+    model = ir.load(done.onnx)
+    assert {value.name: value.dtype for value in model.graph.inputs} == {
+        "hidden_states": HALF[name], "encoder_hidden_states": HALF[name], "timestep": HALF[name],
+        "pos_embed_0": FLOAT, "pos_embed_1": FLOAT,
+    }  # fmt: skip
+    assert model.graph.outputs[0].dtype == HALF[name]
+    weights = {v.dtype for n, v in model.graph.initializers.items() if "/" not in n}
+    assert weights == {HALF[name]}
+
+
+def test_float32_islands_stay(written: tuple[str, Any]) -> None:
+    name, done = written
+    model = ir.load(done.onnx)
+    by_type: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        by_type.setdefault(node.op_type, []).append(node)
+    # The sinusoid of the timestep and the rotations are float32; the norms add up in float32.
+    for kind in ("Sin", "Cos", "RotaryEmbedding"):
+        assert by_type[kind] and all(node.outputs[0].dtype == FLOAT for node in by_type[kind])
+    for kind in ("RMSNormalization", "LayerNormalization"):
+        assert by_type[kind] and all(node.attributes["stash_type"].value == FLOAT for node in by_type[kind])
+    assert all(node.inputs[0].dtype == HALF[name] for node in by_type["Attention"])
+    assert fused_operators(model) == {"Attention": 2, "RMSNormalization": 9, "RotaryEmbedding": 8}
+
+
+def test_file_is_compared_on_widened_types_to_the_accuracy_of_float32(written: tuple[str, Any]) -> None:
+    name, done = written
+    assert 0 < done.parity_max_abs < 1e-5
+    card = read_json(done.onnx.with_name("transformer.json"), Sidecar)
+    assert card.dtype == {"bf16": "bfloat16", "fp16": "float16"}[name]
+    assert card.made["compared_in"] == "float32"
+    rounding = card.made["rounding"]
+    assert isinstance(rounding, float)
+    assert 0 < rounding < {"bf16": 2e-2, "fp16": 2e-3}[name]
+    largest = card.made["largest_value"]
+    assert largest is None if name == "bf16" else isinstance(largest, float) and 0 < largest < 32752
+    assert sorted(p.name for p in done.onnx.parent.iterdir()) == [
+        "transformer.json", "transformer.onnx", "transformer.onnx.data",
+    ]  # fmt: skip
+
+
+def test_widened_model_holds_no_half(written: tuple[str, Any]) -> None:
+    model = ir.load(written[1].onnx)
+    widen(model)
+    left = [v for n in model.graph for v in n.outputs if v.dtype in HALF.values()]
+    left += [v for v in (*model.graph.inputs, *model.graph.initializers.values()) if v.dtype in HALF.values()]
+    assert left == []
+    assert not any(n.attributes["to"].value in HALF.values() for n in model.graph if n.op_type == "Cast")
+
+
+def test_a_value_near_the_end_of_fp16_refuses_the_model_and_names_it(tmp_path: Path) -> None:
+    teacher, kwargs = models.tiny_qwen(blocks=2)
+    with torch.no_grad():
+        teacher.transformer_blocks[1].img_mlp.net[0].proj.weight.mul_(1e5)
+    gm = trace(teacher, kwargs)
+    with pytest.raises(PpclError, match=r"fp16 does not hold this model: transformer_blocks\.1\S* reaches .* --dtype bf16"):
+        export_graph(gm, tmp_path / "out", calls=calls_of(kwargs), dtype="fp16")
+    assert list(tmp_path.iterdir()) == []
+
+
+class _Grows(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4, bias=False).half()
+        self.second = nn.Linear(4, 4, bias=False).half()
+        with torch.no_grad():
+            self.first.weight.copy_(torch.eye(4))
+            self.second.weight.copy_(factor * torch.eye(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x)).float() * 1e6
+
+
+@pytest.mark.parametrize(("factor", "refused"), [(3e4, False), (3.5e4, True), (6.5e4, True)])
+def test_the_margin_is_two(factor: float, refused: bool) -> None:
+    gm = torch.fx.symbolic_trace(_Grows(factor))
+    calls = [{"x": torch.full((2, 4), 0.5).half()}, {"x": torch.ones(2, 4).half()}]
+    found = largest_values(gm, calls)
+    assert found["first"] == 1.0
+    assert found["second"] == pytest.approx(factor, rel=1e-3)
+    assert "mul" not in found  # float32, whatever it holds
+    if refused:
+        with pytest.raises(PpclError, match="second reaches"):
+            check_range(gm, calls)
+    else:
+        assert check_range(gm, calls) == found["second"]
+
+
+def test_what_is_not_a_number_counts_as_too_large() -> None:
+    gm = torch.fx.symbolic_trace(_Grows(1.0))
+    with pytest.raises(PpclError, match="first reaches inf"):
+        check_range(gm, [{"x": torch.full((1, 4), float("nan")).half()}])
+
+
+def test_unknown_dtype_has_a_near_match() -> None:
+    with pytest.raises(PpclError, match=r"no dtype 'bf6' \(did you mean 'bf16'\?\); it is one of fp32, bf16, fp16"):
+        type_named("bf6")
