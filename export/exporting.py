@@ -17,7 +17,7 @@ from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.extras import check_export, need
 from ppcl_fx.export.graph_run import refresh_examples
-from ppcl_fx.export.half import check_range, compare_in_float32, rounding, type_named
+from ppcl_fx.export.half import check_range, compare_in_float32, rounding, type_named, widened_feeds
 from ppcl_fx.export.onnx_file import Prepared, compare, floats_as, parameters_in, ports, prepare, write_onnx
 from ppcl_fx.export.parity import latency
 from ppcl_fx.export.sidecar import Sidecar
@@ -228,9 +228,7 @@ def export_graph(
             parity=parity,
             parity_max_abs=max(parity.values()),
             tolerance=tolerance,
-            latency_ms=latency(
-                running, floats_as(prepared.lowered.feeds(prepared.calls["traced"]), torch.float32), runs
-            ),
+            latency_ms=latency(running, widened_feeds(prepared.lowered.feeds(prepared.calls["traced"])), runs),
         )
         write_json(beside / SIDECAR, card)
         step()
@@ -248,7 +246,7 @@ def export_graph(
 
 
 def _feeds(prepared: Prepared, gm: GraphModule, calls: Calls | None) -> list[dict[str, torch.Tensor]]:
-    """Return the inputs of every recorded call in the type of the prepared graph, or of its example where there is none."""
+    """Return the inputs of every recorded call, or of the example, in the type of the prepared graph."""
     dtype = next(p.dtype for p in prepared.gm.parameters() if p.is_floating_point())
     given = [bind(gm, call.kwargs) for call in calls] if calls is not None else [prepared.calls["traced"]]
     return [prepared.lowered.feeds(floats_as(kwargs, dtype)) for kwargs in given]

@@ -25,7 +25,7 @@ TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MARGIN = 2.0
 """How many times the largest value seen has to fit into float16: other prompts reach further than the recorded ones."""
 
-_CHOOSING = ("masked_fill", "where", "full", "full_like", "scalar_tensor", "_to_copy", "lift_fresh_copy")
+_CHOOSING = ("masked_fill", "where", "full", "full_like", "scalar_tensor")
 """Operations whose results are values that were given: a mask may hold minus infinity."""
 
 
@@ -53,13 +53,21 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._schema.name.partition("::")[2].rstrip("_") not in _CHOOSING:
-            for value in tree_leaves(result):
-                if isinstance(value, torch.Tensor) and value.dtype == torch.float16 and value.numel():
-                    largest = float(value.abs().max())
-                    seen = self.found.get(self.node, 0.0)
-                    self.found[self.node] = max(seen, largest if largest == largest else float("inf"))
+        chosen = func._schema.name.partition("::")[2].rstrip("_") in _CHOOSING
+        given = chosen or any(not bool(value.isfinite().all()) for value in _floats((args, kwargs)))
+        for value in _floats(result):
+            if value.dtype == torch.float16:
+                finite = value[value.isfinite()]
+                largest = float(finite.abs().max()) if finite.numel() else 0.0
+                if finite.numel() < value.numel() and not given:  # it became too large here
+                    largest = float("inf")
+                if not chosen:
+                    self.found[self.node] = max(self.found.get(self.node, 0.0), largest)
         return result
+
+
+def _floats(tree: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(tree) if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
 
 class _NodeByNode(Interpreter):
@@ -79,7 +87,8 @@ def largest_values(gm: GraphModule, calls: Sequence[Mapping[str, Any]]) -> dict[
 
     Args:
         gm: the graph; what it computes in float32 does not count.
-        calls: its inputs by name, one mapping a call. What is not a number counts as infinite.
+        calls: its inputs by name, one mapping a call. A value that was finite and no longer is counts as infinite; an
+            infinity that was given, in a mask, does not count.
     """
     notes = _Largest()
     runner = _NodeByNode(gm, notes)
@@ -98,15 +107,15 @@ def check_range(gm: GraphModule, calls: Sequence[Mapping[str, Any]]) -> float:
         calls: as for `largest_values`.
 
     Raises:
-        PpclError: a value comes closer to the end of float16 than `MARGIN` allows; the message names the first such node.
+        PpclError: a value comes closer to the end of float16 than `MARGIN` allows; the first such node is named.
     """
     end = torch.finfo(torch.float16).max
     found = largest_values(gm, calls)
     for name, value in found.items():
         if value * MARGIN > end:
             raise PpclError(
-                f"fp16 does not hold this model: {name} reaches {value:.3g} on the recorded calls, fp16 ends at {end:g} "
-                f"and {MARGIN:g} times the value has to fit; export with --dtype bf16 or fp32"
+                f"fp16 does not hold this model: {name} reaches {value:.3g} on the recorded calls, fp16 ends at "
+                f"{end:g} and {MARGIN:g} times the value has to fit; export with --dtype bf16 or fp32"
             )
     return max(found.values(), default=0.0)
 
@@ -161,6 +170,12 @@ def widen(model: Any) -> None:
         for value in node.outputs:
             if value.dtype in half:
                 value.dtype = ir.DataType.FLOAT
+
+
+def widened_feeds(feeds: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return inputs with those of half precision as float32, for a widened model."""
+    half = (torch.bfloat16, torch.float16)
+    return {name: value.float() if value.dtype in half else value for name, value in feeds.items()}
 
 
 def rounding(prepared: Prepared) -> float:

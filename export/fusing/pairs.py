@@ -10,7 +10,7 @@ _ELEMENTWISE = ("Cast", "Identity", "Cos", "Sin", "Neg")
 
 
 def paired(table: ir.Value | None) -> int | None:
-    """Return the rank of a table whose last dimension holds each number twice in a row, or None where that is not known.
+    """Return the rank of a table whose last dimension holds each number twice in a row, None where that is not known.
 
     What is understood: ``repeat_interleave(2)`` (a new last dimension, stretched to two, and folded in), a constant of
     such numbers, and tables made of such tables by joining along the last dimension or by an elementwise function.

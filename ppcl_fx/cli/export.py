@@ -53,8 +53,8 @@ def export(
         typer.Option(
             "--dtype",
             metavar="NAME",
-            help="Type of the ONNX files: 'fp32', 'bf16' or 'fp16'; fp16 is refused where recorded calls come near its end. "
-            "A TensorRT engine is bf16 whatever this says.",
+            help="Type of the ONNX files: 'fp32', 'bf16' or 'fp16'; fp16 is refused where recorded calls come near "
+            "its end. A TensorRT engine is bf16 whatever this says.",
         ),
     ] = "fp32",
     tolerance: Annotated[

@@ -15,8 +15,8 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export import export_graph
 from ppcl_fx.export.fusing import fused_operators
 from ppcl_fx.export.half import check_range, largest_values, type_named, widen
-from ppcl_fx.files import read_json
 from ppcl_fx.export.sidecar import Sidecar
+from ppcl_fx.files import read_json
 from ppcl_fx.tracing import trace
 from tests import models
 
@@ -93,7 +93,8 @@ def test_a_value_near_the_end_of_fp16_refuses_the_model_and_names_it(tmp_path: P
     with torch.no_grad():
         teacher.transformer_blocks[1].img_mlp.net[0].proj.weight.mul_(1e5)
     gm = trace(teacher, kwargs)
-    with pytest.raises(PpclError, match=r"fp16 does not hold this model: transformer_blocks\.1\S* reaches .* --dtype bf16"):
+    named = r"fp16 does not hold this model: transformer_blocks\.1\S* reaches .* --dtype bf16"
+    with pytest.raises(PpclError, match=named):
         export_graph(gm, tmp_path / "out", calls=calls_of(kwargs), dtype="fp16")
     assert list(tmp_path.iterdir()) == []
 
@@ -126,10 +127,15 @@ def test_the_margin_is_two(factor: float, refused: bool) -> None:
         assert check_range(gm, calls) == found["second"]
 
 
-def test_what_is_not_a_number_counts_as_too_large() -> None:
-    gm = torch.fx.symbolic_trace(_Grows(1.0))
-    with pytest.raises(PpclError, match="first reaches inf"):
-        check_range(gm, [{"x": torch.full((1, 4), float("nan")).half()}])
+def test_what_overflows_counts_and_what_was_infinite_before_does_not() -> None:
+    calls = [{"x": torch.full((1, 4), 2.0).half()}]
+    with pytest.raises(PpclError, match="second reaches inf"):
+        check_range(torch.fx.symbolic_trace(_Grows(6.5e4)), calls)
+
+    def masked(x: torch.Tensor) -> torch.Tensor:
+        return (x + torch.full((4,), float("-inf"), dtype=torch.float16)).unsqueeze(0)
+
+    assert check_range(torch.fx.symbolic_trace(masked), calls) == 0.0
 
 
 def test_unknown_dtype_has_a_near_match() -> None:
