@@ -17,7 +17,6 @@ from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.extras import check_export, need
 from ppcl_fx.export.graph_run import refresh_examples
-from ppcl_fx.export.half import check_range, compare_in_float32, rounding, type_named, widened_feeds
 from ppcl_fx.export.onnx_file import Prepared, compare, floats_as, parameters_in, ports, prepare, write_onnx
 from ppcl_fx.export.parity import latency
 from ppcl_fx.export.sidecar import Sidecar
@@ -94,7 +93,6 @@ def export(
     *,
     format: Literal["onnx", "tensorrt"] = "onnx",
     calls: Calls | None = None,
-    dtype: str = "fp32",
     tolerance: float = 1e-4,
     runs: int = 10,
     overwrite: bool = False,
@@ -116,9 +114,6 @@ def export(
         format: ``onnx``, or ``tensorrt`` for an engine beside each ONNX file.
         calls: recorded calls; the first gives the example. Without them the inputs are random, of the shape the
             model was traced with.
-        dtype: type of the file's weights and inputs: ``fp32``, ``bf16`` or ``fp16``. What the model computes in float32
-            stays so. A half-precision file is compared with all its types widened to float32, on its own rounded
-            weights; fp16 is refused where a recorded call comes near the end of its range.
         tolerance: largest difference to PyTorch that is allowed, absolute, in float32.
         runs: runs timed for the latency.
         overwrite: replace the folders of these ratios where they exist.
@@ -150,7 +145,6 @@ def export(
                 keep=keep,
                 students=students,
                 plan=model.plan,
-                dtype=dtype,
                 tolerance=tolerance,
                 runs=runs,
                 overwrite=overwrite,
@@ -176,7 +170,6 @@ def export_graph(
     keep: float = 1.0,
     students: Sequence[str] = (),
     plan: Plan | None = None,
-    dtype: str = "fp32",
     tolerance: float = 1e-4,
     runs: int = 10,
     overwrite: bool = False,
@@ -192,7 +185,6 @@ def export_graph(
         keep: its share of the teacher's parameters, for the sidecar.
         students: ids of the edits in it, for the sidecar.
         plan: the plan they come from, for the sidecar.
-        dtype: as for `export`.
         tolerance: as for `export`.
         runs: as for `export`.
         overwrite: replace the folder if it exists.
@@ -207,20 +199,16 @@ def export_graph(
 
     started = time.perf_counter()
     final = Path(folder)
-    prepared = prepare(*in_type(gm, calls, type_named(dtype)))
-    largest = check_range(prepared.lowered.graph, _feeds(prepared, gm, calls)) if dtype == "fp16" else None
+    prepared = prepare(*in_type(gm, calls, torch.float32))
     step()
     with new_folder(final, overwrite=overwrite) as beside:
         written = write_onnx(prepared, beside / FILE, known if known is not None else Translations())
         step()
-        parity, running = (compare if dtype == "fp32" else compare_in_float32)(prepared, beside / FILE)
+        parity, running = compare(prepared, beside / FILE)
         _check(parity, tolerance, final)
         step()
-        described = _described(prepared, written)
-        if dtype != "fp32":
-            described["made"] |= {"compared_in": "float32", "rounding": rounding(prepared), "largest_value": largest}
         card = Sidecar(
-            **described,
+            **_described(prepared, written),
             keep=keep,
             params=parameter_count(gm),
             students=list(students),
@@ -228,7 +216,7 @@ def export_graph(
             parity=parity,
             parity_max_abs=max(parity.values()),
             tolerance=tolerance,
-            latency_ms=latency(running, widened_feeds(prepared.lowered.feeds(prepared.calls["traced"])), runs),
+            latency_ms=latency(running, prepared.lowered.feeds(prepared.calls["traced"]), runs),
         )
         write_json(beside / SIDECAR, card)
         step()
@@ -243,13 +231,6 @@ def export_graph(
         latency_ms=card.latency_ms,
         seconds=time.perf_counter() - started,
     )
-
-
-def _feeds(prepared: Prepared, gm: GraphModule, calls: Calls | None) -> list[dict[str, torch.Tensor]]:
-    """Return the inputs of every recorded call, or of the example, in the type of the prepared graph."""
-    dtype = next(p.dtype for p in prepared.gm.parameters() if p.is_floating_point())
-    given = [bind(gm, call.kwargs) for call in calls] if calls is not None else [prepared.calls["traced"]]
-    return [prepared.lowered.feeds(floats_as(kwargs, dtype)) for kwargs in given]
 
 
 def _check(parity: dict[str, float], tolerance: float, final: Path) -> None:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
 
 FORMATS = ("onnx", "tensorrt", "diffusers", "released")
-DTYPES = ("fp32", "bf16", "fp16")
 FOLDERS = ("diffusers", "released")
 """Formats that are model folders; they need neither onnxruntime nor calls."""
 
@@ -48,15 +47,6 @@ def export(
         Path | None,
         typer.Option(metavar="FOLDER", help="Recorded calls to check with; random inputs if left out."),
     ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            "--dtype",
-            metavar="NAME",
-            help="Type of the ONNX files: 'fp32', 'bf16' or 'fp16'; fp16 is refused where recorded calls come near "
-            "its end. A TensorRT engine is bf16 whatever this says.",
-        ),
-    ] = "fp32",
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference to PyTorch that is allowed, in float32.")
     ] = 1e-4,
@@ -68,7 +58,6 @@ def export(
     """Export STUDENT once for each share: ENGINES/keep-0.5/transformer.onnx and so on."""
     keeps = parse_keeps(keep)
     choice("--format", format, FORMATS)
-    choice("--dtype", dtype, DTYPES)
     check_output(out, overwrite=overwrite)
     terminal = Terminal(verbose)
 
@@ -88,7 +77,6 @@ def export(
             out,
             format=cast(Literal["onnx", "tensorrt"], format),
             calls=recorded.calls if recorded is not None else None,
-            dtype=dtype,
             tolerance=tolerance,
             runs=runs,
             overwrite=overwrite,
