@@ -18,6 +18,7 @@ from ppcl_fx.export.lowering import Lowered, lower
 from ppcl_fx.export.names import data_path
 from ppcl_fx.export.parity import difference, run, session
 from ppcl_fx.export.sidecar import Port
+from ppcl_fx.export.weight_source import state
 
 if TYPE_CHECKING:
     from ppcl_fx.export.stitching import Initial
@@ -65,7 +66,7 @@ def prepare(
 
 
 def translated(prepared: Prepared, known: Any, initial: Initial | None = None) -> Any:
-    """Translate a prepared graph into an `onnx_ir.Model`.
+    """Translate a prepared graph into an `onnx_ir.Model`, and fuse what engines have one kernel for.
 
     Args:
         prepared: the graph.
@@ -76,13 +77,18 @@ def translated(prepared: Prepared, known: Any, initial: Initial | None = None) -
         PpclError: a library is missing, or a part of the graph cannot be translated.
     """
     check_export()
-    from ppcl_fx.export.stitching import held, observed, stitch
+    from ppcl_fx.export.fusing import fuse
+    from ppcl_fx.export.stitching import ROWS, held, observed, stitch
 
     def seen(name: str) -> dict[Any, Seen]:
         return run_graph(prepared.lowered.graph, prepared.lowered.feeds(prepared.calls[name]))[1]
 
     shapes = observed(seen("traced"), {axis.name: seen(f"{axis.name}={axis.other}") for axis in prepared.axes})
-    return stitch(prepared.lowered.graph, shapes, known, initial=initial or held)
+    gm = prepared.lowered.graph
+    model = stitch(gm, shapes, known, initial=initial or held)
+    own = state(gm)
+    fuse(model, {name for name in model.graph.initializers if name in own or name.rpartition(ROWS)[0] in own})
+    return model
 
 
 def save(model: Any, path: Path, *, embed: bool) -> Path | None:
