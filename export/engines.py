@@ -1,4 +1,4 @@
-"""A TensorRT engine for each exported ratio, built from a bfloat16 graph."""
+"""From exported ratios to TensorRT engines: graphs in the engine's type, then the build, here or on another machine."""
 
 from __future__ import annotations
 
@@ -9,26 +9,47 @@ from typing import TYPE_CHECKING
 import torch
 
 from ppcl_fx.export.exporting import Exported, in_type
-from ppcl_fx.export.onnx_file import ports, prepare, write_onnx
+from ppcl_fx.export.onnx_file import prepare, write_onnx
 from ppcl_fx.export.stitching import Translations
 from ppcl_fx.export.tensorrt import Profile, build_engine, default_profile, load_tensorrt
+from ppcl_fx.export.tensorrt.places import TIMINGS, find_graphs, read_graph, read_origin, typed_file
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.model import PluggableModel
 
-TYPED_FILE = "transformer.bf16.onnx"
-ENGINE = "transformer.bf16.engine"
-TIMINGS = "timing.cache"
+
+def write_typed(model: PluggableModel, exported: Sequence[Exported], calls: Calls | None) -> dict[str, int]:
+    """Export each ratio once more with bfloat16 weights, for TensorRT.
+
+    The types of an ONNX file rule in TensorRT. The float32 file is the one that was compared to PyTorch: onnxruntime
+    has no bfloat16 kernels for the CPU.
+
+    Args:
+        model: the model; its mixture is another one afterwards.
+        exported: its exported ratios.
+        calls: as for `ppcl_fx.export.export`.
+
+    Returns:
+        The sizes of the example, by the names of the open sizes.
+
+    Raises:
+        PpclError: a graph cannot be exported.
+    """
+    known = Translations()
+    sizes: dict[str, int] = {}
+    for ratio in exported:
+        model.plug(students=ratio.students)
+        prepared = prepare(*in_type(model.graph_module(), calls, torch.bfloat16))
+        write_onnx(prepared, typed_file(ratio.onnx), known)
+        sizes = {axis.name: axis.size for axis in prepared.axes}
+    return sizes
 
 
 def build_engines(
     model: PluggableModel, exported: Sequence[Exported], calls: Calls | None, profile: Profile | None
 ) -> list[Exported]:
     """Build an engine beside each exported ONNX file.
-
-    The types of an ONNX file rule in TensorRT, so each mixture is exported once more with bfloat16 weights. The float32
-    file is the one that was compared to PyTorch: onnxruntime has no bfloat16 kernels for the CPU.
 
     Args:
         model: the model.
@@ -41,17 +62,20 @@ def build_engines(
     """
     folder = exported[0].onnx.parent.parent if exported else ""
     api, gpu = load_tensorrt(f"the ONNX files stay in {folder}")
-    known = Translations()
+    sizes = write_typed(model, exported, calls)
+    places = {place.onnx: place for place in find_graphs(folder)}
     results = []
     for ratio in exported:
-        model.plug(students=ratio.students)
-        prepared = prepare(*in_type(model.graph_module(), calls, torch.bfloat16))
-        typed = ratio.onnx.with_name(TYPED_FILE)
-        written = write_onnx(prepared, typed, known)
-        inputs = ports(written.graph.inputs)
-        chosen = profile or default_profile(inputs, {axis.name: axis.size for axis in prepared.axes})
-        engine = ratio.onnx.with_name(ENGINE)
-        cache = ratio.onnx.parent.parent / TIMINGS
-        build_engine(typed, engine, inputs, chosen, api=api, gpu=gpu, dtype="bfloat16", cache=cache)
-        results.append(dataclasses.replace(ratio, engine=engine))
+        place = places[typed_file(ratio.onnx)]
+        chosen = profile or default_profile(read_graph(place.onnx).inputs, sizes)
+        build_engine(
+            place.onnx,
+            place.engine,
+            [chosen],
+            api=api,
+            gpu=gpu,
+            cache=place.root / TIMINGS,
+            origin=read_origin(place),
+        )
+        results.append(dataclasses.replace(ratio, engine=place.engine))
     return results
