@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ppcl_fx.errors import PpclError
 from ppcl_fx.export.exporting import Exported, in_type
-from ppcl_fx.export.onnx_file import prepare, write_onnx
+from ppcl_fx.export.onnx_file import Prepared, prepare, write_onnx
+from ppcl_fx.export.serving import refused
 from ppcl_fx.export.stitching import Translations
 from ppcl_fx.export.tensorrt import Profile, build_engine, default_profile, load_tensorrt
 from ppcl_fx.export.tensorrt.places import TIMINGS, find_graphs, read_graph, read_origin, typed_file
+from ppcl_fx.export.tensorrt.request import BuildRequest
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.model import PluggableModel
 
 
-def write_typed(model: PluggableModel, exported: Sequence[Exported], calls: Calls | None) -> dict[str, int]:
+def write_typed(
+    model: PluggableModel, exported: Sequence[Exported], calls: Calls | None, request: BuildRequest | None = None
+) -> dict[str, int]:
     """Export each ratio once more with bfloat16 weights, for TensorRT.
 
     The types of an ONNX file rule in TensorRT. The float32 file is the one that was compared to PyTorch: onnxruntime
@@ -29,21 +35,36 @@ def write_typed(model: PluggableModel, exported: Sequence[Exported], calls: Call
         model: the model; its mixture is another one afterwards.
         exported: its exported ratios.
         calls: as for `ppcl_fx.export.export`.
+        request: what is to be built: sizes that the model does not take are refused here, where the model is.
 
     Returns:
         The sizes of the example, by the names of the open sizes.
 
     Raises:
-        PpclError: a graph cannot be exported.
+        PpclError: a graph cannot be exported, or does not serve a profile.
     """
     known = Translations()
     sizes: dict[str, int] = {}
     for ratio in exported:
         model.plug(students=ratio.students)
         prepared = prepare(*in_type(model.graph_module(), calls, torch.bfloat16))
-        write_onnx(prepared, typed_file(ratio.onnx), known)
         sizes = {axis.name: axis.size for axis in prepared.axes}
+        if request is not None and ratio is exported[0]:
+            _check_served(prepared, request.model_copy(update={"example": sizes}), ratio.onnx)
+        write_onnx(prepared, typed_file(ratio.onnx), known)
     return sizes
+
+
+def _check_served(prepared: Prepared, request: BuildRequest, onnx: Path) -> None:
+    """Refuse a profile whose largest or smallest sizes the model does not take."""
+    for profile in request.profiles(read_graph(onnx), str(onnx)):
+        for sizes in (
+            {name: size.max for name, size in profile.sizes.items()},
+            {name: size.min for name, size in profile.sizes.items()},
+        ):
+            reason = refused(prepared, sizes)
+            if reason is not None:
+                raise PpclError(f"profile {profile.name or 'of the options'}: {reason}; give another range")
 
 
 def build_engines(

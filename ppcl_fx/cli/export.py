@@ -159,7 +159,7 @@ def _engines(
     from ppcl_fx.export.tensorrt.trtexec import write_script
 
     with terminal.step("writing bfloat16 graphs"):
-        example = write_typed(model, exported.ratios, calls)
+        example = write_typed(model, exported.ratios, calls, request)
     request = request.model_copy(update={"example": example})
     places = find_graphs(exported.folder)
     for place in places:
