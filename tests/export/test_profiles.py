@@ -1,4 +1,4 @@
-"""Profiles as a person writes them become ranges of the sizes that a graph leaves open, or one line that says why not."""
+"""Profiles as a person writes them become ranges of the sizes that a graph leaves open, or one line of why not."""
 
 from __future__ import annotations
 

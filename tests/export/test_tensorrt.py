@@ -26,7 +26,15 @@ from ppcl_fx.cli.app import main
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import tensorrt_api
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.tensorrt import BuildOptions, Profile, Range, build_engine, load_engine, load_tensorrt, read_card
+from ppcl_fx.export.tensorrt import (
+    BuildOptions,
+    Profile,
+    Range,
+    build_engine,
+    load_engine,
+    load_tensorrt,
+    read_card,
+)
 from ppcl_fx.export.tensorrt.folder import build_folder
 from ppcl_fx.export.tensorrt.manifest import EngineCard
 from ppcl_fx.export.tensorrt.monitor import Monitor
@@ -81,9 +89,8 @@ def graph(tmp_path: Path) -> Path:
 
 
 def build(graph: Path, api: FakeApi, *, options: BuildOptions | None = None, **more: Any) -> EngineCard:
-    return build_engine(
-        graph, graph.with_suffix(".engine"), [PROFILE], options, api=api, gpu=GPU, cache=graph.parent / "t.cache", **more
-    )
+    engine, cache = graph.with_suffix(".engine"), graph.parent / "t.cache"
+    return build_engine(graph, engine, [PROFILE], options, api=api, gpu=GPU, cache=cache, **more)
 
 
 def files(folder: Path) -> list[str]:
@@ -347,7 +354,7 @@ def test_what_changed_since_the_build_is_refused_with_the_command(graph: Path, s
 def test_another_gpu_or_version_is_refused(graph: Path) -> None:
     build(graph, working())
     engine = graph.with_suffix(".engine")
-    with pytest.raises(PpclError, match=r"built for NVIDIA Test \(9.0\), and this is Other \(8.0\); build it here: ppcl"):
+    with pytest.raises(PpclError, match=r"for NVIDIA Test \(9.0\), and this is Other \(8.0\); build it here: ppcl"):
         load_engine(engine, tensorrt=(working(), Gpu("Other", "8.0", "13.0")))
     with pytest.raises(PpclError, match=r"built with TensorRT 11.4.0.106, and this is 11.5.0.1; build it here: ppcl"):
         load_engine(engine, tensorrt=(working(version="11.5.0.1"), GPU))
