@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from ppcl_fx.export.positions import PositionsAsInputs
     from ppcl_fx.export.sidecar import Sidecar
     from ppcl_fx.export.stitching import Translations
-    from ppcl_fx.export.tensorrt import EngineCard, Profile, build_engine
+    from ppcl_fx.export.tensorrt import BuildOptions, EngineCard, Profile, build_engine, load_engine, refit
     from ppcl_fx.export.tuples_apart import TuplesApart
 
 _HOME = {
+    "BuildOptions": "tensorrt",
     "ComplexToReal": "complex_to_real",
     "DropGuards": "drop_guards",
     "EngineCard": "tensorrt",
@@ -33,10 +34,13 @@ _HOME = {
     "check_artefacts": "artefacts",
     "export": "exporting",
     "export_graph": "exporting",
+    "load_engine": "tensorrt",
     "lower": "lowering",
+    "refit": "tensorrt",
 }
 
 __all__ = [
+    "BuildOptions",
     "ComplexToReal",
     "DropGuards",
     "EngineCard",
@@ -52,7 +56,9 @@ __all__ = [
     "check_artefacts",
     "export",
     "export_graph",
+    "load_engine",
     "lower",
+    "refit",
 ]
 
 

@@ -17,11 +17,11 @@ from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.artefacts import digest
 from ppcl_fx.export.extras import check_export, need
 from ppcl_fx.export.inputs import in_type, main_dtype
-from ppcl_fx.export.names import data_path, graph_path, manifest_path, ratio_name
+from ppcl_fx.export.names import data_path, graph_path, manifest_path, ratio_name, typed_graph_path
 from ppcl_fx.export.onnx_file import Prepared, compare, parameters_in, ports, prepare, save, translated
 from ppcl_fx.export.opened import MEMORY, Opened
 from ppcl_fx.export.parity import latency
-from ppcl_fx.export.publish import beside, check_free, publish
+from ppcl_fx.export.publish import beside, check_free, publish, withdraw
 from ppcl_fx.export.sidecar import Sidecar, WeightFile
 from ppcl_fx.export.weight_source import WeightFolder, WeightSource, weightless
 from ppcl_fx.export.weight_store import Store, stored
@@ -153,12 +153,10 @@ def export(
     if format not in FORMATS:
         raise PpclError(f"no format {format!r}{near(format, FORMATS)}; it is one of {', '.join(FORMATS)}")
     check_export()
-    from ppcl_fx.export.stitching import Translations
-
     folder = Path(out)
     paths = [graph_path(folder, ratio_name(keep)) for keep in keeps]
     check_free(paths, overwrite)
-    opened = Opened.of(model, memory_limit)
+    given, opened = model, Opened.of(model, memory_limit)
     model = opened.model
     before = model.students
     steps = _Steps(progress, STEPS * len(keeps))
@@ -167,23 +165,26 @@ def export(
         mixtures = []  # all can be reached, or none is begun
         for keep, path in zip(keeps, paths, strict=True):
             gm = model.plug(keep=keep).graph_module()
-            mixtures.append(_Mixture(gm, keep, model.students, path, calls, opened.unchecked))
+            mixtures.append(Mixture(gm, keep, model.students, path, calls, opened.unchecked))
         folder.mkdir(parents=True, exist_ok=True)
-        needed = {p.name for m in mixtures for ps in opened.weights.pieces(m.gm).values() for p in ps}
-        replaced = [manifest_path(path).name for path in paths]
-        sharing: AbstractContextManager[Store | None] = nullcontext(None)
-        if not embed:
-            sharing = stored(opened.weights, needed, folder, dtype, replaced, note)
-        with sharing as store:
-            work = _Work(opened.weights, store, dtype, tolerance, runs, known or Translations(), model.plan, steps.done)
-            results = [work.export(mixture) for mixture in mixtures]
+        results = write_graphs(
+            opened,
+            mixtures,
+            folder,
+            dtype=dtype,
+            embed=embed,
+            tolerance=tolerance,
+            runs=runs,
+            known=known,
+            step=steps.done,
+            note=note,
+        )
         for line in dict.fromkeys(ratio.unchecked for ratio in results if ratio.unchecked):
             note(line)
         if format == "tensorrt":
             from ppcl_fx.export.engines import build_engines
 
-            opened.require_memory(folder)
-            results = build_engines(model, results, calls, profile)
+            results = build_engines(given, results, calls, profile)
     finally:
         model.plug(students=before)
         if new and folder.is_dir() and not any(folder.iterdir()):
@@ -232,12 +233,57 @@ def export_graph(
     check_free([path], overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = _Work(WeightSource.memory(gm), None, dtype, tolerance, runs, known or Translations(), plan, step)
-    return work.export(_Mixture(gm, keep, tuple(students), path, calls, None))
+    return work.export(Mixture(gm, keep, tuple(students), path, calls, None))
+
+
+def write_graphs(
+    opened: Opened,
+    mixtures: Sequence[Mixture],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    embed: bool = False,
+    tolerance: float = 1e-4,
+    runs: int = 10,
+    known: Translations | None = None,
+    axes: Sequence[Axis] | None = None,
+    step: Callable[[], None] = lambda: None,
+    note: Callable[[str], None] = lambda line: None,
+) -> list[Exported]:
+    """Write a graph for each mixture of a model, in place of what is there, over one copy of the weights.
+
+    Args:
+        opened: the model.
+        mixtures: what to write.
+        folder: where the graphs lie.
+        dtype: as for `export`.
+        embed: as for `export`.
+        tolerance: as for `export`.
+        runs: as for `export`.
+        known: as for `export`.
+        axes: sizes that may change, where they are known already.
+        step: called after each of the `STEPS` steps of a mixture.
+        note: as for `export`.
+
+    Raises:
+        PpclError: as for `export`.
+    """
+    from ppcl_fx.export.stitching import Translations
+
+    needed = {p.name for m in mixtures for ps in opened.weights.pieces(m.gm).values() for p in ps}
+    replaced = [manifest_path(mixture.path).name for mixture in mixtures]
+    sharing: AbstractContextManager[Store | None] = nullcontext(None)
+    if not embed:
+        sharing = stored(opened.weights, needed, folder, dtype, replaced, note)
+    with sharing as store:
+        known = known or Translations()
+        work = _Work(opened.weights, store, dtype, tolerance, runs, known, opened.model.plan, step, axes)
+        return [work.export(mixture) for mixture in mixtures]
 
 
 @dataclass(frozen=True)
-class _Mixture:
-    """A graph to export, and why it cannot be checked, if so."""
+class Mixture:
+    """A graph to export, where to, and why it cannot be checked, if so."""
 
     gm: GraphModule
     keep: float
@@ -259,9 +305,9 @@ class _Work:
     known: Translations
     plan: Plan | None
     step: Callable[[], None]
-    axes: tuple[Axis, ...] | None = None
+    axes: Sequence[Axis] | None = None
 
-    def export(self, mixture: _Mixture) -> Exported:
+    def export(self, mixture: Mixture) -> Exported:
         """Export one graph."""
         started = time.perf_counter()
         prepared = prepare(*in_type(mixture.gm, mixture.calls, self.dtype), found=self.axes)
@@ -293,6 +339,7 @@ class _Work:
                 publish(data, data_path(final))
             publish(path, final)
         write_json(manifest_path(final), card)
+        withdraw(typed_graph_path(final))
         self.step()
         return Exported(
             keep=mixture.keep,
@@ -315,7 +362,7 @@ class _Work:
         return read_late(self.weights, self.weights.pieces(gm)) if weightless(gm) else None
 
     def _checked(
-        self, prepared: Prepared, path: Path, mixture: _Mixture
+        self, prepared: Prepared, path: Path, mixture: Mixture
     ) -> tuple[dict[str, float], float | None, str | None]:
         """Compare to PyTorch and time; or say why not."""
         unchecked = mixture.unchecked

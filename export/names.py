@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 WEIGHTS = "weights"
@@ -9,6 +10,9 @@ WEIGHTS = "weights"
 
 TIMINGS = "timing.cache"
 """TensorRT's kernel timings, shared by all ratios."""
+
+
+_RATIO = re.compile(r"keep-([0-9]*\.?[0-9]+)")
 
 
 def ratio_name(keep: float) -> str:
@@ -31,16 +35,22 @@ def data_path(graph: Path) -> Path:
     return graph.with_name(f"{graph.name}.data")
 
 
-def typed_graph_path(graph: Path, dtype: str) -> Path:
-    """Return where the graph that an engine is built from lies: ``OUT/keep-0.7.bf16.onnx``."""
-    return graph.with_name(f"{graph.stem}.{dtype}.onnx")
+def typed_graph_path(graph: Path) -> Path:
+    """Return where a float32 graph lies once more in bfloat16, for an engine: ``OUT/keep-0.7.bf16.onnx``."""
+    return graph.with_name(f"{graph.stem}.bf16.onnx")
 
 
-def engine_path(graph: Path, dtype: str) -> Path:
-    """Return where the engine of a graph lies: ``OUT/keep-0.7.bf16.engine``."""
-    return graph.with_name(f"{graph.stem}.{dtype}.engine")
+def engine_path(graph: Path) -> Path:
+    """Return where the engine built from a graph lies: ``OUT/keep-0.7.bf16.engine``."""
+    return graph.with_suffix(".engine")
 
 
-def timings_path(graph: Path) -> Path:
-    """Return where TensorRT's kernel timings lie."""
-    return graph.with_name(TIMINGS)
+def engine_manifest_path(engine: Path) -> Path:
+    """Return where the manifest of an engine lies: ``OUT/keep-0.7.bf16.engine.json``."""
+    return engine.with_name(f"{engine.name}.json")
+
+
+def ratio_of(graph: Path) -> float | None:
+    """Return the ratio that a graph or its manifest is called by; None for a graph in another type, or another file."""
+    found = _RATIO.fullmatch(graph.stem)
+    return None if found is None else float(found[1])

@@ -124,17 +124,6 @@ def save(model: Any, path: Path, *, embed: bool) -> Path | None:
     return data
 
 
-def write_onnx(prepared: Prepared, path: Path, known: Any) -> Any:
-    """Translate a prepared graph and write it with its weights; see `translated` and `save`.
-
-    Returns:
-        The `onnx_ir.Model`.
-    """
-    model = translated(prepared, known)
-    save(model, path, embed=True)
-    return model
-
-
 def compare(prepared: Prepared, path: Path) -> tuple[dict[str, float], Any]:
     """Run a file in onnxruntime on every shape and compare it to PyTorch.
 

@@ -55,11 +55,3 @@ class Opened:
         needed = size_words(COPIES * size)
         why = f"not checked against PyTorch: the weights were not read ({needed} and more with --memory-limit checks)"
         return cls(model.model, weights, why)
-
-    def require_memory(self, folder: Path) -> None:
-        """Raise `PpclError` where the weights are not in memory, which an engine is still built from."""
-        if self.unchecked is not None:
-            raise PpclError(
-                "an engine is built from weights in memory: allow that with --memory-limit; "
-                f"the ONNX files stay in {folder}"
-            )

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.names import manifest_path
 
 
 @contextmanager
@@ -41,6 +42,12 @@ def publish(written: Path, final: Path) -> None:
     sync(written)
     os.replace(written, final)
     sync(final.parent)
+
+
+def withdraw(graph: Path) -> None:
+    """Remove a graph and its manifest, where they are: what they were made from is no more."""
+    manifest_path(graph).unlink(missing_ok=True)
+    graph.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

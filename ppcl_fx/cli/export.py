@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ppcl_fx.cli import engine_options as on
 from ppcl_fx.cli.boundary import Result
 from ppcl_fx.cli.options import Json, MemoryLimit, Overwrite, Verbose, check_output, choice, parse_keeps
 from ppcl_fx.cli.teacher import Recorded, open_calls, open_student
 from ppcl_fx.cli.terminal import Terminal
+from ppcl_fx.errors import PpclError
 from ppcl_fx.memory import parse_size
 
 if TYPE_CHECKING:
+    from ppcl_fx.calls import Calls
     from ppcl_fx.export import ExportResult
+    from ppcl_fx.export.tensorrt.request import BuildRequest
     from ppcl_fx.export.weight_source import WeightFolder
     from ppcl_fx.model import PluggableModel
 
-FORMATS = ("onnx", "tensorrt", "diffusers", "released")
+FORMATS = ("onnx", "tensorrt", "trtexec", "diffusers", "released")
+ENGINES = ("tensorrt", "trtexec")
+"""Formats that TensorRT engines are built from."""
 FOLDERS = ("diffusers", "released")
 """Formats that are model folders; they need neither onnxruntime nor calls."""
 
@@ -43,7 +49,8 @@ def export(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="'onnx', 'tensorrt' for an engine beside each ONNX file, 'diffusers' for folders that diffusers loads "
+            help="'onnx', 'tensorrt' for an engine beside each ONNX file, 'trtexec' for a script that builds them, "
+            "'diffusers' for folders that diffusers loads "
             "by itself (depth edits alone), or 'released' for the layout of the paper's checkpoints.",
         ),
     ] = "onnx",
@@ -67,6 +74,26 @@ def export(
         float, typer.Option(min=0.0, help="Largest difference to PyTorch that is allowed.")
     ] = 1e-4,
     runs: Annotated[int, typer.Option(min=1, help="Runs timed for the latency.")] = 10,
+    onnx_only: Annotated[
+        bool,
+        typer.Option(
+            "--onnx-only",
+            rich_help_panel=on.PANEL,
+            help="Build no engine; 'ppcl-fx build ENGINES' does so, on another machine perhaps.",
+        ),
+    ] = False,
+    shapes: on.Shapes = None,
+    tokens: on.Tokens = None,
+    batch: on.Batch = None,
+    text: on.Text = None,
+    size: on.Size = None,
+    pixels_per_token: on.PixelsPerToken = None,
+    workspace: on.Workspace = None,
+    level: on.Level = None,
+    refit: on.Refit = None,
+    stripped: on.Stripped = False,
+    weight_streaming: on.WeightStreaming = None,
+    version_compatible: on.VersionCompatible = False,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
     json: Json = False,
@@ -80,6 +107,21 @@ def export(
     choice("--dtype", dtype, DTYPES)
     limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
     terminal = Terminal(verbose)
+    wanted = {
+        "shapes": shapes,
+        "tokens": tokens,
+        "batch": batch,
+        "text": text,
+        "size": size,
+        "pixels_per_token": pixels_per_token,
+        "workspace": workspace,
+        "level": level,
+        "refit": refit,
+        "stripped": stripped,
+        "weight_streaming": weight_streaming,
+        "version_compatible": version_compatible,
+    }
+    request = _request(format, onnx_only, wanted)
 
     if format in FOLDERS:
         check_output(out, overwrite=overwrite)
@@ -100,7 +142,6 @@ def export(
             model,
             keeps,
             out,
-            format=cast(Literal["onnx", "tensorrt"], format),
             calls=recorded.calls if recorded is not None else None,
             dtype=types[dtype],
             embed=embed,
@@ -111,7 +152,57 @@ def export(
             progress=progress,
             note=notes.append,
         )
-    return _result(exported, notes)
+    if request is None:
+        return _result(exported, notes)
+    used = recorded.calls if recorded is not None else None
+    return _engines(model, exported, used, request, format, onnx_only, notes, terminal)
+
+
+def _request(format: str, onnx_only: bool, wanted: dict[str, Any]) -> BuildRequest | None:
+    """Return what engines are asked for, before any long work; none for other formats."""
+    named = [name for name, value in {"onnx_only": onnx_only, **wanted}.items() if value not in (None, False)]
+    if format not in ENGINES:
+        if named:
+            option = f"--{named[0].replace('_', '-')}"
+            raise PpclError(f"{option}: only for --format {' or '.join(ENGINES)}; leave it out, or name that format")
+        return None
+    from ppcl_fx.export.tensorrt.request import BuildRequest
+
+    return on.request_from(BuildRequest(), **wanted)
+
+
+def _engines(
+    model: PluggableModel | WeightFolder,
+    exported: ExportResult,
+    calls: Calls | None,
+    request: BuildRequest,
+    format: str,
+    onnx_only: bool,
+    notes: list[str],
+    terminal: Terminal,
+) -> Result:
+    """Write the graphs in the engines' type and what to build from them; then build, here and now if that is wanted."""
+    from ppcl_fx.cli.build import built
+    from ppcl_fx.export.engines import write_typed
+    from ppcl_fx.export.tensorrt.places import find_graphs, read_graph
+    from ppcl_fx.export.tensorrt.request import write_request
+    from ppcl_fx.export.tensorrt.trtexec import write_script
+
+    with terminal.step("writing bfloat16 graphs"):
+        example = write_typed(model, exported.ratios, calls, request, notes.append)
+    request = request.model_copy(update={"example": example})
+    places = find_graphs(exported.folder)
+    for place in places:
+        request.profiles(read_graph(place.onnx), str(place.onnx))
+    write_request(exported.folder, request)
+    result = _result(exported, notes)
+    if format == "trtexec":
+        script = write_script(places, request)
+        return Result(result.data | {"script": str(script)}, [*result.lines, f"build the engines with: sh {script}"])
+    if onnx_only:
+        return Result(result.data, [*result.lines, f"build the engines with: ppcl-fx build {exported.folder}"])
+    engines = built(exported.folder, request, True, terminal)
+    return Result(result.data | engines.data, [*result.lines, *engines.lines])
 
 
 def _opened(
