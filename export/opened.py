@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ppcl_fx.effects import EFFECTS, load_effects
-from ppcl_fx.errors import PpclError
 from ppcl_fx.export.weight_source import WeightFolder, WeightSource
 from ppcl_fx.long_files import form_bytes
 from ppcl_fx.memory import size_words
