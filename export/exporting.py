@@ -19,6 +19,7 @@ from ppcl_fx.export.extras import check_export, need
 from ppcl_fx.export.graph_run import refresh_examples
 from ppcl_fx.export.onnx_file import Prepared, compare, floats_as, parameters_in, ports, prepare, write_onnx
 from ppcl_fx.export.parity import latency
+from ppcl_fx.export.runtime.head import write_head
 from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.files import new_folder, write_json
 from ppcl_fx.graphs import parameter_count
@@ -153,6 +154,7 @@ def export(
             )
             for keep, students in mixtures
         ]
+        write_head(model, folder)
         if format == "tensorrt":
             from ppcl_fx.export.engines import build_engines
 

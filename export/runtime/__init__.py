@@ -1,0 +1,8 @@
+"""Put an exported model back into a pipeline: files of a folder, position tables, sessions, the transformer."""
+
+from __future__ import annotations
+
+from ppcl_fx.export.runtime.artefacts import Artefact, artefacts
+from ppcl_fx.export.runtime.engine import EngineTransformer
+
+__all__ = ["Artefact", "EngineTransformer", "artefacts"]
