@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build
 from ppcl_fx.export.onnx_file import floats_as
-from ppcl_fx.export.positions import PositionsAsInputs, tables
+from ppcl_fx.export.positions import POSITIONS, PositionsAsInputs
+from ppcl_fx.export.runtime.sizes_only import SizesOnly
 from ppcl_fx.export.tuples_apart import TuplesApart
 from ppcl_fx.files import read_json, write_json
 from ppcl_fx.graphs import draft
@@ -114,7 +115,8 @@ class Front:
         result = run((TuplesApart(), PositionsAsInputs()), draft(self.gm))
         if result.refused:
             raise PpclError(f"the model's positions cannot become inputs: {result.refused[0].reason}; export again")
-        self._parted = result.graph_module
+        parted = result.graph_module
+        self._maker = SizesOnly(parted) if POSITIONS in parted.meta else None
         self._known: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
 
     def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,20 +135,13 @@ class Front:
 
         Raises:
             GuardError: the positions were traced for another kind of call.
-            PpclError: an argument is missing.
         """
-        stand_ins = {name: _stand_in(value) for name, value in bound.items()}
-        key = repr([(n, (v.shape, v.dtype) if isinstance(v, torch.Tensor) else v) for n, v in stand_ins.items()])
+        if self._maker is None:
+            return {}
+        key = repr([(n, (v.shape, v.dtype) if isinstance(v, torch.Tensor) else v) for n, v in bound.items()])
         if key not in self._known:
-            self._known[key] = tables(self._parted, stand_ins)
+            self._known[key] = self._maker.tables(bound)
             if len(self._known) > REMEMBERED:
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         return self._known[key]
-
-
-def _stand_in(value: Any) -> Any:
-    """Return a tensor of the same shape and type that takes no memory; anything else as it is."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    return torch.zeros((), dtype=value.dtype).expand(value.shape)

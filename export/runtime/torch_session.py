@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from ppcl_fx.export.runtime.head import Front
 from ppcl_fx.export.runtime.limits import TYPES
 from ppcl_fx.export.runtime.sessions import Choice
 from ppcl_fx.files import inside
+from ppcl_fx.graphs import finished
 
 
 class TorchSession:
@@ -34,7 +36,8 @@ class TorchSession:
     def __init__(self, choice: Choice, front: Front, shared: dict[Any, torch.Tensor]) -> None:
         self.choice = choice
         lowered = lower(front.gm)
-        self.graph, self.inputs = lowered.graph, lowered.inputs
+        # A copy: the mixtures of other ratios share the modules, and those stay on the meta device.
+        self.graph, self.inputs = copy.deepcopy(finished(lowered.graph)), lowered.inputs
         _fill(self.graph, dict(_weights(choice.file, shared)), choice, shared)
         self.graph.eval()
 
