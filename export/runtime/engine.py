@@ -180,12 +180,14 @@ class EngineTransformer(_DiffusersModel):
             name: typed(ports[name], value) if name in ports and isinstance(value, torch.Tensor) else value
             for name, value in front.bound(args, kwargs).items()
         }
+        wider = f"make one that does with: {choice.again}" if choice.ranges else "the other sizes are part of the model"
+        given = [port for port in choice.inputs if port.name in bound]
+        sizes_of(choice.file.name, given, bound, choice.ranges, wider)  # before the tables are made for them
         known = {**bound, **front.tables(bound)}
         lost = [name for name in ports if name not in known]
         if lost:
             raise PpclError(f"{choice.file} takes {lost[0]!r}, which head.json does not give; export again")
         feeds = {name: typed(port, known[name]) for name, port in ports.items()}
-        wider = f"make one that does with: {choice.again}" if choice.ranges else "the other sizes are part of the model"
         sizes = sizes_of(choice.file.name, choice.inputs, feeds, choice.ranges, wider)
         came_from = next(value.device for value in bound.values() if isinstance(value, torch.Tensor))
         session = self._sessions.get(choice, front)

@@ -1,0 +1,272 @@
+"""An exported folder in the place of a pipeline's transformer: the same pictures, and one line for what cannot be."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ModelMixin
+
+import ppcl_fx
+from ppcl_fx import EngineTransformer
+from ppcl_fx.errors import GuardError, PpclError
+from ppcl_fx.export import export, lower
+from ppcl_fx.export.runtime import artefacts
+from ppcl_fx.export.runtime.limits import sizes_of, typed
+from ppcl_fx.export.runtime.sessions import choose
+from ppcl_fx.export.runtime.tensorrt_session import check_fits
+from ppcl_fx.export.sidecar import Port
+from ppcl_fx.export.tensorrt import EngineCard, Profile, Range
+from ppcl_fx.model import PluggableModel
+from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.shapes import load_pipeline
+from ppcl_fx.shapes.captions import parse
+from ppcl_fx.shapes.checker import check
+from ppcl_fx.tracing import bind, trace
+from tests.export.flat_folder import flat
+
+RUNS = [(1, 3), (4, 6), (7, 9), (10, 14)]
+KEEPS = [1.0, 0.7, 0.5]
+PROMPTS = ["a red circle", "a blue square above a green circle", "two yellow triangles"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PluggableModel, Path]:
+    """The shipped pipeline, its pluggable model with untrained students, and that model exported."""
+    pipeline = load_pipeline()
+    pipeline.set_progress_bar_config(disable=True)
+    calls = ppcl_fx.record(pipeline, ["a red circle"], num_inference_steps=1)
+    edits = [DepthEdit(stack="transformer_blocks", first=first, last=last) for first, last in RUNS]
+    model = ppcl_fx.rewrite(trace(pipeline.transformer, calls.examples()), Plan(edits=[*edits])).eval()
+    folder = tmp_path_factory.mktemp("engines")
+    export(model, KEEPS, folder, calls=calls, runs=1)
+    return pipeline, model, flat(folder)
+
+
+@pytest.fixture(scope="module")
+def opened(made: Any) -> EngineTransformer:
+    """The exported folder; what a test leaves plugged is of no matter to the others."""
+    return EngineTransformer(made[2], device="cpu")
+
+
+def draw(pipeline: Any, transformer: Any) -> torch.Tensor:
+    """Draw one picture for each prompt, with guidance; values from 0 to 255."""
+    pipeline.transformer = transformer
+    generator = torch.Generator().manual_seed(0)
+    pictures = pipeline(PROMPTS, num_inference_steps=4, generator=generator, output_type="pt").images
+    assert isinstance(pictures, torch.Tensor)
+    return (255 * pictures).round()
+
+
+def a_call(batch: int = 1, height: int = 8, width: int = 8, words: int = 9, channels: int = 27) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(batch)
+    return {
+        "hidden_states": torch.randn(batch, height * width, channels, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, words, 64, generator=generator),
+        "timestep": torch.full((batch,), 0.5),
+        "img_shapes": [[(1, height, width)]] * batch,
+    }
+
+
+def answer(model: Any, kwargs: dict[str, Any]) -> torch.Tensor:
+    with torch.no_grad():
+        result = model(**kwargs, return_dict=False)[0]
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+# ---- the same pictures -----------------------------------------------------------------------------------------
+
+
+def test_a_stock_pipeline_draws_the_same_pictures_at_every_ratio(made: Any, opened: Any) -> None:
+    (pipeline, model, _), engine = made, opened
+    assert engine.keeps == KEEPS
+    scores = []
+    for keep in KEEPS:
+        expected = draw(pipeline, model.plug(keep=keep))
+        pictures = draw(pipeline, engine.plug(keep=keep))
+        assert pipeline.transformer is engine
+        assert (pictures - expected).abs().max() <= 1
+        prompts = [parse(text) for text in PROMPTS]
+        found = [check(one / 127.5 - 1, prompt) for one, prompt in zip(pictures, prompts, strict=True)]
+        assert found == [check(one / 127.5 - 1, prompt) for one, prompt in zip(expected, prompts, strict=True)]
+        scores.append(sum(found))
+        assert (engine.students, engine.param_count()) == (model.students, model.param_count())
+    assert scores[0] > 0
+    assert set(engine._sessions.opened) == set(KEEPS)
+
+
+def test_pytorch_runs_the_exported_weights_to_the_bit(made: Any) -> None:
+    _, model, folder = made
+    engine = EngineTransformer(folder, backend="torch", device="cpu")
+    for keep in KEEPS[2:]:
+        kwargs = a_call(batch=2, height=6, width=10, words=14)
+        assert torch.equal(answer(engine.plug(keep=keep), kwargs), answer(model.plug(keep=keep), kwargs))
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"batch": 1}, {"batch": 3, "height": 6, "width": 10, "words": 14}, {"height": 12, "words": 3}]
+)
+def test_other_resolutions_text_lengths_and_batches(made: Any, opened: Any, sizes: dict[str, int]) -> None:
+    model, engine = made[1], opened.plug(keep=0.5)
+    model.plug(keep=0.5)
+    kwargs = a_call(**sizes)
+    for _ in range(2):
+        assert torch.allclose(answer(engine, kwargs), answer(model, kwargs), atol=1e-5)
+    # The same tables as from the model with its weights, to the bit.
+    real = lower(model.graph_module()).feeds(bind(model.graph_module(), kwargs))
+    tables = engine._front().tables(kwargs)
+    assert set(tables) == set(real) - set(kwargs)
+    assert all(torch.equal(table, real[name]) for name, table in tables.items())
+
+
+# ---- as a transformer ------------------------------------------------------------------------------------------
+
+
+def test_it_has_what_pipelines_ask_for(made: Any, opened: Any) -> None:
+    model, engine = made[1], opened.plug(keep=0.5)
+    assert isinstance(engine, ModelMixin)
+    assert (engine.backend, engine.dtype, engine.device) == ("onnxruntime", torch.float32, torch.device("cpu"))
+    assert dict(engine.config) == dict(model.config)
+    assert engine.config.in_channels == 27
+    kwargs = a_call()
+    with engine.cache_context("cond"):
+        result = engine(**kwargs)
+    hidden = kwargs.pop("hidden_states")
+    assert torch.equal(result.sample, engine(hidden, **kwargs, return_dict=False)[0])
+    assert engine.to("cpu", torch.float32) is engine
+    assert list(engine.parameters()) == []
+    with pytest.raises(PpclError, match=r"keep-0.5.onnx computes in float32, and .* cannot be changed to bfloat16"):
+        engine.to(torch.bfloat16)
+    with pytest.raises(PpclError, match="copy the folder"):
+        engine.save_pretrained("anywhere")
+
+
+def test_files_are_opened_when_they_are_called(made: Any) -> None:
+    _, model, folder = made
+    engine = EngineTransformer(folder, device="cpu")
+    assert engine.keep == 1.0
+    assert engine._sessions.opened == {}
+    answer(engine.plug(keep=0.5), a_call())
+    first = dict(engine._sessions.opened)
+    answer(engine, a_call())
+    assert engine._sessions.opened == first
+    assert list(first) == [0.5]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_ratio_gets_a_near_one(made: Any) -> None:
+    _, _, folder = made
+    with pytest.raises(PpclError, match=r"no ratio 0.55 \(did you mean '0.5'\?\); it has 1, 0.7, 0.5") as caught:
+        EngineTransformer(folder).plug(keep=0.55)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(PpclError, match=r"no backend 'onnx' \(did you mean 'onnxruntime'\?\)"):
+        EngineTransformer(folder, backend="onnx")
+    with pytest.raises(PpclError, match="TensorRT runs on NVIDIA GPUs, not on cpu; use backend='onnxruntime'"):
+        EngineTransformer(folder, backend="tensorrt", device="cpu")
+
+
+def test_a_missing_runtime_is_named_and_another_is_taken(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, folder = made
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(PpclError, match=r'onnxruntime is not installed: pip install "ppcl-fx\[export\]"'):
+        EngineTransformer(folder, backend="onnxruntime", device="cpu")
+    assert EngineTransformer(folder, device="cpu").backend == "torch"
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    with pytest.raises(PpclError, match=r'pip install "ppcl-fx\[export\]"; nothing here can run'):
+        EngineTransformer(folder, device="cpu")
+
+
+def test_calls_outside_of_what_was_exported(made: Any, opened: Any) -> None:
+    model, engine = made[1], opened.plug(keep=0.5)
+    kwargs = a_call(channels=28)
+    with pytest.raises(PpclError, match=r"keep-0.5.onnx takes hidden_states \[.*, 27\], and dimension 2 .* is 28"):
+        answer(engine, kwargs)
+    kwargs = a_call() | {"img_shapes": [[(1, 4, 8)]]}
+    with pytest.raises(PpclError, match=r"hidden_states_1 is 32 here but 64 in hidden_states; make them equal"):
+        answer(engine, kwargs)
+    with pytest.raises(PpclError, match="the input 'timestep' is torch.int64"):
+        answer(engine, a_call() | {"timestep": torch.tensor([500])})
+    with pytest.raises(GuardError, match="guidance"):
+        answer(engine, a_call() | {"guidance": torch.ones(1)})
+
+
+def test_ranges_of_a_profile() -> None:
+    ports = [Port(name="x", dtype="float", shape=["batch", "x_1", 4]), Port(name="t", dtype="float", shape=["batch"])]
+    ranges = {"batch": Range(min=1, opt=2, max=4), "x_1": Range(min=16, opt=16, max=64)}
+
+    def sizes(batch: int, tokens: int, times: int) -> dict[str, int]:
+        feeds = {"x": torch.zeros(batch, tokens, 4), "t": torch.zeros(times)}
+        return sizes_of("keep-0.7.engine", ports, feeds, ranges, "run: COMMAND")
+
+    assert sizes(4, 64, 4) == {"batch": 4, "x_1": 64}
+    with pytest.raises(PpclError, match=r"^keep-0.7.engine takes from 1 to 4 for batch of x, .* 5; run: COMMAND$"):
+        sizes(5, 64, 5)
+    with pytest.raises(PpclError, match="from 16 to 64 for x_1 of x, and this call has 8"):
+        sizes(1, 8, 1)
+    with pytest.raises(PpclError, match="batch is 3 here but 2 in x; make them equal"):
+        sizes(2, 16, 3)
+    assert typed(ports[1], torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_an_engine_of_another_gpu_or_version_is_refused_with_the_command(made: Any, tmp_path: Path) -> None:
+    _, _, folder = made
+    shutil.copytree(folder, tmp_path / "engines")
+    inputs = artefacts(folder)[0.7].manifest.inputs
+    profile = Profile(sizes={"batch": Range(min=1, opt=1, max=2)})
+    card = EngineCard(
+        file="keep-0.7.bf16.engine", onnx="keep-0.7.bf16.onnx", dtype="bfloat16", tensorrt="11.4.0", gpu="NVIDIA H100",
+        profile=profile, inputs=inputs, timing_cache="timing.cache", seconds=1.0,
+    )  # fmt: skip
+    engine = tmp_path / "engines" / card.file
+    engine.write_bytes(b"engine")
+    engine.with_name(f"{card.file}.json").write_text(card.model_dump_json())
+    found = artefacts(tmp_path / "engines")
+    assert [one.engine for one in found.values()] == [None, engine, None]
+    again = f"ppcl-fx export STUDENT --keep 0.7 --format tensorrt -o {engine.parent} --overwrite"
+    check_fits(card, engine, "11.4.0", "NVIDIA H100", again)
+    for version, gpu, words in (
+        ("11.4.0", "NVIDIA L4", "for the GPU NVIDIA H100, and here is NVIDIA L4"),
+        ("11.5.1", "NVIDIA H100", "for TensorRT 11.4.0, and here is 11.5.1"),
+    ):
+        with pytest.raises(PpclError, match=words) as caught:
+            check_fits(card, engine, version, gpu, again)
+        assert again in str(caught.value)
+    cuda = torch.device("cuda")
+    with pytest.raises(PpclError, match=r"no engine for the ratio 0.5; run: ppcl-fx export STUDENT --keep 0.5"):
+        choose(found[0.5], "tensorrt", cuda)
+    # On a CPU the engine is not looked at: its ratio runs from its ONNX file.
+    assert EngineTransformer(engine.parent, keep=0.7, device="cpu").backend == "onnxruntime"
+
+
+def test_a_damaged_folder(made: Any, tmp_path: Path) -> None:
+    _, model, folder = made
+    with pytest.raises(PpclError, match="holds no exported ratio"):
+        EngineTransformer(tmp_path)
+    copy = tmp_path / "engines"
+    shutil.copytree(folder, copy)
+    weights = [path for path in copy.rglob("*") if path.is_file() and path.stat().st_size > 1 << 20]
+    for data in weights:
+        data.write_bytes(data.read_bytes()[:1000])
+    for backend, words in (("onnxruntime", "onnxruntime does not open it"), ("torch", "is shorter than")):
+        with pytest.raises(PpclError, match=words) as caught:
+            answer(EngineTransformer(copy, keep=0.5, backend=backend, device="cpu"), a_call())
+        assert "\n" not in str(caught.value)
+    (copy / "keep-0.7.onnx").unlink()
+    with pytest.raises(PpclError, match=r"keep-0.7.onnx: no such file, and keep-0.7.json names it"):
+        EngineTransformer(copy)
+    manifest = json.loads((copy / "keep-0.7.json").read_text())
+    (copy / "keep-0.7.json").write_text(json.dumps(manifest | {"file": "../keep-0.7.onnx"}))
+    with pytest.raises(PpclError, match="leaves its folder"):
+        EngineTransformer(copy)
+    (copy / "keep-0.7.json").unlink()
+    (copy / "head.json").unlink()
+    with pytest.raises(PpclError, match="head.json: no such file"):
+        EngineTransformer(copy)
