@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ppcl_fx.export.artefacts import check_artefacts
     from ppcl_fx.export.complex_to_real import ComplexToReal
     from ppcl_fx.export.drop_guards import DropGuards
     from ppcl_fx.export.exporting import Exported, ExportResult, export, export_graph
@@ -31,6 +32,7 @@ _HOME = {
     "Translations": "stitching",
     "TuplesApart": "tuples_apart",
     "build_engine": "tensorrt",
+    "check_artefacts": "artefacts",
     "export": "exporting",
     "export_graph": "exporting",
     "lower": "lowering",
@@ -50,6 +52,7 @@ __all__ = [
     "Translations",
     "TuplesApart",
     "build_engine",
+    "check_artefacts",
     "export",
     "export_graph",
     "lower",

@@ -80,7 +80,7 @@ def _tensors(segment: Segment) -> list[torch.Tensor]:
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return torch.empty(tensor.shape, dtype=tensor.dtype)  # real for the exporter, and never touched
 
 
 @contextlib.contextmanager

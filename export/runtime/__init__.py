@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppcl_fx.export.runtime.artefacts import Artefact, artefacts
+from ppcl_fx.export.runtime.folder import Artefact, artefacts
 from ppcl_fx.export.runtime.engine import EngineTransformer
 
 __all__ = ["Artefact", "EngineTransformer", "artefacts"]

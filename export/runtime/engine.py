@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.export.runtime.artefacts import artefacts
+from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.head import Front, pluggable_graph, read_head
 from ppcl_fx.export.runtime.limits import sizes_of, typed
 from ppcl_fx.export.runtime.sessions import AUTO, Choice, Sessions, choose

@@ -12,7 +12,7 @@ import torch
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.runtime.artefacts import Artefact
+from ppcl_fx.export.runtime.folder import Artefact
 from ppcl_fx.export.runtime.head import Front
 from ppcl_fx.export.runtime.limits import TYPES
 from ppcl_fx.export.sidecar import Port

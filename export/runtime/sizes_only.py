@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map_only
 
+from ppcl_fx.export.graph_run import buffers_on_meta
 from ppcl_fx.export.positions import POSITIONS, looks_only
 
 
@@ -48,7 +49,9 @@ class SizesOnly(Interpreter):
         if n not in self._of_values or n.op in ("placeholder", "output"):
             return super().run_node(n)
         args, kwargs = tree_map_only(torch.Tensor, _on_meta, self.fetch_args_kwargs_from_env(n))
-        result = getattr(self, n.op)(n.target, args, kwargs)
+        inside = self.fetch_attr(n.target) if n.op == "call_module" else torch.nn.Module()
+        with buffers_on_meta(inside, True):
+            result = getattr(self, n.op)(n.target, args, kwargs)
         return tree_map_only(torch.Tensor, stand_in, result)
 
 

@@ -17,6 +17,7 @@ from ppcl_fx.export.lowering import lower
 from ppcl_fx.export.runtime.head import Front
 from ppcl_fx.export.runtime.limits import TYPES
 from ppcl_fx.export.runtime.sessions import Choice
+from ppcl_fx.export.stitching import ROWS
 from ppcl_fx.files import inside
 from ppcl_fx.graphs import finished
 
@@ -38,7 +39,7 @@ class TorchSession:
         lowered = lower(front.gm)
         # A copy: the mixtures of other ratios share the modules, and those stay on the meta device.
         self.graph, self.inputs = copy.deepcopy(finished(lowered.graph)), lowered.inputs
-        _fill(self.graph, dict(_weights(choice.file, shared)), choice, shared)
+        _fill(self.graph, _joined(dict(_weights(choice.file, shared))), choice, shared)
         self.graph.eval()
 
     def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
@@ -76,6 +77,15 @@ def _weights(file: Path, shared: dict[Any, torch.Tensor]) -> Iterator[tuple[str,
         else:
             data = torch.frombuffer(bytearray(const.tobytes() or b"\0"), dtype=torch.uint8)[: const.nbytes]
         yield name, _as(data, dtype).view(tuple(const.shape))
+
+
+def _joined(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Put the rows of weights together that the file has in several parts, as its graph does."""
+    parts: dict[str, dict[int, torch.Tensor]] = {}
+    for name in [name for name in weights if name.rpartition(ROWS)[2].isdigit()]:
+        whole, _, number = name.rpartition(ROWS)
+        parts.setdefault(whole, {})[int(number)] = weights.pop(name)
+    return weights | {name: torch.cat([rows[i] for i in sorted(rows)]) for name, rows in parts.items()}
 
 
 def _part(file: Path, const: Any, shared: dict[Any, torch.Tensor]) -> torch.Tensor:

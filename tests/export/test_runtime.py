@@ -28,7 +28,6 @@ from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.shapes.captions import parse
 from ppcl_fx.shapes.checker import check
 from ppcl_fx.tracing import bind, trace
-from tests.export.flat_folder import flat
 
 RUNS = [(1, 3), (4, 6), (7, 9), (10, 14)]
 KEEPS = [1.0, 0.7, 0.5]
@@ -45,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PluggableModel,
     model = ppcl_fx.rewrite(trace(pipeline.transformer, calls.examples()), Plan(edits=[*edits])).eval()
     folder = tmp_path_factory.mktemp("engines")
     export(model, KEEPS, folder, calls=calls, runs=1)
-    return pipeline, model, flat(folder)
+    return pipeline, model, folder
 
 
 @pytest.fixture(scope="module")
@@ -252,10 +251,14 @@ def test_a_damaged_folder(made: Any, tmp_path: Path) -> None:
         EngineTransformer(tmp_path)
     copy = tmp_path / "engines"
     shutil.copytree(folder, copy)
-    weights = [path for path in copy.rglob("*") if path.is_file() and path.stat().st_size > 1 << 20]
-    for data in weights:
-        data.write_bytes(data.read_bytes()[:1000])
-    for backend, words in (("onnxruntime", "onnxruntime does not open it"), ("torch", "is shorter than")):
+    weights = copy / artefacts(copy)[0.5].manifest.weights[0].file
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:1000])
+    with pytest.raises(PpclError, match=f"has 1000 bytes, and {len(whole)} were written"):
+        EngineTransformer(copy)
+    weights.write_bytes(whole)
+    (copy / "keep-0.5.onnx").write_bytes(b"no graph")
+    for backend, words in (("onnxruntime", "onnxruntime does not open it"), ("torch", "not an ONNX file")):
         with pytest.raises(PpclError, match=words) as caught:
             answer(EngineTransformer(copy, keep=0.5, backend=backend, device="cpu"), a_call())
         assert "\n" not in str(caught.value)

@@ -22,7 +22,6 @@ from ppcl_fx.passes.rewrite import rewrite
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
 from tests import models
-from tests.export.flat_folder import flat
 
 ENCODERS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 
@@ -103,7 +102,7 @@ def test_its_own_pipeline_gives_the_same_latents(draw: Any, build: Any, first: i
     export(model, [keep], tmp_path / "engines", calls=calls, runs=1)
     model.plug(keep=keep)
     assert model.students == tuple(model.edits)
-    engine = EngineTransformer(flat(tmp_path / "engines"), device="cpu")
+    engine = EngineTransformer(tmp_path / "engines", device="cpu")
     assert engine.students == model.students
     for sizes in ((1, 5, 64, 64), (2, 8, 96, 64)):
         expected, latents = draw(model, *sizes), draw(engine, *sizes)

@@ -52,7 +52,7 @@ def artefacts(folder: str | Path) -> dict[float, Artefact]:
         The artefacts by their share, the largest first.
 
     Raises:
-        PpclError: there are none, one is damaged, or names a file that is not there or not in the folder.
+        PpclError: there are none, one is damaged, or names a file that is not there, is cut, or not in the folder.
     """
     folder = Path(folder)
     graphs: dict[float, tuple[Path, Sidecar]] = {}
@@ -62,6 +62,8 @@ def artefacts(folder: str | Path) -> dict[float, Artefact]:
         if kind == "onnx":
             manifest = read_json(path, Sidecar)
             graphs[manifest.keep] = (_there(folder, manifest.file, path), manifest)
+            for weights in manifest.weights:
+                _there(folder, weights.file, path, weights.size)
         elif kind == "tensorrt":
             card, share = read_json(path, EngineCard), _KEEP.match(path.name)
             if share is not None:
@@ -77,8 +79,11 @@ def artefacts(folder: str | Path) -> dict[float, Artefact]:
     return found
 
 
-def _there(folder: Path, name: str, named_in: Path) -> Path:
+def _there(folder: Path, name: str, named_in: Path, size: int | None = None) -> Path:
     path = inside(folder, name)
     if not path.is_file():
         raise PpclError(f"{path}: no such file, and {named_in.name} names it; copy it there, or export again")
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise PpclError(f"{path}: has {found} bytes, and {size} were written; copy it again, or export again")
     return path
