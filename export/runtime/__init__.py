@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppcl_fx.export.runtime.folder import Artefact, artefacts
 from ppcl_fx.export.runtime.engine import EngineTransformer
+from ppcl_fx.export.runtime.folder import Artefact, artefacts
 
 __all__ = ["Artefact", "EngineTransformer", "artefacts"]

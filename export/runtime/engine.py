@@ -37,8 +37,8 @@ class EngineTransformer(_DiffusersModel):
     Args:
         folder: the folder of the exported files.
         keep: the ratio to begin with; by default the largest.
-        backend: ``tensorrt``, ``onnxruntime``, ``onnxruntime-tensorrt`` (onnxruntime's TensorRT provider) or ``torch``; by
-            default the first of TensorRT, onnxruntime and PyTorch that is there (`ppcl_fx.export.runtime.sessions`).
+        backend: ``tensorrt``, ``onnxruntime``, ``onnxruntime-tensorrt`` (onnxruntime's TensorRT provider) or ``torch``;
+            by default the first of TensorRT, onnxruntime and PyTorch that is there (`ppcl_fx.export.runtime.sessions`).
         device: where to run; by default the first GPU that PyTorch sees, else the CPU.
 
     Raises:

@@ -70,8 +70,7 @@ def _of_values(nodes: Any) -> set[Node]:
     """Return the nodes that follow from the values of a tensor argument."""
     found: set[Node] = set()
     for node in nodes:
-        if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor):
-            found.add(node)
-        elif any(source in found for source in node.all_input_nodes) and not looks_only(node):
+        given = node.op == "placeholder" and isinstance(node.meta.get("val"), torch.Tensor)
+        if given or (any(source in found for source in node.all_input_nodes) and not looks_only(node)):
             found.add(node)
     return found

@@ -75,7 +75,7 @@ class TensorRTSession:
         with choice.file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             self.engine = self.api.call("Runtime.deserialize_cuda_engine", self.runtime, serialized_engine=data)
         if self.engine is None:
-            raise PpclError(f"{choice.file}: TensorRT does not open it; its messages above say why; run: {choice.again}")
+            raise PpclError(f"{choice.file}: TensorRT does not open it, as its messages above say; run: {choice.again}")
         self.context = self._context()
         self.outputs = _outputs(self.api, self.engine)
         self._seen: Counter[tuple[Any, ...]] = Counter()

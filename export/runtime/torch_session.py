@@ -107,7 +107,9 @@ def _as(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return (data if aligned else data.clone()).view(dtype)
 
 
-def _fill(graph: GraphModule, weights: dict[str, torch.Tensor], choice: Choice, shared: dict[Any, torch.Tensor]) -> None:
+def _fill(
+    graph: GraphModule, weights: dict[str, torch.Tensor], choice: Choice, shared: dict[Any, torch.Tensor]
+) -> None:
     """Put weights into a graph in the place of its parameters on the meta device."""
     own = dict(graph.named_parameters(remove_duplicate=False))
     for name, parameter in own.items():
@@ -116,8 +118,8 @@ def _fill(graph: GraphModule, weights: dict[str, torch.Tensor], choice: Choice, 
             continue  # without effect on the output: the file has no use for it
         if found.shape != parameter.shape:
             raise PpclError(
-                f"{choice.file}: {name} is {list(found.shape)} there and {list(parameter.shape)} in the model of head.json; "
-                "they are not of one export: export again"
+                f"{choice.file}: {name} is {list(found.shape)} there and {list(parameter.shape)} in the model of "
+                "head.json; they are not of one export: export again"
             )
         _set(graph, name, nn.Parameter(_placed(found, choice.device, shared), requires_grad=False))
     for name, buffer in list(graph.named_buffers(remove_duplicate=False)):

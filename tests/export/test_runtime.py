@@ -147,8 +147,7 @@ def test_it_has_what_pipelines_ask_for(made: Any, opened: Any) -> None:
 
 
 def test_files_are_opened_when_they_are_called(made: Any) -> None:
-    _, model, folder = made
-    engine = EngineTransformer(folder, device="cpu")
+    engine = EngineTransformer(made[2], device="cpu")
     assert engine.keep == 1.0
     assert engine._sessions.opened == {}
     answer(engine.plug(keep=0.5), a_call())
@@ -183,8 +182,8 @@ def test_a_missing_runtime_is_named_and_another_is_taken(made: Any, monkeypatch:
         EngineTransformer(folder, device="cpu")
 
 
-def test_calls_outside_of_what_was_exported(made: Any, opened: Any) -> None:
-    model, engine = made[1], opened.plug(keep=0.5)
+def test_calls_outside_of_what_was_exported(opened: Any) -> None:
+    engine = opened.plug(keep=0.5)
     kwargs = a_call(channels=28)
     with pytest.raises(PpclError, match=r"keep-0.5.onnx takes hidden_states \[.*, 27\], and dimension 2 .* is 28"):
         answer(engine, kwargs)
@@ -246,7 +245,7 @@ def test_an_engine_of_another_gpu_or_version_is_refused_with_the_command(made: A
 
 
 def test_a_damaged_folder(made: Any, tmp_path: Path) -> None:
-    _, model, folder = made
+    folder = made[2]
     with pytest.raises(PpclError, match="holds no exported ratio"):
         EngineTransformer(tmp_path)
     copy = tmp_path / "engines"

@@ -33,7 +33,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 def qwen(transformer: Any, batch: int, words: int, height: int, width: int) -> Any:
     """Draw with true guidance: a call with the prompt, and one with the negative prompt, which is shorter."""
     pipeline = QwenImagePipeline(
-        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, text_encoder=None, tokenizer=None
+        transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler(), vae=None, **dict.fromkeys(ENCODERS[:2])
     )
     text = {
         "prompt_embeds": normal(batch, words, models.TEXT_CHANNELS, seed=1),
