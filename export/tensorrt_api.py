@@ -30,6 +30,7 @@ CALLS: dict[str, tuple[str, ...]] = {
     "ICudaEngine.get_tensor_name": ("index",),
     "ICudaEngine.get_tensor_mode": ("name",),
     "ICudaEngine.get_tensor_dtype": ("name",),
+    "IExecutionContext.set_optimization_profile_async": ("profile_index", "stream_handle"),
     "IExecutionContext.set_input_shape": ("name", "shape"),
     "IExecutionContext.set_tensor_address": ("name", "memory"),
     "IExecutionContext.get_tensor_shape": ("name",),

@@ -13,7 +13,7 @@ from torch import nn
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.head import Front, pluggable_graph, read_head
-from ppcl_fx.export.runtime.limits import sizes_of, typed
+from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import AUTO, Choice, Sessions, choose
 
 if TYPE_CHECKING:
@@ -180,18 +180,20 @@ class EngineTransformer(_DiffusersModel):
             name: typed(ports[name], value) if name in ports and isinstance(value, torch.Tensor) else value
             for name, value in front.bound(args, kwargs).items()
         }
-        wider = f"make one that does with: {choice.again}" if choice.ranges else "the other sizes are part of the model"
         given = [port for port in choice.inputs if port.name in bound]
-        sizes_of(choice.file.name, given, bound, choice.ranges, wider)  # before the tables are made for them
+        sizes_of(choice.file.name, given, bound)  # before the tables are made for them
         known = {**bound, **front.tables(bound)}
         lost = [name for name in ports if name not in known]
         if lost:
             raise PpclError(f"{choice.file} takes {lost[0]!r}, which head.json does not give; export again")
         feeds = {name: typed(port, known[name]) for name, port in ports.items()}
-        sizes = sizes_of(choice.file.name, choice.inputs, feeds, choice.ranges, wider)
+        sizes = sizes_of(choice.file.name, choice.inputs, feeds)
+        wider = f"give wider ranges to: {choice.again}"
+        profile = profile_of(choice.file.name, sizes, choice.profiles, wider)
         came_from = next(value.device for value in bound.values() if isinstance(value, torch.Tensor))
         session = self._sessions.get(choice, front)
-        result = session.run({name: tensor.to(self._device) for name, tensor in feeds.items()}, sizes).to(came_from)
+        there = {name: tensor.to(self._device) for name, tensor in feeds.items()}
+        result = session.run(there, sizes, profile).to(came_from)
         if not return_dict:
             return (result,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput

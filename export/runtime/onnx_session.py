@@ -69,12 +69,13 @@ class OnnxSession:
     def _index(self) -> int:
         return self.device.index or 0
 
-    def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
+    def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
         """Run the file.
 
         Raises:
             PpclError: onnxruntime refuses the call.
         """
+        del profile
         kept = {name: tensor.contiguous() for name, tensor in feeds.items()}  # the binding holds addresses only
         binding = self.session.io_binding()
         for name, tensor in kept.items():

@@ -29,8 +29,10 @@ BACKENDS = (AUTO, TENSORRT, ONNXRUNTIME, ONNXRUNTIME_TENSORRT, TORCH)
 class Session(Protocol):
     """An open file."""
 
-    def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
-        """Run it on checked inputs that lie on its device; ``sizes`` are the call's open sizes."""
+    def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
+        """Run it on checked inputs that lie on its device; ``sizes`` are the call's open sizes, for which an engine has
+        a profile of the index ``profile``.
+        """
         ...
 
 
@@ -61,10 +63,10 @@ class Choice:
         return card.inputs if self.backend == TENSORRT and card is not None else self.artefact.manifest.inputs
 
     @property
-    def ranges(self) -> Mapping[str, Range]:
-        """The sizes it takes; none for an ONNX file, which is open."""
+    def profiles(self) -> list[Mapping[str, Range]]:
+        """The sizes that each of its profiles takes; an ONNX file has none and is open."""
         card = self.artefact.card
-        return card.profile.sizes if self.backend == TENSORRT and card is not None else {}
+        return [card.profile.sizes] if self.backend == TENSORRT and card is not None else []
 
     @property
     def dtype(self) -> torch.dtype:

@@ -81,18 +81,20 @@ class TensorRTSession:
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
 
-    def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
+    def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
         """Run the engine on the current stream.
 
         Raises:
             PpclError: TensorRT refuses the call.
         """
+        del sizes
         key = tuple((name, tuple(tensor.shape)) for name, tensor in feeds.items())
         self._seen[key] += 1
         if key not in self._captured and self._seen[key] < CAPTURED_AT:
+            self._take(self.context, profile)
             return self._first(self._execute(self.context, {n: t.contiguous() for n, t in feeds.items()}))
         if key not in self._captured:
-            self._captured[key] = self._capture(feeds)
+            self._captured[key] = self._capture(feeds, profile)
             if len(self._captured) > GRAPHS:
                 self._captured.popitem(last=False)
         self._captured.move_to_end(key)
@@ -107,6 +109,14 @@ class TensorRTSession:
         if context is None:
             raise PpclError(f"{self.choice.file}: no GPU memory for running it; free some, or choose a smaller ratio")
         return context
+
+    def _take(self, context: Any, profile: int) -> None:
+        """Let a context use a profile, before shapes are set."""
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        if not self.api.call(
+            "IExecutionContext.set_optimization_profile_async", context, profile_index=profile, stream_handle=stream
+        ):
+            raise PpclError(f"{self.choice.file.name}: TensorRT does not take profile {profile}; its messages say why")
 
     def _execute(
         self, context: Any, inputs: Mapping[str, torch.Tensor], outputs: dict[str, torch.Tensor] | None = None
@@ -131,13 +141,14 @@ class TensorRTSession:
             raise PpclError(f"{self.choice.file.name}: TensorRT could not run; its messages above say why")
         return results
 
-    def _capture(self, feeds: Mapping[str, torch.Tensor]) -> _Captured:
+    def _capture(self, feeds: Mapping[str, torch.Tensor], profile: int) -> _Captured:
         """Record one run as a CUDA graph, on buffers and with a context that nothing else changes."""
         context = self._context()
         inputs = {name: tensor.contiguous().clone() for name, tensor in feeds.items()}
         stream = torch.cuda.Stream(self.device)
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
+            self._take(context, profile)
             # TensorRT settles what a new shape needs in the first run; that must not be part of the graph.
             outputs = self._execute(context, inputs)
         torch.cuda.current_stream(self.device).wait_stream(stream)

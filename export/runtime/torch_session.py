@@ -42,13 +42,13 @@ class TorchSession:
         _fill(self.graph, _joined(dict(_weights(choice.file, shared))), choice, shared)
         self.graph.eval()
 
-    def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
+    def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
         """Run the graph.
 
         Raises:
             PpclError: the model does not take such shapes.
         """
-        del sizes
+        del sizes, profile
         try:
             with torch.no_grad():
                 result = self.graph(*(feeds[name] for name in self.inputs))

@@ -17,7 +17,7 @@ from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.export import export, lower
 from ppcl_fx.export.runtime import artefacts
-from ppcl_fx.export.runtime.limits import sizes_of, typed
+from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import choose
 from ppcl_fx.export.runtime.tensorrt_session import check_fits
 from ppcl_fx.export.sidecar import Port
@@ -198,19 +198,25 @@ def test_calls_outside_of_what_was_exported(opened: Any) -> None:
 
 def test_ranges_of_a_profile() -> None:
     ports = [Port(name="x", dtype="float", shape=["batch", "x_1", 4]), Port(name="t", dtype="float", shape=["batch"])]
-    ranges = {"batch": Range(min=1, opt=2, max=4), "x_1": Range(min=16, opt=16, max=64)}
+    small = {"batch": Range(min=1, opt=2, max=4), "x_1": Range(min=16, opt=16, max=64)}
+    large = {"batch": Range(min=1, opt=1, max=1), "x_1": Range(min=16, opt=256, max=256)}
 
-    def sizes(batch: int, tokens: int, times: int) -> dict[str, int]:
+    def taken(batch: int, tokens: int, times: int) -> int:
         feeds = {"x": torch.zeros(batch, tokens, 4), "t": torch.zeros(times)}
-        return sizes_of("keep-0.7.engine", ports, feeds, ranges, "run: COMMAND")
+        sizes = sizes_of("keep-0.7.engine", ports, feeds)
+        assert sizes == {"batch": batch, "x_1": tokens}
+        return profile_of("keep-0.7.engine", sizes, [small, large], "run: COMMAND")
 
-    assert sizes(4, 64, 4) == {"batch": 4, "x_1": 64}
-    with pytest.raises(PpclError, match=r"^keep-0.7.engine takes from 1 to 4 for batch of x, .* 5; run: COMMAND$"):
-        sizes(5, 64, 5)
-    with pytest.raises(PpclError, match="from 16 to 64 for x_1 of x, and this call has 8"):
-        sizes(1, 8, 1)
+    assert [taken(4, 64, 4), taken(1, 200, 1), taken(1, 16, 1)] == [0, 1, 0]
+    assert profile_of("keep-0.7.onnx", {"batch": 99}, [], "") == 0
+    with pytest.raises(PpclError, match=r"^keep-0.7.engine is not for batch 5 \(it takes 1 to 4\); run: COMMAND$"):
+        taken(5, 64, 5)
+    with pytest.raises(PpclError, match=r"not for x_1 8 \(it takes 16 to 256\)|not for x_1 8 \(it takes 16 to 64\)"):
+        taken(1, 8, 1)
     with pytest.raises(PpclError, match="batch is 3 here but 2 in x; make them equal"):
-        sizes(2, 16, 3)
+        taken(2, 16, 3)
+    with pytest.raises(PpclError, match="batch of this call is 0; give at least one"):
+        taken(0, 16, 0)
     assert typed(ports[1], torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
 
 
