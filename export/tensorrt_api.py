@@ -24,17 +24,6 @@ CALLS: dict[str, tuple[str, ...]] = {
     "IBuilderConfig.set_timing_cache": ("cache", "ignore_mismatch"),
     "IBuilderConfig.get_timing_cache": (),
     "ITimingCache.serialize": (),
-    "Runtime": ("logger",),
-    "Runtime.deserialize_cuda_engine": ("serialized_engine",),
-    "ICudaEngine.create_execution_context": (),
-    "ICudaEngine.get_tensor_name": ("index",),
-    "ICudaEngine.get_tensor_mode": ("name",),
-    "ICudaEngine.get_tensor_dtype": ("name",),
-    "IExecutionContext.set_optimization_profile_async": ("profile_index", "stream_handle"),
-    "IExecutionContext.set_input_shape": ("name", "shape"),
-    "IExecutionContext.set_tensor_address": ("name", "memory"),
-    "IExecutionContext.get_tensor_shape": ("name",),
-    "IExecutionContext.execute_async_v3": ("stream_handle",),
 }
 """Classes and methods that are called, with the keywords they are called with."""
 
@@ -42,10 +31,6 @@ VALUES: tuple[str, ...] = (
     "ILogger.Severity.WARNING",
     "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
     "MemoryPoolType.WORKSPACE",
-    "DataType.FLOAT",
-    "DataType.HALF",
-    "DataType.BF16",
-    "TensorIOMode.OUTPUT",
     "__version__",
 )
 """Enumeration members and constants that are read."""
@@ -55,7 +40,6 @@ PROPERTIES: tuple[str, ...] = (
     "INetworkDefinition.num_inputs",
     "ITensor.name",
     "IBuilderConfig.builder_optimization_level",
-    "ICudaEngine.num_io_tensors",
 )
 """Properties of objects that are read or set."""
 

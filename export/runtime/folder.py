@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.export.tensorrt import EngineCard
 from ppcl_fx.files import inside, read_json
-
-_KEEP = re.compile(r"keep-(\d+(?:\.\d+)?)")
 
 
 class _Kind(BaseModel):
@@ -65,9 +62,9 @@ def artefacts(folder: str | Path) -> dict[float, Artefact]:
             for weights in manifest.weights:
                 _there(folder, weights.file, path, weights.size)
         elif kind == "tensorrt":
-            card, share = read_json(path, EngineCard), _KEEP.match(path.name)
-            if share is not None:
-                engines[float(share[1])] = (_there(folder, card.file, path), card)
+            card = read_json(path, EngineCard)
+            if card.keep is not None:
+                engines[card.keep] = (_there(folder, card.file, path), card)
     if not graphs:
         raise PpclError(
             f"{folder}: holds no exported ratio (no keep-*.json); make it with: ppcl-fx export STUDENT -o {folder}"

@@ -66,7 +66,7 @@ class Choice:
     def profiles(self) -> list[Mapping[str, Range]]:
         """The sizes that each of its profiles takes; an ONNX file has none and is open."""
         card = self.artefact.card
-        return [card.profile.sizes] if self.backend == TENSORRT and card is not None else []
+        return [p.sizes for p in card.profiles] if self.backend == TENSORRT and card is not None else []
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,9 +82,10 @@ class Choice:
     @property
     def again(self) -> str:
         """The command that makes this file anew."""
-        format = TENSORRT if self.backend == TENSORRT else "onnx"
         out = self.artefact.graph.parent
-        return f"ppcl-fx export STUDENT --keep {self.artefact.keep:g} --format {format} -o {out} --overwrite"
+        if self.backend == TENSORRT:
+            return f"ppcl-fx build {out} --overwrite"
+        return f"ppcl-fx export STUDENT --keep {self.artefact.keep:g} -o {out} --overwrite"
 
 
 def choose(artefact: Artefact, backend: str, device: torch.device) -> Choice:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import mmap
 from collections import Counter, OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.runtime.sessions import Choice
-from ppcl_fx.export.tensorrt import EngineCard, load_tensorrt
+from ppcl_fx.export.tensorrt import load_engine
 from ppcl_fx.export.tensorrt_api import Api
 
 GRAPHS = 2
@@ -21,27 +19,6 @@ GRAPHS = 2
 
 CAPTURED_AT = 2
 """At which call of the same shapes a CUDA graph is made: what is called once is not worth one."""
-
-
-def check_fits(card: EngineCard, file: Path, version: str, gpu: str, again: str) -> None:
-    """Refuse an engine that was built for another GPU or by another version of TensorRT.
-
-    Args:
-        card: what is written beside the engine.
-        file: the engine.
-        version: the TensorRT here.
-        gpu: the GPU here.
-        again: the command that builds it anew.
-
-    Raises:
-        PpclError: it does not fit.
-    """
-    for what, built, here in (("the GPU", card.gpu, gpu), ("TensorRT", card.tensorrt, version)):
-        if built != here:
-            raise PpclError(
-                f"{file}: was built for {what} {built}, and here is {here}; build it here with: {again} "
-                "(until then backend='onnxruntime' runs the ONNX file)"
-            )
 
 
 @dataclass
@@ -65,17 +42,9 @@ class TensorRTSession:
     """
 
     def __init__(self, choice: Choice) -> None:
-        card = choice.artefact.card
-        assert card is not None
         self.choice, self.device = choice, choice.device
-        self.api, gpu = load_tensorrt("backend='onnxruntime' runs the ONNX file")
-        check_fits(card, choice.file, str(self.api.value("__version__")), gpu, choice.again)
-        logger = self.api.make("Logger", min_severity=self.api.value("ILogger.Severity.WARNING"))
-        self.runtime = self.api.make("Runtime", logger=logger)  # must outlive the engine
-        with choice.file.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            self.engine = self.api.call("Runtime.deserialize_cuda_engine", self.runtime, serialized_engine=data)
-        if self.engine is None:
-            raise PpclError(f"{choice.file}: TensorRT does not open it, as its messages above say; run: {choice.again}")
+        self._loaded = load_engine(choice.file)  # whole, because the engine needs what it keeps alive
+        self.api, self.engine = self._loaded.api, self._loaded.engine
         self.context = self._context()
         self.outputs = _outputs(self.api, self.engine)
         self._seen: Counter[tuple[Any, ...]] = Counter()

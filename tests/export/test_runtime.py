@@ -19,9 +19,9 @@ from ppcl_fx.export import export, lower
 from ppcl_fx.export.runtime import artefacts
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import choose
-from ppcl_fx.export.runtime.tensorrt_session import check_fits
 from ppcl_fx.export.sidecar import Port
-from ppcl_fx.export.tensorrt import EngineCard, Profile, Range
+from ppcl_fx.export.tensorrt import BuildOptions, EngineCard, Profile, Range
+from ppcl_fx.export.tensorrt.manifest import FileMark
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.shapes import load_pipeline
@@ -220,34 +220,25 @@ def test_ranges_of_a_profile() -> None:
     assert typed(ports[1], torch.zeros(1, dtype=torch.bfloat16)).dtype == torch.float32
 
 
-def test_an_engine_of_another_gpu_or_version_is_refused_with_the_command(made: Any, tmp_path: Path) -> None:
-    _, _, folder = made
-    shutil.copytree(folder, tmp_path / "engines")
-    inputs = artefacts(folder)[0.7].manifest.inputs
-    profile = Profile(sizes={"batch": Range(min=1, opt=1, max=2)})
+def test_a_ratio_with_an_engine(made: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "engines"
+    shutil.copytree(made[2], folder)
+    manifest, mark = artefacts(folder)[0.7].manifest, FileMark(bytes=6, sha256="0" * 64)
     card = EngineCard(
-        file="keep-0.7.bf16.engine", onnx="keep-0.7.bf16.onnx", dtype="bfloat16", tensorrt="11.4.0", gpu="NVIDIA H100",
-        profile=profile, inputs=inputs, timing_cache="timing.cache", seconds=1.0,
+        file="keep-0.7.bf16.engine", engine=mark, onnx="keep-0.7.bf16.onnx", graph=mark, weights={}, dtype="bfloat16",
+        keep=0.7, students=[], plan=None, tensorrt="11.4.0", cuda="13.0", gpu="NVIDIA H100", capability="9.0",
+        profiles=[Profile(sizes={"batch": Range(min=1, opt=1, max=2)})], options=BuildOptions(), inputs=manifest.inputs,
+        outputs=manifest.outputs, timing_cache=None, seconds=1.0,
     )  # fmt: skip
-    engine = tmp_path / "engines" / card.file
+    engine = folder / card.file
     engine.write_bytes(b"engine")
     engine.with_name(f"{card.file}.json").write_text(card.model_dump_json())
-    found = artefacts(tmp_path / "engines")
+    found = artefacts(folder)
     assert [one.engine for one in found.values()] == [None, engine, None]
-    again = f"ppcl-fx export STUDENT --keep 0.7 --format tensorrt -o {engine.parent} --overwrite"
-    check_fits(card, engine, "11.4.0", "NVIDIA H100", again)
-    for version, gpu, words in (
-        ("11.4.0", "NVIDIA L4", "for the GPU NVIDIA H100, and here is NVIDIA L4"),
-        ("11.5.1", "NVIDIA H100", "for TensorRT 11.4.0, and here is 11.5.1"),
-    ):
-        with pytest.raises(PpclError, match=words) as caught:
-            check_fits(card, engine, version, gpu, again)
-        assert again in str(caught.value)
-    cuda = torch.device("cuda")
-    with pytest.raises(PpclError, match=r"no engine for the ratio 0.5; run: ppcl-fx export STUDENT --keep 0.5"):
-        choose(found[0.5], "tensorrt", cuda)
+    with pytest.raises(PpclError, match="no engine for the ratio 0.5; run: ppcl-fx build"):
+        choose(found[0.5], "tensorrt", torch.device("cuda"))
     # On a CPU the engine is not looked at: its ratio runs from its ONNX file.
-    assert EngineTransformer(engine.parent, keep=0.7, device="cpu").backend == "onnxruntime"
+    assert EngineTransformer(folder, keep=0.7, device="cpu").backend == "onnxruntime"
 
 
 def test_a_damaged_folder(made: Any, tmp_path: Path) -> None:
