@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,12 +24,13 @@ class SizesOnly(Interpreter):
     """
 
     def __init__(self, parted: GraphModule) -> None:
-        super().__init__(parted.meta[POSITIONS])
+        positions: GraphModule = parted.meta[POSITIONS]
+        super().__init__(positions)
         self.extra_traceback = False
-        self._inputs = [n for n in self.module.graph.nodes if n.op == "placeholder"]  # type: ignore[union-attr]
+        self._inputs = [n for n in positions.graph.nodes if n.op == "placeholder"]
         taken = {n.target for n in self._inputs}
         self._names = [str(n.target) for n in parted.graph.nodes if n.op == "placeholder" and n.target not in taken]
-        self._of_values = _of_values(self.module.graph.nodes)  # type: ignore[union-attr, arg-type]
+        self._of_values = _of_values(positions.graph.nodes)
 
     def tables(self, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the tables by name.
@@ -49,7 +50,7 @@ class SizesOnly(Interpreter):
         if n not in self._of_values or n.op in ("placeholder", "output"):
             return super().run_node(n)
         args, kwargs = tree_map_only(torch.Tensor, _on_meta, self.fetch_args_kwargs_from_env(n))
-        inside = self.fetch_attr(n.target) if n.op == "call_module" else torch.nn.Module()
+        inside = self.fetch_attr(str(n.target)) if n.op == "call_module" else torch.nn.Module()
         with buffers_on_meta(inside, True):
             result = getattr(self, n.op)(n.target, args, kwargs)
         return tree_map_only(torch.Tensor, stand_in, result)
@@ -66,7 +67,7 @@ def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
 
 
-def _of_values(nodes: Any) -> set[Node]:
+def _of_values(nodes: Iterable[Node]) -> set[Node]:
     """Return the nodes that follow from the values of a tensor argument."""
     found: set[Node] = set()
     for node in nodes:

@@ -19,7 +19,7 @@ from ppcl_fx.export.runtime.limits import TYPES
 from ppcl_fx.export.runtime.sessions import Choice
 from ppcl_fx.export.stitching import ROWS
 from ppcl_fx.files import inside
-from ppcl_fx.graphs import finished
+from ppcl_fx.graphs import copy_graph_module
 
 
 class TorchSession:
@@ -38,7 +38,7 @@ class TorchSession:
         self.choice = choice
         lowered = lower(front.gm)
         # A copy: the mixtures of other ratios share the modules, and those stay on the meta device.
-        self.graph, self.inputs = copy.deepcopy(finished(lowered.graph)), lowered.inputs
+        self.graph, self.inputs = copy.deepcopy(copy_graph_module(lowered.graph)), lowered.inputs
         _fill(self.graph, _joined(dict(_weights(choice.file, shared))), choice, shared)
         self.graph.eval()
 
@@ -147,11 +147,12 @@ def _set(graph: GraphModule, name: str, parameter: nn.Parameter) -> None:
 
 def _used(graph: GraphModule) -> list[str]:
     """Return the names of the parameters that the nodes of a graph reach."""
-    found = []
+    own = dict(graph.named_parameters(remove_duplicate=False))
+    found: list[str] = []
     for node in graph.graph.nodes:
-        if node.op == "get_attr":
-            found += [node.target] if node.target in dict(graph.named_parameters(remove_duplicate=False)) else []
+        if node.op == "get_attr" and node.target in own:
+            found.append(str(node.target))
         elif node.op == "call_module":
-            module = graph.get_submodule(node.target)
+            module = graph.get_submodule(str(node.target))
             found += [f"{node.target}.{name}" for name, _ in module.named_parameters(remove_duplicate=False)]
     return found
