@@ -120,7 +120,7 @@ def export(
 ) -> ExportResult:
     """Export a pluggable model once for each ratio.
 
-    Each ratio gets a small graph ``keep-0.7.onnx`` and its manifest ``keep-0.7.json``. The weights stay where they are
+    Each ratio gets a small graph ``keep-0.7.onnx`` and its manifest ``keep-0.7.json``; ``head.json`` is for the runtime. The weights stay where they are
     if `out` is the student's folder or one above it; else they are copied to ``weights/``, once for all ratios. Batch,
     image and text lengths stay open; position tables are inputs. Every file has passed `onnx.checker`, and onnxruntime
     gave on it what PyTorch gives, at the traced shape, with each open size changed alone, and with all of them
