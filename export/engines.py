@@ -27,8 +27,8 @@ def build_engines(
 ) -> list[Exported]:
     """Build an engine beside each exported ONNX file.
 
-    The types of an ONNX file rule in TensorRT, so each mixture is exported once more with bfloat16 weights. The other file
-    is the one that was compared to PyTorch: onnxruntime has no bfloat16 kernels for the CPU.
+    The types of an ONNX file rule in TensorRT, so each mixture is exported once more with bfloat16 weights. The
+    other file is the one that was compared to PyTorch: onnxruntime has no bfloat16 kernels for the CPU.
 
     Args:
         model: the model.

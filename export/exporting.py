@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -120,11 +120,12 @@ def export(
 ) -> ExportResult:
     """Export a pluggable model once for each ratio.
 
-    Each ratio gets a small graph ``keep-0.7.onnx`` and its manifest ``keep-0.7.json``. The weights stay where they are if
-    `out` is the student's folder or one above it; else they are copied to ``weights/``, once for all ratios. Batch,
-    image and text lengths stay open; position tables are inputs. Every file has passed `onnx.checker`, and onnxruntime
-    gave on it what PyTorch gives, at the traced shape, with each open size changed alone, and with all of them changed. A
-    file that fails is not kept. What could not be checked is in the manifest and is told to `note`.
+    Each ratio gets a small graph ``keep-0.7.onnx`` and its manifest ``keep-0.7.json``; ``head.json`` is for the
+    runtime. The weights stay where they are if `out` is the student's folder or one above it; else they are
+    copied to ``weights/``, once for all ratios. Batch, image and text lengths stay open; position tables are
+    inputs. Every file has passed `onnx.checker`, and onnxruntime gave on it what PyTorch gives, at the traced
+    shape, with each open size changed alone, and with all of them changed. A file that fails is not kept. What
+    could not be checked is in the manifest and is told to `note`.
 
     Args:
         model: the model, in memory (its mixture is put back afterwards), or a student folder with its weights on disk.
@@ -172,7 +173,9 @@ def export(
         folder.mkdir(parents=True, exist_ok=True)
         needed = {p.name for m in mixtures for ps in opened.weights.pieces(m.gm).values() for p in ps}
         replaced = [manifest_path(path).name for path in paths]
-        sharing = nullcontext(None) if embed else stored(opened.weights, needed, folder, dtype, replaced, note)
+        sharing: AbstractContextManager[Store | None] = nullcontext(None)
+        if not embed:
+            sharing = stored(opened.weights, needed, folder, dtype, replaced, note)
         with sharing as store:
             work = _Work(opened.weights, store, dtype, tolerance, runs, known or Translations(), model.plan, steps.done)
             results = [work.export(mixture) for mixture in mixtures]

@@ -18,7 +18,7 @@ Pieces = Mapping[str, Sequence[Piece]]
 
 
 def external(store: Store, pieces: Pieces) -> Initial:
-    """Let initializers point to where the weights lie. What no file holds, small tables, has its values in the graph."""
+    """Let initializers point to where the weights lie; small tables that no file holds are in the graph."""
 
     def initial(name: str, tensor: torch.Tensor) -> Sequence[ir.TensorProtocol]:
         if name not in pieces:

@@ -60,5 +60,6 @@ class Opened:
         """Raise `PpclError` where the weights are not in memory, which an engine is still built from."""
         if self.unchecked is not None:
             raise PpclError(
-                f"engines are built from weights in memory; allow it with --memory-limit; the ONNX files stay in {folder}"
+                "an engine is built from weights in memory: allow that with --memory-limit; "
+                f"the ONNX files stay in {folder}"
             )

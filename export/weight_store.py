@@ -8,7 +8,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -109,7 +109,7 @@ def stored(
             _publish(made, target, lambda beside: _write(source, others, beside), replaced, None)
             made.ranges.update(byte_ranges(target))
         made.ranges.update(
-            {name: ByteRange(targets[p.file], p.offset, p.dtype, p.shape) for name, p in there.items() if p.file in files}
+            (name, replace(place, file=targets[place.file])) for name, place in there.items() if place.file in files
         )
         _say(source, copied, others, root, note)
         yield made

@@ -56,8 +56,8 @@ def export(
         str,
         typer.Option(
             metavar="NAME",
-            help="Type of the weights: 'stored', 'fp32', 'bf16' or 'fp16'. Another one than they are stored in costs one "
-            "converted copy of them.",
+            help="Type of the weights: 'stored', 'fp32', 'bf16' or 'fp16'. Another one than they are stored in costs "
+            "one converted copy of them."
         ),
     ] = "stored",
     embed: Annotated[
