@@ -37,7 +37,8 @@ def session(path: str | Path, threads: int = 0) -> Any:
 def runtime_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions by which onnxruntime says that something is wrong with a file or a call."""
     state = need("onnxruntime.capi.onnxruntime_pybind11_state")
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException", "NoSuchFile")
+    names = ["Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented"]
+    names.append("RuntimeException")
     return (RuntimeError, ValueError, OSError, *(getattr(state, name) for name in names))
 
 

@@ -31,7 +31,7 @@ from ppcl_fx.tracing import bind, trace
 
 RUNS = [(1, 3), (4, 6), (7, 9), (10, 14)]
 KEEPS = [1.0, 0.7, 0.5]
-PROMPTS = ["a red circle", "a blue square above a green circle", "two yellow triangles"]
+PROMPTS = ["a red circle", "a triangle above a square", "two circles"]
 
 
 @pytest.fixture(scope="module")
