@@ -1,4 +1,4 @@
-"""What leaves PyTorch: lowering, ONNX, TensorRT. Names are imported when they are first used."""
+"""What leaves PyTorch: lowering, ONNX, TensorRT, the runtime. Names are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ppcl_fx.export.exporting import Exported, ExportResult, export, export_graph
     from ppcl_fx.export.lowering import Lowered, lower
     from ppcl_fx.export.positions import PositionsAsInputs
+    from ppcl_fx.export.runtime import EngineTransformer
     from ppcl_fx.export.sidecar import Sidecar
     from ppcl_fx.export.stitching import Translations
     from ppcl_fx.export.tensorrt import BuildOptions, EngineCard, Profile, build_engine, load_engine, refit
@@ -22,6 +23,7 @@ _HOME = {
     "ComplexToReal": "complex_to_real",
     "DropGuards": "drop_guards",
     "EngineCard": "tensorrt",
+    "EngineTransformer": "runtime",
     "ExportResult": "exporting",
     "Exported": "exporting",
     "Lowered": "lowering",
@@ -44,6 +46,7 @@ __all__ = [
     "ComplexToReal",
     "DropGuards",
     "EngineCard",
+    "EngineTransformer",
     "ExportResult",
     "Exported",
     "Lowered",

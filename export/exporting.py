@@ -22,6 +22,7 @@ from ppcl_fx.export.onnx_file import Prepared, compare, parameters_in, ports, pr
 from ppcl_fx.export.opened import MEMORY, Opened
 from ppcl_fx.export.parity import latency
 from ppcl_fx.export.publish import beside, check_free, publish, withdraw
+from ppcl_fx.export.runtime.head import write_head
 from ppcl_fx.export.sidecar import Sidecar, WeightFile
 from ppcl_fx.export.weight_source import WeightFolder, WeightSource, weightless
 from ppcl_fx.export.weight_store import Store, stored
@@ -119,11 +120,12 @@ def export(
 ) -> ExportResult:
     """Export a pluggable model once for each ratio.
 
-    Each ratio gets a small graph ``keep-0.7.onnx`` and its manifest ``keep-0.7.json``. The weights stay where they are
-    if `out` is the student's folder or one above it; else they are copied to ``weights/``, once for all ratios. Batch,
-    image and text lengths stay open; position tables are inputs. Every file has passed `onnx.checker`, and onnxruntime
-    gave on it what PyTorch gives, at the traced shape, with each open size changed alone, and with all of them
-    changed. A file that fails is not kept. What could not be checked is in the manifest and is told to `note`.
+    Each ratio gets a small graph ``keep-0.7.onnx`` and its manifest ``keep-0.7.json``; ``head.json`` is for the
+    runtime. The weights stay where they are if `out` is the student's folder or one above it; else they are
+    copied to ``weights/``, once for all ratios. Batch, image and text lengths stay open; position tables are
+    inputs. Every file has passed `onnx.checker`, and onnxruntime gave on it what PyTorch gives, at the traced
+    shape, with each open size changed alone, and with all of them changed. A file that fails is not kept. What
+    could not be checked is in the manifest and is told to `note`.
 
     Args:
         model: the model, in memory (its mixture is put back afterwards), or a student folder with its weights on disk.
@@ -179,6 +181,7 @@ def export(
             step=steps.done,
             note=note,
         )
+        write_head(model, folder)
         for line in dict.fromkeys(ratio.unchecked for ratio in results if ratio.unchecked):
             note(line)
         if format == "tensorrt":

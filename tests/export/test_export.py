@@ -56,7 +56,7 @@ def test_each_ratio_has_a_checked_file(exported: Any, qwen: PluggableModel) -> N
     result, _ = exported
     assert [ratio.onnx.name for ratio in result.ratios] == ["keep-1.onnx", "keep-0.75.onnx"]
     assert sorted(p.name for p in result.folder.iterdir()) == [
-        "keep-0.75.json", "keep-0.75.onnx", "keep-1.json", "keep-1.onnx", "weights",
+        "head.json", "keep-0.75.json", "keep-0.75.onnx", "keep-1.json", "keep-1.onnx", "weights",
     ]  # fmt: skip
     assert [p.name for p in (result.folder / "weights").iterdir()] == ["float32.safetensors"]
     assert [ratio.students for ratio in result.ratios] == [(), tuple(qwen.edits)]

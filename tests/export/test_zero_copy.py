@@ -177,7 +177,7 @@ def test_other_dtype_is_converted_once(qwen: Path, tmp_path: Path) -> None:
 
 def test_embedded_files_need_nothing_else(qwen: Path, tmp_path: Path) -> None:
     made, _ = exported(qwen, tmp_path, keeps(qwen), embed=True)
-    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 2 + [".onnx"] * 2
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".json"] * 3 + [".onnx"] * 2
     model = ppcl_fx.load(qwen)
     assert isinstance(model, ppcl_fx.PluggableModel)
     ratio = made.ratios[1]
