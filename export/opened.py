@@ -40,6 +40,7 @@ class Opened:
         """
         if isinstance(model, PluggableModel):
             return cls(model, WeightSource.memory(model.graph), None)
+        model.model.eval()  # as a loaded one is: blocks of both are then translated once
         weights = WeightSource.files(model, model.model.graph)
         size = form_bytes(weights.forms(None))
         if COPIES * size <= limit:
