@@ -119,9 +119,10 @@ def stoppable(work: Callable[[], T], stop: Callable[[], None]) -> T:
     """
     results: list[T] = []
     errors: list[BaseException] = []
-    done = threading.Event()
+    begun, done = threading.Event(), threading.Event()
 
     def run() -> None:
+        begun.set()
         try:
             results.append(work())
         except BaseException as error:  # noqa: BLE001  it is raised below, in the thread that waits
@@ -130,12 +131,13 @@ def stoppable(work: Callable[[], T], stop: Callable[[], None]) -> T:
             done.set()
 
     thread = threading.Thread(target=run, name="tensorrt-build")
-    thread.start()
     try:
+        thread.start()  # which waits for the thread, and may be interrupted too
         done.wait()
     except BaseException:
         stop()
-        done.wait()  # not join: a join that was interrupted takes the thread for ended (Python 3.11 and 3.12)
+        if begun.wait(1):
+            done.wait()  # not join: a join that was interrupted takes the thread for ended (Python 3.11 and 3.12)
         raise
     thread.join()
     if errors:
