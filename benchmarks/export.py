@@ -71,7 +71,7 @@ def make(folder: Path, blocks: int, heads: int) -> None:
         if form_bytes(shards[-1]) + form_bytes({name: form}) > SHARD:
             shards.append({})
         shards[-1][name] = form
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, forms in enumerate(shards, start=1):
         file = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
         sparse(folder / TEACHER / file, forms)

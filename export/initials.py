@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -50,9 +51,7 @@ def read_late(source: WeightSource, pieces: Pieces) -> Initial:
             return _own(name, tensor)
         kind = onnx_dtype(tensor.dtype)
         return [
-            ir.LazyTensor(
-                lambda piece=piece: values(piece, tensor.dtype), dtype=kind, shape=ir.Shape(piece.shape), name=name
-            )
+            ir.LazyTensor(partial(values, piece, tensor.dtype), dtype=kind, shape=ir.Shape(piece.shape), name=name)
             for piece in pieces[name]
         ]
 

@@ -45,7 +45,7 @@ def open_repeats() -> Iterator[None]:
     def times(self: torch.SymInt, other: Any) -> Any:
         return Repeated(other, self) if type(other) is list and other else original(self, other)
 
-    torch.SymInt.__rmul__ = times  # type: ignore[method-assign, assignment]
+    torch.SymInt.__rmul__ = times  # type: ignore[method-assign]
     try:
         with _TensorsOfRepeated():
             yield

@@ -134,8 +134,8 @@ def _storage(tensor: Tensor) -> int:
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First byte and the byte after the last, within the storage."""
-    first = tensor.storage_offset() * tensor.element_size()
-    return first, first + tensor.nbytes
+    first = int(tensor.storage_offset()) * tensor.element_size()
+    return first, first + int(tensor.nbytes)
 
 
 def _piece(part: Tensor, spans: list[tuple[int, int, str]]) -> Piece | None:

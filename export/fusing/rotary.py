@@ -136,9 +136,10 @@ def _pair_table(placed: ir.Node) -> ir.Value:
 def _turned_sum(node: ir.Node) -> Rotation | None:
     """``x cos + turned(x) sin``."""
     products = [made_by(value, "Mul") for value in node.inputs] if node.op_type == "Add" else []
-    if len(products) != 2 or products[0] is None or products[1] is None:
+    found = [product for product in products if product is not None]
+    if len(found) != 2:
         return None
-    one, two = products
+    one, two = found
     return _matched(node, one, two) or _matched(node, two, one)
 
 
@@ -272,7 +273,9 @@ class _Writer:
 
     def write(self, found: Rotation) -> None:
         self.before = found.last
-        batch, tokens, heads, channels = sizes(found.shape) or ()
+        whole = sizes(found.shape)
+        assert whole is not None
+        batch, tokens, heads, channels = whole
         assert isinstance(heads, int) and isinstance(channels, int)
         flat = self._shape("flat", batch, tokens, heads * channels)
         rows = self._node("Reshape", "rows", [found.x, flat])

@@ -70,11 +70,7 @@ def artefacts(folder: str | Path) -> dict[float, Artefact]:
         raise PpclError(
             f"{folder}: holds no exported ratio (no keep-*.json); make it with: ppcl-fx export STUDENT -o {folder}"
         )
-    found = {}
-    for keep in sorted(graphs, reverse=True):
-        engine, card = engines.get(keep, (None, None))
-        found[keep] = Artefact(keep, *graphs[keep], engine, card)
-    return found
+    return {keep: Artefact(keep, *graphs[keep], *engines.get(keep, ())) for keep in sorted(graphs, reverse=True)}
 
 
 def _there(folder: Path, name: str, named_in: Path, size: int | None = None) -> Path:
