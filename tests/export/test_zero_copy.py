@@ -33,7 +33,6 @@ MODELS: dict[str, tuple[Any, list[Edit]]] = {
         lambda: models.tiny_qwen(blocks=4),
         [DepthEdit(stack=BLOCKS, first=0, last=1), FfnEdit(stack=BLOCKS, block=2)],
     ),
-    "flux": (models.tiny_flux, [DepthEdit(stack=BLOCKS, first=1, last=2), FfnEdit(stack=BLOCKS, block=0)]),
     # Block 1 has two attentions: without its feed-forward, rows 0-2 and 6-8 of its modulation's nine stay.
     "sd3": (models.tiny_sd3, [DepthEdit(stack=BLOCKS, first=4, last=5), FfnEdit(stack=BLOCKS, block=1)]),
 }
