@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import ppcl_fx
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import Sidecar, export, export_graph, exporting
+from ppcl_fx.export import Sidecar, export, exporting
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.parity import difference, session
 from ppcl_fx.files import read_json
@@ -123,49 +122,6 @@ def test_progress_counts_to_the_end(exported: Any) -> None:
     assert seen[0] == (0, 8) and seen[-1] == (8, 8)
     assert [done for done, _ in seen] == list(range(9))
     assert json.loads(json.dumps(result.to_json()))["ratios"][1]["keep"] == 0.75
-
-
-@pytest.fixture
-def translated_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the segments that are translated while a test runs."""
-    from ppcl_fx.export import stitching
-
-    names: list[str] = []
-    real: Callable[..., Any] = stitching.translate
-
-    def counting(segment: Any, *args: Any) -> Any:
-        names.append(segment.name)
-        return real(segment, *args)
-
-    monkeypatch.setattr(stitching, "translate", counting)
-    return names
-
-
-def test_flux_without_calls(tmp_path: Path, translated_once: list[str]) -> None:
-    gm = trace(*models.tiny_flux())
-    ratio = export_graph(gm, tmp_path / "flux.onnx", runs=1)
-    assert set(ratio.parity) == {"traced", "batch=3", "hidden_states_1=32", "encoder_hidden_states_1=21", "all"}
-    assert ratio.parity_max_abs is not None and ratio.parity_max_abs < 2e-5
-    # Nine blocks: two kinds, and the last, whose text half nobody reads.
-    singles = ["single_transformer_blocks.0", "single_transformer_blocks.4"]
-    assert [name for name in translated_once if "blocks" in name] == [f"{BLOCKS}.0", *singles]
-    assert {i.name: i.shape[0] for i in session(ratio.onnx).get_inputs()}["img_ids"] == "hidden_states_1"
-
-
-def test_sd3_with_latents_of_any_size(tmp_path: Path, translated_once: list[str]) -> None:
-    gm = trace(*models.tiny_sd3())
-    ratio = export_graph(gm, tmp_path / "sd3.onnx", calls=Calls([call(models.sd3_kwargs())]), runs=1)
-    assert set(ratio.parity) == {
-        "traced", "batch=3", "hidden_states_2=24", "hidden_states_3=24", "encoder_hidden_states_1=21", "all",
-    }  # fmt: skip
-    assert ratio.parity_max_abs is not None and ratio.parity_max_abs < 2e-5
-    assert [name for name in translated_once if "blocks" in name] == [f"{BLOCKS}.0", f"{BLOCKS}.3", f"{BLOCKS}.7"]
-    unseen = models.sd3_kwargs(batch=1, height=10, width=14, text=9, seed=4)
-    running = session(ratio.onnx)
-    feeds = {i.name: unseen[i.name].numpy() for i in running.get_inputs()}
-    with torch.no_grad():
-        expected = gm(**{name: unseen[name] for name in gm.meta["ppcl"]["inputs"]})[0]
-    assert difference(torch.from_numpy(running.run(None, feeds)[0]), expected) < 2e-5
 
 
 def test_too_large_a_difference_leaves_nothing(
