@@ -28,7 +28,7 @@ from ppcl_fx.cli.options import (
 from ppcl_fx.errors import PpclError, Stopped
 from ppcl_fx.files import check_writable
 
-COMMANDS = ("analyze", "rewrite", "train", "export")
+COMMANDS = ("analyze", "rewrite", "train", "export", "build")
 NOBODY = 65534
 Run = Callable[..., tuple[int, str, str]]
 

@@ -303,6 +303,8 @@ def test_export_writes_a_checked_file_for_a_share(place: Place) -> None:
 
 def test_what_engines_are_built_from_is_exported_for_another_machine(place: Place) -> None:
     pytest.importorskip("onnxruntime")
+    from ppcl_fx.export import check_artefacts
+    from ppcl_fx.export.runtime import artefacts
     from ppcl_fx.export.tensorrt.request import read_request
 
     out = place.folder / "engines"
@@ -316,6 +318,13 @@ def test_what_engines_are_built_from_is_exported_for_another_machine(place: Plac
     assert "--minShapes=hidden_states:1x64x" in script and "--maxShapes=hidden_states:4x256x" in script
     request = read_request(out)
     assert request.options.stripped and request.spec.tokens == "64-256" and request.example["batch"] >= 2
+    # The graph for the engine is in bfloat16, with a manifest of its own; the one that was compared stays.
+    cards = {card.file: card for card in check_artefacts(out)}
+    plain, typed = cards["keep-1.onnx"], cards["keep-1.bf16.onnx"]
+    assert (plain.dtype, typed.dtype, len(cards)) == ("float32", "bfloat16", 2)
+    assert plain.unchecked is None and "the same graph in float32" in str(typed.unchecked)
+    assert [weights.file for weights in typed.weights] == ["weights/bfloat16.safetensors"]
+    assert list(artefacts(out)) == [1.0] and artefacts(out)[1.0].graph.name == "keep-1.onnx"
     # The other machine, which this one is not: everything but the GPU was found.
     line = place.refused("build", out)
     assert f"the ONNX files stay in {out}" in line
