@@ -9,6 +9,9 @@ from typing import Any, TypeVar
 
 from ppcl_fx.export.tensorrt_api import Api
 
+LOOK = 0.2
+"""Seconds after which a waiting thread looks for Ctrl-C: a signal just before it waits does not wake it."""
+
 T = TypeVar("T")
 Report = Callable[[int, int, str], None]
 """Called with the share that is done in percent, with 100, and with the name of the phase."""
@@ -133,7 +136,8 @@ def stoppable(work: Callable[[], T], stop: Callable[[], None]) -> T:
     thread = threading.Thread(target=run, name="tensorrt-build")
     try:
         thread.start()  # which waits for the thread, and may be interrupted too
-        done.wait()
+        while not done.wait(LOOK):
+            pass
     except BaseException:
         stop()
         if begun.wait(1):
