@@ -1,4 +1,4 @@
-"""What leaves PyTorch: lowering, ONNX, TensorRT. Names are imported when they are first used."""
+"""What leaves PyTorch: lowering, ONNX, TensorRT, the runtime. Names are imported when they are first used."""
 
 from __future__ import annotations
 
@@ -6,20 +6,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ppcl_fx.export.artefacts import check_artefacts
     from ppcl_fx.export.complex_to_real import ComplexToReal
     from ppcl_fx.export.drop_guards import DropGuards
     from ppcl_fx.export.exporting import Exported, ExportResult, export, export_graph
     from ppcl_fx.export.lowering import Lowered, lower
     from ppcl_fx.export.positions import PositionsAsInputs
+    from ppcl_fx.export.runtime import EngineTransformer
     from ppcl_fx.export.sidecar import Sidecar
     from ppcl_fx.export.stitching import Translations
-    from ppcl_fx.export.tensorrt import EngineCard, Profile, build_engine
+    from ppcl_fx.export.tensorrt import BuildOptions, EngineCard, Profile, build_engine, load_engine, refit
     from ppcl_fx.export.tuples_apart import TuplesApart
 
 _HOME = {
+    "BuildOptions": "tensorrt",
     "ComplexToReal": "complex_to_real",
     "DropGuards": "drop_guards",
     "EngineCard": "tensorrt",
+    "EngineTransformer": "runtime",
     "ExportResult": "exporting",
     "Exported": "exporting",
     "Lowered": "lowering",
@@ -29,15 +33,20 @@ _HOME = {
     "Translations": "stitching",
     "TuplesApart": "tuples_apart",
     "build_engine": "tensorrt",
+    "check_artefacts": "artefacts",
     "export": "exporting",
     "export_graph": "exporting",
+    "load_engine": "tensorrt",
     "lower": "lowering",
+    "refit": "tensorrt",
 }
 
 __all__ = [
+    "BuildOptions",
     "ComplexToReal",
     "DropGuards",
     "EngineCard",
+    "EngineTransformer",
     "ExportResult",
     "Exported",
     "Lowered",
@@ -47,9 +56,12 @@ __all__ = [
     "Translations",
     "TuplesApart",
     "build_engine",
+    "check_artefacts",
     "export",
     "export_graph",
+    "load_engine",
     "lower",
+    "refit",
 ]
 
 

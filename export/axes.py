@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -76,6 +76,8 @@ def resized(kwargs: dict[str, Any], axis: Axis) -> dict[str, Any]:
 
 
 def _stretched(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    if tensor.is_meta:
+        return tensor.new_empty((*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]))
     index = torch.arange(size) % tensor.shape[dim]
     out = tensor.index_select(dim, index)
     if not out.is_floating_point():
@@ -118,6 +120,14 @@ def find_axes(gm: GraphModule, lowered: GraphModule, kwargs: dict[str, Any], bat
                 found = _try_dim(gm, kwargs, (name, dim), axes)
                 axes += [found] if found is not None else []
     return axes
+
+
+def still_fit(gm: GraphModule, kwargs: dict[str, Any], axes: Sequence[Axis]) -> bool:
+    """Tell whether another mixture of the same model takes the sizes that were found for the first."""
+    everything = dict(kwargs)
+    for axis in axes:
+        everything = resized(everything, axis)
+    return _runs(gm, everything)
 
 
 def _runs(gm: GraphModule, kwargs: dict[str, Any]) -> bool:
@@ -216,7 +226,7 @@ def _try_dim(gm: GraphModule, kwargs: dict[str, Any], dim: Dim, axes: list[Axis]
     return None
 
 
-def variants(kwargs: dict[str, Any], axes: list[Axis]) -> dict[str, dict[str, Any]]:
+def variants(kwargs: dict[str, Any], axes: Sequence[Axis]) -> dict[str, dict[str, Any]]:
     """Return the calls to check with, by name: as traced, each axis changed alone, and all of them changed."""
     calls = {"traced": dict(kwargs)}
     everything = dict(kwargs)

@@ -1,34 +1,97 @@
-"""A TensorRT engine for each exported ratio, built from a bfloat16 graph."""
+"""From exported ratios to TensorRT engines: graphs in the engine's type, then the build, here or on another machine."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from ppcl_fx.export.exporting import Exported, in_type
-from ppcl_fx.export.onnx_file import ports, prepare, write_onnx
-from ppcl_fx.export.stitching import Translations
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export.exporting import Exported, Mixture, write_graphs
+from ppcl_fx.export.inputs import in_type
+from ppcl_fx.export.names import TIMINGS, manifest_path, typed_graph_path
+from ppcl_fx.export.onnx_file import Prepared, prepare
+from ppcl_fx.export.opened import Opened
+from ppcl_fx.export.serving import refused
+from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.export.tensorrt import Profile, build_engine, default_profile, load_tensorrt
+from ppcl_fx.export.tensorrt.places import find_graphs, read_graph, read_origin
+from ppcl_fx.export.tensorrt.request import BuildRequest
+from ppcl_fx.files import read_json
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
+    from ppcl_fx.export.weight_source import WeightFolder
     from ppcl_fx.model import PluggableModel
 
-TYPED_FILE = "transformer.bf16.onnx"
-ENGINE = "transformer.bf16.engine"
-TIMINGS = "timing.cache"
+
+def write_typed(
+    model: PluggableModel | WeightFolder,
+    exported: Sequence[Exported],
+    calls: Calls | None,
+    request: BuildRequest | None = None,
+    note: Callable[[str], None] = lambda line: None,
+) -> dict[str, int]:
+    """Export each ratio that is in float32 once more in bfloat16, for TensorRT, over one converted copy of the weights.
+
+    The types of an ONNX file rule in TensorRT. The float32 file is the one that was compared to PyTorch: onnxruntime
+    has no bfloat16 kernels for the CPU. A ratio that was exported in another type is built as it is.
+
+    Args:
+        model: the model; its mixture is another one afterwards.
+        exported: its exported ratios.
+        calls: as for `ppcl_fx.export.export`.
+        request: what is to be built: sizes that the model does not take are refused here, where the model is.
+        note: told in one line what was converted.
+
+    Returns:
+        The sizes of the example, by the names of the open sizes.
+
+    Raises:
+        PpclError: a graph cannot be exported, or does not serve a profile.
+    """
+    opened = Opened.of(model, 0)  # nothing is compared here, so no weight needs to be in memory
+    graphs = [opened.model.plug(students=ratio.students).graph_module() for ratio in exported]
+    prepared = prepare(*in_type(graphs[0], calls, None))
+    sizes = {axis.name: axis.size for axis in prepared.axes}
+    if request is not None:
+        _check_served(prepared, request.model_copy(update={"example": sizes}), exported[0].onnx)
+    mixtures = [
+        Mixture(gm, ratio.keep, ratio.students, typed_graph_path(ratio.onnx), calls, _why(ratio.onnx))
+        for gm, ratio in zip(graphs, exported, strict=True)
+        if read_json(manifest_path(ratio.onnx), Sidecar).dtype == "float32"
+    ]
+    if mixtures:
+        write_graphs(opened, mixtures, exported[0].onnx.parent, dtype=torch.bfloat16, axes=prepared.axes, note=note)
+    return sizes
+
+
+def _why(onnx: Path) -> str:
+    return (
+        "not checked against PyTorch: onnxruntime has no bfloat16 kernels for the CPU; "
+        f"{onnx.name} is the same graph in float32"
+    )
+
+
+def _check_served(prepared: Prepared, request: BuildRequest, onnx: Path) -> None:
+    """Refuse a profile whose largest or smallest sizes the model does not take."""
+    for profile in request.profiles(read_graph(onnx), str(onnx)):
+        for sizes in (
+            {name: size.max for name, size in profile.sizes.items()},
+            {name: size.min for name, size in profile.sizes.items()},
+        ):
+            reason = refused(prepared, sizes)
+            if reason is not None:
+                raise PpclError(f"profile {profile.name or 'of the options'}: {reason}; give another range")
 
 
 def build_engines(
-    model: PluggableModel, exported: Sequence[Exported], calls: Calls | None, profile: Profile | None
+    model: PluggableModel | WeightFolder, exported: Sequence[Exported], calls: Calls | None, profile: Profile | None
 ) -> list[Exported]:
     """Build an engine beside each exported ONNX file.
-
-    The types of an ONNX file rule in TensorRT, so each mixture is exported once more with bfloat16 weights. The float32
-    file is the one that was compared to PyTorch: onnxruntime has no bfloat16 kernels for the CPU.
 
     Args:
         model: the model.
@@ -39,19 +102,22 @@ def build_engines(
     Raises:
         PpclError: there is no TensorRT or no GPU (the ONNX files stay), or the model does not build.
     """
-    folder = exported[0].onnx.parent.parent if exported else ""
+    folder = exported[0].onnx.parent if exported else Path()
     api, gpu = load_tensorrt(f"the ONNX files stay in {folder}")
-    known = Translations()
+    sizes = write_typed(model, exported, calls)
+    places = {place.name: place for place in find_graphs(folder)}
     results = []
     for ratio in exported:
-        model.plug(students=ratio.students)
-        prepared = prepare(*in_type(model.graph_module(), calls, torch.bfloat16))
-        typed = ratio.onnx.with_name(TYPED_FILE)
-        written = write_onnx(prepared, typed, known)
-        inputs = ports(written.graph.inputs)
-        chosen = profile or default_profile(inputs, {axis.name: axis.size for axis in prepared.axes})
-        engine = ratio.onnx.with_name(ENGINE)
-        cache = ratio.onnx.parent.parent / TIMINGS
-        build_engine(typed, engine, inputs, chosen, api=api, gpu=gpu, dtype="bfloat16", cache=cache)
-        results.append(dataclasses.replace(ratio, engine=engine))
+        place = places[ratio.onnx.stem]
+        chosen = profile or default_profile(read_graph(place.onnx).inputs, sizes)
+        build_engine(
+            place.onnx,
+            place.engine,
+            [chosen],
+            api=api,
+            gpu=gpu,
+            cache=place.root / TIMINGS,
+            origin=read_origin(place),
+        )
+        results.append(dataclasses.replace(ratio, engine=place.engine))
     return results

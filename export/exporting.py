@@ -1,11 +1,10 @@
-"""From a pluggable model to one checked file for each ratio."""
+"""From a pluggable model to one small checked graph for each ratio, over one copy of the weights."""
 
 from __future__ import annotations
 
-import copy
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,25 +14,38 @@ from torch.fx import GraphModule
 
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.export.artefacts import digest
 from ppcl_fx.export.extras import check_export, need
-from ppcl_fx.export.graph_run import refresh_examples
-from ppcl_fx.export.onnx_file import Prepared, compare, floats_as, parameters_in, ports, prepare, write_onnx
+from ppcl_fx.export.inputs import in_type, main_dtype
+from ppcl_fx.export.names import data_path, graph_path, manifest_path, ratio_name, typed_graph_path
+from ppcl_fx.export.onnx_file import Prepared, compare, parameters_in, ports, prepare, save, translated
+from ppcl_fx.export.opened import MEMORY, Opened
 from ppcl_fx.export.parity import latency
-from ppcl_fx.export.sidecar import Sidecar
-from ppcl_fx.files import new_folder, write_json
+from ppcl_fx.export.publish import beside, check_free, publish, withdraw
+from ppcl_fx.export.runtime.head import write_head
+from ppcl_fx.export.sidecar import Sidecar, WeightFile
+from ppcl_fx.export.weight_source import WeightFolder, WeightSource, weightless
+from ppcl_fx.export.weight_store import Store, stored
+from ppcl_fx.files import write_json
 from ppcl_fx.graphs import parameter_count
-from ppcl_fx.tracing import bind
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
-    from ppcl_fx.export.stitching import Translations
+    from ppcl_fx.export.axes import Axis
+    from ppcl_fx.export.stitching import Initial, Translations
     from ppcl_fx.export.tensorrt import Profile
     from ppcl_fx.model import PluggableModel
     from ppcl_fx.plan import Plan
 
 FORMATS = ("onnx", "tensorrt")
-FILE = "transformer.onnx"
-SIDECAR = "transformer.json"
+DTYPES: dict[str, torch.dtype | None] = {
+    "stored": None,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
+"""Names of what weights may be exported as."""
+
 STEPS = 4
 """Steps of the work on one ratio: preparing, translating, checking, timing."""
 
@@ -46,14 +58,15 @@ class Exported:
 
     Attributes:
         keep: the share asked for.
-        onnx: the ONNX file; ``transformer.json`` beside it says how it was made.
+        onnx: the graph; the manifest beside it says how it was made and where its weights are.
         params: parameters of the mixture, as the plan counts them.
         students: ids of the edits plugged.
         opset: version of the ONNX operators.
-        parity: the largest difference to PyTorch for each shape.
+        parity: the largest difference to PyTorch for each shape; empty where unchecked.
         parity_max_abs: the largest of them.
         latency_ms: median time of a run in onnxruntime on the CPU, at the traced shape.
         seconds: what the export took.
+        unchecked: what was not checked, and why.
         engine: the TensorRT engine, where one was built.
     """
 
@@ -63,9 +76,10 @@ class Exported:
     students: tuple[str, ...]
     opset: int
     parity: dict[str, float]
-    parity_max_abs: float
-    latency_ms: float
+    parity_max_abs: float | None
+    latency_ms: float | None
     seconds: float
+    unchecked: str | None = None
     engine: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -87,107 +101,128 @@ class ExportResult:
 
 
 def export(
-    model: PluggableModel,
+    model: PluggableModel | WeightFolder,
     keeps: Sequence[float],
     out: str | Path,
     *,
     format: Literal["onnx", "tensorrt"] = "onnx",
     calls: Calls | None = None,
+    dtype: torch.dtype | None = None,
+    embed: bool = False,
+    memory_limit: int = MEMORY,
     tolerance: float = 1e-4,
     runs: int = 10,
     overwrite: bool = False,
     profile: Profile | None = None,
     known: Translations | None = None,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> ExportResult:
     """Export a pluggable model once for each ratio.
 
-    Each ratio gets a folder ``keep-0.7`` with ``transformer.onnx`` (float32), its weights ``transformer.onnx.data`` and
-    ``transformer.json``. Batch, image and text lengths stay open; position tables are inputs. Every file has passed
-    `onnx.checker`, and onnxruntime gave on it what PyTorch gives, at the traced shape, with each open size
-    changed alone, and with all of them changed. A file that fails is not kept.
+    Each ratio gets a small graph ``keep-0.7.onnx`` and its manifest ``keep-0.7.json``; ``head.json`` is for the
+    runtime. The weights stay where they are if `out` is the student's folder or one above it; else they are
+    copied to ``weights/``, once for all ratios. Batch, image and text lengths stay open; position tables are
+    inputs. Every file has passed `onnx.checker`, and onnxruntime gave on it what PyTorch gives, at the traced
+    shape, with each open size changed alone, and with all of them changed. A file that fails is not kept. What
+    could not be checked is in the manifest and is told to `note`.
 
     Args:
-        model: the model; its mixture is put back afterwards.
+        model: the model, in memory (its mixture is put back afterwards), or a student folder with its weights on disk.
+            Such a folder is loaded for the checks where `memory_limit` allows it; else no weight is read.
         keeps: shares of the teacher's parameters, each in (0, 1].
         out: the folder for the results.
         format: ``onnx``, or ``tensorrt`` for an engine beside each ONNX file.
         calls: recorded calls; the first gives the example. Without them the inputs are random, of the shape the
             model was traced with.
-        tolerance: largest difference to PyTorch that is allowed, absolute, in float32.
+        dtype: of weights and floating-point inputs; as they are used when None. Another one than they are stored in
+            costs a converted copy, one for all ratios.
+        embed: write ordinary files that hold their weights.
+        memory_limit: bytes that loading a student folder and checking its graphs may take.
+        tolerance: largest difference to PyTorch that is allowed, absolute.
         runs: runs timed for the latency.
-        overwrite: replace the folders of these ratios where they exist.
+        overwrite: replace the files of these ratios where they exist.
         profile: for TensorRT, the range of each open size; by default one around the example.
         known: translations of look-alike blocks to use again; those made here are added.
         progress: called with the steps done and the number of all.
+        note: told in one line each what was copied and what was not checked.
 
     Raises:
-        PpclError: a ratio cannot be reached, a library is missing, the model cannot be exported, or a file
-            differs from PyTorch by more than `tolerance`. For ``tensorrt`` without TensorRT or without a GPU it is
-            raised last, and the ONNX files stay.
+        PpclError: a ratio cannot be reached, a library is missing, the model cannot be exported, there is no room, or a
+            file differs from PyTorch by more than `tolerance`. For ``tensorrt`` without TensorRT or without a GPU it
+            is raised last, and the ONNX files stay.
     """
     if format not in FORMATS:
         raise PpclError(f"no format {format!r}{near(format, FORMATS)}; it is one of {', '.join(FORMATS)}")
     check_export()
-    from ppcl_fx.export.stitching import Translations
-
     folder = Path(out)
+    paths = [graph_path(folder, ratio_name(keep)) for keep in keeps]
+    check_free(paths, overwrite)
+    given, opened = model, Opened.of(model, memory_limit)
+    model = opened.model
     before = model.students
-    known = known if known is not None else Translations()
     steps = _Steps(progress, STEPS * len(keeps))
+    new = not folder.exists()
     try:
-        mixtures = [(keep, model.plug(keep=keep).students) for keep in keeps]  # all can be reached, or none is begun
-        results = [
-            export_graph(
-                model.plug(students=students).graph_module(),
-                folder / f"keep-{keep:g}",
-                calls=calls,
-                keep=keep,
-                students=students,
-                plan=model.plan,
-                tolerance=tolerance,
-                runs=runs,
-                overwrite=overwrite,
-                known=known,
-                step=steps.done,
-            )
-            for keep, students in mixtures
-        ]
+        mixtures = []  # all can be reached, or none is begun
+        for keep, path in zip(keeps, paths, strict=True):
+            gm = model.plug(keep=keep).graph_module()
+            mixtures.append(Mixture(gm, keep, model.students, path, calls, opened.unchecked))
+        folder.mkdir(parents=True, exist_ok=True)
+        results = write_graphs(
+            opened,
+            mixtures,
+            folder,
+            dtype=dtype,
+            embed=embed,
+            tolerance=tolerance,
+            runs=runs,
+            known=known,
+            step=steps.done,
+            note=note,
+        )
+        write_head(model, folder)
+        for line in dict.fromkeys(ratio.unchecked for ratio in results if ratio.unchecked):
+            note(line)
         if format == "tensorrt":
             from ppcl_fx.export.engines import build_engines
 
-            results = build_engines(model, results, calls, profile)
+            results = build_engines(given, results, calls, profile)
     finally:
         model.plug(students=before)
+        if new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     return ExportResult(folder, tuple(results))
 
 
 def export_graph(
     gm: GraphModule,
-    folder: str | Path,
+    path: str | Path,
     *,
     calls: Calls | None = None,
     keep: float = 1.0,
     students: Sequence[str] = (),
     plan: Plan | None = None,
+    dtype: torch.dtype | None = None,
     tolerance: float = 1e-4,
     runs: int = 10,
     overwrite: bool = False,
     known: Translations | None = None,
     step: Callable[[], None] = lambda: None,
 ) -> Exported:
-    """Export one traced graph, a fine-tuned student for example, with the same checks as `export`.
+    """Export one traced graph, a fine-tuned student for example, as a file that holds its weights.
 
     Args:
-        gm: the graph.
-        folder: the folder to write.
+        gm: the graph, in memory.
+        path: the file to write, ``NAME.onnx``; its manifest is ``NAME.json``.
         calls: as for `export`.
-        keep: its share of the teacher's parameters, for the sidecar.
-        students: ids of the edits in it, for the sidecar.
-        plan: the plan they come from, for the sidecar.
+        keep: its share of the teacher's parameters, for the manifest.
+        students: ids of the edits in it, for the manifest.
+        plan: the plan they come from, for the manifest.
+        dtype: as for `export`.
         tolerance: as for `export`.
         runs: as for `export`.
-        overwrite: replace the folder if it exists.
+        overwrite: replace the file if it exists.
         known: translations of other graphs of the same model, used again where blocks look alike.
         step: called after each of the `STEPS` steps.
 
@@ -197,40 +232,162 @@ def export_graph(
     check_export()
     from ppcl_fx.export.stitching import Translations
 
-    started = time.perf_counter()
-    final = Path(folder)
-    prepared = prepare(*in_type(gm, calls, torch.float32))
-    step()
-    with new_folder(final, overwrite=overwrite) as beside:
-        written = write_onnx(prepared, beside / FILE, known if known is not None else Translations())
-        step()
-        parity, running = compare(prepared, beside / FILE)
-        _check(parity, tolerance, final)
-        step()
-        card = Sidecar(
-            **_described(prepared, written),
-            keep=keep,
-            params=parameter_count(gm),
-            students=list(students),
-            plan=plan,
+    path = Path(path)
+    check_free([path], overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = _Work(WeightSource.memory(gm), None, dtype, tolerance, runs, known or Translations(), plan, step)
+    return work.export(Mixture(gm, keep, tuple(students), path, calls, None))
+
+
+def write_graphs(
+    opened: Opened,
+    mixtures: Sequence[Mixture],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    embed: bool = False,
+    tolerance: float = 1e-4,
+    runs: int = 10,
+    known: Translations | None = None,
+    axes: Sequence[Axis] | None = None,
+    step: Callable[[], None] = lambda: None,
+    note: Callable[[str], None] = lambda line: None,
+) -> list[Exported]:
+    """Write a graph for each mixture of a model, in place of what is there, over one copy of the weights.
+
+    Args:
+        opened: the model.
+        mixtures: what to write.
+        folder: where the graphs lie.
+        dtype: as for `export`.
+        embed: as for `export`.
+        tolerance: as for `export`.
+        runs: as for `export`.
+        known: as for `export`.
+        axes: sizes that may change, where they are known already.
+        step: called after each of the `STEPS` steps of a mixture.
+        note: as for `export`.
+
+    Raises:
+        PpclError: as for `export`.
+    """
+    from ppcl_fx.export.stitching import Translations
+
+    needed = {p.name for m in mixtures for ps in opened.weights.pieces(m.gm).values() for p in ps}
+    replaced = [manifest_path(mixture.path).name for mixture in mixtures]
+    sharing: AbstractContextManager[Store | None] = nullcontext(None)
+    if not embed:
+        sharing = stored(opened.weights, needed, folder, dtype, replaced, note)
+    with sharing as store:
+        known = known or Translations()
+        work = _Work(opened.weights, store, dtype, tolerance, runs, known, opened.model.plan, step, axes)
+        return [work.export(mixture) for mixture in mixtures]
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A graph to export, where to, and why it cannot be checked, if so."""
+
+    gm: GraphModule
+    keep: float
+    students: tuple[str, ...]
+    path: Path
+    calls: Calls | None
+    unchecked: str | None
+
+
+@dataclass
+class _Work:
+    """What the ratios of one export share. Without a store each file holds its weights."""
+
+    weights: WeightSource
+    store: Store | None
+    dtype: torch.dtype | None
+    tolerance: float
+    runs: int
+    known: Translations
+    plan: Plan | None
+    step: Callable[[], None]
+    axes: Sequence[Axis] | None = None
+
+    def export(self, mixture: Mixture) -> Exported:
+        """Export one graph."""
+        started = time.perf_counter()
+        prepared = prepare(*in_type(mixture.gm, mixture.calls, self.dtype), found=self.axes)
+        self.axes = prepared.axes
+        self.step()
+        made = translated(prepared, self.known, self._initial(mixture.gm))
+        final, embed = mixture.path, self.store is None
+        with beside(final, embed=embed) as path:
+            data = save(made, path, embed=embed)
+            self.step()
+            parity, milliseconds, unchecked = self._checked(prepared, path, mixture)
+            card = Sidecar(
+                **_described(prepared, made),
+                file=final.name,
+                sha256=digest(path),
+                size=path.stat().st_size,
+                weights=self._files(made, data),
+                keep=mixture.keep,
+                params=parameter_count(mixture.gm),
+                students=list(mixture.students),
+                plan=self.plan,
+                parity=parity,
+                parity_max_abs=max(parity.values(), default=None),
+                unchecked=unchecked,
+                tolerance=self.tolerance,
+                latency_ms=milliseconds,
+            )
+            if data is not None:
+                publish(data, data_path(final))
+            publish(path, final)
+        write_json(manifest_path(final), card)
+        withdraw(typed_graph_path(final))
+        self.step()
+        return Exported(
+            keep=mixture.keep,
+            onnx=final,
+            params=card.params,
+            students=mixture.students,
+            opset=card.opset,
             parity=parity,
-            parity_max_abs=max(parity.values()),
-            tolerance=tolerance,
-            latency_ms=latency(running, prepared.lowered.feeds(prepared.calls["traced"]), runs),
+            parity_max_abs=card.parity_max_abs,
+            latency_ms=milliseconds,
+            seconds=time.perf_counter() - started,
+            unchecked=unchecked,
         )
-        write_json(beside / SIDECAR, card)
-        step()
-    return Exported(
-        keep=keep,
-        onnx=final / FILE,
-        params=card.params,
-        students=tuple(students),
-        opset=card.opset,
-        parity=parity,
-        parity_max_abs=card.parity_max_abs,
-        latency_ms=card.latency_ms,
-        seconds=time.perf_counter() - started,
-    )
+
+    def _initial(self, gm: GraphModule) -> Initial | None:
+        from ppcl_fx.export.initials import external, read_late
+
+        if self.store is not None:
+            return external(self.store, self.weights.pieces(gm))
+        return read_late(self.weights, self.weights.pieces(gm)) if weightless(gm) else None
+
+    def _checked(
+        self, prepared: Prepared, path: Path, mixture: Mixture
+    ) -> tuple[dict[str, float], float | None, str | None]:
+        """Compare to PyTorch and time; or say why not."""
+        unchecked = mixture.unchecked
+        if unchecked is None and main_dtype(prepared.gm) == torch.bfloat16:
+            unchecked = "not checked against PyTorch: onnxruntime has no bfloat16 kernels for the CPU; fp32 is checked"
+        if unchecked is not None:
+            self.step()
+            return {}, None, unchecked
+        parity, running = compare(prepared, path)
+        _check(parity, self.tolerance, mixture.path)
+        self.step()
+        return parity, latency(running, prepared.lowered.feeds(prepared.calls["traced"]), self.runs), None
+
+    def _files(self, made: Any, data: Path | None) -> list[WeightFile]:
+        from ppcl_fx.export.initials import weight_files
+
+        if data is not None:
+            return [WeightFile(file=data.name, sha256=digest(data), size=data.stat().st_size)]
+        if self.store is None:
+            return []
+        found = [(name, *self.store.digest(name)) for name in weight_files(made)]
+        return [WeightFile(file=name, sha256=sha256, size=size) for name, sha256, size in found]
 
 
 def _check(parity: dict[str, float], tolerance: float, final: Path) -> None:
@@ -249,8 +406,7 @@ def _described(prepared: Prepared, written: Any) -> dict[str, Any]:
     tensors = {name for name, value in prepared.calls["traced"].items() if isinstance(value, torch.Tensor)}
     passes = [str(record["name"]) for record in gm.meta.get("ppcl", {}).get("passes", [])]
     return {
-        "file": FILE,
-        "dtype": str(next(gm.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(main_dtype(gm)).removeprefix("torch."),
         "params_in_file": parameters_in(written, gm),
         "opset": written.graph.opset_imports[""],
         "inputs": ports(written.graph.inputs),
@@ -258,59 +414,6 @@ def _described(prepared: Prepared, written: Any) -> dict[str, Any]:
         "positions": [name for name in prepared.lowered.inputs if name not in tensors],
         "made": {"ppcl_fx": __version__, **versions, "passes": passes},
     }
-
-
-def in_type(
-    gm: GraphModule, calls: Calls | None, dtype: torch.dtype
-) -> tuple[GraphModule, dict[str, Any], int]:
-    """Return a graph on the CPU with weights of a type, and a call for it in that type.
-
-    Args:
-        gm: the graph; stays as it is.
-        calls: where the call comes from, see `example`.
-        dtype: the type of weights and floating-point inputs, as in a pipeline of that type.
-
-    Returns:
-        The graph, itself where it is of that type already, else a copy; the arguments of the call; its samples.
-    """
-    kwargs, batch = example(gm, calls)
-    kwargs = floats_as(kwargs, dtype)
-    if all(p.dtype == dtype and p.device.type == "cpu" for p in gm.parameters() if p.is_floating_point()):
-        return gm, kwargs, batch
-    converted = copy.deepcopy(gm).to(device="cpu", dtype=dtype)
-    converted.meta = dict(gm.meta)
-    refresh_examples(converted, kwargs)
-    return converted, kwargs, batch
-
-
-def example(gm: GraphModule, calls: Calls | None) -> tuple[dict[str, Any], int]:
-    """Return the arguments of one call of a graph and the samples in it.
-
-    Args:
-        gm: the graph.
-        calls: recorded calls; without them tensors are random, in the shapes of the trace.
-
-    Raises:
-        PpclError: there are no calls in `calls`, or the first lies outside of what was traced.
-    """
-    if calls is not None:
-        if len(calls) == 0:
-            raise PpclError("there are no calls to take an example from; record some")
-        return bind(gm, calls[0].kwargs), calls[0].batch
-    generator = torch.Generator().manual_seed(0)
-    kwargs: dict[str, Any] = {}
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            value = node.meta["val"]
-            kwargs[str(node.target)] = _random(value, generator) if isinstance(value, torch.Tensor) else value
-    first = [v.shape[0] for v in kwargs.values() if isinstance(v, torch.Tensor) and v.ndim]
-    return kwargs, Counter(first).most_common(1)[0][0]
-
-
-def _random(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    if like.is_floating_point():
-        return torch.rand(like.shape, generator=generator).to(like.dtype)
-    return torch.ones(like.shape, dtype=like.dtype)
 
 
 class _Steps:

@@ -2,15 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map_only
 
 Seen = tuple[tuple[int, ...], torch.dtype]
 """The shape and the type of a tensor."""
+
+
+@contextmanager
+def buffers_on_meta(module: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let a module whose parameters are on the meta device run there: its buffers, which are real, join them.
+
+    Args:
+        module: the module; afterwards it has its own buffers again.
+        wanted: do nothing where this is false.
+    """
+    kept: list[tuple[nn.Module, str, torch.Tensor]] = []
+    try:
+        for child in module.modules() if wanted else ():
+            for name, buffer in child._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    kept.append((child, name, buffer))
+                    child._buffers[name] = buffer.to("meta")
+        yield
+    finally:
+        for child, name, buffer in kept:
+            child._buffers[name] = buffer
+
+
+def on_meta(values: Mapping[str, Any]) -> bool:
+    """Tell whether the tensors of a call are on the meta device."""
+    return any(isinstance(value, torch.Tensor) and value.is_meta for value in values.values())
 
 
 class ShapeRecorder(Interpreter):
@@ -34,14 +62,14 @@ def run_graph(gm: GraphModule, kwargs: Mapping[str, Any]) -> tuple[Any, dict[Nod
 
     Args:
         gm: the graph module.
-        kwargs: its inputs by name; what it does not take is left out.
+        kwargs: its inputs by name; what it does not take is left out. On the meta device shapes alone are computed.
 
     Returns:
         Its first output, and shape and type of each node's tensor.
     """
     recorder = ShapeRecorder(gm)
     names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad():
+    with torch.no_grad(), buffers_on_meta(gm, on_meta(kwargs)):
         result = recorder.run(*(kwargs[name] for name in names))
     return (result[0] if isinstance(result, (tuple, list)) else result), recorder.seen
 
@@ -66,5 +94,5 @@ def refresh_examples(gm: GraphModule, kwargs: Mapping[str, Any]) -> None:
     """
     refresher = _ExampleRefresher(gm)
     refresher.extra_traceback = False
-    with torch.no_grad():
+    with torch.no_grad(), buffers_on_meta(gm, on_meta(kwargs)):
         refresher.run(*(kwargs[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))

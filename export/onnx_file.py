@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.axes import Axis, find_axes, variants, widened
+from ppcl_fx.export.axes import Axis, find_axes, still_fit, variants, widened
 from ppcl_fx.export.extras import check_export, need
 from ppcl_fx.export.graph_run import Seen, run_graph
 from ppcl_fx.export.lowering import Lowered, lower
+from ppcl_fx.export.names import data_path
 from ppcl_fx.export.parity import difference, run, session
 from ppcl_fx.export.sidecar import Port
+from ppcl_fx.export.weight_source import state
+
+if TYPE_CHECKING:
+    from ppcl_fx.export.stitching import Initial
+
+LARGE = 1 << 30
+"""Bytes of weights above which a self-contained graph has them in a file beside it: protobuf ends at 2 GiB."""
 
 
 @dataclass(frozen=True)
@@ -35,55 +44,84 @@ class Prepared:
     calls: dict[str, dict[str, Any]]
 
 
-def prepare(gm: GraphModule, kwargs: dict[str, Any], batch: int) -> Prepared:
+def prepare(
+    gm: GraphModule, kwargs: dict[str, Any], batch: int, found: Sequence[Axis] | None = None
+) -> Prepared:
     """Lower a graph and find the shapes it can be called with.
 
     Args:
-        gm: a student's graph, on the CPU.
-        kwargs: the arguments of one call, by the names of the graph's inputs.
+        gm: a student's graph, on the CPU, or with its parameters on the meta device.
+        kwargs: the arguments of one call, by the names of the graph's inputs, on the same device.
         batch: samples in that call.
+        found: sizes that may change in another mixture of the same model, tried first: together, once.
 
     Raises:
         PpclError: the graph cannot be lowered, or takes one batch size only.
     """
     lowered = lower(gm)
     example = widened(kwargs, batch)
-    axes = find_axes(gm, lowered.graph, example, max(batch, 2))
+    fits = found is not None and still_fit(gm, example, found)
+    axes = found if found is not None and fits else find_axes(gm, lowered.graph, example, max(batch, 2))
     return Prepared(gm, lowered, tuple(axes), variants(example, axes))
 
 
-def write_onnx(prepared: Prepared, path: Path, known: Any) -> Any:
-    """Translate a prepared graph, write it with its weights beside it, and let `onnx.checker` look at it.
+def translated(prepared: Prepared, known: Any, initial: Initial | None = None) -> Any:
+    """Translate a prepared graph into an `onnx_ir.Model`, and fuse what engines have one kernel for.
 
     Args:
         prepared: the graph.
-        path: the file to write; the weights go to ``path.data``.
         known: a `ppcl_fx.export.stitching.Translations`, shared by the graphs of one model.
-
-    Returns:
-        The `onnx_ir.Model`.
+        initial: gives what holds the values of each parameter; by default the parameters themselves.
 
     Raises:
         PpclError: a library is missing, or a part of the graph cannot be translated.
     """
     check_export()
-    import onnx_ir
-
-    from ppcl_fx.export.stitching import observed, stitch
+    from ppcl_fx.export.fusing import fuse
+    from ppcl_fx.export.stitching import ROWS, held, observed, stitch
 
     def seen(name: str) -> dict[Any, Seen]:
         return run_graph(prepared.lowered.graph, prepared.lowered.feeds(prepared.calls[name]))[1]
 
     shapes = observed(seen("traced"), {axis.name: seen(f"{axis.name}={axis.other}") for axis in prepared.axes})
-    model = stitch(prepared.lowered.graph, shapes, known)
-    onnx_ir.save(model, path, external_data=f"{path.name}.data")
+    gm = prepared.lowered.graph
+    model = stitch(gm, shapes, known, initial=initial or held)
+    own = state(gm)
+    fuse(model, {name for name in model.graph.initializers if name in own or name.rpartition(ROWS)[0] in own})
+    return model
+
+
+def save(model: Any, path: Path, *, embed: bool) -> Path | None:
+    """Write a model and let `onnx.checker` look at it.
+
+    Args:
+        model: the `onnx_ir.Model`.
+        path: the file to write.
+        embed: write the weights too: into the same file, or where they are `LARGE` into ``path.data``. Else the model
+            says where they lie.
+
+    Returns:
+        The file of the weights, where they have one of their own.
+
+    Raises:
+        PpclError: the checker refuses the file, or it cannot be written.
+    """
+    import onnx_ir
+
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    data = data_path(path) if embed and size > LARGE else None
+    try:
+        onnx_ir.save(model, path, external_data=data.name if data is not None else None)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PpclError(f"{path}: cannot be written ({reason}); choose a writable place with room") from error
     onnx = need("onnx")
     try:
         onnx.checker.check_model(str(path), full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         reason = str(error).splitlines()[0]
         raise PpclError(f"{path.name}: onnx.checker refuses it ({reason}); nothing was kept") from error
-    return model
+    return data
 
 
 def compare(prepared: Prepared, path: Path) -> tuple[dict[str, float], Any]:
@@ -114,8 +152,11 @@ def ports(values: Any) -> list[Port]:
 
 def parameters_in(model: Any, gm: GraphModule) -> int:
     """Count the elements of those initializers that are parameters of the graph."""
+    from ppcl_fx.export.stitching import ROWS
+
     names = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
-    return sum(value.const_value.size for name, value in model.graph.initializers.items() if name in names)
+    held = {name: value.const_value.size for name, value in model.graph.initializers.items()}
+    return sum(size for name, size in held.items() if name.rpartition(ROWS)[0] in names or name in names)
 
 
 def floats_as(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -30,17 +30,20 @@ def session(path: str | Path, threads: int = 0) -> Any:
     options.intra_op_num_threads = threads
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except _runtime_errors() as error:
-        raise PpclError(f"{path}: onnxruntime does not take it ({_line(error)}); export the model again") from error
+    except runtime_errors() as error:
+        raise PpclError(f"{path}: onnxruntime does not take it ({one_line(error)}); export the model again") from error
 
 
-def _runtime_errors() -> tuple[type[Exception], ...]:
+def runtime_errors() -> tuple[type[Exception], ...]:
+    """Return the exceptions by which onnxruntime says that something is wrong with a file or a call."""
     state = need("onnxruntime.capi.onnxruntime_pybind11_state")
-    names = ("Fail", "InvalidArgument", "InvalidGraph", "NotImplemented", "RuntimeException", "NoSuchFile")
+    names = ["Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented"]
+    names.append("RuntimeException")
     return (RuntimeError, ValueError, OSError, *(getattr(state, name) for name in names))
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """Return an exception's message in one line that is not too long."""
     return " ".join(str(error).split())[:300]
 
 
@@ -52,10 +55,10 @@ def run(running: Any, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """
     try:
         outputs = running.run(None, {name: tensor.contiguous().numpy() for name, tensor in feeds.items()})
-    except _runtime_errors() as error:
+    except runtime_errors() as error:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in feeds.items())
         raise PpclError(
-            f"onnxruntime cannot run the exported file on {shapes}: {_line(error)}; nothing was kept"
+            f"onnxruntime cannot run the exported file on {shapes}: {one_line(error)}; nothing was kept"
         ) from error
     return torch.from_numpy(outputs[0])
 

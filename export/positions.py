@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.graph_run import buffers_on_meta, on_meta
 from ppcl_fx.graphs import ancestors
 from ppcl_fx.passes.contract import Pass, Refused, Result
 from ppcl_fx.tracing.guards import is_guard
@@ -141,7 +142,7 @@ def tables(gm: GraphModule, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
     missing = [n.target for n in wanted if n.users and n.target not in kwargs]
     if missing:
         raise PpclError(f"the position tables need the argument {missing[0]!r}; give it as in the recorded call")
-    with torch.no_grad():
+    with torch.no_grad(), buffers_on_meta(positions, on_meta(kwargs)):
         found = positions(**{str(n.target): kwargs.get(str(n.target)) for n in wanted})
     taken = {str(n.target) for n in wanted}
     names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder" and str(n.target) not in taken]

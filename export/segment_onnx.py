@@ -16,6 +16,7 @@ from torch.export import Dim
 from torch.func import functional_call
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.repeated import open_repeats
 from ppcl_fx.export.segments import Segment
 
 OPSET = 23
@@ -31,7 +32,8 @@ class _WithWeightsAsInputs(nn.Module):
     def forward(self, *tensors: torch.Tensor) -> Any:
         """Run the segment on its inputs followed by its weights."""
         weights = dict(zip(self._names, tensors[self._count :], strict=True))
-        return functional_call(self._hidden[0], weights, tensors[: self._count])
+        with open_repeats():
+            return functional_call(self._hidden[0], weights, tensors[: self._count])
 
 
 def translate(segment: Segment, inputs: list[torch.Tensor], changing: list[tuple[int, ...]]) -> ir.Graph:
@@ -80,7 +82,7 @@ def _tensors(segment: Segment) -> list[torch.Tensor]:
 
 
 def _like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+    return torch.empty(tensor.shape, dtype=tensor.dtype)  # real for the exporter, and never touched
 
 
 @contextlib.contextmanager

@@ -21,11 +21,22 @@ class Port(_Strict):
     shape: list[int | str]
 
 
+class WeightFile(_Strict):
+    """A file that holds weights of a graph: its path within the graph's folder, its content, its size in bytes."""
+
+    file: str
+    sha256: str
+    size: int
+
+
 class Sidecar(_Strict):
-    """The JSON beside an ONNX file.
+    """The JSON beside an ONNX file: its manifest.
 
     Attributes:
         file: name of the ONNX file in the same folder.
+        sha256: of the ONNX file.
+        size: of the ONNX file, in bytes.
+        weights: the files that hold its weights; other graphs may use them too.
         dtype: type of the weights.
         keep: the share of the teacher's parameters asked for.
         params: parameters of this mixture, as the plan counts them.
@@ -34,16 +45,20 @@ class Sidecar(_Strict):
         plan: the plan they come from.
         opset: version of the ONNX operators.
         positions: inputs that hold position tables, computed from the call's Python arguments.
-        parity: for each shape the largest difference between onnxruntime and PyTorch.
+        parity: for each shape the largest difference between onnxruntime and PyTorch; empty where unchecked.
         parity_max_abs: the largest of them.
+        unchecked: what was not checked, and why; None where all was.
         tolerance: the largest difference that was allowed.
-        latency_ms: median time of a run in onnxruntime, on the CPU, at the traced shape.
+        latency_ms: median time of a run in onnxruntime, on the CPU, at the traced shape; None where unchecked.
         made: versions and passes.
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     kind: Literal["onnx"] = "onnx"
     file: str
+    sha256: str
+    size: int
+    weights: list[WeightFile]
     dtype: str
     keep: float
     params: int
@@ -55,7 +70,8 @@ class Sidecar(_Strict):
     outputs: list[Port]
     positions: list[str]
     parity: dict[str, float]
-    parity_max_abs: float
+    parity_max_abs: float | None
+    unchecked: str | None
     tolerance: float
-    latency_ms: float
+    latency_ms: float | None
     made: dict[str, JsonValue]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -15,6 +16,17 @@ from ppcl_fx.export.segment_onnx import OPSET, translate
 from ppcl_fx.export.segments import Segment, segments, structure
 
 IR_VERSION = 11
+
+Initial = Callable[[str, torch.Tensor], Sequence[ir.TensorProtocol]]
+"""Gives what holds a parameter's values: one tensor, or several that are put one behind the other."""
+
+ROWS = "/rows"
+"""What follows a parameter's name where it is put together."""
+
+
+def held(name: str, tensor: torch.Tensor) -> list[ir.TensorProtocol]:
+    """Return a tensor's own values."""
+    return [TorchTensor(tensor.detach().contiguous(), name=name)]
 
 
 @dataclass
@@ -70,7 +82,9 @@ def observed(base: dict[Node, Seen], others: dict[str, dict[Node, Seen]]) -> Sha
     return Shapes({n: s for n, (s, _) in base.items()}, {n: t for n, (_, t) in base.items()}, axes)
 
 
-def stitch(gm: GraphModule, shapes: Shapes, known: Translations, output_name: str = "sample") -> ir.Model:
+def stitch(
+    gm: GraphModule, shapes: Shapes, known: Translations, output_name: str = "sample", initial: Initial = held
+) -> ir.Model:
     """Translate a lowered graph into one ONNX model, segment by segment.
 
     Args:
@@ -78,6 +92,7 @@ def stitch(gm: GraphModule, shapes: Shapes, known: Translations, output_name: st
         shapes: the shapes of its tensors.
         known: translations to use again; new ones are added.
         output_name: the name of the first output.
+        initial: gives what holds the values of each parameter.
 
     Raises:
         PpclError: a segment cannot be translated.
@@ -88,7 +103,7 @@ def stitch(gm: GraphModule, shapes: Shapes, known: Translations, output_name: st
         if node.op == "placeholder":
             values[node] = _value(str(node.target), shapes.types[node], shapes.open_shape(node))
             graph.inputs.append(values[node])
-    weights = _Weights(gm, graph)
+    weights = _Weights(gm, graph, initial)
     for number, segment in enumerate(segments(gm)):
         _add(segment, number, graph, values, weights, _translated(segment, shapes, known))
     for index, node in enumerate(gm.graph.output_node().all_input_nodes):
@@ -106,7 +121,8 @@ def _translated(segment: Segment, shapes: Shapes, known: Translations) -> ir.Gra
     if key in known.graphs:
         known.reused += 1
         return known.graphs[key]
-    examples = [torch.zeros(shapes.sizes[n], dtype=shapes.types[n]) for n in segment.inputs]
+    # Values do not matter, and memory that nobody writes to costs nothing.
+    examples = [torch.empty(shapes.sizes[n], dtype=shapes.types[n]) for n in segment.inputs]
     graph = translate(segment, examples, [shapes.changing(n) for n in segment.inputs])
     widen_masks(graph)
     known.graphs[key] = graph
@@ -153,8 +169,8 @@ def _add(
 class _Weights:
     """The initializers of the model: each tensor once, under the name of its parameter."""
 
-    def __init__(self, gm: GraphModule, graph: ir.Graph) -> None:
-        self.graph = graph
+    def __init__(self, gm: GraphModule, graph: ir.Graph, initial: Initial) -> None:
+        self.graph, self.initial = graph, initial
         self.state = {
             **dict(gm.named_parameters(remove_duplicate=False)),
             **dict(gm.named_buffers(remove_duplicate=False)),
@@ -165,11 +181,26 @@ class _Weights:
         tensor = self.state[name]
         key = (id(tensor), tensor.shape)
         if key not in self.seen:
-            const = TorchTensor(tensor.detach().contiguous(), name=name)
-            value = ir.Value(name=name, const_value=const, shape=const.shape, type=ir.TensorType(const.dtype))
-            self.graph.register_initializer(value)
-            self.seen[key] = value
+            found = self.initial(name, tensor)
+            single = len(found) == 1
+            parts = [self._one(name if single else f"{name}{ROWS}{i}", one) for i, one in enumerate(found)]
+            self.seen[key] = parts[0] if single else self._joined(name, tensor, parts)
         return self.seen[key]
+
+    def _one(self, name: str, const: ir.TensorProtocol) -> ir.Value:
+        const.name = name
+        value = ir.Value(name=name, const_value=const, shape=const.shape, type=ir.TensorType(const.dtype))  # type: ignore[arg-type]
+        self.graph.register_initializer(value)
+        return value
+
+    def _joined(self, name: str, tensor: torch.Tensor, parts: list[ir.Value]) -> ir.Value:
+        """Put rows of one weight together: runtimes do that once, when they load the file."""
+        node = ir.node("Concat", parts, {"axis": 0}, name=f"{name}{ROWS}")
+        node.outputs[0].name = f"{name}{ROWS}"
+        node.outputs[0].shape = ir.Shape(tensor.shape)
+        node.outputs[0].type = ir.TensorType(_dtype(tensor.dtype))
+        self.graph.append(node)
+        return node.outputs[0]
 
     def constant(self, name: str, value: ir.Value) -> ir.Value:
         new = ir.Value(name=name, const_value=value.const_value, shape=value.shape, type=value.type)

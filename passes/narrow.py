@@ -13,6 +13,14 @@ from torch.fx import GraphModule, Node
 from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.liveness import SINK
 
+_ROWS = "_ppcl_rows"
+
+
+def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Return the views of original weights that a tensor is made of, one behind the other; by default itself."""
+    found: tuple[torch.Tensor, ...] = getattr(tensor, _ROWS, (tensor,))
+    return found
+
 
 @dataclass(frozen=True)
 class Narrow(Pass):
@@ -71,8 +79,12 @@ def _shrink(gm: GraphModule, linear: Node, chunk: Node, used: list[int]) -> None
 
     def cut(tensor: torch.Tensor) -> nn.Parameter:
         # One slice is a view and shares the teacher's memory.
-        part = tensor[rows[0].start : rows[-1].stop] if contiguous else torch.cat([tensor[row] for row in rows])
-        return nn.Parameter(part, requires_grad=tensor.requires_grad)
+        if contiguous:
+            return nn.Parameter(tensor[rows[0].start : rows[-1].stop], requires_grad=tensor.requires_grad)
+        views = tuple(tensor.detach()[row] for row in rows)
+        whole = nn.Parameter(torch.cat(views), requires_grad=tensor.requires_grad)
+        setattr(whole, _ROWS, views)  # an export refers to the rows where they lie
+        return whole
 
     with torch.device("meta"):
         small = nn.Linear(module.in_features, size * len(used), bias=module.bias is not None)

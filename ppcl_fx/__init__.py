@@ -10,6 +10,7 @@ The public surface::
     model = ppcl_fx.rewrite(gm, plan)             # a PluggableModel: teacher and student parts side by side
     model.plug(keep=0.7).save(folder)             # choose a mixture; any mixture is a valid model
     model = ppcl_fx.load(folder)
+    pipe.transformer = ppcl_fx.EngineTransformer(engines)    # what ppcl_fx.export wrote, in a pipeline
 
 The passes are in `ppcl_fx.passes`, training is in `ppcl_fx.train`, export in `ppcl_fx.export`. Names are imported when
 they are first used, so that ``import ppcl_fx`` is quick and does not import torch.
@@ -27,6 +28,7 @@ from ppcl_fx.errors import GuardError, PpclError, Refusal, near
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
+    from ppcl_fx.export.runtime import EngineTransformer
     from ppcl_fx.model import PluggableModel, load
     from ppcl_fx.passes.analyze import analyze
     from ppcl_fx.passes.rewrite import rewrite
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Calls": "ppcl_fx.calls",
+    "EngineTransformer": "ppcl_fx.export.runtime",
     "Plan": "ppcl_fx.plan",
     "PluggableModel": "ppcl_fx.model",
     "Redundancy": "ppcl_fx.redundancy",
@@ -54,6 +57,7 @@ _HOME = {
 
 __all__ = [
     "Calls",
+    "EngineTransformer",
     "GuardError",
     "Plan",
     "PluggableModel",

@@ -113,12 +113,13 @@ def export_ratios(
         ``parity_max_abs`` (largest difference between onnxruntime and PyTorch over ``shapes`` shapes).
     """
     from ppcl_fx.export import Translations, export, export_graph, lower
+    from ppcl_fx.export.names import graph_path, ratio_name
 
     known = Translations()  # blocks of one structure are translated once for all files
     done = list(export(model, keeps, folder, calls=calls[:1], known=known).ratios)
     graphs = [model.plug(keep=keep).graph_module() for keep in keeps]
     if finetuned is not None:
-        path = folder / f"keep-{min(keeps):g}-finetuned"
+        path = graph_path(folder, f"{ratio_name(min(keeps))}-finetuned")
         share = done[-1].params / model.teacher_params
         students = done[-1].students
         done.append(
@@ -136,7 +137,7 @@ def export_ratios(
     feeds = [lower(graph).feeds(bind(graph, calls[0].kwargs)) for graph in graphs]
     medians = latencies([one.onnx for one in done], feeds)
     return [
-        {"latency_ms": median, "parity_max_abs": one.parity_max_abs, "shapes": len(one.parity)}
+        {"latency_ms": median, "parity_max_abs": max(one.parity.values()), "shapes": len(one.parity)}
         for median, one in zip(medians, done, strict=True)
     ]
 

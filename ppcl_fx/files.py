@@ -227,6 +227,17 @@ def _move_into_place(beside: Path, final: Path, overwrite: bool) -> None:
 
 
 @contextmanager
+def new_file(path: str | Path) -> Iterator[Path]:
+    """Yield a name beside `path` to write to; when the block ends well that file becomes `path`, else it vanishes.
+
+    Raises:
+        PpclError: the place cannot be written, or the block raised an `OSError`.
+    """
+    with _replacing(Path(path)) as beside:
+        yield beside
+
+
+@contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """Yield a name beside `path`; afterwards flush that file and rename it to `path`."""
     beside = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"

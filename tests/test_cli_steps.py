@@ -301,6 +301,37 @@ def test_export_writes_a_checked_file_for_a_share(place: Place) -> None:
     assert ratio["parity_max_abs"] <= 1e-4
 
 
+def test_what_engines_are_built_from_is_exported_for_another_machine(place: Place) -> None:
+    pytest.importorskip("onnxruntime")
+    from ppcl_fx.export import check_artefacts
+    from ppcl_fx.export.runtime import artefacts
+    from ppcl_fx.export.tensorrt.request import read_request
+
+    out = place.folder / "engines"
+    given = ["--keep", "1.0", "--runs", 1, "--calls", place.calls, "--batch", "1-4", "--text", "1-6"]
+    line = place.refused("export", place.student, "-o", out, "--format", "tensorrt", "--tokens", "0", *given)
+    assert "--tokens 0: a size of 0" in line and not out.exists()
+    given += ["--tokens", "64-256", "--stripped"]
+    said = place.ok("export", place.student, "-o", out, "--format", "trtexec", *given)
+    script = Path(said["script"]).read_text(encoding="utf-8")
+    assert "--onnx=keep-1.bf16.onnx" in script and "--stripWeights" in script
+    assert "--minShapes=hidden_states:1x64x" in script and "--maxShapes=hidden_states:4x256x" in script
+    request = read_request(out)
+    assert request.options.stripped and request.spec.tokens == "64-256" and request.example["batch"] >= 2
+    # The graph for the engine is in bfloat16, with a manifest of its own; the one that was compared stays.
+    cards = {card.file: card for card in check_artefacts(out)}
+    plain, typed = cards["keep-1.onnx"], cards["keep-1.bf16.onnx"]
+    assert (plain.dtype, typed.dtype, len(cards)) == ("float32", "bfloat16", 2)
+    assert plain.unchecked is None and "the same graph in float32" in str(typed.unchecked)
+    assert [weights.file for weights in typed.weights] == ["weights/bfloat16.safetensors"]
+    assert list(artefacts(out)) == [1.0] and artefacts(out)[1.0].graph.name == "keep-1.onnx"
+    # The other machine, which this one is not: everything but the GPU was found.
+    line = place.refused("build", out)
+    assert f"the ONNX files stay in {out}" in line
+    line = place.refused("build", out, "--text", "1-9999999", "--tokens", "5", "--size", "x=1")
+    assert "no open size 'x'" in line
+
+
 def test_a_budget_in_parameters_is_met_with_the_least_damage(place: Place) -> None:
     analysis, out = place.run / "analysis.json", place.folder / "budget"
     whole = ppcl_fx.Redundancy.load(analysis).teacher_params

@@ -1,4 +1,4 @@
-"""The program `ppcl-fx`: the four steps, each from its own file."""
+"""The program `ppcl-fx`: the steps, each from its own file."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 from ppcl_fx._version import __version__
 from ppcl_fx.cli.analyze import analyze
 from ppcl_fx.cli.boundary import guarded
+from ppcl_fx.cli.build import build
 from ppcl_fx.cli.export import export
 from ppcl_fx.cli.rewrite import rewrite
 from ppcl_fx.cli.train import train
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (analyze, rewrite, train, export):
+for command in (analyze, rewrite, train, export, build):
     app.command(command.__name__)(command)
 
 

@@ -1,24 +1,34 @@
-"""`ppcl-fx export`: one file for each ratio, checked against PyTorch."""
+"""`ppcl-fx export`: one small graph for each ratio over shared weights, checked against PyTorch."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ppcl_fx.cli import engine_options as on
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import Json, Overwrite, Verbose, check_output, choice, parse_keeps
-from ppcl_fx.cli.teacher import open_calls, open_student
+from ppcl_fx.cli.options import Json, MemoryLimit, Overwrite, Verbose, check_output, choice, parse_keeps
+from ppcl_fx.cli.teacher import Recorded, open_calls, open_student
 from ppcl_fx.cli.terminal import Terminal
+from ppcl_fx.errors import PpclError
+from ppcl_fx.memory import parse_size
 
 if TYPE_CHECKING:
+    from ppcl_fx.calls import Calls
     from ppcl_fx.export import ExportResult
+    from ppcl_fx.export.tensorrt.request import BuildRequest
+    from ppcl_fx.export.weight_source import WeightFolder
     from ppcl_fx.model import PluggableModel
 
-FORMATS = ("onnx", "tensorrt", "diffusers", "released")
+FORMATS = ("onnx", "tensorrt", "trtexec", "diffusers", "released")
+ENGINES = ("tensorrt", "trtexec")
+"""Formats that TensorRT engines are built from."""
 FOLDERS = ("diffusers", "released")
 """Formats that are model folders; they need neither onnxruntime nor calls."""
+
+DTYPES = ("stored", "fp32", "bf16", "fp16")
 
 
 def export(
@@ -39,7 +49,8 @@ def export(
         typer.Option(
             "--format",
             metavar="NAME",
-            help="'onnx', 'tensorrt' for an engine beside each ONNX file, 'diffusers' for folders that diffusers loads "
+            help="'onnx', 'tensorrt' for an engine beside each ONNX file, 'trtexec' for a script that builds them, "
+            "'diffusers' for folders that diffusers loads "
             "by itself (depth edits alone), or 'released' for the layout of the paper's checkpoints.",
         ),
     ] = "onnx",
@@ -47,42 +58,166 @@ def export(
         Path | None,
         typer.Option(metavar="FOLDER", help="Recorded calls to check with; random inputs if left out."),
     ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Type of the weights: 'stored', 'fp32', 'bf16' or 'fp16'. Another one than they are stored in costs "
+            "one converted copy of them."
+        ),
+    ] = "stored",
+    embed: Annotated[
+        bool, typer.Option("--embed", help="Write ordinary files that hold their weights, a copy for each share.")
+    ] = False,
+    memory_limit: MemoryLimit = None,
     tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest difference to PyTorch that is allowed, in float32.")
+        float, typer.Option(min=0.0, help="Largest difference to PyTorch that is allowed.")
     ] = 1e-4,
     runs: Annotated[int, typer.Option(min=1, help="Runs timed for the latency.")] = 10,
+    onnx_only: Annotated[
+        bool,
+        typer.Option(
+            "--onnx-only",
+            rich_help_panel=on.PANEL,
+            help="Build no engine; 'ppcl-fx build ENGINES' does so, on another machine perhaps.",
+        ),
+    ] = False,
+    shapes: on.Shapes = None,
+    tokens: on.Tokens = None,
+    batch: on.Batch = None,
+    text: on.Text = None,
+    size: on.Size = None,
+    pixels_per_token: on.PixelsPerToken = None,
+    workspace: on.Workspace = None,
+    level: on.Level = None,
+    refit: on.Refit = None,
+    stripped: on.Stripped = False,
+    weight_streaming: on.WeightStreaming = None,
+    version_compatible: on.VersionCompatible = False,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
     json: Json = False,
 ) -> Result:
-    """Export STUDENT once for each share: ENGINES/keep-0.5/transformer.onnx and so on."""
+    """Export STUDENT once for each share: ENGINES/keep-0.5.onnx and so on.
+
+    Where ENGINES is STUDENT or a folder above it, the weights stay where they are.
+    """
     keeps = parse_keeps(keep)
     choice("--format", format, FORMATS)
-    check_output(out, overwrite=overwrite)
+    choice("--dtype", dtype, DTYPES)
+    limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
     terminal = Terminal(verbose)
+    wanted = {
+        "shapes": shapes,
+        "tokens": tokens,
+        "batch": batch,
+        "text": text,
+        "size": size,
+        "pixels_per_token": pixels_per_token,
+        "workspace": workspace,
+        "level": level,
+        "refit": refit,
+        "stripped": stripped,
+        "weight_streaming": weight_streaming,
+        "version_compatible": version_compatible,
+    }
+    request = _request(format, onnx_only, wanted)
 
     if format in FOLDERS:
+        check_output(out, overwrite=overwrite)
         return _folders(open_student(student, terminal), keeps, out, format, overwrite, terminal)
 
     from ppcl_fx.export import export as run
+    from ppcl_fx.export.exporting import DTYPES as types
+    from ppcl_fx.export.opened import MEMORY
 
+    check_output(out, overwrite=True)  # other ratios may be there: what is refused is a graph of the same name
     recorded = open_calls(calls, terminal) if calls is not None else None
-    model = open_student(student, terminal, recorded)
+    model, name = _opened(student, terminal, recorded)
     if recorded is not None:
-        recorded.check(student, model.plan.model)
+        recorded.check(student, name)
+    notes: list[str] = []
     with terminal.step(f"exporting {len(keeps)} ratios") as progress:
         exported = run(
             model,
             keeps,
             out,
-            format=cast(Literal["onnx", "tensorrt"], format),
             calls=recorded.calls if recorded is not None else None,
+            dtype=types[dtype],
+            embed=embed,
+            memory_limit=limit or MEMORY,
             tolerance=tolerance,
             runs=runs,
             overwrite=overwrite,
             progress=progress,
+            note=notes.append,
         )
-    return _result(exported)
+    if request is None:
+        return _result(exported, notes)
+    used = recorded.calls if recorded is not None else None
+    return _engines(model, exported, used, request, format, onnx_only, notes, terminal)
+
+
+def _request(format: str, onnx_only: bool, wanted: dict[str, Any]) -> BuildRequest | None:
+    """Return what engines are asked for, before any long work; none for other formats."""
+    named = [name for name, value in {"onnx_only": onnx_only, **wanted}.items() if value not in (None, False)]
+    if format not in ENGINES:
+        if named:
+            option = f"--{named[0].replace('_', '-')}"
+            raise PpclError(f"{option}: only for --format {' or '.join(ENGINES)}; leave it out, or name that format")
+        return None
+    from ppcl_fx.export.tensorrt.request import BuildRequest
+
+    return on.request_from(BuildRequest(), **wanted)
+
+
+def _engines(
+    model: PluggableModel | WeightFolder,
+    exported: ExportResult,
+    calls: Calls | None,
+    request: BuildRequest,
+    format: str,
+    onnx_only: bool,
+    notes: list[str],
+    terminal: Terminal,
+) -> Result:
+    """Write the graphs in the engines' type and what to build from them; then build, here and now if that is wanted."""
+    from ppcl_fx.cli.build import built
+    from ppcl_fx.export.engines import write_typed
+    from ppcl_fx.export.tensorrt.places import find_graphs, read_graph
+    from ppcl_fx.export.tensorrt.request import write_request
+    from ppcl_fx.export.tensorrt.trtexec import write_script
+
+    with terminal.step("writing bfloat16 graphs"):
+        example = write_typed(model, exported.ratios, calls, request, notes.append)
+    request = request.model_copy(update={"example": example})
+    places = find_graphs(exported.folder)
+    for place in places:
+        request.profiles(read_graph(place.onnx), str(place.onnx))
+    write_request(exported.folder, request)
+    result = _result(exported, notes)
+    if format == "trtexec":
+        script = write_script(places, request)
+        return Result(result.data | {"script": str(script)}, [*result.lines, f"build the engines with: sh {script}"])
+    if onnx_only:
+        return Result(result.data, [*result.lines, f"build the engines with: ppcl-fx build {exported.folder}"])
+    engines = built(exported.folder, request, True, terminal)
+    return Result(result.data | engines.data, [*result.lines, *engines.lines])
+
+
+def _opened(
+    student: Path, terminal: Terminal, recorded: Recorded | None
+) -> tuple[PluggableModel | WeightFolder, str]:
+    """Return a student with its weights on disk, or a released checkpoint in memory; and its teacher's fingerprint."""
+    from ppcl_fx.model import CARD
+    from ppcl_fx.train.bounded.folder import StudentFolder
+
+    if not (student / CARD).is_file():
+        loaded = open_student(student, terminal, recorded)
+        return loaded, loaded.plan.model
+    with terminal.step("opening the student"):
+        opened = StudentFolder.open(student)
+    return opened, opened.model.plan.model
 
 
 def _folders(
@@ -108,11 +243,11 @@ def _folders(
     return Result({"format": format, "folders": found}, ["keep      parameters  folder", *lines])
 
 
-def _result(exported: ExportResult) -> Result:
+def _result(exported: ExportResult, notes: list[str]) -> Result:
     lines = ["keep      parameters       ms   difference  file"]
     for ratio in exported.ratios:
         file = ratio.engine or ratio.onnx
-        lines.append(
-            f"{ratio.keep:<5g} {ratio.params:>14,} {ratio.latency_ms:>8.2f}   {ratio.parity_max_abs:>10.2g}  {file}"
-        )
-    return Result(exported.to_json(), lines)
+        ms = "-" if ratio.latency_ms is None else f"{ratio.latency_ms:.2f}"
+        largest = "unchecked" if ratio.parity_max_abs is None else f"{ratio.parity_max_abs:.2g}"
+        lines.append(f"{ratio.keep:<5g} {ratio.params:>14,} {ms:>8}   {largest:>10}  {file}")
+    return Result(exported.to_json() | {"notes": notes}, [*lines, *notes])

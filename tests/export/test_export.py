@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import torch
 import ppcl_fx
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import Sidecar, export, export_graph, exporting
+from ppcl_fx.export import Sidecar, export, exporting
+from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.parity import difference, session
 from ppcl_fx.files import read_json
 from ppcl_fx.model import PluggableModel
@@ -53,16 +53,17 @@ def exported(qwen: PluggableModel, tmp_path_factory: pytest.TempPathFactory) -> 
 
 def test_each_ratio_has_a_checked_file(exported: Any, qwen: PluggableModel) -> None:
     result, _ = exported
-    assert [ratio.onnx.parent.name for ratio in result.ratios] == ["keep-1", "keep-0.75"]
+    assert [ratio.onnx.name for ratio in result.ratios] == ["keep-1.onnx", "keep-0.75.onnx"]
+    assert sorted(p.name for p in result.folder.iterdir()) == [
+        "head.json", "keep-0.75.json", "keep-0.75.onnx", "keep-1.json", "keep-1.onnx", "weights",
+    ]  # fmt: skip
+    assert [p.name for p in (result.folder / "weights").iterdir()] == ["float32.safetensors"]
     assert [ratio.students for ratio in result.ratios] == [(), tuple(qwen.edits)]
     for ratio in result.ratios:
-        assert sorted(p.name for p in ratio.onnx.parent.iterdir()) == [
-            "transformer.json", "transformer.onnx", "transformer.onnx.data",
-        ]  # fmt: skip
         onnx.checker.check_model(str(ratio.onnx), full_check=True)
         assert set(ratio.parity) == {"traced", "batch=3", "hidden_states_1=36", "encoder_hidden_states_1=21", "all"}
-        assert 0 < ratio.parity_max_abs == max(ratio.parity.values()) < 1e-5
-        assert ratio.latency_ms > 0
+        assert ratio.parity_max_abs is not None and 0 < ratio.parity_max_abs == max(ratio.parity.values()) < 1e-5
+        assert ratio.latency_ms is not None and ratio.latency_ms > 0 and ratio.unchecked is None
     assert qwen.students == ()
 
 
@@ -94,7 +95,7 @@ def test_file_agrees_with_the_model_on_a_call_it_never_saw(exported: Any, qwen: 
 
 def test_sidecar_says_how_the_file_was_made(exported: Any, qwen: PluggableModel) -> None:
     for ratio in exported[0].ratios:
-        card = read_json(ratio.onnx.with_name("transformer.json"), Sidecar)
+        card = read_json(manifest_path(ratio.onnx), Sidecar)
         assert card.opset == 23
         assert card.params == ratio.params == qwen.param_count(ratio.students)
         # The text half of the last block has no effect on the picture, so it is not in the file.
@@ -111,8 +112,9 @@ def test_sidecar_says_how_the_file_was_made(exported: Any, qwen: PluggableModel)
 
 
 def test_smaller_ratio_has_fewer_weights(exported: Any) -> None:
-    sizes = [ratio.onnx.with_name("transformer.onnx.data").stat().st_size for ratio in exported[0].ratios]
-    assert sizes[1] < 0.8 * sizes[0]
+    cards = [read_json(manifest_path(ratio.onnx), Sidecar) for ratio in exported[0].ratios]
+    assert cards[1].params_in_file < 0.8 * cards[0].params_in_file
+    assert cards[0].weights == cards[1].weights
 
 
 def test_progress_counts_to_the_end(exported: Any) -> None:
@@ -122,53 +124,9 @@ def test_progress_counts_to_the_end(exported: Any) -> None:
     assert json.loads(json.dumps(result.to_json()))["ratios"][1]["keep"] == 0.75
 
 
-@pytest.fixture
-def translated_once(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of the segments that are translated while a test runs."""
-    from ppcl_fx.export import stitching
-
-    names: list[str] = []
-    real: Callable[..., Any] = stitching.translate
-
-    def counting(segment: Any, *args: Any) -> Any:
-        names.append(segment.name)
-        return real(segment, *args)
-
-    monkeypatch.setattr(stitching, "translate", counting)
-    return names
-
-
-def test_flux_without_calls(tmp_path: Path, translated_once: list[str]) -> None:
-    gm = trace(*models.tiny_flux())
-    ratio = export_graph(gm, tmp_path / "flux", runs=1)
-    assert set(ratio.parity) == {"traced", "batch=3", "hidden_states_1=32", "encoder_hidden_states_1=21", "all"}
-    assert ratio.parity_max_abs < 2e-5
-    # Nine blocks: two kinds, and the last, whose text half nobody reads.
-    singles = ["single_transformer_blocks.0", "single_transformer_blocks.4"]
-    assert [name for name in translated_once if "blocks" in name] == [f"{BLOCKS}.0", *singles]
-    assert {i.name: i.shape[0] for i in session(ratio.onnx).get_inputs()}["img_ids"] == "hidden_states_1"
-
-
-def test_sd3_with_latents_of_any_size(tmp_path: Path, translated_once: list[str]) -> None:
-    gm = trace(*models.tiny_sd3())
-    ratio = export_graph(gm, tmp_path / "sd3", calls=Calls([call(models.sd3_kwargs())]), runs=1)
-    assert set(ratio.parity) == {
-        "traced", "batch=3", "hidden_states_2=24", "hidden_states_3=24", "encoder_hidden_states_1=21", "all",
-    }  # fmt: skip
-    assert ratio.parity_max_abs < 2e-5
-    assert [name for name in translated_once if "blocks" in name] == [f"{BLOCKS}.0", f"{BLOCKS}.3", f"{BLOCKS}.7"]
-    unseen = models.sd3_kwargs(batch=1, height=10, width=14, text=9, seed=4)
-    running = session(ratio.onnx)
-    feeds = {i.name: unseen[i.name].numpy() for i in running.get_inputs()}
-    with torch.no_grad():
-        expected = gm(**{name: unseen[name] for name in gm.meta["ppcl"]["inputs"]})[0]
-    assert difference(torch.from_numpy(running.run(None, feeds)[0]), expected) < 2e-5
-
-
 def test_too_large_a_difference_leaves_nothing(
     qwen: PluggableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "write_onnx", lambda *_: None)
     monkeypatch.setattr(exporting, "compare", lambda *_: ({"traced": 1e-6, "all": 3e-3}, None))
     with pytest.raises(PpclError, match="differs from PyTorch by 0.003 at the shape 'all', more than 0.0001"):
         export(qwen, [1.0], tmp_path)
@@ -183,12 +141,12 @@ def test_difference_is_never_small_for_nonsense() -> None:
     assert difference(ones * float("nan"), ones) == float("inf")
 
 
-def test_existing_folder_is_kept(qwen: PluggableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "keep-1").mkdir()
-    (tmp_path / "keep-1" / "mine.txt").write_text("mine")
+def test_existing_file_is_kept(qwen: PluggableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "keep-1.onnx").write_text("mine")
     with pytest.raises(PpclError, match="already exists"):
         export(qwen, [1.0], tmp_path)
-    assert (tmp_path / "keep-1" / "mine.txt").read_text() == "mine"
+    assert (tmp_path / "keep-1.onnx").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["keep-1.onnx"]
 
 
 def test_unreachable_ratio_stops_before_anything_is_written(qwen: PluggableModel, tmp_path: Path) -> None:
@@ -216,7 +174,7 @@ def test_tensorrt_without_tensorrt_leaves_the_onnx(
         raise PpclError(f'tensorrt is not installed: pip install "ppcl-fx[tensorrt]"; {left}')
 
     monkeypatch.setattr(engines, "load_tensorrt", missing)
-    done = exporting.Exported(1.0, tmp_path / "keep-1" / "transformer.onnx", 1, (), 23, {}, 0.0, 1.0, 1.0)
-    monkeypatch.setattr(exporting, "export_graph", lambda *_, **__: done)
+    done = exporting.Exported(1.0, tmp_path / "keep-1.onnx", 1, (), 23, {}, 0.0, 1.0, 1.0)
+    monkeypatch.setattr(exporting._Work, "export", lambda *_: done)
     with pytest.raises(PpclError, match=f"the ONNX files stay in {tmp_path}"):
         export(qwen, [1.0], tmp_path, format="tensorrt")

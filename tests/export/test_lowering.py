@@ -13,8 +13,8 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export import DropGuards, PositionsAsInputs, TuplesApart, lower
 from ppcl_fx.export.axes import find_axes, resized, variants, widened
 from ppcl_fx.export.complex_to_real import complex_nodes
-from ppcl_fx.export.exporting import in_type
 from ppcl_fx.export.graph_run import run_graph
+from ppcl_fx.export.inputs import in_type
 from ppcl_fx.export.positions import position_nodes, tables
 from ppcl_fx.graphs import copy_graph_module
 from ppcl_fx.passes.contract import run

@@ -1,0 +1,166 @@
+"""Exporting five ratios of a model that does not fit in memory: time, peak memory, bytes on disk.
+
+The model is Qwen-Image with 60 blocks, 20.4 B parameters in bf16, and the students of the paper's Eq. 13. Its files
+have real headers and no content: they are sparse, so the disk holds next to nothing and reading gives zeros. Graphs,
+checks and hashes take the same time for any values; every byte is hashed. What a cold disk would add is the files'
+size over the disk's speed. The graphs are written into the student's folder, so no weight is copied. The export runs
+in a process of its own; memory as in `benchmarks.streaming`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+
+from benchmarks.clock import RESULTS
+from benchmarks.streaming import Peak, calls, config, plan
+from ppcl_fx.files import write_json
+from ppcl_fx.long_files import Form, form_bytes
+from ppcl_fx.model import STUDENTS, TEACHER, PluggableModel
+from ppcl_fx.passes.rewrite import insert_edits
+from ppcl_fx.passes.streaming.rewrite import student_forms
+from ppcl_fx.report.machine import describe, slug
+from ppcl_fx.shards import INDEX
+from ppcl_fx.skeleton import skeleton
+from ppcl_fx.tracing import trace
+
+SHARD = 10 * 10**9
+"""Bytes of one file of the checkpoint, as on the hub."""
+
+NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+def sparse(path: Path, forms: Mapping[str, Form]) -> None:
+    """Write a safetensors file of the right size in which nothing but the header is written."""
+    header: dict[str, Any] = {}
+    at = 0
+    for name, (dtype, shape) in forms.items():
+        size = form_bytes({name: (dtype, shape)})
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + at)
+
+
+def make(folder: Path, blocks: int, heads: int) -> None:
+    """Write a student folder without content."""
+    model = skeleton(QwenImageTransformer2DModel, config(blocks, heads), torch.bfloat16)
+    gm = trace(model, calls(1, 1, 64, 64).examples())
+    edits = plan(blocks)
+    pluggable = PluggableModel(insert_edits(gm, edits), edits)
+    folder.mkdir()
+    pluggable.save_head(folder)
+    sparse(folder / STUDENTS, student_forms(pluggable.graph))
+    shards: list[dict[str, Form]] = [{}]
+    for name, tensor in model.state_dict().items():
+        form = (tensor.dtype, tuple(tensor.shape))
+        if form_bytes(shards[-1]) + form_bytes({name: form}) > SHARD:
+            shards.append({})
+        shards[-1][name] = form
+    weight_map: dict[str, str] = {}
+    for number, forms in enumerate(shards, start=1):
+        file = f"diffusion_pytorch_model-{number:05d}-of-{len(shards):05d}.safetensors"
+        sparse(folder / TEACHER / file, forms)
+        weight_map |= dict.fromkeys(forms, file)
+    size = sum(form_bytes(forms) for forms in shards)
+    write_json(folder / TEACHER / INDEX, {"metadata": {"total_size": size}, "weight_map": weight_map})
+
+
+def measure(folder: Path, keeps: list[float]) -> dict[str, Any]:
+    """Export in this process."""
+    from ppcl_fx.export import export
+    from ppcl_fx.export.names import WEIGHTS
+    from ppcl_fx.train.bounded.folder import StudentFolder
+
+    peak = Peak()
+    peak.start()
+    begin, used = time.perf_counter(), time.process_time()
+    notes: list[str] = []
+    opened = StudentFolder.open(folder)
+    opening = time.perf_counter() - begin
+    made = export(opened, keeps, folder, memory_limit=1, note=notes.append)
+    seconds, cpu = time.perf_counter() - begin, time.process_time() - used
+    return {
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu, 1),
+        "seconds_opening": round(opening, 1),
+        "ratios": [
+            {
+                "keep": ratio.keep,
+                "params": ratio.params,
+                "seconds": round(ratio.seconds, 1),
+                "graph_bytes": ratio.onnx.stat().st_size,
+            }
+            for ratio in made.ratios
+        ],
+        "weights_bytes": sum(p.stat().st_size for p in folder.rglob("*.safetensors")),
+        "second_copy": (folder / WEIGHTS).exists(),
+        "notes": notes,
+        **peak.result(),
+    }
+
+
+def main(arguments: list[str] | None = None) -> Path | None:
+    """Measure, print and write the result; return its path."""
+    options = _options(arguments)
+    keeps = [float(share) for share in options.keep.split(",")]
+    if options.part is not None:
+        print(json.dumps(measure(options.part, keeps)))
+        return None
+    scratch = Path(tempfile.mkdtemp(prefix="ppcl-export-", dir=options.scratch))
+    try:
+        folder = scratch / "student"
+        make(folder, options.blocks, options.heads)
+        command = [sys.executable, "-m", "benchmarks.export", "--part", str(folder), "--keep", options.keep]
+        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+    finally:
+        shutil.rmtree(scratch)
+    result = {
+        "what": "export",
+        **describe(("torch", "diffusers", "onnx", "onnxscript", "onnx-ir", "ppcl-fx")),
+        "model": f"Qwen-Image, {options.blocks} blocks of width {128 * options.heads}, bf16, sparse files",
+        "conditions": options.note,
+        **found,
+    }
+    path: Path = options.out or RESULTS / f"{slug()}-export.json"
+    write_json(path, result)
+    graphs = sum(ratio["graph_bytes"] for ratio in found["ratios"])
+    print(f"{len(keeps)} ratios in {found['seconds']:.0f} s, at most {found['peak_anonymous_gib']:.2f} GiB")
+    print(f"graphs {graphs / 2**20:.1f} MiB over weights of {found['weights_bytes'] / 2**30:.1f} GiB")
+    print(path)
+    return path
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.export", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--blocks", type=int, default=60, help="blocks (default: 60)")
+    parser.add_argument("--heads", type=int, default=24, help="heads of 128 channels (default: 24)")
+    parser.add_argument("--keep", default="1.0,0.9,0.8,0.7,0.6", help="shares (default: five)")
+    parser.add_argument("--scratch", default=None, help="folder for the checkpoint (default: the system's)")
+    parser.add_argument("--note", default="", help="what else the machine did, for the result")
+    parser.add_argument("--part", type=Path, default=None, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
+    )
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

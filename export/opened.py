@@ -1,0 +1,56 @@
+"""A model that is to be exported, in memory or not, and what can be checked of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ppcl_fx.effects import EFFECTS, load_effects
+from ppcl_fx.export.weight_source import WeightFolder, WeightSource
+from ppcl_fx.long_files import form_bytes
+from ppcl_fx.memory import size_words
+from ppcl_fx.model import PluggableModel, load
+
+MEMORY = 12 * 2**30
+"""Bytes that loading a model for the checks may take, if nothing else is said."""
+
+COPIES = 3
+"""How often the weights are in memory for a check: PyTorch's, onnxruntime's, and those it transposed."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model and its weights.
+
+    Attributes:
+        model: the pluggable model, with its weights or without.
+        weights: where they are.
+        unchecked: why graphs cannot be compared to PyTorch; None where they can.
+    """
+
+    model: PluggableModel
+    weights: WeightSource
+    unchecked: str | None
+
+    @classmethod
+    def of(cls, model: PluggableModel | WeightFolder, limit: int) -> Opened:
+        """Take a model from memory, or a student folder: loaded where that stays within a limit in bytes.
+
+        Raises:
+            PpclError: a file of the folder is damaged, or they do not fit each other.
+        """
+        if isinstance(model, PluggableModel):
+            return cls(model, WeightSource.memory(model.graph), None)
+        model.model.eval()  # as a loaded one is: blocks of both are then translated once
+        weights = WeightSource.files(model, model.model.graph)
+        size = form_bytes(weights.forms(None))
+        if COPIES * size <= limit:
+            loaded = load(model.folder)
+            assert isinstance(loaded, PluggableModel)
+            return cls(loaded, WeightSource.files(model, loaded.graph), None)
+        if (model.folder / EFFECTS).exists():
+            students = {name: model.students.tensor(name) for name in model.students.stored}  # memory-mapped
+            model.model.effects = load_effects(model.folder, model.model.plan, students)
+            model.release()
+        needed = size_words(COPIES * size)
+        why = f"not checked against PyTorch: the weights were not read ({needed} and more with --memory-limit checks)"
+        return cls(model.model, weights, why)

@@ -1,0 +1,215 @@
+"""An exported model in the place of a pipeline's transformer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ppcl_fx.errors import PpclError, near
+from ppcl_fx.export.runtime.folder import artefacts
+from ppcl_fx.export.runtime.head import Front, pluggable_graph, read_head
+from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
+from ppcl_fx.export.runtime.sessions import AUTO, Choice, Sessions, choose
+
+if TYPE_CHECKING:
+    from torch.fx import GraphModule
+
+    class _DiffusersModel(nn.Module):
+        """Typed in part only."""
+
+else:
+    from diffusers import ModelMixin as _DiffusersModel
+
+
+class EngineTransformer(_DiffusersModel):
+    """What ``ppcl-fx export`` wrote, called like the transformer it was made from::
+
+        pipeline.transformer = EngineTransformer("ENGINES")
+        pipeline.transformer.plug(keep=0.6)
+
+    It holds no weights of its own. A ratio's file is opened when it is first called.
+
+    Args:
+        folder: the folder of the exported files.
+        keep: the ratio to begin with; by default the largest.
+        backend: ``tensorrt``, ``onnxruntime``, ``onnxruntime-tensorrt`` (onnxruntime's TensorRT provider) or ``torch``;
+            by default the first of TensorRT, onnxruntime and PyTorch that is there (`ppcl_fx.export.runtime.sessions`).
+        device: where to run; by default the first GPU that PyTorch sees, else the CPU.
+
+    Raises:
+        PpclError: the folder is not one of an export, the ratio is not in it, or nothing here can run it.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        keep: float | None = None,
+        backend: str = AUTO,
+        device: str | torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self._found = artefacts(self.folder)
+        self._head = read_head(self.folder)
+        self._backend = backend
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._sessions = Sessions()
+        # Plain dictionaries, so that torch does not take graphs without weights for submodules.
+        self.__dict__["_graphs"] = {}
+        self.__dict__["_fronts"] = {}
+        self._keep = next(iter(self._found))
+        self._choice = self._chosen(self._keep if keep is None else keep, self._device)
+        self.eval()
+
+    # ---- what pipelines ask ------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The transformer's configuration, as diffusers pipelines read it."""
+        from diffusers.configuration_utils import FrozenDict
+
+        return FrozenDict(self._head.config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type in which the file of the current ratio computes."""
+        return self._choice.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs. Inputs from elsewhere are moved there, and the output back."""
+        return self._device
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str) -> Iterator[None]:
+        """Do nothing: pipelines name the guidance branch here for caches that an exported file does not have."""
+        del name
+        yield
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Run on another device from now on; the files are opened again there. The type is the files' own.
+
+        Raises:
+            PpclError: another type is asked for, or the backend does not run on the device.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None and dtype != self.dtype:
+            raise PpclError(
+                f"{self._choice.file.name} computes in {_name(self.dtype)}, and its type cannot be changed to "
+                f"{_name(dtype)}; export another one, and move the pipeline without a type"
+            )
+        if device is not None and torch.device(device) != self._device:
+            place = torch.device(device)
+            self._choice = self._chosen(self.keep, place)
+            self._device = place
+            self._sessions.close()
+        return self
+
+    def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:
+        """Refuse: the exported folder is how it is saved."""
+        raise PpclError(f"an exported model is not saved again; copy the folder {self.folder} instead")
+
+    # ---- ratios ------------------------------------------------------------------------------------------------
+
+    @property
+    def keeps(self) -> list[float]:
+        """The ratios in the folder, the largest first."""
+        return list(self._found)
+
+    @property
+    def keep(self) -> float:
+        """The ratio that runs."""
+        return self._choice.artefact.keep
+
+    @property
+    def backend(self) -> str:
+        """What runs it."""
+        return self._choice.backend
+
+    @property
+    def students(self) -> tuple[str, ...]:
+        """The ids of the edits that are plugged in the current ratio."""
+        return tuple(self._choice.artefact.manifest.students)
+
+    def param_count(self) -> int:
+        """Return the number of parameters of the current ratio, as the plan counts them."""
+        return self._choice.artefact.manifest.params
+
+    def plug(self, keep: float) -> EngineTransformer:
+        """Go on with another ratio; its file is opened at its first call and stays open where weights are shared.
+
+        Args:
+            keep: a ratio of `keeps`.
+
+        Returns:
+            The transformer itself.
+
+        Raises:
+            PpclError: there is no such ratio, or nothing here can run it.
+        """
+        self._choice = self._chosen(keep, self._device)
+        return self
+
+    def _chosen(self, keep: float, device: torch.device) -> Choice:
+        if keep not in self._found:
+            names = [f"{known:g}" for known in self._found]
+            raise PpclError(
+                f"{self.folder}: no ratio {keep:g}{near(f'{keep:g}', names)}; it has {', '.join(names)}; for another: "
+                f"ppcl-fx export STUDENT --keep {keep:g} -o {self.folder}"
+            )
+        return choose(self._found[keep], self._backend, device)
+
+    # ---- running -----------------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
+        """Run the current ratio on the transformer's own arguments.
+
+        Raises:
+            GuardError: the call has arguments that the model was not exported with.
+            PpclError: a shape is outside of what the file takes, or the file cannot be opened or run.
+        """
+        choice, front = self._choice, self._front()
+        ports = {port.name: port for port in choice.inputs}
+        bound = {
+            name: typed(ports[name], value) if name in ports and isinstance(value, torch.Tensor) else value
+            for name, value in front.bound(args, kwargs).items()
+        }
+        given = [port for port in choice.inputs if port.name in bound]
+        sizes_of(choice.file.name, given, bound)  # before the tables are made for them
+        known = {**bound, **front.tables(bound)}
+        lost = [name for name in ports if name not in known]
+        if lost:
+            raise PpclError(f"{choice.file} takes {lost[0]!r}, which head.json does not give; export again")
+        feeds = {name: typed(port, known[name]) for name, port in ports.items()}
+        sizes = sizes_of(choice.file.name, choice.inputs, feeds)
+        wider = f"give wider ranges to: {choice.again}"
+        profile = profile_of(choice.file.name, sizes, choice.profiles, wider)
+        came_from = next(value.device for value in bound.values() if isinstance(value, torch.Tensor))
+        session = self._sessions.get(choice, front)
+        there = {name: tensor.to(self._device) for name, tensor in feeds.items()}
+        result = session.run(there, sizes, profile).to(came_from)
+        if not return_dict:
+            return (result,)
+        from diffusers.models.modeling_outputs import Transformer2DModelOutput
+
+        return Transformer2DModelOutput(sample=result)
+
+    def _front(self) -> Front:
+        fronts: dict[Any, Front] = self.__dict__["_fronts"]
+        graphs: dict[torch.dtype, GraphModule] = self.__dict__["_graphs"]
+        key = (self.dtype, self.students)
+        if key not in fronts:
+            if self.dtype not in graphs:
+                graphs[self.dtype] = pluggable_graph(self._head, self.dtype)
+            fronts[key] = Front(graphs[self.dtype], self.students)
+        return fronts[key]
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

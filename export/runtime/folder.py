@@ -1,0 +1,83 @@
+"""What an exported folder holds: for each ratio its graph, its manifest, and its engine where one was built."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export.names import ratio_of
+from ppcl_fx.export.sidecar import Sidecar
+from ppcl_fx.export.tensorrt import EngineCard
+from ppcl_fx.files import inside, read_json
+
+
+class _Kind(BaseModel):
+    """The one field by which the kinds of JSON files are told apart."""
+
+    model_config = ConfigDict(extra="ignore")
+    kind: str = ""
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """The files of one ratio.
+
+    Attributes:
+        keep: the share of the teacher's parameters.
+        graph: the ONNX file.
+        manifest: what is written beside it.
+        engine: the TensorRT engine.
+        card: what is written beside that.
+    """
+
+    keep: float
+    graph: Path
+    manifest: Sidecar
+    engine: Path | None = None
+    card: EngineCard | None = None
+
+
+def artefacts(folder: str | Path) -> dict[float, Artefact]:
+    """Find the ratios in a folder that ``ppcl-fx export`` wrote: ``keep-0.7.json`` names ``keep-0.7.onnx``.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The artefacts by their share, the largest first.
+
+    Raises:
+        PpclError: there are none, one is damaged, or names a file that is not there, is cut, or not in the folder.
+    """
+    folder = Path(folder)
+    graphs: dict[float, tuple[Path, Sidecar]] = {}
+    engines: dict[float, tuple[Path, EngineCard]] = {}
+    for path in sorted(folder.glob("keep-*.json")) if folder.is_dir() else []:
+        kind = read_json(path, _Kind).kind
+        if kind == "onnx" and ratio_of(path) is not None:  # not one that is there for an engine alone
+            manifest = read_json(path, Sidecar)
+            graphs[manifest.keep] = (_there(folder, manifest.file, path), manifest)
+            for weights in manifest.weights:
+                _there(folder, weights.file, path, weights.size)
+        elif kind == "tensorrt":
+            card = read_json(path, EngineCard)
+            if card.keep is not None:
+                engines[card.keep] = (_there(folder, card.file, path), card)
+    if not graphs:
+        raise PpclError(
+            f"{folder}: holds no exported ratio (no keep-*.json); make it with: ppcl-fx export STUDENT -o {folder}"
+        )
+    return {keep: Artefact(keep, *graphs[keep], *engines.get(keep, ())) for keep in sorted(graphs, reverse=True)}
+
+
+def _there(folder: Path, name: str, named_in: Path, size: int | None = None) -> Path:
+    path = inside(folder, name)
+    if not path.is_file():
+        raise PpclError(f"{path}: no such file, and {named_in.name} names it; copy it there, or export again")
+    found = path.stat().st_size
+    if size is not None and found != size:
+        raise PpclError(f"{path}: has {found} bytes, and {size} were written; copy it again, or export again")
+    return path

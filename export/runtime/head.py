@@ -1,0 +1,147 @@
+"""What an exported folder must hold to make position tables: configuration, plan and example. No weights, no code."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, JsonValue
+from torch.fx import GraphModule
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.examples import build
+from ppcl_fx.export.onnx_file import floats_as
+from ppcl_fx.export.positions import POSITIONS, PositionsAsInputs
+from ppcl_fx.export.runtime.sizes_only import SizesOnly
+from ppcl_fx.export.tuples_apart import TuplesApart
+from ppcl_fx.files import read_json, write_json
+from ppcl_fx.graphs import draft
+from ppcl_fx.passes.contract import run
+from ppcl_fx.passes.plug import plugged
+from ppcl_fx.passes.rewrite import insert_edits
+from ppcl_fx.plan import Plan
+from ppcl_fx.skeleton import skeleton
+from ppcl_fx.sources import diffusers_class
+from ppcl_fx.tracing import bind, trace
+
+if TYPE_CHECKING:
+    from ppcl_fx.model import PluggableModel
+
+HEAD = "head.json"
+REMEMBERED = 8
+"""For how many kinds of call the position tables are kept."""
+
+
+class Head(BaseModel):
+    """The model without its weights.
+
+    Attributes:
+        config: the transformer's configuration, its class in ``_class_name``.
+        example: the arguments it was traced with, as `ppcl_fx.examples.describe` writes them.
+        plan: the plan of all its edits.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    version: Literal[1] = 1
+    kind: Literal["head"] = "head"
+    config: dict[str, JsonValue]
+    example: dict[str, JsonValue]
+    plan: Plan
+
+
+def write_head(model: PluggableModel, folder: Path) -> bool:
+    """Write ``head.json`` beside a model's exported files.
+
+    Args:
+        model: the model.
+        folder: the folder of the exported files.
+
+    Returns:
+        Whether it was written: a model of no class of diffusers cannot be built again from its configuration.
+    """
+    info = model.graph.meta["ppcl"]
+    if not info.get("config", {}).get("_class_name"):
+        return False
+    write_json(folder / HEAD, Head(config=info["config"], example=info["example"], plan=model.plan))
+    return True
+
+
+def read_head(folder: Path) -> Head:
+    """Read ``head.json``.
+
+    Raises:
+        PpclError: it is missing or damaged.
+    """
+    if not (folder / HEAD).is_file():
+        raise PpclError(
+            f"{folder / HEAD}: no such file, and the position tables are made by it; copy it there, or export again "
+            "(a transformer of no class of diffusers has none)"
+        )
+    return read_json(folder / HEAD, Head)
+
+
+def pluggable_graph(head: Head, dtype: torch.dtype) -> GraphModule:
+    """Trace the model again, on the meta device, with all its edits.
+
+    Args:
+        head: what `read_head` read.
+        dtype: of weights and floating-point inputs.
+
+    Raises:
+        PpclError: the class is unknown or refuses the configuration, or the plan does not fit it.
+    """
+    model = skeleton(diffusers_class(str(head.config.get("_class_name"))), head.config, dtype)
+    example = floats_as({name: build(value) for name, value in head.example.items()}, dtype)
+    return insert_edits(trace(model, example), head.plan)
+
+
+class Front:
+    """What stands before an exported graph: it takes a pipeline's call and gives the graph's inputs.
+
+    Args:
+        graph: what `pluggable_graph` made.
+        students: the edits plugged.
+
+    Attributes:
+        gm: the mixture, on the meta device.
+    """
+
+    def __init__(self, graph: GraphModule, students: Sequence[str]) -> None:
+        self.gm = plugged(graph, frozenset(students))
+        result = run((TuplesApart(), PositionsAsInputs()), draft(self.gm))
+        if result.refused:
+            raise PpclError(f"the model's positions cannot become inputs: {result.refused[0].reason}; export again")
+        parted = result.graph_module
+        self._maker = SizesOnly(parted) if POSITIONS in parted.meta else None
+        self._known: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+
+    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a call's arguments by the names of the graph's inputs.
+
+        Raises:
+            GuardError: the call has an argument that the exported graph does not know, or lacks one.
+        """
+        named = dict(zip(self.gm.meta["ppcl"]["signature"], args, strict=False))
+        return bind(self.gm, named | dict(kwargs))
+
+    def tables(self, bound: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Return the position tables of a call by name, on the CPU.
+
+        They follow from numbers and sizes alone, so they are remembered for calls of the same kind.
+
+        Raises:
+            GuardError: the positions were traced for another kind of call.
+        """
+        if self._maker is None:
+            return {}
+        key = repr([(n, (v.shape, v.dtype) if isinstance(v, torch.Tensor) else v) for n, v in bound.items()])
+        if key not in self._known:
+            self._known[key] = self._maker.tables(bound)
+            if len(self._known) > REMEMBERED:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        return self._known[key]

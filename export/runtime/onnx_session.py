@@ -1,0 +1,104 @@
+"""Run an ONNX file in onnxruntime, with inputs and outputs where PyTorch has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export.extras import need
+from ppcl_fx.export.parity import one_line, runtime_errors
+from ppcl_fx.export.runtime.limits import TYPES, sized
+from ppcl_fx.export.runtime.sessions import ONNXRUNTIME_TENSORRT, Choice, provider
+
+ELEMENTS = {
+    torch.float32: 1,
+    torch.int32: 6,
+    torch.int64: 7,
+    torch.bool: 9,
+    torch.float16: 10,
+    torch.float64: 11,
+    torch.bfloat16: 16,
+}
+"""ONNX's numbers of types (``TensorProto.DataType``)."""
+
+
+class OnnxSession:
+    """An ONNX file, open in onnxruntime.
+
+    Weights that lie beside the file are mapped, not read, and onnxruntime is told not to copy them into an order of its
+    own: the ratios of a folder then share one copy in memory.
+
+    Args:
+        choice: the file and the device.
+
+    Raises:
+        PpclError: onnxruntime does not take the file, or has no kernels for it on this device.
+    """
+
+    def __init__(self, choice: Choice) -> None:
+        runtime = need("onnxruntime")
+        self.choice = choice
+        self.device = choice.device
+        self.outputs = choice.artefact.manifest.outputs
+        wanted = provider(choice.backend, choice.device)
+        options = runtime.SessionOptions()
+        options.log_severity_level = 4  # what goes wrong comes as an exception
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        names: list[str] = [wanted]
+        if choice.backend == ONNXRUNTIME_TENSORRT:
+            names.append("CUDAExecutionProvider")  # for operators that TensorRT does not take
+        settings = [{"device_id": self._index}] * len(names) if self.device.type == "cuda" else [{}]
+        try:
+            self.session = runtime.InferenceSession(
+                str(choice.file), options, providers=names, provider_options=settings
+            )
+        except runtime_errors() as error:
+            raise PpclError(
+                f"{choice.file}: onnxruntime does not open it ({one_line(error)}); is it whole, with its weights "
+                f"beside it? make it anew with: {choice.again}"
+            ) from error
+        if wanted not in self.session.get_providers():
+            raise PpclError(
+                f"onnxruntime's {wanted} does not start here (are its CUDA libraries installed?); "
+                "use backend='torch', or device='cpu'"
+            )
+
+    @property
+    def _index(self) -> int:
+        return self.device.index or 0
+
+    def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
+        """Run the file.
+
+        Raises:
+            PpclError: onnxruntime refuses the call.
+        """
+        del profile
+        kept = {name: tensor.contiguous() for name, tensor in feeds.items()}  # the binding holds addresses only
+        binding = self.session.io_binding()
+        for name, tensor in kept.items():
+            binding.bind_input(
+                name, self.device.type, self._index, ELEMENTS[tensor.dtype], list(tensor.shape), tensor.data_ptr()
+            )
+        result: torch.Tensor | None = None
+        for port in self.outputs:
+            out = torch.empty(sized(port, sizes), dtype=TYPES[port.dtype], device=self.device)
+            binding.bind_output(
+                port.name, self.device.type, self._index, ELEMENTS[out.dtype], list(out.shape), out.data_ptr()
+            )
+            result = out if result is None else result
+        assert result is not None
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()  # the inputs come from PyTorch's stream
+        try:
+            self.session.run_with_iobinding(binding)
+        except runtime_errors() as error:
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in kept.items())
+            raise PpclError(
+                f"{self.choice.file.name}: the model does not take this call ({shapes}): {one_line(error)}; "
+                "call it as PyTorch's would be called"
+            ) from error
+        binding.synchronize_outputs()
+        return result

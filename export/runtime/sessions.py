@@ -1,0 +1,203 @@
+"""Which runtime runs an exported ratio: chosen by what is there, or named."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ppcl_fx.errors import PpclError, near
+from ppcl_fx.export.extras import need
+from ppcl_fx.export.runtime.folder import Artefact
+from ppcl_fx.export.runtime.head import Front
+from ppcl_fx.export.runtime.limits import TYPES
+from ppcl_fx.export.sidecar import Port
+from ppcl_fx.export.tensorrt import Range
+
+AUTO = "auto"
+TENSORRT = "tensorrt"
+ONNXRUNTIME = "onnxruntime"
+ONNXRUNTIME_TENSORRT = "onnxruntime-tensorrt"
+TORCH = "torch"
+BACKENDS = (AUTO, TENSORRT, ONNXRUNTIME, ONNXRUNTIME_TENSORRT, TORCH)
+
+
+class Session(Protocol):
+    """An open file."""
+
+    def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
+        """Run it on checked inputs that lie on its device; ``sizes`` are the call's open sizes, for which an engine has
+        a profile of the index ``profile``.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A ratio and what is to run it.
+
+    Attributes:
+        backend: one of `BACKENDS`, never ``auto``.
+        artefact: the ratio.
+        device: where it runs.
+    """
+
+    backend: str
+    artefact: Artefact
+    device: torch.device
+
+    @property
+    def file(self) -> Path:
+        """The file that runs."""
+        engine = self.artefact.engine
+        return engine if self.backend == TENSORRT and engine is not None else self.artefact.graph
+
+    @property
+    def inputs(self) -> list[Port]:
+        """What it takes."""
+        card = self.artefact.card
+        return card.inputs if self.backend == TENSORRT and card is not None else self.artefact.manifest.inputs
+
+    @property
+    def profiles(self) -> list[Mapping[str, Range]]:
+        """The sizes that each of its profiles takes; an ONNX file has none and is open."""
+        card = self.artefact.card
+        return [p.sizes for p in card.profiles] if self.backend == TENSORRT and card is not None else []
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that it computes in."""
+        card = self.artefact.card
+        name = card.dtype if self.backend == TENSORRT and card is not None else self.artefact.manifest.dtype
+        found = getattr(torch, name, None)
+        if found not in TYPES.values():
+            raise PpclError(f"{self.file}: its manifest names the unknown type {name!r}; export again")
+        assert isinstance(found, torch.dtype)
+        return found
+
+    @property
+    def again(self) -> str:
+        """The command that makes this file anew."""
+        out = self.artefact.graph.parent
+        if self.backend == TENSORRT:
+            return f"ppcl-fx build {out} --overwrite"
+        return f"ppcl-fx export STUDENT --keep {self.artefact.keep:g} -o {out} --overwrite"
+
+
+def choose(artefact: Artefact, backend: str, device: torch.device) -> Choice:
+    """Choose what runs a ratio.
+
+    Without a name: TensorRT where the ratio has an engine, the device is a GPU and TensorRT is installed; else
+    onnxruntime where it has a provider for the device; else PyTorch.
+
+    Args:
+        artefact: the ratio.
+        backend: a name of `BACKENDS`.
+        device: where to run.
+
+    Raises:
+        PpclError: the name is unknown, its library or its file is missing, or it does not run on the device.
+    """
+    if backend not in BACKENDS:
+        raise PpclError(f"no backend {backend!r}{near(backend, BACKENDS)}; it is one of {', '.join(BACKENDS)}")
+    if backend == AUTO:
+        return Choice(_best(artefact, device), artefact, device)
+    choice = Choice(backend, artefact, device)
+    if backend in (TENSORRT, ONNXRUNTIME_TENSORRT) and device.type != "cuda":
+        raise PpclError(f"TensorRT runs on NVIDIA GPUs, not on {device}; use backend='onnxruntime' there")
+    if backend == TENSORRT:
+        if artefact.engine is None:
+            raise PpclError(f"{artefact.graph.parent}: no engine for the ratio {artefact.keep:g}; run: {choice.again}")
+        need("tensorrt", extra="tensorrt", left="backend='onnxruntime' runs the ONNX file")
+    elif backend == TORCH:
+        need("onnx_ir")
+    else:
+        provider(backend, device)
+    return choice
+
+
+def _best(artefact: Artefact, device: torch.device) -> str:
+    if device.type == "cuda" and artefact.engine is not None and _there("tensorrt"):
+        return TENSORRT
+    if _there("onnxruntime") and _PROVIDERS[ONNXRUNTIME, device.type] in _available():
+        return ONNXRUNTIME
+    if not _there("onnx_ir"):
+        need("onnxruntime", left="nothing here can run the exported files without it")
+    return TORCH
+
+
+def _there(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+def _available() -> list[str]:
+    return list(need("onnxruntime").get_available_providers())
+
+
+_PROVIDERS = {
+    (ONNXRUNTIME, "cpu"): "CPUExecutionProvider",
+    (ONNXRUNTIME, "cuda"): "CUDAExecutionProvider",
+    (ONNXRUNTIME_TENSORRT, "cuda"): "TensorrtExecutionProvider",
+}
+
+
+def provider(backend: str, device: torch.device) -> str:
+    """Return the name of onnxruntime's provider for a device.
+
+    Raises:
+        PpclError: onnxruntime is not installed, or the installed one has no such provider.
+    """
+    available = _available()
+    wanted = _PROVIDERS[backend, device.type]
+    if wanted not in available:
+        raise PpclError(
+            f"the installed onnxruntime has no {wanted} (it has {', '.join(available)}): "
+            "pip install onnxruntime-gpu, or use backend='torch'"
+        )
+    return wanted
+
+
+@dataclass
+class Sessions:
+    """The open sessions of a folder. On a CPU they stay open, since weights are mapped from one place; on a GPU each
+    has its own copy of the weights, so the last one closes before the next one opens.
+    """
+
+    opened: dict[float, Any] = field(default_factory=dict)
+    shared: dict[Any, torch.Tensor] = field(default_factory=dict)
+
+    def get(self, choice: Choice, front: Front) -> Session:
+        """Return the session of a ratio; open it at its first use.
+
+        Raises:
+            PpclError: the file cannot be opened.
+        """
+        keep = choice.artefact.keep
+        if keep not in self.opened:
+            if choice.device.type != "cpu" and choice.backend != TORCH:
+                self.opened.clear()
+            self.opened[keep] = self._open(choice, front)
+        session: Session = self.opened[keep]
+        return session
+
+    def _open(self, choice: Choice, front: Front) -> Session:
+        if choice.backend == TENSORRT:
+            from ppcl_fx.export.runtime.tensorrt_session import TensorRTSession
+
+            return TensorRTSession(choice)
+        if choice.backend == TORCH:
+            from ppcl_fx.export.runtime.torch_session import TorchSession
+
+            return TorchSession(choice, front, self.shared)
+        from ppcl_fx.export.runtime.onnx_session import OnnxSession
+
+        return OnnxSession(choice)
+
+    def close(self) -> None:
+        """Forget every session and its weights."""
+        self.opened.clear()
+        self.shared.clear()

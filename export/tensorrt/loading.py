@@ -1,0 +1,110 @@
+"""Load an engine, and put the weights of the store into one that was built without."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export.tensorrt.build import load_tensorrt
+from ppcl_fx.export.tensorrt.manifest import EngineCard, Hashes, check_card, read_card
+from ppcl_fx.export.tensorrt.monitor import Messages
+from ppcl_fx.export.tensorrt.places import rebuild_command
+from ppcl_fx.export.tensorrt_api import Api, Gpu
+from ppcl_fx.files import inside
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """An engine that can run.
+
+    Attributes:
+        engine: TensorRT's ``ICudaEngine``, weights and all.
+        card: its manifest.
+        api: TensorRT.
+        keepalive: what the engine needs as long as it lives.
+    """
+
+    engine: Any
+    card: EngineCard
+    api: Api
+    keepalive: tuple[Any, ...]
+
+
+def load_engine(
+    engine: str | Path,
+    *,
+    tensorrt: tuple[Api, Gpu] | None = None,
+    hashes: Hashes | None = None,
+    read_weights: bool | None = None,
+) -> LoadedEngine:
+    """Load an engine that `build_engine` wrote.
+
+    Args:
+        engine: the engine.
+        tensorrt: TensorRT and the GPU; found if left out.
+        hashes: known hashes of files, shared by the engines of one weight store.
+        read_weights: compare the weight files with the manifest by their hashes, not by their sizes alone. By default
+            for an engine without weights: others than those it was built from give wrong pictures without a word.
+
+    Raises:
+        PpclError: the engine is missing or truncated, is for another GPU, version or graph, its weights are missing or
+            changed, or TensorRT does not take it.
+    """
+    path = Path(engine)
+    card = read_card(path)
+    api, gpu = tensorrt or load_tensorrt(f"{path} stays")
+    stripped = card.options.stripped
+    read = stripped if read_weights is None else read_weights
+    check_card(card, path, gpu=gpu, tensorrt=str(api.value("__version__")), hashes=hashes, weights=read)
+    messages = Messages()
+    logger = messages.logger(api)
+    runtime = api.make("Runtime", logger=logger)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        loaded = api.call("Runtime.deserialize_cuda_engine", runtime, serialized_engine=data)
+    if loaded is None:
+        raise PpclError(f"{path}: TensorRT cannot read it{messages.why()}; build it here: {rebuild_command(path)}")
+    if stripped:
+        refit(loaded, inside(path.parent, card.onnx), api=api, logger=logger, messages=messages)
+    if card.options.weight_streaming is not None:
+        # Before the first execution context: afterwards TensorRT takes no other budget.
+        api.set("ICudaEngine.weight_streaming_budget_v2", loaded, card.options.weight_streaming)
+    return LoadedEngine(loaded, card, api, (runtime, logger))
+
+
+def refit(engine: Any, onnx: Path, *, api: Api, logger: Any | None = None, messages: Messages | None = None) -> None:
+    """Put the weights of an ONNX file, and of the store it points to, into an engine.
+
+    A stripped engine runs without them too, and gives zeros, so each that is missing is an error here.
+
+    Args:
+        engine: TensorRT's ``ICudaEngine``, built with a kind of refit.
+        onnx: the ONNX file it was built from. For ``identical`` these must be the very weights it was built with.
+        api: TensorRT.
+        logger: TensorRT's logger; one is made if left out.
+        messages: where that logger keeps errors.
+
+    Raises:
+        PpclError: the engine cannot be refitted, or the file does not give it all of its weights.
+    """
+    if not api.get("ICudaEngine.refittable", engine):
+        raise PpclError(f"{onnx}: the engine was not built to take weights; build it with --stripped or --refit")
+    messages = messages or Messages()
+    logger = logger if logger is not None else messages.logger(api)
+    refitter = api.make("Refitter", engine=engine, logger=logger)
+    parser = api.make("OnnxParserRefitter", refitter=refitter, logger=logger)
+    if not api.call("OnnxParserRefitter.refit_from_file", parser, model=str(onnx)):
+        errors = [
+            str(api.call("ParserError.desc", api.call("OnnxParserRefitter.get_error", parser, index=index)))
+            for index in range(api.get("OnnxParserRefitter.num_errors", parser))
+        ]
+        raise PpclError(f"{onnx}: TensorRT cannot take its weights ({'; '.join(errors[:3])}); build the engine again")
+    missing = list(api.call("Refitter.get_missing_weights", refitter))
+    if missing:
+        raise PpclError(
+            f"{onnx}: {len(missing)} weights of the engine are not in it ({missing[0]!r}); build the engine again"
+        )
+    if not api.call("Refitter.refit_cuda_engine", refitter):
+        raise PpclError(f"{onnx}: TensorRT cannot refit the engine{messages.why()}; build the engine again")

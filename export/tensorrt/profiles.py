@@ -1,0 +1,288 @@
+"""Optimisation profiles: from ``--shapes 1024x1024 --batch 1-4 --text 1-512`` to a range for every open size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from ppcl_fx.errors import PpclError, near
+from ppcl_fx.export.sidecar import Port
+
+BATCH = "batch"
+Kind = Literal["min", "opt", "max"]
+KINDS: tuple[Kind, Kind, Kind] = ("min", "opt", "max")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Range(_Strict):
+    """The sizes an engine takes for one open size: smallest, the one it is tuned for, largest."""
+
+    min: int = Field(ge=1)
+    opt: int = Field(ge=1)
+    max: int = Field(ge=1)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.min <= self.opt <= self.max:
+            raise ValueError(f"a range goes min <= opt <= max, and {self.min}, {self.opt}, {self.max} does not")
+        return self
+
+
+class Profile(_Strict):
+    """One optimisation profile of an engine.
+
+    Attributes:
+        name: what a person calls it, ``1024x1024``.
+        sizes: for each open size of the ONNX file, by its name, the range.
+    """
+
+    name: str = ""
+    sizes: dict[str, Range] = Field(default_factory=dict)
+
+
+class Spec(_Strict):
+    """Profiles as a person writes them; every field is text of the command line, empty where it was left out.
+
+    Attributes:
+        shapes: resolutions ``WIDTHxHEIGHT`` in pixels with commas, each a profile; or ranges of them.
+        tokens: image tokens instead of `shapes`.
+        batch: samples, ``1-4``.
+        text: text tokens, ``1-512``.
+        sizes: ranges for open sizes by their own names.
+        pixels: pixels along one side of a token (of a latent cell, where the model takes latents).
+        limits: the largest value of a size that the model takes, where that is known.
+    """
+
+    shapes: str = ""
+    tokens: str = ""
+    batch: str = ""
+    text: str = ""
+    sizes: dict[str, str] = Field(default_factory=dict)
+    pixels: int | None = Field(default=None, ge=1)
+    limits: dict[str, int] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the open sizes of a graph mean, by where they appear.
+
+    Attributes:
+        batch: the batch's name, or ``None`` where it is fixed.
+        image: sizes that the output has too: one for a sequence of tokens, height and width for latents.
+        text: all others.
+    """
+
+    batch: str | None
+    image: tuple[str, ...]
+    text: tuple[str, ...]
+
+
+def roles(inputs: Sequence[Port], outputs: Sequence[Port]) -> Roles:
+    """Tell which open sizes are the batch, the picture and the text: the picture's come out again, text's do not."""
+    names = list(dict.fromkeys(str(s) for port in inputs for s in port.shape if isinstance(s, str)))
+    leaving = list(dict.fromkeys(str(s) for port in outputs for s in port.shape if isinstance(s, str)))
+    return Roles(
+        BATCH if BATCH in names else None,
+        tuple(name for name in leaving if name in names and name != BATCH),
+        tuple(name for name in names if name not in leaving and name != BATCH),
+    )
+
+
+def parse_range(option: str, text: str) -> Range:
+    """Return the range that ``4``, ``1-4`` (tuned for the largest) or ``1-2-4`` stands for.
+
+    Raises:
+        PpclError: it is none, holds a zero, or is not in order.
+    """
+    parts = text.strip().split("-")
+    if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"[0-9]{1,9}", part.strip()) for part in parts):
+        raise PpclError(f"{option} {text}: not a range; give a number, MIN-MAX or MIN-OPT-MAX, such as 1-4")
+    return _range(option, text, [int(part) for part in parts])
+
+
+def _range(option: str, text: str, numbers: list[int]) -> Range:
+    low, best, high = (numbers[0], numbers[-2] if len(numbers) == 3 else numbers[-1], numbers[-1])
+    if low < 1:
+        raise PpclError(f"{option} {text}: a size of 0; the smallest is 1")
+    if not low <= best <= high:
+        raise PpclError(f"{option} {text}: not in order; give the smallest first, such as 1-4")
+    return Range(min=low, opt=best, max=high)
+
+
+def check_spec(spec: Spec) -> None:
+    """Refuse a spec that fits no graph, before any graph is there.
+
+    Raises:
+        PpclError: it has a range or a resolution that is none, or resolutions without the pixels of a token.
+    """
+    if spec.shapes and spec.tokens:
+        raise PpclError("--shapes and --tokens both say how large pictures are; give one of them")
+    if spec.shapes and spec.pixels is None:
+        raise PpclError(
+            "--shapes: how many pixels make a token is not known; give --pixels-per-token 16, for example, or "
+            "--tokens 4096 instead"
+        )
+    for part in spec.shapes.split(",") if spec.shapes else ():
+        _resolution(part.strip(), spec.pixels or 1, ("tokens",))
+    for part in spec.tokens.split(",") if spec.tokens else ():
+        parse_range("--tokens", part)
+    for option, text in (("--batch", spec.batch), ("--text", spec.text)):
+        if text:
+            parse_range(option, text)
+    for name, text in spec.sizes.items():
+        parse_range(f"--size {name}", text)
+
+
+def resolve(spec: Spec, inputs: Sequence[Port], outputs: Sequence[Port], file: str) -> list[Profile]:
+    """Return the profiles that a spec asks for.
+
+    Args:
+        spec: what was asked for.
+        inputs: the inputs of the ONNX file.
+        outputs: its outputs.
+        file: its name, for messages.
+
+    Raises:
+        PpclError: the spec is no spec, leaves an open size out, or asks for what the model cannot serve: a size that
+            is fixed in the file, one above the model's limit, zero.
+    """
+    check_spec(spec)
+    known = roles(inputs, outputs)
+    given = _by_name(spec, known, file)
+    ranges: dict[str, Range] = {}
+    for name, (option, text) in given.items():
+        ranges[name] = parse_range(option, text)
+    profiles = [Profile(name=name, sizes=ranges | sizes) for name, sizes in _pictures(spec, known, file)]
+    missing = _missing(known, profiles[0])
+    if missing is not None:
+        raise PpclError(f"{file}: no range for {missing}")
+    for profile in profiles:
+        for name, size in profile.sizes.items():
+            if name in spec.limits and size.max > spec.limits[name]:
+                raise PpclError(
+                    f"{file}: {name} up to {size.max} is asked for, and the model takes at most {spec.limits[name]}; "
+                    "give a smaller range"
+                )
+    return profiles
+
+
+def _by_name(spec: Spec, known: Roles, file: str) -> dict[str, tuple[str, str]]:
+    """Return the option and the text for each size that is not the picture's."""
+    names = [*((known.batch,) if known.batch else ()), *known.image, *known.text]
+    given: dict[str, tuple[str, str]] = {}
+    for name, text in spec.sizes.items():
+        if name not in names:
+            raise PpclError(
+                f"{file}: no open size {name!r}{near(name, names)}; open are {', '.join(names) or 'none'}, and every "
+                "other size is fixed in the file"
+            )
+        given[name] = (f"--size {name}", text)
+    if spec.batch:
+        if known.batch is None:
+            raise PpclError(f"{file}: the batch is fixed in the file; leave --batch out")
+        given.setdefault(known.batch, ("--batch", spec.batch))
+    if spec.text:
+        open_text = [name for name in known.text if name not in spec.sizes]
+        if len(open_text) != 1:
+            several = f"{len(open_text)} sizes may be text ({', '.join(open_text)})"
+            why = several if open_text else "the size of the text is fixed in the file"
+            raise PpclError(f"{file}: {why}; give each range by its name with --size NAME=1-512, or leave --text out")
+        given[open_text[0]] = ("--text", spec.text)
+    return given
+
+
+def _missing(known: Roles, profile: Profile) -> str | None:
+    """Name an open size without a range, with the option that gives one."""
+    if known.batch and known.batch not in profile.sizes:
+        return "the batch; give --batch 1-4, for example"
+    for name in known.image:
+        if name not in profile.sizes:
+            return f"the picture ({name}); give --shapes 1024x1024 or --tokens 4096, for example"
+    for name in known.text:
+        if name not in profile.sizes:
+            option = "--text 1-512" if len(known.text) == 1 else f"--size {name}=1-512"
+            return f"{name!r}; give {option}, for example"
+    return None
+
+
+def _pictures(spec: Spec, known: Roles, file: str) -> list[tuple[str, dict[str, Range]]]:
+    """Return the ranges of the picture's sizes for each profile, with the profile's name."""
+    open_sizes = [name for name in known.image if name not in spec.sizes]
+    if not spec.shapes and not spec.tokens:
+        return [("", {})]
+    option = "--shapes" if spec.shapes else "--tokens"
+    if not open_sizes:
+        raise PpclError(f"{file}: the size of the picture is fixed in the file; leave {option} out")
+    if spec.tokens:
+        if len(open_sizes) != 1:
+            raise PpclError(
+                f"{file}: takes latents with the sizes {', '.join(open_sizes)}, not tokens; give --shapes, or each by "
+                "its name with --size"
+            )
+        parts = [part.strip() for part in spec.tokens.split(",")]
+        return [(f"{part} tokens", {open_sizes[0]: parse_range("--tokens", part)}) for part in parts]
+    if len(open_sizes) > 2:
+        raise PpclError(f"{file}: takes {', '.join(open_sizes)}, more than a width and a height; give each with --size")
+    parts = [part.strip() for part in spec.shapes.split(",")]
+    return [(part, _resolution(part, spec.pixels or 1, open_sizes)) for part in parts]
+
+
+def _resolution(text: str, pixels: int, open_sizes: Sequence[str]) -> dict[str, Range]:
+    parts = text.split("-")
+    found = [re.fullmatch(r"\s*([0-9]{1,6})[x×]([0-9]{1,6})\s*", part) for part in parts]
+    if not 1 <= len(parts) <= 3 or not all(found):
+        raise PpclError(f"--shapes {text}: not WIDTHxHEIGHT, nor MIN-MAX of two; give for example 1024x1024")
+    pairs = [(int(match[1]), int(match[2])) for match in found if match]
+    for side in {side for pair in pairs for side in pair}:
+        if side < 1 or side % pixels:
+            raise PpclError(
+                f"--shapes {text}: {side} pixels is not a multiple of {pixels}, the side of one token; give one that is"
+            )
+    cells = [(width // pixels, height // pixels) for width, height in pairs]
+    if len(open_sizes) == 1:
+        return {open_sizes[0]: _range("--shapes", text, [width * height for width, height in cells])}
+    # An output [..., height, width] names the height first.
+    return {
+        open_sizes[0]: _range("--shapes", text, [height for _, height in cells]),
+        open_sizes[1]: _range("--shapes", text, [width for width, _ in cells]),
+    }
+
+
+def default_profile(inputs: Sequence[Port], sizes: Mapping[str, int]) -> Profile:
+    """Return a profile around an example.
+
+    Args:
+        inputs: the inputs of the ONNX file.
+        sizes: the example's size for each open size by name.
+    """
+    names = {str(size) for port in inputs for size in port.shape if isinstance(size, str)}
+    open_sizes = {name: size for name, size in sizes.items() if name in names}
+    return Profile(
+        name="default",
+        sizes={n: Range(min=1, opt=s, max=(2 if n == BATCH else 4) * s) for n, s in open_sizes.items()},
+    )
+
+
+def shapes_of(port: Port, profile: Profile) -> dict[Kind, tuple[int, ...]]:
+    """Return an input's smallest, best and largest shape.
+
+    Raises:
+        PpclError: the profile has no range for one of its open sizes.
+    """
+    for size in port.shape:
+        if isinstance(size, str) and size not in profile.sizes:
+            raise PpclError(
+                f"the profile has no range for the size {size!r} of the input {port.name!r}"
+                f"{near(size, profile.sizes)}; add one"
+            )
+    return {
+        kind: tuple(size if isinstance(size, int) else getattr(profile.sizes[size], kind) for size in port.shape)
+        for kind in KINDS
+    }

@@ -1,0 +1,254 @@
+"""Where the weights of exported graphs lie: the student's own files where possible, else one shared copy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export.artefacts import digest, used_by_others
+from ppcl_fx.export.byte_ranges import ByteRange, byte_ranges
+from ppcl_fx.export.names import WEIGHTS
+from ppcl_fx.export.publish import sync
+from ppcl_fx.export.weight_source import Piece, WeightSource
+from ppcl_fx.files import need_room
+from ppcl_fx.long_files import form_bytes, write_long
+from ppcl_fx.memory import size_words
+
+_FICLONE = 0x40049409
+"""The ioctl of Linux that lets two files share their blocks until one is written to."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where each tensor lies, in files within the folder of the graphs.
+
+    Attributes:
+        folder: the folder of the graphs.
+        ranges: tensor -> its bytes, in a file of this folder or of one in it.
+        created: files that this export made.
+        digests: sha256 and size of files looked at so far, by name within the folder.
+    """
+
+    folder: Path
+    ranges: dict[str, ByteRange]
+    created: list[Path] = field(default_factory=list)
+    digests: dict[str, tuple[str, int]] = field(default_factory=dict)
+
+    def place(self, piece: Piece) -> tuple[str, int, torch.dtype]:
+        """Return the file of a piece, as graphs name it; its first byte there; its dtype."""
+        where = self.ranges[piece.name]
+        return self.name(where.file), where.offset + piece.first * where.dtype.itemsize, where.dtype
+
+    def name(self, file: Path) -> str:
+        """Return what graphs call a file: its path within the folder, with slashes."""
+        return file.relative_to(self.folder).as_posix()
+
+    def digest(self, name: str) -> tuple[str, int]:
+        """Return sha256 and size of a file; each file is read once."""
+        if name not in self.digests:
+            path = self.folder / name
+            self.digests[name] = (digest(path), path.stat().st_size)
+        return self.digests[name]
+
+
+@contextmanager
+def stored(
+    source: WeightSource,
+    needed: Collection[str],
+    folder: Path,
+    dtype: torch.dtype | None,
+    replaced: Collection[str],
+    note: Callable[[str], None],
+) -> Iterator[Store]:
+    """Make the weights of a model available to graphs in a folder; where the block fails, what was made goes again.
+
+    A file that lies in the folder or in one of its subfolders, as a file of its own, is used where it is. Others are
+    copied to ``weights/``, for all graphs once: runtimes refuse links and what lies outside. So are tensors that are
+    not stored in the dtype in which they are wanted, and those of a model in memory.
+
+    Args:
+        source: the weights.
+        needed: names of the tensors that some graph uses.
+        folder: the folder of the graphs; exists.
+        dtype: of floating-point weights; None for as they are used.
+        replaced: manifests that are about to be replaced: what they name need not stay.
+        note: told in one line what was copied, and why.
+
+    Raises:
+        PpclError: there is no room, or graphs of another model in the folder use the same names.
+    """
+    root = folder.resolve()
+    forms = source.forms(dtype)
+    there = {
+        name: place
+        for name, place in source.ranges.items()
+        if name in forms and (place.dtype, place.shape) == forms[name]
+    }
+    files = dict.fromkeys(place.file for name, place in there.items() if name in needed)
+    others = {name: form for name, form in forms.items() if name not in there}
+    if others.keys().isdisjoint(needed):
+        others = {}
+    targets = {file: _target(file, source.folder, root) for file in files}
+    copied = {file: target for file, target in targets.items() if target != file.resolve()}
+    need_room(root, form_bytes(others) + sum(_missing_bytes(file, target) for file, target in copied.items()))
+    made = Store(root, {})
+    try:
+        for file, target in copied.items():
+            _publish(made, target, _copier(file), replaced, digest(file) if target.is_file() else None)
+        if others:
+            target = root / WEIGHTS / f"{_plain(dtype or _main(others))}.safetensors"
+            _publish(made, target, lambda beside: _write(source, others, beside), replaced, None)
+            made.ranges.update(byte_ranges(target))
+        made.ranges.update(
+            (name, replace(place, file=targets[place.file])) for name, place in there.items() if place.file in files
+        )
+        _say(source, copied, others, root, note)
+        yield made
+    except BaseException:
+        for path in made.created:
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            _prune(root / WEIGHTS)
+        raise
+
+
+def _target(file: Path, origin: Path | None, root: Path) -> Path:
+    """Return where a file is used: where it is, if runtimes take it there, else in the store."""
+    real = file.resolve()
+    alone = not file.is_symlink() and real.stat().st_nlink == 1
+    if alone and real.is_relative_to(root):
+        return real
+    within = origin is not None and file.is_relative_to(origin)
+    return root / WEIGHTS / (file.relative_to(origin) if within and origin is not None else Path(file.name))
+
+
+def _missing_bytes(file: Path, target: Path) -> int:
+    size = file.stat().st_size
+    return 0 if target.is_file() and target.stat().st_size == size else size
+
+
+def _publish(
+    made: Store, target: Path, write: Callable[[Path], None], replaced: Collection[str], known: str | None
+) -> None:
+    """Write a file beside its name and rename it; one of the same content stays as it is.
+
+    Args:
+        made: where it is noted.
+        target: its name.
+        write: writes it.
+        replaced: see `stored`.
+        known: its digest, where that is known before it is written.
+    """
+    name = made.name(target)
+    if known is not None and _same(target, known):
+        made.digests[name] = (known, target.stat().st_size)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
+    try:
+        write(beside)
+        sync(beside)
+        if target.is_file():
+            if _same(target, digest(beside)):
+                return
+            holder = used_by_others(made.folder, name, replaced)
+            if holder is not None:
+                raise PpclError(
+                    f"{target}: holds other weights, and {holder} uses them; choose another folder, or remove that file"
+                )
+        else:
+            made.created.append(target)
+        os.replace(beside, target)
+        sync(target.parent)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise PpclError(f"{target}: cannot be written ({reason}); make room, or choose another place") from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _same(path: Path, sha256: str) -> bool:
+    alone = not path.is_symlink() and path.stat().st_nlink == 1
+    return alone and digest(path) == sha256
+
+
+def _copier(file: Path) -> Callable[[Path], None]:
+    return lambda beside: _clone(file.resolve(), beside)
+
+
+def _clone(source: Path, target: Path) -> None:
+    """Copy a file: sharing its blocks where the file system can, within the kernel where it cannot."""
+    with source.open("rb") as old, target.open("wb") as new:
+        try:
+            import fcntl
+
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+            return
+        except (ImportError, OSError):
+            pass
+        left = os.fstat(old.fileno()).st_size
+        try:
+            while left:
+                count = os.copy_file_range(old.fileno(), new.fileno(), min(left, 1 << 30))
+                if not count:
+                    break
+                left -= count
+        except (AttributeError, OSError):
+            old.seek(0)
+            new.seek(0)
+            shutil.copyfileobj(old, new, 1 << 22)
+            return
+    if left:
+        raise PpclError(f"{source}: became shorter while it was copied; copy it again from where it came")
+
+
+def _write(source: WeightSource, forms: dict[str, tuple[torch.dtype, tuple[int, ...]]], path: Path) -> None:
+    """Write tensors in the dtypes that they are wanted in, one at a time."""
+    try:
+        write_long(path, forms, lambda name: source.read(name).to(forms[name][0]), lambda _: source.release())
+    finally:
+        source.release()
+
+
+def _say(
+    source: WeightSource, copied: Collection[Path], others: Collection[str], root: Path, note: Callable[[str], None]
+) -> None:
+    """Say why there is a copy, in one line each."""
+    if copied:
+        size = size_words(sum(file.stat().st_size for file in copied))
+        linked = any(file.is_symlink() or file.resolve().stat().st_nlink > 1 for file in copied)
+        why = "runtimes refuse links" if linked else "they lie outside of this folder, and runtimes refuse that"
+        note(f"{len(copied)} weight files ({size}) were copied to {root / WEIGHTS}: {why}")
+    if others and source.ranges:
+        note(f"{len(others)} weights were converted, once for all ratios, into {root / WEIGHTS}")
+
+
+def _main(forms: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> torch.dtype:
+    """Return the dtype of most bytes."""
+    sizes: dict[torch.dtype, int] = {}
+    for dtype, shape in forms.values():
+        sizes[dtype] = sizes.get(dtype, 0) + form_bytes({"": (dtype, shape)})
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _prune(folder: Path) -> None:
+    """Remove a folder and what is in it where they are empty."""
+    for child in list(folder.iterdir()) if folder.is_dir() else ():
+        if child.is_dir():
+            _prune(child)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+

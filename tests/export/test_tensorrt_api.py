@@ -1,0 +1,133 @@
+"""Everything the package uses of TensorRT, read out of its source, exists in NVIDIA's compiled bindings."""
+
+from __future__ import annotations
+
+import ast
+import json
+
+import pytest
+
+from ppcl_fx.export.tensorrt_api import version_numbers
+from tests.export.trt_bindings import ROOT, Use, all_uses, fitting, in_bindings, look, signatures, uses_in
+
+USES = all_uses()
+METHODS = [use for use in USES if use.how in ("make", "call")]
+PROPERTIES = [use for use in USES if use.how in ("get", "set")]
+NAMES = [use for use in USES if use.how in ("value", "has")]
+CALLBACKS = [use for use in USES if use.how == "implement"]
+
+
+def names(uses: list[Use]) -> list[str]:
+    return [f"{use} {use.where}" for use in uses]
+
+
+def test_the_source_is_read() -> None:
+    assert {use.path for use in METHODS} >= {"Builder", "Builder.create_network", "OnnxParserRefitter.refit_from_file"}
+    assert {use.path for use in NAMES} >= {"BuilderFlag.REFIT_IDENTICAL", "BuilderFlag.STRIP_PLAN", "__version__"}
+    assert {use.path for use in CALLBACKS} == {"ILogger", "IProgressMonitor", "IStreamWriter"}
+    assert len({str(use) for use in USES}) > 40
+
+
+def test_a_use_that_cannot_be_read_is_an_error() -> None:
+    assert uses_in('self._api.call("A.b", x, c=1)', "f") == [Use("call", "A.b", ("c",), "f:1")]
+    assert uses_in('profile.get("x")', "f") == []
+    with pytest.raises(AssertionError, match="f:1: no plain name"):
+        uses_in("api.value(name)", "f")
+    with pytest.raises(AssertionError, match="f:1: keywords are not spelt out"):
+        uses_in('api.call("A.b", x, **more)', "f")
+
+
+def test_nothing_else_touches_tensorrt() -> None:
+    for path in sorted((ROOT / "export").rglob("*.py")) + sorted((ROOT / "ppcl_fx").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {"tensorrt", "tensorrt_bindings"} & {name.split(".")[0] for name in imported}, path
+            around = isinstance(node, ast.Attribute) and node.attr == "module" and isinstance(node.value, ast.Name)
+            assert not (around and node.value.id == "api"), f"{path}: goes around the Api"
+
+
+def test_bindings_tell_what_is_missing() -> None:
+    found = look(["NoSuchThing", "Builder.no_such", "BuilderFlag.FP16", "__version__"])
+    assert found["NoSuchThing"] is None
+    assert found["Builder.no_such"] is None
+    if version_numbers(found["__version__"]["text"]) >= (11,):
+        assert found["BuilderFlag.FP16"] is None  # TensorRT 11 is strongly typed only
+
+
+def test_signatures_are_read() -> None:
+    assert fitting("Builder.create_network", ("flags",)) is not None
+    assert fitting("Builder.create_network", ()) is not None
+    assert fitting("Builder.create_network", ("flag",)) is None
+    assert fitting("Refitter", ("engine",)) is None
+    assert len(signatures("Runtime.deserialize_cuda_engine")) >= 1
+
+
+@pytest.mark.parametrize("use", METHODS, ids=names(METHODS))
+def test_calls_exist_with_their_keywords(use: Use) -> None:
+    if use.path == "Builder.build_serialized_network_to_stream" and look([use.path])[use.path] is None:
+        pytest.skip("only asked for where it is there")
+    assert look([use.path])[use.path] is not None, f"TensorRT has no {use.path}: {use.where}"
+    assert fitting(use.path, use.keywords), f"{use.where}: {use.path} takes {signatures(use.path)}, not {use.keywords}"
+
+
+@pytest.mark.parametrize("use", NAMES, ids=names(NAMES))
+def test_values_exist(use: Use) -> None:
+    newest = version_numbers(look(["__version__"])["__version__"]["text"]) >= (11, 4)
+    assert look([use.path])[use.path] is not None or (use.how == "has" and not newest), use.where
+
+
+@pytest.mark.parametrize("use", PROPERTIES, ids=names(PROPERTIES))
+def test_properties_exist(use: Use) -> None:
+    found = look([use.path])[use.path]
+    assert found is not None and found["type"] == "property", use.where
+
+
+@pytest.mark.parametrize("use", CALLBACKS, ids=names(CALLBACKS))
+def test_callbacks_exist(use: Use) -> None:
+    if use.path == "IStreamWriter" and look([use.path])[use.path] is None:
+        pytest.skip("only made where it is there")
+    for method in use.keywords:
+        assert look([f"{use.path}.{method}"])[f"{use.path}.{method}"] is not None, f"{use.path}.{method}: {use.where}"
+
+
+REAL = """
+import io, json
+import tensorrt_bindings as trt
+from ppcl_fx.export.tensorrt.build import _Sink
+from ppcl_fx.export.tensorrt.monitor import Messages, Monitor
+from ppcl_fx.export.tensorrt.options import network_flags
+from ppcl_fx.export.tensorrt_api import Api
+
+api, seen, found = Api(trt), [], {}
+class Config:
+    pass
+config = Config()
+monitor = Monitor(lambda done, total, phase: seen.append((done, phase)))
+callback = monitor.attach(api, config)
+callback.phase_start("all", None, 2)
+going = callback.step_complete("all", 0)
+monitor.stop()
+found["monitor"] = [isinstance(callback, trt.IProgressMonitor), config.progress_monitor is callback, going,
+                    callback.step_complete("all", 1), seen]
+messages = Messages()
+logger = messages.logger(api)
+logger.log(trt.ILogger.Severity.WARNING, "not kept")
+logger.log(trt.ILogger.Severity.ERROR, "kept")
+found["logger"] = [isinstance(logger, trt.ILogger), messages.why()]
+if api.has("IStreamWriter"):
+    file = io.BytesIO()
+    writer = api.implement("IStreamWriter", write=_Sink(file).write)
+    found["writer"] = [isinstance(writer, trt.IStreamWriter), writer.write(b"abc"), file.getvalue().decode()]
+found["flags"] = network_flags(api)
+found["version"] = api.version
+print(json.dumps(found))
+"""
+
+
+def test_our_callbacks_are_nvidias_classes() -> None:
+    found = json.loads(in_bindings(REAL))
+    assert found["monitor"] == [True, True, True, False, [[0, "all"], [50, "all"], [100, "all"]]]
+    assert found["logger"] == [True, " (kept)"]
+    assert found.get("writer", [True, 3, "abc"]) == [True, 3, "abc"]
+    assert found["flags"] == (1 if found["version"][0] >= 11 else 2)
