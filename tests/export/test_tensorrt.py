@@ -224,7 +224,12 @@ def test_a_full_disk_is_a_line_and_leaves_nothing(graph: Path, monkeypatch: pyte
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
-def test_ctrl_c_stops_the_build_at_its_next_step_and_keeps_the_timings(graph: Path) -> None:
+def test_ctrl_c_stops_the_build_at_its_next_step_and_keeps_the_timings(
+    graph: Path, request: pytest.FixtureRequest
+) -> None:
+    # A shell starts what runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     began, ended = threading.Event(), threading.Event()
 
     def slow(owner: Thing, network: Thing, config: Thing, writer: Thing) -> bool:
