@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from ppcl_fx.export.artefacts import check_artefacts
     from ppcl_fx.export.complex_to_real import ComplexToReal
     from ppcl_fx.export.drop_guards import DropGuards
-    from ppcl_fx.export.exporting import Exported, ExportResult, export, export_graph
+    from ppcl_fx.export.exporting import ExportResult, export, export_graph
     from ppcl_fx.export.lowering import Lowered, lower
+    from ppcl_fx.export.one_graph import Exported
     from ppcl_fx.export.positions import PositionsAsInputs
     from ppcl_fx.export.runtime import EngineTransformer
     from ppcl_fx.export.sidecar import Sidecar
@@ -25,7 +26,7 @@ _HOME = {
     "EngineCard": "tensorrt",
     "EngineTransformer": "runtime",
     "ExportResult": "exporting",
-    "Exported": "exporting",
+    "Exported": "one_graph",
     "Lowered": "lowering",
     "PositionsAsInputs": "positions",
     "Profile": "tensorrt",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Collection
 from pathlib import Path
@@ -12,15 +11,9 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.sidecar import Sidecar
-from ppcl_fx.files import inside, read_json
+from ppcl_fx.files import inside, read_json, sha256_of
 
 AGAIN = "export it again, or copy the whole folder again"
-
-
-def digest(path: Path) -> str:
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_artefacts(path: str | Path, *, hashes: bool = True) -> list[Sidecar]:
@@ -79,7 +72,7 @@ def _same(path: Path, size: int, sha256: str, hashes: bool, seen: dict[str, str]
         raise PpclError(f"{path}: has {found} bytes, and {size} were written; {AGAIN}")
     if hashes:
         key = os.fspath(path)
-        seen[key] = seen.get(key) or digest(path)
+        seen[key] = seen.get(key) or sha256_of(path)
         if seen[key] != sha256:
             raise PpclError(f"{path}: its content is not what was written (sha256); {AGAIN}")
 

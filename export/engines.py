@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.exporting import Exported, Mixture, write_graphs
+from ppcl_fx.export.exporting import write_graphs
 from ppcl_fx.export.inputs import in_type
 from ppcl_fx.export.names import TIMINGS, manifest_path, typed_graph_path
+from ppcl_fx.export.one_graph import Exported, Mixture
 from ppcl_fx.export.onnx_file import Prepared, prepare
 from ppcl_fx.export.opened import Opened
 from ppcl_fx.export.serving import refused

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.names import manifest_path
+from ppcl_fx.files import sync
 
 
 @contextmanager
@@ -48,15 +49,6 @@ def withdraw(graph: Path) -> None:
     """Remove a graph and its manifest, where they are: what they were made from is no more."""
     manifest_path(graph).unlink(missing_ok=True)
     graph.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_free(graphs: list[Path], overwrite: bool) -> None:

@@ -14,12 +14,11 @@ from pathlib import Path
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.artefacts import digest, used_by_others
+from ppcl_fx.export.artefacts import used_by_others
 from ppcl_fx.export.byte_ranges import ByteRange, byte_ranges
 from ppcl_fx.export.names import WEIGHTS
-from ppcl_fx.export.publish import sync
 from ppcl_fx.export.weight_source import Piece, WeightSource
-from ppcl_fx.files import need_room
+from ppcl_fx.files import need_room, sha256_of, sync
 from ppcl_fx.long_files import form_bytes, write_long
 from ppcl_fx.memory import size_words
 
@@ -56,7 +55,7 @@ class Store:
         """Return sha256 and size of a file; each file is read once."""
         if name not in self.digests:
             path = self.folder / name
-            self.digests[name] = (digest(path), path.stat().st_size)
+            self.digests[name] = (sha256_of(path), path.stat().st_size)
         return self.digests[name]
 
 
@@ -103,7 +102,7 @@ def stored(
     made = Store(root, {})
     try:
         for file, target in copied.items():
-            _publish(made, target, _copier(file), replaced, digest(file) if target.is_file() else None)
+            _publish(made, target, _copier(file), replaced, sha256_of(file) if target.is_file() else None)
         if others:
             target = root / WEIGHTS / f"{_plain(dtype or _main(others))}.safetensors"
             _publish(made, target, lambda beside: _write(source, others, beside), replaced, None)
@@ -158,7 +157,7 @@ def _publish(
         write(beside)
         sync(beside)
         if target.is_file():
-            if _same(target, digest(beside)):
+            if _same(target, sha256_of(beside)):
                 return
             holder = used_by_others(made.folder, name, replaced)
             if holder is not None:
@@ -178,7 +177,7 @@ def _publish(
 
 def _same(path: Path, sha256: str) -> bool:
     alone = not path.is_symlink() and path.stat().st_nlink == 1
-    return alone and digest(path) == sha256
+    return alone and sha256_of(path) == sha256
 
 
 def _copier(file: Path) -> Callable[[Path], None]:

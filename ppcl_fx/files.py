@@ -6,6 +6,7 @@ fits a pydantic model, or safetensors. This module imports torch only when tenso
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -221,7 +222,7 @@ def _move_into_place(beside: Path, final: Path, overwrite: bool) -> None:
         if old.exists():
             old.rename(final)
         raise
-    _sync(final.parent)
+    sync(final.parent)
     if old.exists():
         shutil.rmtree(old)
 
@@ -245,9 +246,9 @@ def _replacing(path: Path) -> Iterator[Path]:
         with _os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield beside
-            _sync(beside)
+            sync(beside)
             os.replace(beside, path)
-            _sync(path.parent)
+            sync(path.parent)
     finally:
         if os.path.lexists(beside):
             beside.unlink()
@@ -262,7 +263,14 @@ def _os_errors(path: Path) -> Iterator[None]:
         raise PpclError(f"{path}: cannot be written ({reason}); choose a writable place with room") from error
 
 
-def _sync(path: Path) -> None:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's content, in hexadecimal. Raises OSError where it cannot be read."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -275,8 +283,8 @@ def _sync_tree(folder: Path) -> None:
         for name in names:
             file = Path(root, name)
             if not file.is_symlink():
-                _sync(file)
-        _sync(Path(root))
+                sync(file)
+        sync(Path(root))
 
 
 def _own_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +12,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.lora.methods import LoraModel
 from ppcl_fx.offload import Offload, Pieces, announce, offload, offloaded
 from ppcl_fx.retrace import dtypes_of, retraced, sparing_complex
+from ppcl_fx.uncached import Uncached
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -27,7 +26,7 @@ else:
     from diffusers import ModelMixin as _DiffusersModel
 
 
-class PipelineModel(LoraModel, _DiffusersModel):
+class PipelineModel(LoraModel, Uncached, _DiffusersModel):
     """A model of diffusers by its class, so that pipelines take it as ``transformer=`` and call its methods.
 
     Device and dtype moves, LoRA, attention backends, ``torch.compile``, ``enable_model_cpu_offload`` and group
@@ -54,12 +53,6 @@ class PipelineModel(LoraModel, _DiffusersModel):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next(self.graph.parameters()).device
-
-    @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Do nothing: pipelines name the guidance branch here for caches that a pluggable model does not have."""
-        del name
-        yield
 
     # ---- moves -------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,6 @@ anywhere.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import shutil
@@ -22,6 +21,7 @@ from ppcl_fx.files import (
     new_folder,
     read_json,
     read_safetensors,
+    sha256_of,
     write_json,
     write_safetensors,
     write_text,
@@ -115,7 +115,7 @@ def save(
     with new_folder(target, overwrite=True) as beside:
         written = (put or _put)(beside, tensors)
         write_json(beside / STATE, State(identity=identity, stage=stage, step=step, over=over, curves=curves))
-        write_text(beside / SUMS, "".join(f"{_sum(beside / name)}  {name}\n" for name in (written, STATE)))
+        write_text(beside / SUMS, "".join(f"{sha256_of(beside / name)}  {name}\n" for name in (written, STATE)))
     found = existing(folder)
     place = found.index(target) + 1
     for old in found[: max(0, place - KEPT)] + found[place:]:
@@ -209,16 +209,13 @@ def _tensors(path: Path, shared: bool, check: bool) -> Mapping[str, Tensor]:
 def _check_sum(path: Path, name: str) -> None:
     try:
         lines = (path / SUMS).read_text(encoding="ascii").splitlines()
-        found = _sum(path / name)
+        found = sha256_of(path / name)
     except (OSError, UnicodeDecodeError) as error:
         raise PpclError(f"{path}: cannot be read ({error})") from None
     if f"{found}  {name}" not in lines:
         raise PpclError(f"{path / name}: its checksum is not the one in {SUMS}")
 
 
-def _sum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.head import Front, pluggable_graph, read_head
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import AUTO, Choice, Sessions, choose
+from ppcl_fx.uncached import Uncached
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -26,7 +25,7 @@ else:
     from diffusers import ModelMixin as _DiffusersModel
 
 
-class EngineTransformer(_DiffusersModel):
+class EngineTransformer(Uncached, _DiffusersModel):
     """What ``ppcl-fx export`` wrote, called like the transformer it was made from::
 
         pipeline.transformer = EngineTransformer("ENGINES")
@@ -85,12 +84,6 @@ class EngineTransformer(_DiffusersModel):
     def device(self) -> torch.device:
         """Where it runs. Inputs from elsewhere are moved there, and the output back."""
         return self._device
-
-    @contextlib.contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Do nothing: pipelines name the guidance branch here for caches that an exported file does not have."""
-        del name
-        yield
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Run on another device from now on; the files are opened again there. The type is the files' own.

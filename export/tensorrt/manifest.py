@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -17,7 +16,7 @@ from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import rebuild_command
 from ppcl_fx.export.tensorrt.profiles import Profile
 from ppcl_fx.export.tensorrt_api import Gpu, version_numbers
-from ppcl_fx.files import inside, read_json
+from ppcl_fx.files import inside, read_json, sha256_of
 from ppcl_fx.plan import Plan
 
 NOT_COMPARED = "the engine was not compared with PyTorch: the build does not run it"
@@ -101,8 +100,7 @@ class Hashes:
         stat = path.stat()
         key = (str(path.resolve()), stat.st_size, stat.st_mtime_ns)
         if key not in self._known:
-            with path.open("rb") as file:
-                self._known[key] = FileMark(bytes=stat.st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+            self._known[key] = FileMark(bytes=stat.st_size, sha256=sha256_of(path))
         return self._known[key]
 
 

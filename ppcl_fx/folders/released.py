@@ -11,8 +11,7 @@ linear projectors, and diffusers cannot load it::
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +28,7 @@ from ppcl_fx.shards import Shards
 from ppcl_fx.skeleton import skeleton as weightless
 from ppcl_fx.sources import is_released, transformer_class, transformer_folder
 from ppcl_fx.tracing import bind, trace
+from ppcl_fx.uncached import Uncached
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
@@ -38,7 +38,7 @@ CONFIG = "config.json"
 __all__ = ["ReleasedModel", "is_released", "load", "save_released", "with_teacher"]
 
 
-class ReleasedModel(nn.Module):
+class ReleasedModel(Uncached, nn.Module):
     """A pruned model read from the released layout; behaves like the transformer it was made from.
 
     Its ``state_dict`` is the checkpoint's. The graph that computes it is traced at the first call, and again for a call
@@ -109,12 +109,6 @@ class ReleasedModel(nn.Module):
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=result[0])
-
-    @contextmanager
-    def cache_context(self, name: str) -> Iterator[None]:
-        """Do nothing: pipelines name the guidance branch here for caches that this model does not have."""
-        del name
-        yield
 
     def pluggable(self, example_kwargs: Mapping[str, Any]) -> PluggableModel:
         """Return this model as a pluggable one without an edit: what export takes, with `keep=1.0` alone.

@@ -175,6 +175,6 @@ def test_tensorrt_without_tensorrt_leaves_the_onnx(
 
     monkeypatch.setattr(engines, "load_tensorrt", missing)
     done = exporting.Exported(1.0, tmp_path / "keep-1.onnx", 1, (), 23, {}, 0.0, 1.0, 1.0)
-    monkeypatch.setattr(exporting._Work, "export", lambda *_: done)
+    monkeypatch.setattr(exporting.Work, "export", lambda *_: done)
     with pytest.raises(PpclError, match=f"the ONNX files stay in {tmp_path}"):
         export(qwen, [1.0], tmp_path, format="tensorrt")

@@ -223,6 +223,7 @@ def test_a_full_disk_is_a_line_and_leaves_nothing(graph: Path, monkeypatch: pyte
     assert files(graph.parent) == ["keep-0.7.onnx", "t.cache", "weights"]
 
 
+# Windows has no SIGINT that a process can send itself.
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_ctrl_c_stops_the_build_at_its_next_step_and_keeps_the_timings(
     graph: Path, request: pytest.FixtureRequest

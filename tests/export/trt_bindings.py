@@ -96,6 +96,7 @@ def environment() -> dict[str, str]:
     """The environment in which the bindings load; skips the test where they cannot."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if importlib.util.find_spec("tensorrt_bindings") is None or sys.platform != "linux" or compiler is None:
+        # The bindings load only with stand-ins for NVIDIA's libraries, which are compiled here.
         pytest.skip("needs Linux, a C compiler, and the package tensorrt-cu13-bindings")
     folder = Path(tempfile.mkdtemp(prefix="ppcl-fx-trt-"))
     source, empty = folder / "stub.c", folder / "empty.c"

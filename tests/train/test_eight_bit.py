@@ -17,6 +17,7 @@ from ppcl_fx.files import read_safetensors
 from ppcl_fx.train import TrainResult, schedule, train
 from tests.train.pluggable import build
 
+# Not among the tests' own dependencies: it slows every import of diffusers and writes to stderr.
 there = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (extra bnb)")
 
 

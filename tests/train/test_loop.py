@@ -226,7 +226,7 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     (plain, calls), (model, _), (again, _) = build(), build(), build()
     _run(plain, calls, tmp_path / "plain")
-    original, full = ppcl_fx.files._sync, {"disk": False}
+    original, full = ppcl_fx.files.sync, {"disk": False}
 
     def sync(path: Path) -> None:
         if full["disk"]:
@@ -236,7 +236,7 @@ def test_a_full_disk_loses_nothing(
     def fill(_stage: str, done: int, _total: int, _loss: float) -> None:
         full["disk"] = done >= 3
 
-    monkeypatch.setattr(ppcl_fx.files, "_sync", sync)
+    monkeypatch.setattr(ppcl_fx.files, "sync", sync)
     out = tmp_path / "full"
     with pytest.raises(PpclError, match="No space left on device"):
         _run(model, calls, out, progress=fill)

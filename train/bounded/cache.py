@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
 from collections.abc import Collection
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import need_room, read_json, write_json
+from ppcl_fx.files import need_room, read_json, sha256_of, write_json
 from ppcl_fx.memory import size_words
 from ppcl_fx.passes.streaming.parcels import Parcel, pack, unpack
 
@@ -87,7 +86,7 @@ class Cache:
         need_room(self.folder, size)
         parcel.write(path)
         # The checksum last: a file without one does not count.
-        write_json(self._sum(call, bundle), {"sha256": _digest(path)})
+        write_json(self._sum(call, bundle), {"sha256": sha256_of(path)})
         self.file_bytes += path.stat().st_size
 
     def get(self, call: int, bundle: str) -> Any:
@@ -118,7 +117,7 @@ class Cache:
         path = self._path(call, bundle)
         try:
             expected = read_json(self._sum(call, bundle), _Sum).sha256
-            if _digest(path) != expected:
+            if sha256_of(path) != expected:
                 raise Damaged(f"{path}: its checksum is another than when it was written")
             return Parcel.read(path)
         except (PpclError, OSError, SafetensorError) as error:
@@ -148,6 +147,3 @@ def _same(folder: Path, key: str) -> bool:
         return False
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

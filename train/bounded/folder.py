@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Mapping
@@ -15,7 +14,15 @@ from torch import Tensor
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build
-from ppcl_fx.files import inside, need_room, read_json, read_safetensors, write_json, write_safetensors
+from ppcl_fx.files import (
+    inside,
+    need_room,
+    read_json,
+    read_safetensors,
+    sha256_of,
+    write_json,
+    write_safetensors,
+)
 from ppcl_fx.long_files import Form, form_bytes, write_long
 from ppcl_fx.model import CARD, PLAN, STUDENTS, TEACHER, Card, PluggableModel
 from ppcl_fx.passes.rewrite import insert_edits
@@ -144,7 +151,7 @@ def save_finished(folder: Path, name: str, tensors: Mapping[str, Tensor], curves
     """Write a finished student; the JSON file comes last, and without it the student is not finished."""
     path = folder / f"{name}.safetensors"
     write_safetensors(path, tensors)
-    write_json(folder / f"{name}.json", Finished(sha256=_digest(path), curves=curves))
+    write_json(folder / f"{name}.json", Finished(sha256=sha256_of(path), curves=curves))
 
 
 def load_finished(folder: Path, name: str) -> tuple[dict[str, Tensor], Finished] | None:
@@ -155,7 +162,7 @@ def load_finished(folder: Path, name: str) -> tuple[dict[str, Tensor], Finished]
     try:
         found = read_json(card, Finished)
         tensors = read_safetensors(path)
-        if _digest(path) == found.sha256:
+        if sha256_of(path) == found.sha256:
             return tensors, found
         _log.warning(
             "%s: its checksum is another than when it was written; this student is trained again", path
@@ -165,9 +172,6 @@ def load_finished(folder: Path, name: str) -> tuple[dict[str, Tensor], Finished]
     return None
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def dtype_of(model: PluggableModel) -> torch.dtype:

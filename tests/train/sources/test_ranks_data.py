@@ -21,6 +21,7 @@ from tests.train.sources.pictures import same, write_folder
 from tests.train.sources.taught import pictures, prompts, trained
 from tests.train.world import result, start
 
+# Some builds of PyTorch come without it (macOS, a build of one's own).
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 
 PICTURES, PART, LIMIT = 21, 8, 0.05

@@ -1,0 +1,200 @@
+"""One graph of a model: lowered, translated, written, compared to PyTorch, and described in its manifest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule
+
+from ppcl_fx._version import __version__
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export.extras import need
+from ppcl_fx.export.inputs import in_type, main_dtype
+from ppcl_fx.export.names import data_path, manifest_path, typed_graph_path
+from ppcl_fx.export.onnx_file import Prepared, compare, parameters_in, ports, prepare, save, translated
+from ppcl_fx.export.parity import latency
+from ppcl_fx.export.publish import beside, publish, withdraw
+from ppcl_fx.export.sidecar import Sidecar, WeightFile
+from ppcl_fx.export.weight_source import WeightSource, weightless
+from ppcl_fx.export.weight_store import Store
+from ppcl_fx.files import sha256_of, write_json
+from ppcl_fx.graphs import parameter_count
+
+if TYPE_CHECKING:
+    from ppcl_fx.calls import Calls
+    from ppcl_fx.export.axes import Axis
+    from ppcl_fx.export.stitching import Initial, Translations
+    from ppcl_fx.plan import Plan
+
+
+@dataclass(frozen=True)
+class Exported:
+    """One exported ratio.
+
+    Attributes:
+        keep: the share asked for.
+        onnx: the graph; the manifest beside it says how it was made and where its weights are.
+        params: parameters of the mixture, as the plan counts them.
+        students: ids of the edits plugged.
+        opset: version of the ONNX operators.
+        parity: the largest difference to PyTorch for each shape; empty where unchecked.
+        parity_max_abs: the largest of them.
+        latency_ms: median time of a run in onnxruntime on the CPU, at the traced shape.
+        seconds: what the export took.
+        unchecked: what was not checked, and why.
+        engine: the TensorRT engine, where one was built.
+    """
+
+    keep: float
+    onnx: Path
+    params: int
+    students: tuple[str, ...]
+    opset: int
+    parity: dict[str, float]
+    parity_max_abs: float | None
+    latency_ms: float | None
+    seconds: float
+    unchecked: str | None = None
+    engine: Path | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON knows them."""
+        plain = asdict(self)
+        return plain | {"onnx": str(self.onnx), "engine": str(self.engine) if self.engine else None}
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A graph to export, where to, and why it cannot be checked, if so."""
+
+    gm: GraphModule
+    keep: float
+    students: tuple[str, ...]
+    path: Path
+    calls: Calls | None
+    unchecked: str | None
+
+
+@dataclass
+class Work:
+    """What the ratios of one export share. Without a store each file holds its weights."""
+
+    weights: WeightSource
+    store: Store | None
+    dtype: torch.dtype | None
+    tolerance: float
+    runs: int
+    known: Translations
+    plan: Plan | None
+    step: Callable[[], None]
+    axes: Sequence[Axis] | None = None
+
+    def export(self, mixture: Mixture) -> Exported:
+        """Export one graph."""
+        started = time.perf_counter()
+        prepared = prepare(*in_type(mixture.gm, mixture.calls, self.dtype), found=self.axes)
+        self.axes = prepared.axes
+        self.step()
+        made = translated(prepared, self.known, self._initial(mixture.gm))
+        final, embed = mixture.path, self.store is None
+        with beside(final, embed=embed) as path:
+            data = save(made, path, embed=embed)
+            self.step()
+            parity, milliseconds, unchecked = self._checked(prepared, path, mixture)
+            card = Sidecar(
+                **_described(prepared, made),
+                file=final.name,
+                sha256=sha256_of(path),
+                size=path.stat().st_size,
+                weights=self._files(made, data),
+                keep=mixture.keep,
+                params=parameter_count(mixture.gm),
+                students=list(mixture.students),
+                plan=self.plan,
+                parity=parity,
+                parity_max_abs=max(parity.values(), default=None),
+                unchecked=unchecked,
+                tolerance=self.tolerance,
+                latency_ms=milliseconds,
+            )
+            if data is not None:
+                publish(data, data_path(final))
+            publish(path, final)
+        write_json(manifest_path(final), card)
+        withdraw(typed_graph_path(final))
+        self.step()
+        return Exported(
+            keep=mixture.keep,
+            onnx=final,
+            params=card.params,
+            students=mixture.students,
+            opset=card.opset,
+            parity=parity,
+            parity_max_abs=card.parity_max_abs,
+            latency_ms=milliseconds,
+            seconds=time.perf_counter() - started,
+            unchecked=unchecked,
+        )
+
+    def _initial(self, gm: GraphModule) -> Initial | None:
+        from ppcl_fx.export.initials import external, read_late
+
+        if self.store is not None:
+            return external(self.store, self.weights.pieces(gm))
+        return read_late(self.weights, self.weights.pieces(gm)) if weightless(gm) else None
+
+    def _checked(
+        self, prepared: Prepared, path: Path, mixture: Mixture
+    ) -> tuple[dict[str, float], float | None, str | None]:
+        """Compare to PyTorch and time; or say why not."""
+        unchecked = mixture.unchecked
+        if unchecked is None and main_dtype(prepared.gm) == torch.bfloat16:
+            unchecked = "not checked against PyTorch: onnxruntime has no bfloat16 kernels for the CPU; fp32 is checked"
+        if unchecked is not None:
+            self.step()
+            return {}, None, unchecked
+        parity, running = compare(prepared, path)
+        _check(parity, self.tolerance, mixture.path)
+        self.step()
+        return parity, latency(running, prepared.lowered.feeds(prepared.calls["traced"]), self.runs), None
+
+    def _files(self, made: Any, data: Path | None) -> list[WeightFile]:
+        from ppcl_fx.export.initials import weight_files
+
+        if data is not None:
+            return [WeightFile(file=data.name, sha256=sha256_of(data), size=data.stat().st_size)]
+        if self.store is None:
+            return []
+        found = [(name, *self.store.digest(name)) for name in weight_files(made)]
+        return [WeightFile(file=name, sha256=sha256, size=size) for name, sha256, size in found]
+
+
+def _check(parity: dict[str, float], tolerance: float, final: Path) -> None:
+    worst = max(parity, key=lambda name: parity[name])
+    if not parity[worst] <= tolerance:
+        raise PpclError(
+            f"{final}: the exported file differs from PyTorch by {parity[worst]:.2g} at the shape {worst!r}, more "
+            f"than {tolerance:g}; nothing was kept; allow more with tolerance, or report the model"
+        )
+
+
+def _described(prepared: Prepared, written: Any) -> dict[str, Any]:
+    """Return the fields of a sidecar that the file itself tells."""
+    gm = prepared.lowered.graph
+    versions = {name: str(need(name).__version__) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
+    tensors = {name for name, value in prepared.calls["traced"].items() if isinstance(value, torch.Tensor)}
+    passes = [str(record["name"]) for record in gm.meta.get("ppcl", {}).get("passes", [])]
+    return {
+        "dtype": str(main_dtype(gm)).removeprefix("torch."),
+        "params_in_file": parameters_in(written, gm),
+        "opset": written.graph.opset_imports[""],
+        "inputs": ports(written.graph.inputs),
+        "outputs": ports(written.graph.outputs),
+        "positions": [name for name in prepared.lowered.inputs if name not in tensors],
+        "made": {"ppcl_fx": __version__, **versions, "passes": passes},
+    }
