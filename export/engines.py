@@ -15,7 +15,7 @@ from ppcl_fx.export.inputs import in_type
 from ppcl_fx.export.names import TIMINGS, manifest_path, typed_graph_path
 from ppcl_fx.export.one_graph import Exported, Mixture
 from ppcl_fx.export.onnx_file import Prepared, prepare
-from ppcl_fx.export.opened import Opened
+from ppcl_fx.export.opened import MEMORY, Opened
 from ppcl_fx.export.serving import refused
 from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.export.tensorrt import Profile, build_engine, default_profile, load_tensorrt
@@ -34,18 +34,21 @@ def write_typed(
     exported: Sequence[Exported],
     calls: Calls | None,
     request: BuildRequest | None = None,
+    memory_limit: int = MEMORY,
+    tolerance: float = 1e-4,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, int]:
     """Export each ratio that is in float32 once more in bfloat16, for TensorRT, over one converted copy of the weights.
 
-    The types of an ONNX file rule in TensorRT. The float32 file is the one that was compared to PyTorch: onnxruntime
-    has no bfloat16 kernels for the CPU. A ratio that was exported in another type is built as it is.
+    The types of an ONNX file rule in TensorRT. A ratio that was exported in another type is built as it is.
 
     Args:
         model: the model; its mixture is another one afterwards.
         exported: its exported ratios.
         calls: as for `ppcl_fx.export.export`.
         request: what is to be built: sizes that the model does not take are refused here, where the model is.
+        memory_limit: as for `ppcl_fx.export.export`.
+        tolerance: as for `ppcl_fx.export.export`.
         note: told in one line what was converted.
 
     Returns:
@@ -54,27 +57,28 @@ def write_typed(
     Raises:
         PpclError: a graph cannot be exported, or does not serve a profile.
     """
-    opened = Opened.of(model, 0)  # nothing is compared here, so no weight needs to be in memory
+    opened = Opened.of(model, memory_limit, torch.bfloat16)
     graphs = [opened.model.plug(students=ratio.students).graph_module() for ratio in exported]
     prepared = prepare(*in_type(graphs[0], calls, None))
     sizes = {axis.name: axis.size for axis in prepared.axes}
     if request is not None:
         _check_served(prepared, request.model_copy(update={"example": sizes}), exported[0].onnx)
     mixtures = [
-        Mixture(gm, ratio.keep, ratio.students, typed_graph_path(ratio.onnx), calls, _why(ratio.onnx))
+        Mixture(gm, ratio.keep, ratio.students, typed_graph_path(ratio.onnx), calls, opened.unchecked)
         for gm, ratio in zip(graphs, exported, strict=True)
         if read_json(manifest_path(ratio.onnx), Sidecar).dtype == "float32"
     ]
     if mixtures:
-        write_graphs(opened, mixtures, exported[0].onnx.parent, dtype=torch.bfloat16, axes=prepared.axes, note=note)
+        write_graphs(
+            opened,
+            mixtures,
+            exported[0].onnx.parent,
+            dtype=torch.bfloat16,
+            tolerance=tolerance,
+            axes=prepared.axes,
+            note=note,
+        )
     return sizes
-
-
-def _why(onnx: Path) -> str:
-    return (
-        "not checked against PyTorch: onnxruntime has no bfloat16 kernels for the CPU; "
-        f"{onnx.name} is the same graph in float32"
-    )
 
 
 def _check_served(prepared: Prepared, request: BuildRequest, onnx: Path) -> None:
@@ -90,7 +94,12 @@ def _check_served(prepared: Prepared, request: BuildRequest, onnx: Path) -> None
 
 
 def build_engines(
-    model: PluggableModel | WeightFolder, exported: Sequence[Exported], calls: Calls | None, profile: Profile | None
+    model: PluggableModel | WeightFolder,
+    exported: Sequence[Exported],
+    calls: Calls | None,
+    profile: Profile | None,
+    memory_limit: int = MEMORY,
+    tolerance: float = 1e-4,
 ) -> list[Exported]:
     """Build an engine beside each exported ONNX file.
 
@@ -99,13 +108,15 @@ def build_engines(
         exported: its exported ratios.
         calls: as for `ppcl_fx.export.export`.
         profile: ranges of the open sizes; by default around the example.
+        memory_limit: as for `ppcl_fx.export.export`.
+        tolerance: as for `ppcl_fx.export.export`.
 
     Raises:
         PpclError: there is no TensorRT or no GPU (the ONNX files stay), or the model does not build.
     """
     folder = exported[0].onnx.parent if exported else Path()
     api, gpu = load_tensorrt(f"the ONNX files stay in {folder}")
-    sizes = write_typed(model, exported, calls)
+    sizes = write_typed(model, exported, calls, memory_limit=memory_limit, tolerance=tolerance)
     places = {place.name: place for place in find_graphs(folder)}
     results = []
     for ratio in exported:

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.extras import check_export
+from ppcl_fx.export.graph_run import alike_once
 from ppcl_fx.export.names import graph_path, manifest_path, ratio_name
 from ppcl_fx.export.one_graph import Exported, Mixture, Work
 from ppcl_fx.export.opened import MEMORY, Opened
@@ -114,7 +115,7 @@ def export(
     folder = Path(out)
     paths = [graph_path(folder, ratio_name(keep)) for keep in keeps]
     check_free(paths, overwrite)
-    given, opened = model, Opened.of(model, memory_limit)
+    given, opened = model, Opened.of(model, memory_limit, dtype)
     model = opened.model
     before = model.students
     steps = _Steps(progress, STEPS * len(keeps))
@@ -143,7 +144,7 @@ def export(
         if format == "tensorrt":
             from ppcl_fx.export.engines import build_engines
 
-            results = build_engines(given, results, calls, profile)
+            results = build_engines(given, results, calls, profile, memory_limit, tolerance)
     finally:
         model.plug(students=before)
         if new and folder.is_dir() and not any(folder.iterdir()):
@@ -192,7 +193,7 @@ def export_graph(
     check_free([path], overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Work(WeightSource.memory(gm), None, dtype, tolerance, runs, known or Translations(), plan, step)
-    return work.export(Mixture(gm, keep, tuple(students), path, calls, None))
+    return work.export(Mixture(gm, keep, tuple(students), path, calls, None).in_range(dtype))
 
 
 def write_graphs(
@@ -229,12 +230,13 @@ def write_graphs(
     """
     from ppcl_fx.export.stitching import Translations
 
+    mixtures = [mixture.in_range(dtype) for mixture in mixtures]  # before anything is written
     needed = {p.name for m in mixtures for ps in opened.weights.pieces(m.gm).values() for p in ps}
     replaced = [manifest_path(mixture.path).name for mixture in mixtures]
     sharing: AbstractContextManager[Store | None] = nullcontext(None)
     if not embed:
         sharing = stored(opened.weights, needed, folder, dtype, replaced, note)
-    with sharing as store:
+    with sharing as store, alike_once():
         known = known or Translations()
         work = Work(opened.weights, store, dtype, tolerance, runs, known, opened.model.plan, step, axes)
         return [work.export(mixture) for mixture in mixtures]

@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.clamp_half import ClampHalf
 from ppcl_fx.export.complex_to_real import ComplexToReal
 from ppcl_fx.export.drop_guards import DropGuards
 from ppcl_fx.export.positions import PositionsAsInputs, tables
@@ -40,8 +41,9 @@ PASSES: tuple[Pass, ...] = (
     DeadCode(sinks=False),
     ComplexToReal(),
     DeadCode(sinks=False),
+    ClampHalf(),
 )
-"""What `lower` runs, in order. Every pass is exact."""
+"""What `lower` runs, in order. Every pass is exact; the last one is so for what float16 holds."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +14,13 @@ from torch.fx import GraphModule
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
+from ppcl_fx.export.half import HALF, compare_in_float32, largest_value, rounding
 from ppcl_fx.export.inputs import in_type, main_dtype
 from ppcl_fx.export.names import data_path, manifest_path, typed_graph_path
 from ppcl_fx.export.onnx_file import Prepared, compare, parameters_in, ports, prepare, save, translated
 from ppcl_fx.export.parity import latency
 from ppcl_fx.export.publish import beside, publish, withdraw
-from ppcl_fx.export.sidecar import Sidecar, WeightFile
+from ppcl_fx.export.sidecar import HalfPrecision, Sidecar, WeightFile
 from ppcl_fx.export.weight_source import WeightSource, weightless
 from ppcl_fx.export.weight_store import Store
 from ppcl_fx.files import sha256_of, write_json
@@ -70,7 +71,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A graph to export, where to, and why it cannot be checked, if so."""
+    """A graph to export, where to, why it cannot be checked, if so, and the largest value of one in float16."""
 
     gm: GraphModule
     keep: float
@@ -78,6 +79,15 @@ class Mixture:
     path: Path
     calls: Calls | None
     unchecked: str | None
+    largest: float | None = None
+
+    def in_range(self, dtype: torch.dtype | None) -> Mixture:
+        """Return it with its largest value, where it is to leave as float16.
+
+        Raises:
+            PpclError: float16 does not hold it, or that cannot be told.
+        """
+        return replace(self, largest=largest_value(self.gm, self.calls, dtype, self.unchecked))
 
 
 @dataclass
@@ -105,7 +115,7 @@ class Work:
         with beside(final, embed=embed) as path:
             data = save(made, path, embed=embed)
             self.step()
-            parity, milliseconds, unchecked = self._checked(prepared, path, mixture)
+            checked = self._checked(prepared, path, mixture)
             card = Sidecar(
                 **_described(prepared, made),
                 file=final.name,
@@ -116,11 +126,8 @@ class Work:
                 params=parameter_count(mixture.gm),
                 students=list(mixture.students),
                 plan=self.plan,
-                parity=parity,
-                parity_max_abs=max(parity.values(), default=None),
-                unchecked=unchecked,
                 tolerance=self.tolerance,
-                latency_ms=milliseconds,
+                **checked,
             )
             if data is not None:
                 publish(data, data_path(final))
@@ -134,11 +141,11 @@ class Work:
             params=card.params,
             students=mixture.students,
             opset=card.opset,
-            parity=parity,
+            parity=card.parity,
             parity_max_abs=card.parity_max_abs,
-            latency_ms=milliseconds,
+            latency_ms=card.latency_ms,
             seconds=time.perf_counter() - started,
-            unchecked=unchecked,
+            unchecked=card.unchecked,
         )
 
     def _initial(self, gm: GraphModule) -> Initial | None:
@@ -148,20 +155,21 @@ class Work:
             return external(self.store, self.weights.pieces(gm))
         return read_late(self.weights, self.weights.pieces(gm)) if weightless(gm) else None
 
-    def _checked(
-        self, prepared: Prepared, path: Path, mixture: Mixture
-    ) -> tuple[dict[str, float], float | None, str | None]:
-        """Compare to PyTorch and time; or say why not."""
-        unchecked = mixture.unchecked
-        if unchecked is None and main_dtype(prepared.gm) == torch.bfloat16:
-            unchecked = "not checked against PyTorch: onnxruntime has no bfloat16 kernels for the CPU; fp32 is checked"
-        if unchecked is not None:
+    def _checked(self, prepared: Prepared, path: Path, mixture: Mixture) -> dict[str, Any]:
+        """Compare to PyTorch and time; or say why not. Returns the fields of the manifest about it."""
+        if mixture.unchecked is not None:
             self.step()
-            return {}, None, unchecked
+            return _found({}, None) | {"unchecked": mixture.unchecked}
+        if main_dtype(prepared.gm) in HALF:
+            parity = compare_in_float32(prepared, path)
+            _check(parity, self.tolerance, mixture.path)
+            self.step()
+            half = HalfPrecision(rounding=rounding(prepared), largest_value=mixture.largest)
+            return _found(parity, None) | {"half": half}
         parity, running = compare(prepared, path)
         _check(parity, self.tolerance, mixture.path)
         self.step()
-        return parity, latency(running, prepared.lowered.feeds(prepared.calls["traced"]), self.runs), None
+        return _found(parity, latency(running, prepared.lowered.feeds(prepared.calls["traced"]), self.runs))
 
     def _files(self, made: Any, data: Path | None) -> list[WeightFile]:
         from ppcl_fx.export.initials import weight_files
@@ -172,6 +180,11 @@ class Work:
             return []
         found = [(name, *self.store.digest(name)) for name in weight_files(made)]
         return [WeightFile(file=name, sha256=sha256, size=size) for name, sha256, size in found]
+
+
+def _found(parity: dict[str, float], milliseconds: float | None) -> dict[str, Any]:
+    largest = max(parity.values(), default=None)
+    return {"parity": parity, "parity_max_abs": largest, "latency_ms": milliseconds, "unchecked": None}
 
 
 def _check(parity: dict[str, float], tolerance: float, final: Path) -> None:

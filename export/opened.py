@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ppcl_fx.effects import EFFECTS, load_effects
 from ppcl_fx.export.weight_source import WeightFolder, WeightSource
 from ppcl_fx.long_files import form_bytes
@@ -14,7 +16,8 @@ MEMORY = 12 * 2**30
 """Bytes that loading a model for the checks may take, if nothing else is said."""
 
 COPIES = 3
-"""How often the weights are in memory for a check: PyTorch's, onnxruntime's, and those it transposed."""
+"""How often the weights are in memory for a check: PyTorch's, onnxruntime's, and those it transposed. Half precision is
+compared in float32, so all three are."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,13 @@ class Opened:
     unchecked: str | None
 
     @classmethod
-    def of(cls, model: PluggableModel | WeightFolder, limit: int) -> Opened:
-        """Take a model from memory, or a student folder: loaded where that stays within a limit in bytes.
+    def of(cls, model: PluggableModel | WeightFolder, limit: int, dtype: torch.dtype | None = None) -> Opened:
+        """Take a model from memory, or a student folder: loaded where checking it stays within a limit in bytes.
+
+        Args:
+            model: the model.
+            limit: the bytes.
+            dtype: the type that it is to be exported in; None for its own.
 
         Raises:
             PpclError: a file of the folder is damaged, or they do not fit each other.
@@ -42,8 +50,8 @@ class Opened:
             return cls(model, WeightSource.memory(model.graph), None)
         model.model.eval()  # as a loaded one is: blocks of both are then translated once
         weights = WeightSource.files(model, model.model.graph)
-        size = form_bytes(weights.forms(None))
-        if COPIES * size <= limit:
+        needed = _needed(weights, dtype)
+        if needed <= limit:
             loaded = load(model.folder)
             assert isinstance(loaded, PluggableModel)
             return cls(loaded, WeightSource.files(model, loaded.graph), None)
@@ -51,6 +59,14 @@ class Opened:
             students = {name: model.students.tensor(name) for name in model.students.stored}  # memory-mapped
             model.model.effects = load_effects(model.folder, model.model.plan, students)
             model.release()
-        needed = size_words(COPIES * size)
-        why = f"not checked against PyTorch: the weights were not read ({needed} and more with --memory-limit checks)"
+        words = size_words(needed)
+        why = f"not checked against PyTorch: the weights were not read ({words} and more with --memory-limit checks)"
         return cls(model.model, weights, why)
+
+
+def _needed(weights: WeightSource, dtype: torch.dtype | None) -> int:
+    """Return the bytes that loading a model and checking its graphs takes."""
+    stored = form_bytes(weights.forms(None))
+    compared = form_bytes(weights.forms(torch.float32))
+    same = stored == compared and dtype in (None, torch.float32)
+    return COPIES * compared if same else stored + COPIES * compared

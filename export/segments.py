@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,7 +137,7 @@ def structure(segment: Segment, inputs: list[str]) -> str:
             tensor = attribute(segment.graph, str(node.target))
             what = f"parameter {order[str(node.target)]} {_tensor(tensor)}"
         elif node.op == "call_module":
-            what = _module(segment.graph.get_submodule(str(node.target)), str(node.target), order)
+            what = described(segment.graph.get_submodule(str(node.target)), f"{node.target}.", order)
         lines.append(f"{node.op} {what} {_written((node.args, node.kwargs), names)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -158,14 +158,21 @@ def _tensor(value: Any) -> str:
     return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
 
 
-def _module(module: nn.Module, path: str, order: dict[str, int]) -> str:
-    """Describe a module by everything its computation can depend on, the values of its parameters aside."""
+def described(module: nn.Module, path: str = "", order: Mapping[str, int] | None = None) -> str:
+    """Describe a module by everything its computation can depend on, the values of its parameters aside.
+
+    Args:
+        module: the module.
+        path: what stands before the names of its parameters in `order`.
+        order: a number for each parameter, where it is to be told which is which.
+    """
     lines: list[str] = []
     for name, child in module.named_modules():
         lines.append(f"{name}: {type(child).__module__}.{type(child).__qualname__} training={child.training}")
         lines += _attributes(child, depth=0)
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    lines += [f"{order[f'{path}.{name}']}: {name} {_tensor(tensor)}" for name, tensor in tensors]
+    numbers = order or {}
+    lines += [f"{numbers.get(path + name)}: {name} {_tensor(tensor)}" for name, tensor in tensors]
     return "; ".join(lines)
 
 

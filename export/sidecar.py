@@ -29,6 +29,20 @@ class WeightFile(_Strict):
     size: int
 
 
+class HalfPrecision(_Strict):
+    """What is known of a file in bfloat16 or float16 that was compared to PyTorch.
+
+    Attributes:
+        compared_in: the type that all of it was widened to for the comparison.
+        rounding: relative error of PyTorch in the file's type to PyTorch in float32, on the traced call.
+        largest_value: for float16 the largest absolute value on recorded calls.
+    """
+
+    compared_in: Literal["float32"] = "float32"
+    rounding: float
+    largest_value: float | None
+
+
 class Sidecar(_Strict):
     """The JSON beside an ONNX file: its manifest.
 
@@ -49,7 +63,9 @@ class Sidecar(_Strict):
         parity_max_abs: the largest of them.
         unchecked: what was not checked, and why; None where all was.
         tolerance: the largest difference that was allowed.
-        latency_ms: median time of a run in onnxruntime, on the CPU, at the traced shape; None where unchecked.
+        latency_ms: median time of a run in onnxruntime, on the CPU, at the traced shape; None where unchecked or in
+            half precision, for which onnxruntime has few kernels there.
+        half: what is known of the rounding; None where the file is in float32 or unchecked.
         made: versions and passes.
     """
 
@@ -74,4 +90,5 @@ class Sidecar(_Strict):
     unchecked: str | None
     tolerance: float
     latency_ms: float | None
+    half: HalfPrecision | None = None
     made: dict[str, JsonValue]

@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -35,12 +36,14 @@ class Store:
         ranges: tensor -> its bytes, in a file of this folder or of one in it.
         created: files that this export made.
         digests: sha256 and size of files looked at so far, by name within the folder.
+        reading: digests in the making, by name within the folder.
     """
 
     folder: Path
     ranges: dict[str, ByteRange]
     created: list[Path] = field(default_factory=list)
     digests: dict[str, tuple[str, int]] = field(default_factory=dict)
+    reading: dict[str, Future[str]] = field(default_factory=dict)
 
     def place(self, piece: Piece) -> tuple[str, int, torch.dtype]:
         """Return the file of a piece, as graphs name it; its first byte there; its dtype."""
@@ -55,8 +58,21 @@ class Store:
         """Return sha256 and size of a file; each file is read once."""
         if name not in self.digests:
             path = self.folder / name
-            self.digests[name] = (sha256_of(path), path.stat().st_size)
+            found = self.reading[name].result() if name in self.reading else sha256_of(path)
+            self.digests[name] = (found, path.stat().st_size)
         return self.digests[name]
+
+
+    @contextmanager
+    def digesting(self) -> Iterator[None]:
+        """Read the files in the background meanwhile: `digest` then has less to wait for."""
+        names = dict.fromkeys(self.name(where.file) for where in self.ranges.values())
+        pool = ThreadPoolExecutor(max_workers=max(1, min(4, (os.cpu_count() or 1) - 1)), thread_name_prefix="digest")
+        try:
+            self.reading.update({n: pool.submit(sha256_of, self.folder / n) for n in names if n not in self.digests})
+            yield
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -111,7 +127,8 @@ def stored(
             (name, replace(place, file=targets[place.file])) for name, place in there.items() if place.file in files
         )
         _say(source, copied, others, root, note)
-        yield made
+        with made.digesting():
+            yield made
     except BaseException:
         for path in made.created:
             path.unlink(missing_ok=True)

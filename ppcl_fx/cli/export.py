@@ -63,7 +63,7 @@ def export(
         typer.Option(
             metavar="NAME",
             help="Type of the weights: 'stored', 'fp32', 'bf16' or 'fp16'. Another one than they are stored in costs "
-            "one converted copy of them."
+            "one converted copy of them. 'fp16' needs --calls, and is refused where they come near its range.",
         ),
     ] = "stored",
     embed: Annotated[
@@ -155,7 +155,8 @@ def export(
     if request is None:
         return _result(exported, notes)
     used = recorded.calls if recorded is not None else None
-    return _engines(model, exported, used, request, format, onnx_only, notes, terminal)
+    checks = {"memory_limit": limit or MEMORY, "tolerance": tolerance}
+    return _engines(model, exported, used, request, checks, format, onnx_only, notes, terminal)
 
 
 def _request(format: str, onnx_only: bool, wanted: dict[str, Any]) -> BuildRequest | None:
@@ -176,6 +177,7 @@ def _engines(
     exported: ExportResult,
     calls: Calls | None,
     request: BuildRequest,
+    checks: dict[str, Any],
     format: str,
     onnx_only: bool,
     notes: list[str],
@@ -189,7 +191,7 @@ def _engines(
     from ppcl_fx.export.tensorrt.trtexec import write_script
 
     with terminal.step("writing bfloat16 graphs"):
-        example = write_typed(model, exported.ratios, calls, request, notes.append)
+        example = write_typed(model, exported.ratios, calls, request, note=notes.append, **checks)
     request = request.model_copy(update={"example": example})
     places = find_graphs(exported.folder)
     for place in places:

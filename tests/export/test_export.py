@@ -13,7 +13,7 @@ import torch
 import ppcl_fx
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import Sidecar, export, exporting
+from ppcl_fx.export import Sidecar, export, exporting, one_graph
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.parity import difference, session
 from ppcl_fx.files import read_json
@@ -127,7 +127,7 @@ def test_progress_counts_to_the_end(exported: Any) -> None:
 def test_too_large_a_difference_leaves_nothing(
     qwen: PluggableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exporting, "compare", lambda *_: ({"traced": 1e-6, "all": 3e-3}, None))
+    monkeypatch.setattr(one_graph, "compare", lambda *_: ({"traced": 1e-6, "all": 3e-3}, None))
     with pytest.raises(PpclError, match="differs from PyTorch by 0.003 at the shape 'all', more than 0.0001"):
         export(qwen, [1.0], tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,179 @@
+"""Half precision: the float32 islands of the file, its check on widened types, and the range of float16."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+from ppcl_fx.calls import Call, Calls
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export import export_graph, lower
+from ppcl_fx.export.clamp_half import ClampHalf
+from ppcl_fx.export.fusing import fused_operators
+from ppcl_fx.export.graph_run import run_graph
+from ppcl_fx.export.half import check_range, largest_values, widen
+from ppcl_fx.export.inputs import in_type
+from ppcl_fx.export.sidecar import Sidecar
+from ppcl_fx.files import read_json
+from ppcl_fx.tracing import trace
+from tests import models
+
+FLOAT = ir.DataType.FLOAT
+HALF = {torch.bfloat16: ir.DataType.BFLOAT16, torch.float16: ir.DataType.FLOAT16}
+
+
+def calls_of(kwargs: dict[str, Any]) -> Calls:
+    return Calls([Call(kwargs=kwargs, prompts=("a", "b"), timestep=0.5, index=0, batch=2)])
+
+
+@pytest.fixture(scope="module", params=HALF, ids=str)
+def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.dtype, Any]:
+    """A small Qwen-Image in each type of half precision."""
+    teacher, kwargs = models.tiny_qwen(blocks=2)
+    path = tmp_path_factory.mktemp("half") / "two.onnx"
+    done = export_graph(trace(teacher, kwargs), path, calls=calls_of(kwargs), dtype=request.param, runs=1)
+    return request.param, done
+
+
+def test_weights_and_inputs_are_half_and_tables_are_not(written: tuple[torch.dtype, Any]) -> None:
+    dtype, done = written
+    model = ir.load(done.onnx)
+    assert {value.name: value.dtype for value in model.graph.inputs} == {
+        "hidden_states": HALF[dtype], "encoder_hidden_states": HALF[dtype], "timestep": HALF[dtype],
+        "pos_embed_0": FLOAT, "pos_embed_1": FLOAT,
+    }  # fmt: skip
+    assert model.graph.outputs[0].dtype == HALF[dtype]
+    weights = {v.dtype for n, v in model.graph.initializers.items() if "/" not in n}
+    assert weights == {HALF[dtype]}
+
+
+def test_float32_islands_stay(written: tuple[torch.dtype, Any]) -> None:
+    dtype, done = written
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(onnx.load(str(done.onnx))))
+    by_type: dict[str, list[ir.Node]] = {}
+    for node in model.graph:
+        by_type.setdefault(node.op_type, []).append(node)
+    # The sinusoid of the timestep and the rotations are float32; the norms add up in float32.
+    for kind in ("Sin", "Cos", "RotaryEmbedding"):
+        assert by_type[kind] and all(node.outputs[0].dtype == FLOAT for node in by_type[kind])
+    for kind in ("RMSNormalization", "LayerNormalization"):
+        assert by_type[kind] and all(node.attributes["stash_type"].value == FLOAT for node in by_type[kind])
+    assert all(node.inputs[0].dtype == HALF[dtype] for node in by_type["Attention"])
+    assert fused_operators(model) == {"Attention": 2, "RMSNormalization": 9, "RotaryEmbedding": 8}
+
+
+def test_only_float16_is_clamped_where_it_leaves_a_block(written: tuple[torch.dtype, Any]) -> None:
+    dtype, done = written
+    clips = [node for node in ir.load(done.onnx).graph if node.op_type == "Clip"]
+    # Both streams of the first block, the image of the second: its text goes nowhere.
+    assert len(clips) == (3 if dtype == torch.float16 else 0)
+
+
+def test_file_is_compared_on_widened_types_to_the_accuracy_of_float32(written: tuple[torch.dtype, Any]) -> None:
+    dtype, done = written
+    assert 0 < done.parity_max_abs < 1e-5
+    assert done.latency_ms is None and done.unchecked is None
+    card = read_json(done.onnx.with_suffix(".json"), Sidecar)
+    assert card.dtype == str(dtype).removeprefix("torch.")
+    assert card.half is not None and card.half.compared_in == "float32"
+    assert 0 < card.half.rounding < {torch.bfloat16: 2e-2, torch.float16: 2e-3}[dtype]
+    largest = card.half.largest_value
+    assert largest is None if dtype == torch.bfloat16 else largest is not None and 0 < largest < 32752
+    assert sorted(p.name for p in done.onnx.parent.iterdir()) == ["two.json", "two.onnx"]
+
+
+def test_widened_model_holds_no_half(written: tuple[torch.dtype, Any]) -> None:
+    model = ir.load(written[1].onnx)
+    widen(model)
+    left = [v for n in model.graph for v in n.outputs if v.dtype in HALF.values()]
+    left += [v for v in (*model.graph.inputs, *model.graph.initializers.values()) if v.dtype in HALF.values()]
+    assert left == []
+    assert not any(n.attributes["to"].value in HALF.values() for n in model.graph if n.op_type == "Cast")
+
+
+def test_float16_without_calls_is_refused(tmp_path: Path) -> None:
+    teacher, kwargs = models.tiny_qwen(blocks=2)
+    with pytest.raises(PpclError, match="fp16: whether it holds the model is shown on recorded calls; give --calls"):
+        export_graph(trace(teacher, kwargs), tmp_path / "out" / "two.onnx", dtype=torch.float16)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_value_near_the_end_of_fp16_refuses_the_model_and_names_it(tmp_path: Path) -> None:
+    teacher, kwargs = models.tiny_qwen(blocks=2)
+    with torch.no_grad():
+        teacher.transformer_blocks[1].img_mlp.net[0].proj.weight.mul_(1e5)
+    gm = trace(teacher, kwargs)
+    named = r"fp16 does not hold this model: transformer_blocks\.1\S* reaches .* --dtype bf16"
+    with pytest.raises(PpclError, match=named):
+        export_graph(gm, tmp_path / "two.onnx", calls=calls_of(kwargs), dtype=torch.float16)
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize("build", [models.tiny_qwen, models.tiny_flux, models.tiny_sd3])
+def test_clamping_changes_nothing_but_what_overflows(build: Any) -> None:
+    teacher, kwargs = build()
+    gm, call, _ = in_type(trace(teacher, kwargs), calls_of(kwargs), torch.float16)
+    lowered = lower(gm)
+    clamps = [node for node in lowered.graph.graph.nodes if node.target is torch.clamp]
+    assert len(clamps) >= len(teacher.transformer_blocks)
+    assert not ClampHalf()(lowered.graph).modified
+    with torch.no_grad():
+        expected = gm(**call)[0]
+        assert torch.equal(run_graph(lowered.graph, lowered.feeds(call))[0], expected)
+
+
+def test_what_overflows_at_the_end_of_a_block_stays_a_number() -> None:
+    teacher, kwargs = models.tiny_qwen(blocks=2)
+    first = teacher.transformer_blocks[0]
+    with torch.no_grad():
+        first.img_mod[1].bias.fill_(4.0)
+        first.img_mlp.net[2].bias.fill_(6e4)  # times its gate, about 4
+        gm, call, _ = in_type(trace(teacher, kwargs), calls_of(kwargs), torch.float16)
+        lowered = lower(gm)
+        assert gm(**call)[0].isnan().any()
+        assert run_graph(lowered.graph, lowered.feeds(call))[0].isfinite().all()
+
+
+class _Grows(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4, bias=False).half()
+        self.second = nn.Linear(4, 4, bias=False).half()
+        with torch.no_grad():
+            self.first.weight.copy_(torch.eye(4))
+            self.second.weight.copy_(factor * torch.eye(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x)).float() * 1e6
+
+
+@pytest.mark.parametrize(("factor", "refused"), [(3e4, False), (3.5e4, True), (6.5e4, True)])
+def test_the_margin_is_two(factor: float, refused: bool) -> None:
+    gm = torch.fx.symbolic_trace(_Grows(factor))
+    calls = [{"x": torch.full((2, 4), 0.5).half()}, {"x": torch.ones(2, 4).half()}]
+    found = largest_values(gm, calls)
+    assert found["first"] == 1.0
+    assert found["second"] == pytest.approx(factor, rel=1e-3)
+    assert "mul" not in found  # float32, whatever it holds
+    if refused:
+        with pytest.raises(PpclError, match="second reaches"):
+            check_range(gm, calls)
+    else:
+        assert check_range(gm, calls) == found["second"]
+
+
+def test_what_overflows_counts_and_what_was_infinite_before_does_not() -> None:
+    calls = [{"x": torch.full((1, 4), 2.0).half()}]
+    with pytest.raises(PpclError, match="second reaches inf"):
+        check_range(torch.fx.symbolic_trace(_Grows(6.5e4)), calls)
+
+    def masked(x: torch.Tensor) -> torch.Tensor:
+        return (x + torch.full((4,), float("-inf"), dtype=torch.float16)).unsqueeze(0)
+
+    assert check_range(torch.fx.symbolic_trace(masked), calls) == 0.0
