@@ -63,7 +63,7 @@ def expected(folder: Path, kwargs: dict[str, Any]) -> torch.Tensor:
 
 def answer(out: Path, kwargs: dict[str, Any], backend: str) -> torch.Tensor:
     with torch.no_grad():
-        found = EngineTransformer(out, backend=backend, device="cpu")(**kwargs, return_dict=False)[0]
+        found = EngineTransformer(out, backend=backend, device="cpu")(**kwargs)[0]
     assert isinstance(found, torch.Tensor)
     return found
 
@@ -101,7 +101,7 @@ def test_finetuned_students_and_ratios_share_a_folder(place: Place) -> None:
     engine = EngineTransformer(out, backend="torch", device="cpu")
     for keep, name in zip(engine.keeps[1:], ("finetuned-0.9", "finetuned"), strict=True):
         with torch.no_grad():
-            found = engine.plug(keep=keep)(**qwen_kwargs(**OTHER), return_dict=False)[0]
+            found = engine.plug(keep=keep)(**qwen_kwargs(**OTHER))[0]
         assert torch.equal(found, expected(place.student / name, qwen_kwargs(**OTHER)))
 
 
