@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ppcl_fx.export.sidecar import Sidecar
     from ppcl_fx.export.stitching import Translations
     from ppcl_fx.export.tensorrt import BuildOptions, EngineCard, Profile, build_engine, load_engine, refit
+    from ppcl_fx.export.tuned import export_finetuned
     from ppcl_fx.export.tuples_apart import TuplesApart
 
 _HOME = {
@@ -36,6 +37,7 @@ _HOME = {
     "build_engine": "tensorrt",
     "check_artefacts": "artefacts",
     "export": "exporting",
+    "export_finetuned": "tuned",
     "export_graph": "exporting",
     "load_engine": "tensorrt",
     "lower": "lowering",
@@ -59,6 +61,7 @@ __all__ = [
     "build_engine",
     "check_artefacts",
     "export",
+    "export_finetuned",
     "export_graph",
     "load_engine",
     "lower",

@@ -1,27 +1,32 @@
-"""Are exported files still what was written? Hashes, sizes, and where a graph says that its weights are."""
+"""Are exported files still what was written? Hashes, samples, sizes, and where a graph says that its weights are."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Collection
+import functools
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.names import manifest_path
-from ppcl_fx.export.sidecar import Sidecar
+from ppcl_fx.export.samples import sample_of
+from ppcl_fx.export.sidecar import Sidecar, WeightFile
 from ppcl_fx.files import inside, read_json, sha256_of
 
 AGAIN = "export it again, or copy the whole folder again"
 
 
-def check_artefacts(path: str | Path, *, hashes: bool = True) -> list[Sidecar]:
+def check_artefacts(
+    path: str | Path, *, hashes: bool = True, sha256: Callable[[Path], str] = sha256_of
+) -> list[Sidecar]:
     """Check exported graphs and their weights against their manifests.
 
     Args:
         path: a graph, or a folder: then every graph in it that has a manifest.
-        hashes: read every file whole, and compare sha256; else existence, size and place alone are looked at.
+        hashes: read every weight file whole, and compare sha256; else existence, place, size and a sample of each
+            tensor are looked at. Graphs are always read whole.
+        sha256: gives a file's hash, where some are known already.
 
     Returns:
         The manifests.
@@ -33,21 +38,43 @@ def check_artefacts(path: str | Path, *, hashes: bool = True) -> list[Sidecar]:
     graphs = [path] if not path.is_dir() else [g for g in sorted(path.glob("*.onnx")) if manifest_path(g).is_file()]
     if not graphs:
         raise PpclError(f"{path}: holds no exported graph with its manifest; give what 'ppcl-fx export' wrote")
-    seen: dict[str, str] = {}
-    return [_check(graph, hashes, seen) for graph in graphs]
+    once = functools.cache(sha256)
+    return [_check(graph, hashes, once) for graph in graphs]
 
 
-def _check(graph: Path, hashes: bool, seen: dict[str, str]) -> Sidecar:
+def _check(graph: Path, hashes: bool, sha256: Callable[[Path], str]) -> Sidecar:
     card = read_json(manifest_path(graph), Sidecar)
     if card.file != graph.name:
         raise PpclError(f"{manifest_path(graph)}: is about {card.file} and not about {graph.name}; {AGAIN}")
     if not graph.is_file():
         raise PpclError(f"{graph}: no such file, and {manifest_path(graph).name} is about it; {AGAIN}")
     _check_places(graph, {weight.file: weight.size for weight in card.weights})
-    _same(graph, card.size, card.sha256, hashes, {})
+    _check_size(graph, card.size)
+    if sha256(graph) != card.sha256:
+        raise PpclError(f"{graph}: its content is not what was written (sha256); {AGAIN}")
     for weight in card.weights:
-        _same(graph.parent / weight.file, weight.size, weight.sha256, hashes, seen)
+        _check_weight(graph, weight, sha256 if hashes else None)
     return card
+
+
+def _check_weight(graph: Path, weight: WeightFile, sha256: Callable[[Path], str] | None) -> None:
+    path = graph.parent / weight.file
+    _check_size(path, weight.size)
+    if sha256 is not None:
+        same, how = sha256(path) == weight.sha256, "sha256"
+    else:
+        same, how = weight.sample in (None, sample_of(path)), "a sample of it"
+    if not same:
+        raise PpclError(
+            f"{path}: its content is not what was written ({how}), and {graph.name} was made for that: trained again "
+            f"since, or another file? {AGAIN}"
+        )
+
+
+def _check_size(path: Path, size: int) -> None:
+    found = path.stat().st_size
+    if found != size:
+        raise PpclError(f"{path}: has {found} bytes, and {size} were written; {AGAIN}")
 
 
 def _check_places(graph: Path, listed: dict[str, int]) -> None:
@@ -64,17 +91,6 @@ def _check_places(graph: Path, listed: dict[str, int]) -> None:
             raise PpclError(f"{graph}: has weights in {name!r}, which its manifest does not name; {AGAIN}")
         if first < 0 or length < 0 or first + length > listed[name]:
             raise PpclError(f"{graph}: has a weight beyond the end of {name}; {AGAIN}")
-
-
-def _same(path: Path, size: int, sha256: str, hashes: bool, seen: dict[str, str]) -> None:
-    found = path.stat().st_size
-    if found != size:
-        raise PpclError(f"{path}: has {found} bytes, and {size} were written; {AGAIN}")
-    if hashes:
-        key = os.fspath(path)
-        seen[key] = seen.get(key) or sha256_of(path)
-        if seen[key] != sha256:
-            raise PpclError(f"{path}: its content is not what was written (sha256); {AGAIN}")
 
 
 def external_data(graph: Path) -> list[tuple[str, int, int]]:
@@ -100,16 +116,20 @@ def _place(graph: Path, tensor: Any) -> tuple[str, int, int]:
         raise PpclError(f"{graph}: does not say where the weight {tensor.name} lies; {AGAIN}") from None
 
 
+def cards_in(folder: Path) -> dict[str, Sidecar]:
+    """Return the manifests of a folder's graphs by their names; what is not ours, or older, is passed over."""
+    found = {}
+    for path in (manifest_path(graph) for graph in sorted(folder.glob("*.onnx"))):
+        try:
+            found[path.name] = read_json(path, Sidecar)
+        except PpclError:
+            continue
+    return found
+
+
 def used_by_others(folder: Path, name: str, apart: Collection[str]) -> str | None:
     """Return a manifest in a folder that names a weight file, those in `apart` aside; None if there is none."""
-    for graph in sorted(folder.glob("*.onnx")):
-        card = manifest_path(graph)
-        if card.name in apart or not card.is_file():
-            continue
-        try:
-            found = read_json(card, Sidecar)
-        except PpclError:
-            continue  # not ours, or older: it cannot be about this store
-        if any(weight.file == name for weight in found.weights):
-            return card.name
+    for card, found in cards_in(folder).items():
+        if card not in apart and any(weight.file == name for weight in found.weights):
+            return card
     return None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.claim import claimed
 from ppcl_fx.export.exporting import write_graphs
 from ppcl_fx.export.inputs import in_type
 from ppcl_fx.export.names import TIMINGS, manifest_path, typed_graph_path
@@ -69,15 +70,17 @@ def write_typed(
         if read_json(manifest_path(ratio.onnx), Sidecar).dtype == "float32"
     ]
     if mixtures:
-        write_graphs(
-            opened,
-            mixtures,
-            exported[0].onnx.parent,
-            dtype=torch.bfloat16,
-            tolerance=tolerance,
-            axes=prepared.axes,
-            note=note,
-        )
+        folder = exported[0].onnx.parent
+        with claimed(folder, [mixture.path for mixture in mixtures]):
+            write_graphs(
+                opened,
+                mixtures,
+                folder,
+                dtype=torch.bfloat16,
+                tolerance=tolerance,
+                axes=prepared.axes,
+                note=note,
+            )
     return sizes
 
 

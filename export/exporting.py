@@ -12,13 +12,15 @@ import torch
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.export.claim import claimed
 from ppcl_fx.export.extras import check_export
 from ppcl_fx.export.graph_run import alike_once
-from ppcl_fx.export.names import graph_path, manifest_path, ratio_name
+from ppcl_fx.export.names import graph_path, manifest_path, ratio_name, typed_graph_path
 from ppcl_fx.export.one_graph import Exported, Mixture, Work
 from ppcl_fx.export.opened import MEMORY, Opened
-from ppcl_fx.export.publish import check_free
+from ppcl_fx.export.publish import check_free, writing
 from ppcl_fx.export.runtime.head import write_head
+from ppcl_fx.export.unused import drop_unused, weights_of
 from ppcl_fx.export.weight_source import WeightFolder, WeightSource
 from ppcl_fx.export.weight_store import Store, stored
 
@@ -118,15 +120,12 @@ def export(
     given, opened = model, Opened.of(model, memory_limit, dtype)
     model = opened.model
     before = model.students
-    steps = _Steps(progress, STEPS * len(keeps))
-    new = not folder.exists()
     try:
         mixtures = []  # all can be reached, or none is begun
         for keep, path in zip(keeps, paths, strict=True):
             gm = model.plug(keep=keep).graph_module()
             mixtures.append(Mixture(gm, keep, model.students, path, calls, opened.unchecked))
-        folder.mkdir(parents=True, exist_ok=True)
-        results = write_graphs(
+        results = write_folder(
             opened,
             mixtures,
             folder,
@@ -135,21 +134,54 @@ def export(
             tolerance=tolerance,
             runs=runs,
             known=known,
-            step=steps.done,
+            progress=progress,
             note=note,
         )
-        write_head(model, folder)
-        for line in dict.fromkeys(ratio.unchecked for ratio in results if ratio.unchecked):
-            note(line)
         if format == "tensorrt":
             from ppcl_fx.export.engines import build_engines
 
             results = build_engines(given, results, calls, profile, memory_limit, tolerance)
     finally:
         model.plug(students=before)
+    return ExportResult(folder, tuple(results))
+
+
+def write_folder(
+    opened: Opened,
+    mixtures: Sequence[Mixture],
+    folder: Path,
+    *,
+    progress: Progress | None = None,
+    note: Callable[[str], None] = lambda line: None,
+    **how: Any,
+) -> list[Exported]:
+    """Write a graph for each mixture of a model and ``head.json`` to a folder, which is made where it is not there.
+
+    Args:
+        opened: the model.
+        mixtures: what to write.
+        folder: where to.
+        progress: as for `export`.
+        note: as for `export`; told what was not checked, too.
+        how: options of `write_graphs`.
+
+    Raises:
+        PpclError: as for `export`, or another export writes to the folder.
+    """
+    steps = _Steps(progress, STEPS * len(mixtures))
+    new = not folder.exists()
+    try:
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        with claimed(folder, [mixture.path for mixture in mixtures]):
+            results = write_graphs(opened, mixtures, folder, step=steps.done, note=note, **how)
+            write_head(opened.model, folder)
+    finally:
         if new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    return ExportResult(folder, tuple(results))
+    for line in dict.fromkeys(ratio.unchecked for ratio in results if ratio.unchecked):
+        note(line)
+    return results
 
 
 def export_graph(
@@ -193,7 +225,9 @@ def export_graph(
     check_free([path], overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     work = Work(WeightSource.memory(gm), None, dtype, tolerance, runs, known or Translations(), plan, step)
-    return work.export(Mixture(gm, keep, tuple(students), path, calls, None).in_range(dtype))
+    mixture = Mixture(gm, keep, tuple(students), path, calls, None).in_range(dtype)
+    with claimed(path.parent, [path]):
+        return work.export(mixture)
 
 
 def write_graphs(
@@ -215,7 +249,7 @@ def write_graphs(
     Args:
         opened: the model.
         mixtures: what to write.
-        folder: where the graphs lie.
+        folder: where the graphs lie; held by the caller (`ppcl_fx.export.claim`).
         dtype: as for `export`.
         embed: as for `export`.
         tolerance: as for `export`.
@@ -233,13 +267,17 @@ def write_graphs(
     mixtures = [mixture.in_range(dtype) for mixture in mixtures]  # before anything is written
     needed = {p.name for m in mixtures for ps in opened.weights.pieces(m.gm).values() for p in ps}
     replaced = [manifest_path(mixture.path).name for mixture in mixtures]
+    typed = [manifest_path(typed_graph_path(mixture.path)).name for mixture in mixtures]
+    former = weights_of(folder, [*replaced, *typed])
     sharing: AbstractContextManager[Store | None] = nullcontext(None)
     if not embed:
         sharing = stored(opened.weights, needed, folder, dtype, replaced, note)
     with sharing as store, alike_once():
         known = known or Translations()
         work = Work(opened.weights, store, dtype, tolerance, runs, known, opened.model.plan, step, axes)
-        return [work.export(mixture) for mixture in mixtures]
+        results = [work.export(mixture) for mixture in mixtures]
+    drop_unused(folder, former)
+    return results
 
 
 class _Steps:

@@ -11,6 +11,8 @@ WEIGHTS = "weights"
 TIMINGS = "timing.cache"
 """TensorRT's kernel timings, shared by all ratios."""
 
+DATA = ".onnx.data"
+"""What the file of a self-contained graph's weights ends in, where they are too large for the graph's own."""
 
 _RATIO = re.compile(r"keep-([0-9]*\.?[0-9]+)")
 
@@ -32,7 +34,7 @@ def manifest_path(graph: Path) -> Path:
 
 def data_path(graph: Path) -> Path:
     """Return where the weights of a self-contained graph lie that is too large for one file."""
-    return graph.with_name(f"{graph.name}.data")
+    return graph.with_name(f"{graph.stem}{DATA}")
 
 
 def typed_graph_path(graph: Path) -> Path:

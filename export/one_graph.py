@@ -16,14 +16,14 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.half import HALF, compare_in_float32, largest_value, rounding
 from ppcl_fx.export.inputs import in_type, main_dtype
-from ppcl_fx.export.names import data_path, manifest_path, typed_graph_path
 from ppcl_fx.export.onnx_file import Prepared, compare, parameters_in, ports, prepare, save, translated
 from ppcl_fx.export.parity import latency
-from ppcl_fx.export.publish import beside, publish, withdraw
+from ppcl_fx.export.publish import beside, publish
+from ppcl_fx.export.samples import sample_of
 from ppcl_fx.export.sidecar import HalfPrecision, Sidecar, WeightFile
 from ppcl_fx.export.weight_source import WeightSource, weightless
 from ppcl_fx.export.weight_store import Store
-from ppcl_fx.files import sha256_of, write_json
+from ppcl_fx.files import sha256_of
 from ppcl_fx.graphs import parameter_count
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class Mixture:
     path: Path
     calls: Calls | None
     unchecked: str | None
+    finetuned: bool = False
     largest: float | None = None
 
     def in_range(self, dtype: torch.dtype | None) -> Mixture:
@@ -125,15 +126,12 @@ class Work:
                 keep=mixture.keep,
                 params=parameter_count(mixture.gm),
                 students=list(mixture.students),
+                finetuned=mixture.finetuned,
                 plan=self.plan,
                 tolerance=self.tolerance,
                 **checked,
             )
-            if data is not None:
-                publish(data, data_path(final))
-            publish(path, final)
-        write_json(manifest_path(final), card)
-        withdraw(typed_graph_path(final))
+            publish(path, data, card, final)
         self.step()
         return Exported(
             keep=mixture.keep,
@@ -175,11 +173,9 @@ class Work:
         from ppcl_fx.export.initials import weight_files
 
         if data is not None:
-            return [WeightFile(file=data.name, sha256=sha256_of(data), size=data.stat().st_size)]
-        if self.store is None:
-            return []
-        found = [(name, *self.store.digest(name)) for name in weight_files(made)]
-        return [WeightFile(file=name, sha256=sha256, size=size) for name, sha256, size in found]
+            size = data.stat().st_size
+            return [WeightFile(file=data.name, sha256=sha256_of(data), size=size, sample=sample_of(data))]
+        return [self.store.described(name) for name in weight_files(made)] if self.store is not None else []
 
 
 def _found(parity: dict[str, float], milliseconds: float | None) -> dict[str, Any]:

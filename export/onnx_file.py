@@ -19,6 +19,7 @@ from ppcl_fx.export.names import data_path
 from ppcl_fx.export.parity import difference, run, session
 from ppcl_fx.export.sidecar import Port
 from ppcl_fx.export.weight_source import state
+from ppcl_fx.files import need_room
 
 if TYPE_CHECKING:
     from ppcl_fx.export.stitching import Initial
@@ -110,6 +111,8 @@ def save(model: Any, path: Path, *, embed: bool) -> Path | None:
 
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
     data = data_path(path) if embed and size > LARGE else None
+    if embed:
+        need_room(path.parent, size)
     try:
         onnx_ir.save(model, path, external_data=data.name if data is not None else None)
     except OSError as error:

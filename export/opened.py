@@ -50,8 +50,8 @@ class Opened:
             return cls(model, WeightSource.memory(model.graph), None)
         model.model.eval()  # as a loaded one is: blocks of both are then translated once
         weights = WeightSource.files(model, model.model.graph)
-        needed = _needed(weights, dtype)
-        if needed <= limit:
+        why = unread(weights, dtype, limit)
+        if why is None:
             loaded = load(model.folder)
             assert isinstance(loaded, PluggableModel)
             return cls(loaded, WeightSource.files(model, loaded.graph), None)
@@ -59,14 +59,22 @@ class Opened:
             students = {name: model.students.tensor(name) for name in model.students.stored}  # memory-mapped
             model.model.effects = load_effects(model.folder, model.model.plan, students)
             model.release()
-        words = size_words(needed)
-        why = f"not checked against PyTorch: the weights were not read ({words} and more with --memory-limit checks)"
         return cls(model.model, weights, why)
 
 
-def _needed(weights: WeightSource, dtype: torch.dtype | None) -> int:
-    """Return the bytes that loading a model and checking its graphs takes."""
+def unread(weights: WeightSource, dtype: torch.dtype | None, limit: int) -> str | None:
+    """Return why graphs over weights are not compared to PyTorch; None where that stays within a limit in bytes.
+
+    Args:
+        weights: the weights.
+        dtype: the type that they are to be exported in; None for their own.
+        limit: the bytes.
+    """
     stored = form_bytes(weights.forms(None))
     compared = form_bytes(weights.forms(torch.float32))
     same = stored == compared and dtype in (None, torch.float32)
-    return COPIES * compared if same else stored + COPIES * compared
+    needed = COPIES * compared if same else stored + COPIES * compared
+    if needed <= limit:
+        return None
+    words = size_words(needed)
+    return f"not checked against PyTorch: the weights were not read ({words} and more with --memory-limit checks)"

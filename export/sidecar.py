@@ -22,11 +22,15 @@ class Port(_Strict):
 
 
 class WeightFile(_Strict):
-    """A file that holds weights of a graph: its path within the graph's folder, its content, its size in bytes."""
+    """A file that holds weights of a graph: its path within the graph's folder, its content, its size in bytes.
+
+    ``sample`` is what `ppcl_fx.export.samples.sample_of` said of it; older manifests have none.
+    """
 
     file: str
     sha256: str
     size: int
+    sample: str | None = None
 
 
 class HalfPrecision(_Strict):
@@ -56,6 +60,7 @@ class Sidecar(_Strict):
         params: parameters of this mixture, as the plan counts them.
         params_in_file: parameters in the file: those of them that have an effect on the output.
         students: ids of the edits that are plugged.
+        finetuned: whether all of its weights were trained as one, and none is the teacher's.
         plan: the plan they come from.
         opset: version of the ONNX operators.
         positions: inputs that hold position tables, computed from the call's Python arguments.
@@ -80,6 +85,7 @@ class Sidecar(_Strict):
     params: int
     params_in_file: int
     students: list[str]
+    finetuned: bool = False
     plan: Plan | None
     opset: int
     inputs: list[Port]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import uuid
@@ -17,7 +18,12 @@ import torch
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.artefacts import used_by_others
 from ppcl_fx.export.byte_ranges import ByteRange, byte_ranges
+from ppcl_fx.export.claim import is_store
 from ppcl_fx.export.names import WEIGHTS
+from ppcl_fx.export.publish import writing
+from ppcl_fx.export.samples import sample_of
+from ppcl_fx.export.sidecar import WeightFile
+from ppcl_fx.export.unused import prune
 from ppcl_fx.export.weight_source import Piece, WeightSource
 from ppcl_fx.files import need_room, sha256_of, sync
 from ppcl_fx.long_files import form_bytes, write_long
@@ -35,14 +41,14 @@ class Store:
         folder: the folder of the graphs.
         ranges: tensor -> its bytes, in a file of this folder or of one in it.
         created: files that this export made.
-        digests: sha256 and size of files looked at so far, by name within the folder.
+        digests: sha256 of files looked at so far, by name within the folder.
         reading: digests in the making, by name within the folder.
     """
 
     folder: Path
     ranges: dict[str, ByteRange]
     created: list[Path] = field(default_factory=list)
-    digests: dict[str, tuple[str, int]] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
     reading: dict[str, Future[str]] = field(default_factory=dict)
 
     def place(self, piece: Piece) -> tuple[str, int, torch.dtype]:
@@ -54,18 +60,26 @@ class Store:
         """Return what graphs call a file: its path within the folder, with slashes."""
         return file.relative_to(self.folder).as_posix()
 
-    def digest(self, name: str) -> tuple[str, int]:
-        """Return sha256 and size of a file; each file is read once."""
+    def sha256(self, path: Path) -> str:
+        """Return the hash of a file in the folder; each is read once."""
+        name = self.name(path)
         if name not in self.digests:
-            path = self.folder / name
-            found = self.reading[name].result() if name in self.reading else sha256_of(path)
-            self.digests[name] = (found, path.stat().st_size)
+            self.digests[name] = self.reading[name].result() if name in self.reading else sha256_of(path)
         return self.digests[name]
 
+    def holds(self, path: Path, sha256: str) -> bool:
+        """Tell whether a file has a content, and is one that runtimes take."""
+        alone = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
+        return alone and self.sha256(path) == sha256
+
+    def described(self, name: str) -> WeightFile:
+        """Return what a manifest says of a file."""
+        path = self.folder / name
+        return WeightFile(file=name, sha256=self.sha256(path), size=path.stat().st_size, sample=sample_of(path))
 
     @contextmanager
     def digesting(self) -> Iterator[None]:
-        """Read the files in the background meanwhile: `digest` then has less to wait for."""
+        """Read the files in the background meanwhile: `sha256` then has less to wait for."""
         names = dict.fromkeys(self.name(where.file) for where in self.ranges.values())
         pool = ThreadPoolExecutor(max_workers=max(1, min(4, (os.cpu_count() or 1) - 1)), thread_name_prefix="digest")
         try:
@@ -84,18 +98,19 @@ def stored(
     replaced: Collection[str],
     note: Callable[[str], None],
 ) -> Iterator[Store]:
-    """Make the weights of a model available to graphs in a folder; where the block fails, what was made goes again.
+    """Make the weights of a model available to graphs in a folder; where the block fails, what nobody uses goes again.
 
     A file that lies in the folder or in one of its subfolders, as a file of its own, is used where it is. Others are
     copied to ``weights/``, for all graphs once: runtimes refuse links and what lies outside. So are tensors that are
-    not stored in the dtype in which they are wanted, and those of a model in memory.
+    not stored in the dtype in which they are wanted, and those of a model in memory. A copy whose name is taken by
+    weights that a graph to be replaced still uses gets another name: that graph stays whole until it is replaced.
 
     Args:
         source: the weights.
         needed: names of the tensors that some graph uses.
         folder: the folder of the graphs; exists.
         dtype: of floating-point weights; None for as they are used.
-        replaced: manifests that are about to be replaced: what they name need not stay.
+        replaced: manifests that are about to be replaced: what they name need not stay in the end.
         note: told in one line what was copied, and why.
 
     Raises:
@@ -114,14 +129,19 @@ def stored(
         others = {}
     targets = {file: _target(file, source.folder, root) for file in files}
     copied = {file: target for file, target in targets.items() if target != file.resolve()}
-    need_room(root, form_bytes(others) + sum(_missing_bytes(file, target) for file, target in copied.items()))
+    if (copied or others) and not is_store(root / WEIGHTS):
+        raise PpclError(f"{root / WEIGHTS}: holds other files than weights of exports; choose another folder")
     made = Store(root, {})
+    digests = {file: sha256_of(file) for file, target in copied.items() if _taken(target)}
+    homes = {file: _home(made, copied[file], digest, replaced) for file, digest in digests.items()}
+    lacking = (file for file in copied if file not in homes or not made.holds(homes[file], digests[file]))
+    need_room(root, form_bytes(others) + sum(file.stat().st_size for file in lacking))
     try:
         for file, target in copied.items():
-            _publish(made, target, _copier(file), replaced, sha256_of(file) if target.is_file() else None)
+            targets[file] = _publish(made, target, _copier(file), replaced, digests.get(file))
         if others:
             target = root / WEIGHTS / f"{_plain(dtype or _main(others))}.safetensors"
-            _publish(made, target, lambda beside: _write(source, others, beside), replaced, None)
+            target = _publish(made, target, lambda beside: _write(source, others, beside), replaced, None)
             made.ranges.update(byte_ranges(target))
         made.ranges.update(
             (name, replace(place, file=targets[place.file])) for name, place in there.items() if place.file in files
@@ -131,9 +151,10 @@ def stored(
             yield made
     except BaseException:
         for path in made.created:
-            path.unlink(missing_ok=True)
+            if used_by_others(root, made.name(path), ()) is None:  # a graph that is done stays whole
+                path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
-            _prune(root / WEIGHTS)
+            prune(root / WEIGHTS)
         raise
 
 
@@ -147,54 +168,69 @@ def _target(file: Path, origin: Path | None, root: Path) -> Path:
     return root / WEIGHTS / (file.relative_to(origin) if within and origin is not None else Path(file.name))
 
 
-def _missing_bytes(file: Path, target: Path) -> int:
-    size = file.stat().st_size
-    return 0 if target.is_file() and target.stat().st_size == size else size
-
-
 def _publish(
     made: Store, target: Path, write: Callable[[Path], None], replaced: Collection[str], known: str | None
-) -> None:
+) -> Path:
     """Write a file beside its name and rename it; one of the same content stays as it is.
 
     Args:
         made: where it is noted.
-        target: its name.
+        target: its name, if that is free.
         write: writes it.
         replaced: see `stored`.
         known: its digest, where that is known before it is written.
+
+    Returns:
+        Where it lies.
     """
-    name = made.name(target)
-    if known is not None and _same(target, known):
-        made.digests[name] = (known, target.stat().st_size)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
     beside = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
+    if known is not None:
+        home = _home(made, target, known, replaced)
+        if made.holds(home, known):
+            return home
     try:
-        write(beside)
-        sync(beside)
-        if target.is_file():
-            if _same(target, sha256_of(beside)):
-                return
-            holder = used_by_others(made.folder, name, replaced)
-            if holder is not None:
-                raise PpclError(
-                    f"{target}: holds other weights, and {holder} uses them; choose another folder, or remove that file"
-                )
-        else:
-            made.created.append(target)
-        os.replace(beside, target)
-        sync(target.parent)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PpclError(f"{target}: cannot be written ({reason}); make room, or choose another place") from error
+        with writing(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write(beside)
+            sync(beside)
+            content = known or (sha256_of(beside) if _taken(target) else None)
+            home = target if content is None else _home(made, target, content, replaced)
+            if content is not None and made.holds(home, content):
+                return home
+            if not home.exists():
+                made.created.append(home)
+            os.replace(beside, home)
+            if content is not None:
+                made.digests[made.name(home)] = content
+            sync(home.parent)
     finally:
         beside.unlink(missing_ok=True)
+    return home
 
 
-def _same(path: Path, sha256: str) -> bool:
-    alone = not path.is_symlink() and path.stat().st_nlink == 1
-    return alone and sha256_of(path) == sha256
+def _taken(target: Path) -> bool:
+    """Tell whether there is a file of this name, or one that was put aside because there was."""
+    return target.exists() or any(target.parent.glob(f"{target.stem}-????????{target.suffix}"))
+
+
+def _home(made: Store, target: Path, sha256: str, replaced: Collection[str]) -> Path:
+    """Return where content lies already, or else where it may go: never over what a graph uses.
+
+    Raises:
+        PpclError: a graph that is not about to be replaced uses other weights of that name.
+    """
+    aside = target.with_name(f"{target.stem}-{sha256[:8]}{target.suffix}")
+    for path in (target, aside):
+        if made.holds(path, sha256):
+            return path
+    if not target.exists():
+        return target
+    holder = used_by_others(made.folder, made.name(target), replaced)
+    if holder is not None:
+        raise PpclError(
+            f"{target}: holds other weights, and {holder} uses them; choose another folder, or remove that file"
+        )
+    return aside if used_by_others(made.folder, made.name(target), ()) else target
 
 
 def _copier(file: Path) -> Callable[[Path], None]:
@@ -218,7 +254,9 @@ def _clone(source: Path, target: Path) -> None:
                 if not count:
                     break
                 left -= count
-        except (AttributeError, OSError):
+        except (AttributeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                raise  # not that the kernel cannot, but that nobody can
             old.seek(0)
             new.seek(0)
             shutil.copyfileobj(old, new, 1 << 22)
@@ -258,13 +296,3 @@ def _main(forms: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> torch.dtype:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _prune(folder: Path) -> None:
-    """Remove a folder and what is in it where they are empty."""
-    for child in list(folder.iterdir()) if folder.is_dir() else ():
-        if child.is_dir():
-            _prune(child)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-

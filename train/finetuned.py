@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import copy
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch.fx import GraphModule
 
-from ppcl_fx.errors import PpclError
-from ppcl_fx.files import new_folder, read_json, read_safetensors, write_json, write_safetensors
+from ppcl_fx.errors import PpclError, near
+from ppcl_fx.files import (
+    inside,
+    new_folder,
+    read_json,
+    read_safetensors,
+    tensor_shapes,
+    write_json,
+    write_safetensors,
+)
+from ppcl_fx.model import CARD as STUDENT_CARD
 from ppcl_fx.plan import plan_digest as plan_digest
 from ppcl_fx.train.stages import mixture
 
@@ -20,6 +32,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model.safetensors"
 CARD = "finetuned.json"
+NAME = "finetuned"
+"""What its folder's name begins with: ``finetuned``, or ``finetuned-0.7`` for a share."""
 
 
 class Card(BaseModel):
@@ -79,3 +93,71 @@ def load_finetuned(model: PluggableModel, folder: str | Path) -> GraphModule:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
     return gm
+
+
+@dataclass
+class FinetunedFolder:
+    """A fine-tuned model with its weights left on disk.
+
+    Attributes:
+        student: The folder of the pluggable model that it stands beside.
+        model: That model, with its parameters on the meta device.
+        graph: The fine-tuned mixture, with parameters of its own, on the meta device.
+        file: Its weights, by the names of the graph's parameters.
+        students: The edits in it.
+        keep: Its share of the teacher's parameters.
+    """
+
+    student: Path
+    model: PluggableModel
+    graph: GraphModule
+    file: Path
+    students: Sequence[str]
+    keep: float
+
+    @classmethod
+    def open(cls, folder: str | Path) -> FinetunedFolder:
+        """Open what `save_finetuned` wrote, in the folder of its pluggable model; no weight is read.
+
+        Raises:
+            PpclError: A file is missing, damaged, or does not fit the others.
+        """
+        from ppcl_fx.train.bounded.folder import StudentFolder
+
+        folder = Path(folder)
+        student = folder.absolute().parent
+        if not (folder / CARD).is_file():
+            _missing(folder, student)
+        card = read_json(inside(folder, CARD), Card)
+        if not (student / STUDENT_CARD).is_file():
+            raise PpclError(
+                f"{folder}: a fine-tuned model, and {student} is not the pluggable model that it was made from; "
+                "put it back into that folder"
+            )
+        opened = StudentFolder.open(student)
+        if card.plan != plan_digest(opened.model.plan):
+            raise PpclError(
+                f"{folder}: fine-tuned from another plan or model than {student} holds now; fine-tune again"
+            )
+        graph = copy.deepcopy(mixture(opened.model, card.students)).requires_grad_(False)
+        file = inside(folder, WEIGHTS)
+        wanted = {name: tuple(parameter.shape) for name, parameter in graph.named_parameters()}
+        if {name: shape for name, (_, shape) in tensor_shapes(file).items()} != wanted:
+            raise PpclError(f"{file}: does not fit the model's parameters; fine-tune again")
+        return cls(student, opened.model, graph, file, card.students, card.keep)
+
+
+def is_finetuned(folder: Path) -> bool:
+    """Tell whether a folder holds a fine-tuned model, or is where `train` would write one."""
+    named = folder.name.startswith(NAME) and (folder.absolute().parent / STUDENT_CARD).is_file()
+    return (folder / CARD).is_file() or (named and not (folder / STUDENT_CARD).is_file())
+
+
+def _missing(folder: Path, student: Path) -> NoReturn:
+    known = [path.parent.name for path in student.glob(f"{NAME}*/{CARD}")]
+    share = folder.name.removeprefix(NAME).removeprefix("-")
+    more = f" --keep {shlex.quote(share)}" if share else ""
+    raise PpclError(
+        f"{folder}: holds no fine-tuned model{near(folder.name, known)}; make it with: "
+        f"ppcl-fx train {shlex.quote(str(student))} --calls CALLS --stage finetune --steps 100{more}"
+    )

@@ -10,7 +10,7 @@ from torch import nn
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.runtime.folder import artefacts
-from ppcl_fx.export.runtime.head import Front, pluggable_graph, read_head
+from ppcl_fx.export.runtime.head import Front, check_head, pluggable_graph, read_head
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import AUTO, Choice, Sessions, choose
 from ppcl_fx.uncached import Uncached
@@ -156,6 +156,7 @@ class EngineTransformer(Uncached, _DiffusersModel):
                 f"{self.folder}: no ratio {keep:g}{near(f'{keep:g}', names)}; it has {', '.join(names)}; for another: "
                 f"ppcl-fx export STUDENT --keep {keep:g} -o {self.folder}"
             )
+        check_head(self._head, self._found[keep].manifest, self.folder)
         return choose(self._found[keep], self._backend, device)
 
     # ---- running -----------------------------------------------------------------------------------------------

@@ -16,13 +16,14 @@ from ppcl_fx.examples import build
 from ppcl_fx.export.onnx_file import floats_as
 from ppcl_fx.export.positions import POSITIONS, PositionsAsInputs
 from ppcl_fx.export.runtime.sizes_only import SizesOnly
+from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.export.tuples_apart import TuplesApart
 from ppcl_fx.files import read_json, write_json
 from ppcl_fx.graphs import draft
 from ppcl_fx.passes.contract import run
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.rewrite import insert_edits
-from ppcl_fx.plan import Plan
+from ppcl_fx.plan import Plan, plan_digest
 from ppcl_fx.skeleton import skeleton
 from ppcl_fx.sources import diffusers_class
 from ppcl_fx.tracing import bind, trace
@@ -82,6 +83,19 @@ def read_head(folder: Path) -> Head:
             "(a transformer of no class of diffusers has none)"
         )
     return read_json(folder / HEAD, Head)
+
+
+def check_head(head: Head, manifest: Sidecar, folder: Path) -> None:
+    """Refuse a graph that was exported from another model, or by another plan, than ``head.json``.
+
+    Raises:
+        PpclError: it was.
+    """
+    if manifest.plan is not None and plan_digest(manifest.plan) != plan_digest(head.plan):
+        raise PpclError(
+            f"{folder / HEAD}: of another model or plan than {manifest.file}; export that ratio again: "
+            f"ppcl-fx export STUDENT --keep {manifest.keep:g} -o {folder} --overwrite"
+        )
 
 
 def pluggable_graph(head: Head, dtype: torch.dtype) -> GraphModule:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.export.artefacts import check_artefacts
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.runtime.folder import Artefact
 from ppcl_fx.export.runtime.head import Front
@@ -174,7 +175,7 @@ class Sessions:
         """Return the session of a ratio; open it at its first use.
 
         Raises:
-            PpclError: the file cannot be opened.
+            PpclError: the file is not what was exported, its weights are others, or it cannot be opened.
         """
         keep = choice.artefact.keep
         if keep not in self.opened:
@@ -185,6 +186,8 @@ class Sessions:
         return session
 
     def _open(self, choice: Choice, front: Front) -> Session:
+        if choice.backend != TENSORRT:  # an engine's own manifest says what it was built from
+            check_artefacts(choice.file, hashes=False)
         if choice.backend == TENSORRT:
             from ppcl_fx.export.runtime.tensorrt_session import TensorRTSession
 

@@ -85,6 +85,7 @@ def build_engine(
             lambda: _build(api, onnx, beside, shapes, options, cache, monitor),
             monitor.stop,
         )
+        engine_manifest_path(engine).unlink(missing_ok=True)  # of the engine that is replaced: never beside this one
     card = EngineCard(
         file=engine.name,
         engine=hashes.mark(engine),

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.names import TIMINGS
+from ppcl_fx.export.artefacts import check_artefacts
+from ppcl_fx.export.names import TIMINGS, manifest_path
 from ppcl_fx.export.tensorrt.build import build_engine, load_tensorrt
 from ppcl_fx.export.tensorrt.manifest import EngineCard, Hashes, check_card, read_card
 from ppcl_fx.export.tensorrt.options import check_version
@@ -63,8 +64,9 @@ def build_folder(
         report: told the share that is done of all builds in percent, 100, and what is being done.
 
     Raises:
-        PpclError: the folder holds no graph, the profiles do not fit, there is no TensorRT or no GPU, an engine is
-            there already and is another, or a build fails. Engines that were built before stay.
+        PpclError: the folder holds no graph, a graph or its weights are not what was exported, the profiles do not fit,
+            there is no TensorRT or no GPU, an engine is there already and is another, or a build fails. Engines that
+            were built before stay.
     """
     root = Path(folder)
     places = find_graphs(root)
@@ -73,6 +75,9 @@ def build_folder(
     api, gpu = tensorrt or load_tensorrt(f"the ONNX files stay in {root}")
     check_version(str(api.value("__version__")), request.options)
     hashes = Hashes()
+    for place in places:
+        if manifest_path(place.onnx).is_file():
+            check_artefacts(place.onnx, sha256=lambda path: hashes.mark(path).sha256)
     kept = [
         None if overwrite else _there(place, wanted, request, api, gpu, hashes)
         for place, wanted in zip(places, profiles, strict=True)

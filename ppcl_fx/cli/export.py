@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.export import ExportResult
     from ppcl_fx.export.tensorrt.request import BuildRequest
+    from ppcl_fx.export.tuned import TunedFolder
     from ppcl_fx.export.weight_source import WeightFolder
     from ppcl_fx.model import PluggableModel
 
@@ -29,21 +30,27 @@ FOLDERS = ("diffusers", "released")
 """Formats that are model folders; they need neither onnxruntime nor calls."""
 
 DTYPES = ("stored", "fp32", "bf16", "fp16")
+KEEPS = "1.0,0.7,0.6,0.5"
 
 
 def export(
     student: Annotated[
-        Path, typer.Argument(metavar="STUDENT", help="What 'ppcl-fx rewrite' or 'train' wrote.")
+        Path,
+        typer.Argument(
+            metavar="STUDENT",
+            help="What 'ppcl-fx rewrite' or 'train' wrote; STUDENT/finetuned is the fine-tuned model.",
+        ),
     ],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="ENGINES", help="Folder for the exported files.")
     ],
     keep: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="SHARES", help="Shares of the parameters that stay, with commas; one file each."
+            metavar="SHARES",
+            help=f"Shares of the parameters that stay, with commas; one file each. {KEEPS} if left out.",
         ),
-    ] = "1.0,0.7,0.6,0.5",
+    ] = None,
     format: Annotated[
         str,
         typer.Option(
@@ -100,9 +107,10 @@ def export(
 ) -> Result:
     """Export STUDENT once for each share: ENGINES/keep-0.5.onnx and so on.
 
-    Where ENGINES is STUDENT or a folder above it, the weights stay where they are.
+    Where ENGINES is STUDENT or a folder above it, the weights stay where they are. 'export STUDENT/finetuned' exports
+    the fine-tuned model, as one file.
     """
-    keeps = parse_keeps(keep)
+    keeps = parse_keeps(keep if keep is not None else KEEPS)
     choice("--format", format, FORMATS)
     choice("--dtype", dtype, DTYPES)
     limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
@@ -123,35 +131,40 @@ def export(
     }
     request = _request(format, onnx_only, wanted)
 
+    tuned = _finetuned(student, keep, format, terminal)
+
     if format in FOLDERS:
         check_output(out, overwrite=overwrite)
         return _folders(open_student(student, terminal), keeps, out, format, overwrite, terminal)
 
-    from ppcl_fx.export import export as run
     from ppcl_fx.export.exporting import DTYPES as types
+    from ppcl_fx.export.exporting import export as run
     from ppcl_fx.export.opened import MEMORY
+    from ppcl_fx.export.tuned import export_finetuned
 
     check_output(out, overwrite=True)  # other ratios may be there: what is refused is a graph of the same name
     recorded = open_calls(calls, terminal) if calls is not None else None
+    notes: list[str] = []
+    how: dict[str, Any] = {
+        "calls": recorded.calls if recorded is not None else None,
+        "dtype": types[dtype],
+        "embed": embed,
+        "memory_limit": limit or MEMORY,
+        "tolerance": tolerance,
+        "runs": runs,
+        "overwrite": overwrite,
+        "note": notes.append,
+    }
+    if tuned is not None:
+        if recorded is not None:
+            recorded.check(student, tuned.model.plan.model)
+        with terminal.step("exporting the fine-tuned model") as progress:
+            return _result(export_finetuned(tuned, out, progress=progress, **how), notes)
     model, name = _opened(student, terminal, recorded)
     if recorded is not None:
         recorded.check(student, name)
-    notes: list[str] = []
     with terminal.step(f"exporting {len(keeps)} ratios") as progress:
-        exported = run(
-            model,
-            keeps,
-            out,
-            calls=recorded.calls if recorded is not None else None,
-            dtype=types[dtype],
-            embed=embed,
-            memory_limit=limit or MEMORY,
-            tolerance=tolerance,
-            runs=runs,
-            overwrite=overwrite,
-            progress=progress,
-            note=notes.append,
-        )
+        exported = run(model, keeps, out, progress=progress, **how)
     if request is None:
         return _result(exported, notes)
     used = recorded.calls if recorded is not None else None
@@ -205,6 +218,25 @@ def _engines(
         return Result(result.data, [*result.lines, f"build the engines with: ppcl-fx build {exported.folder}"])
     engines = built(exported.folder, request, True, terminal)
     return Result(result.data | engines.data, [*result.lines, *engines.lines])
+
+
+def _finetuned(student: Path, keep: str | None, format: str, terminal: Terminal) -> TunedFolder | None:
+    """Return the fine-tuned model in a folder; None where the folder is not for one."""
+    from ppcl_fx.train.finetuned import FinetunedFolder, is_finetuned
+
+    if not is_finetuned(student):
+        return None
+    if keep is not None:
+        raise PpclError(f"--keep {keep}: {student} is a fine-tuned model, which has one size; leave it out")
+    if format in ENGINES:
+        raise PpclError(
+            f"--format {format}: not for a fine-tuned model; export it with --dtype bf16, and then run "
+            "'ppcl-fx build' on the result"
+        )
+    if format in FOLDERS:
+        raise PpclError(f"--format {format}: not for a fine-tuned model; leave it out, or export {student.parent}")
+    with terminal.step("opening the fine-tuned model"):
+        return FinetunedFolder.open(student)
 
 
 def _opened(

@@ -224,5 +224,5 @@ def _result(student: Path, trained: TrainResult, effects: Effects | None) -> Res
         measured = f"{mixture.measured:.4g} measured, {mixture.predicted:.4g} predicted"
         lines.append(f"keep {mixture.keep:g}: error of the output {measured}")
     if trained.finetuned is not None:
-        lines.append(f"fine-tuned model: {trained.finetuned}")
+        lines.append(f"fine-tuned model: {trained.finetuned} (ppcl-fx export {trained.finetuned} -o ENGINES)")
     return Result(data, [*lines, f"report: {student / REPORT}"])

@@ -16,7 +16,7 @@ import ppcl_fx
 from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.export import export, lower
-from ppcl_fx.export.runtime import artefacts
+from ppcl_fx.export.runtime import artefacts, sessions
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import choose
 from ppcl_fx.export.sidecar import Port
@@ -241,7 +241,7 @@ def test_a_ratio_with_an_engine(made: Any, tmp_path: Path) -> None:
     assert EngineTransformer(folder, keep=0.7, device="cpu").backend == "onnxruntime"
 
 
-def test_a_damaged_folder(made: Any, tmp_path: Path) -> None:
+def test_a_damaged_folder(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made[2]
     with pytest.raises(PpclError, match="holds no exported ratio"):
         EngineTransformer(tmp_path)
@@ -254,6 +254,9 @@ def test_a_damaged_folder(made: Any, tmp_path: Path) -> None:
         EngineTransformer(copy)
     weights.write_bytes(whole)
     (copy / "keep-0.5.onnx").write_bytes(b"no graph")
+    with pytest.raises(PpclError, match="keep-0.5.onnx: not an ONNX file"):
+        answer(EngineTransformer(copy, keep=0.5, device="cpu"), a_call())
+    monkeypatch.setattr(sessions, "check_artefacts", lambda *_, **__: [])  # what the backends themselves say
     for backend, words in (("onnxruntime", "onnxruntime does not open it"), ("torch", "not an ONNX file")):
         with pytest.raises(PpclError, match=words) as caught:
             answer(EngineTransformer(copy, keep=0.5, backend=backend, device="cpu"), a_call())
