@@ -10,16 +10,19 @@ if TYPE_CHECKING:
     from ppcl_fx.export.complex_to_real import ComplexToReal
     from ppcl_fx.export.drop_guards import DropGuards
     from ppcl_fx.export.exporting import ExportResult, export, export_graph
+    from ppcl_fx.export.gate import Agreement, Gate, SamplingAgreement
     from ppcl_fx.export.lowering import Lowered, lower
     from ppcl_fx.export.one_graph import Exported
     from ppcl_fx.export.positions import PositionsAsInputs
     from ppcl_fx.export.runtime import EngineTransformer
+    from ppcl_fx.export.sampling import SamplingRun
     from ppcl_fx.export.sidecar import Sidecar
     from ppcl_fx.export.stitching import Translations
     from ppcl_fx.export.tensorrt import BuildOptions, EngineCard, Profile, build_engine, load_engine, refit
     from ppcl_fx.export.tuples_apart import TuplesApart
 
 _HOME = {
+    "Agreement": "gate",
     "BuildOptions": "tensorrt",
     "ComplexToReal": "complex_to_real",
     "DropGuards": "drop_guards",
@@ -27,9 +30,12 @@ _HOME = {
     "EngineTransformer": "runtime",
     "ExportResult": "exporting",
     "Exported": "one_graph",
+    "Gate": "gate",
     "Lowered": "lowering",
     "PositionsAsInputs": "positions",
     "Profile": "tensorrt",
+    "SamplingAgreement": "gate",
+    "SamplingRun": "sampling",
     "Sidecar": "sidecar",
     "Translations": "stitching",
     "TuplesApart": "tuples_apart",
@@ -43,6 +49,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Agreement",
     "BuildOptions",
     "ComplexToReal",
     "DropGuards",
@@ -50,9 +57,12 @@ __all__ = [
     "EngineTransformer",
     "ExportResult",
     "Exported",
+    "Gate",
     "Lowered",
     "PositionsAsInputs",
     "Profile",
+    "SamplingAgreement",
+    "SamplingRun",
     "Sidecar",
     "Translations",
     "TuplesApart",

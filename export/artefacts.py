@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,14 +102,26 @@ def _place(graph: Path, tensor: Any) -> tuple[str, int, int]:
 
 def used_by_others(folder: Path, name: str, apart: Collection[str]) -> str | None:
     """Return a manifest in a folder that names a weight file, those in `apart` aside; None if there is none."""
-    for graph in sorted(folder.glob("*.onnx")):
-        card = manifest_path(graph)
-        if card.name in apart or not card.is_file():
-            continue
-        try:
-            found = read_json(card, Sidecar)
-        except PpclError:
-            continue  # not ours, or older: it cannot be about this store
-        if any(weight.file == name for weight in found.weights):
-            return card.name
+    for graph, card in _manifests(folder):
+        if manifest_path(graph).name not in apart and any(weight.file == name for weight in card.weights):
+            return manifest_path(graph).name
     return None
+
+
+def with_other_weights(folder: Path, name: str, sha256: str) -> list[Path]:
+    """Return the graphs in a folder whose manifest names a weight file with other content than it has now."""
+    return [
+        graph
+        for graph, card in _manifests(folder)
+        if any(weight.file == name and weight.sha256 != sha256 for weight in card.weights)
+    ]
+
+
+def _manifests(folder: Path) -> Iterator[tuple[Path, Sidecar]]:
+    for graph in sorted(folder.glob("*.onnx")):
+        if manifest_path(graph).is_file():
+            try:
+                card = read_json(manifest_path(graph), Sidecar)
+            except PpclError:
+                continue  # not ours, or older: it cannot be about this store
+            yield graph, card

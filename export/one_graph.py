@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from torch.fx import GraphModule
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
+from ppcl_fx.export.gate import Gate
+from ppcl_fx.export.gating import GateOptions, gated
 from ppcl_fx.export.half import HALF, compare_in_float32, largest_value, rounding
 from ppcl_fx.export.inputs import in_type, main_dtype
 from ppcl_fx.export.names import data_path, manifest_path, typed_graph_path
@@ -49,6 +51,7 @@ class Exported:
         seconds: what the export took.
         unchecked: what was not checked, and why.
         engine: the TensorRT engine, where one was built.
+        gate: agreement with PyTorch on recorded calls and in sampling runs.
     """
 
     keep: float
@@ -62,11 +65,13 @@ class Exported:
     seconds: float
     unchecked: str | None = None
     engine: Path | None = None
+    gate: Gate | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON knows them."""
         plain = asdict(self)
-        return plain | {"onnx": str(self.onnx), "engine": str(self.engine) if self.engine else None}
+        gate = None if self.gate is None else self.gate.model_dump(mode="json")
+        return plain | {"onnx": str(self.onnx), "engine": str(self.engine) if self.engine else None, "gate": gate}
 
 
 @dataclass(frozen=True)
@@ -103,6 +108,7 @@ class Work:
     plan: Plan | None
     step: Callable[[], None]
     axes: Sequence[Axis] | None = None
+    gate: GateOptions = field(default_factory=GateOptions)
 
     def export(self, mixture: Mixture) -> Exported:
         """Export one graph."""
@@ -146,6 +152,7 @@ class Work:
             latency_ms=card.latency_ms,
             seconds=time.perf_counter() - started,
             unchecked=card.unchecked,
+            gate=card.gate,
         )
 
     def _initial(self, gm: GraphModule) -> Initial | None:
@@ -168,6 +175,7 @@ class Work:
             return _found(parity, None) | {"half": half}
         parity, running = compare(prepared, path)
         _check(parity, self.tolerance, mixture.path)
+        gate = gated(prepared, running, mixture.calls, mixture.path, self.tolerance, self.gate)
         self.step()
         return _found(parity, latency(running, prepared.lowered.feeds(prepared.calls["traced"]), self.runs))
 

@@ -20,6 +20,18 @@ COPIES = 3
 compared in float32, so all three are."""
 
 
+def stays_on_disk(model: PluggableModel | WeightFolder, limit: int) -> bool:
+    """Tell whether a model is too large to be loaded for the checks, so that nothing will be compared.
+
+    Args:
+        model: in memory, or a student folder.
+        limit: bytes that the checks may take.
+    """
+    if isinstance(model, PluggableModel):
+        return False
+    return COPIES * form_bytes(WeightSource.files(model, model.model.graph).forms(None)) > limit
+
+
 @dataclass(frozen=True)
 class Opened:
     """A model and its weights.

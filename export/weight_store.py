@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.artefacts import used_by_others
+from ppcl_fx.export.artefacts import used_by_others, with_other_weights
 from ppcl_fx.export.byte_ranges import ByteRange, byte_ranges
 from ppcl_fx.export.names import WEIGHTS
+from ppcl_fx.export.publish import withdraw
 from ppcl_fx.export.weight_source import Piece, WeightSource
 from ppcl_fx.files import need_room, sha256_of, sync
 from ppcl_fx.long_files import form_bytes, write_long
@@ -35,6 +36,7 @@ class Store:
         folder: the folder of the graphs.
         ranges: tensor -> its bytes, in a file of this folder or of one in it.
         created: files that this export made.
+        changed: names of files that it put in the place of others.
         digests: sha256 and size of files looked at so far, by name within the folder.
         reading: digests in the making, by name within the folder.
     """
@@ -42,6 +44,7 @@ class Store:
     folder: Path
     ranges: dict[str, ByteRange]
     created: list[Path] = field(default_factory=list)
+    changed: list[str] = field(default_factory=list)
     digests: dict[str, tuple[str, int]] = field(default_factory=dict)
     reading: dict[str, Future[str]] = field(default_factory=dict)
 
@@ -84,7 +87,10 @@ def stored(
     replaced: Collection[str],
     note: Callable[[str], None],
 ) -> Iterator[Store]:
-    """Make the weights of a model available to graphs in a folder; where the block fails, what was made goes again.
+    """Make the weights of a model available to graphs in a folder.
+
+    Where the block fails, what was made goes again, unless a graph that was whole before the failure needs it; and a
+    graph that the block was to replace goes too where its weights were replaced already.
 
     A file that lies in the folder or in one of its subfolders, as a file of its own, is used where it is. Others are
     copied to ``weights/``, for all graphs once: runtimes refuse links and what lies outside. So are tensors that are
@@ -131,7 +137,11 @@ def stored(
             yield made
     except BaseException:
         for path in made.created:
-            path.unlink(missing_ok=True)
+            if used_by_others(made.folder, made.name(path), ()) is None:
+                path.unlink(missing_ok=True)
+        for name in made.changed:
+            for graph in with_other_weights(made.folder, name, made.digest(name)[0]):
+                withdraw(graph)
         with contextlib.suppress(OSError):
             _prune(root / WEIGHTS)
         raise
@@ -181,6 +191,7 @@ def _publish(
                 raise PpclError(
                     f"{target}: holds other weights, and {holder} uses them; choose another folder, or remove that file"
                 )
+            made.changed.append(name)
         else:
             made.created.append(target)
         os.replace(beside, target)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ppcl_fx.cli import engine_options as on
+from ppcl_fx.cli import gate_options as against
 from ppcl_fx.cli.boundary import Result
 from ppcl_fx.cli.options import Json, MemoryLimit, Overwrite, Verbose, check_output, choice, parse_keeps
 from ppcl_fx.cli.teacher import Recorded, open_calls, open_student
@@ -70,9 +71,12 @@ def export(
         bool, typer.Option("--embed", help="Write ordinary files that hold their weights, a copy for each share.")
     ] = False,
     memory_limit: MemoryLimit = None,
-    tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest difference to PyTorch that is allowed.")
-    ] = 1e-4,
+    tolerance: against.Tolerance = 1e-4,
+    check_calls: against.CheckCalls = 8,
+    pipeline: against.Pipeline = None,
+    samples: against.Samples = None,
+    sample_steps: against.SampleSteps = None,
+    sampling_tolerance: against.SamplingTolerance = 1e-3,
     runs: Annotated[int, typer.Option(min=1, help="Runs timed for the latency.")] = 10,
     onnx_only: Annotated[
         bool,
@@ -122,6 +126,7 @@ def export(
         "version_compatible": version_compatible,
     }
     request = _request(format, onnx_only, wanted)
+    against.check_sampling(pipeline, samples, sample_steps, format not in FOLDERS)
 
     if format in FOLDERS:
         check_output(out, overwrite=overwrite)
@@ -129,13 +134,16 @@ def export(
 
     from ppcl_fx.export import export as run
     from ppcl_fx.export.exporting import DTYPES as types
-    from ppcl_fx.export.opened import MEMORY
+    from ppcl_fx.export.opened import MEMORY, stays_on_disk
 
     check_output(out, overwrite=True)  # other ratios may be there: what is refused is a graph of the same name
     recorded = open_calls(calls, terminal) if calls is not None else None
     model, name = _opened(student, terminal, recorded)
     if recorded is not None:
         recorded.check(student, name)
+    sampling = None
+    if pipeline is not None and not stays_on_disk(model, limit or MEMORY):
+        sampling = against.open_sampling(pipeline, samples, sample_steps, student, name, recorded, terminal)
     notes: list[str] = []
     with terminal.step(f"exporting {len(keeps)} ratios") as progress:
         exported = run(
@@ -147,6 +155,9 @@ def export(
             embed=embed,
             memory_limit=limit or MEMORY,
             tolerance=tolerance,
+            check_calls=check_calls,
+            sampling=sampling,
+            sampling_tolerance=sampling_tolerance,
             runs=runs,
             overwrite=overwrite,
             progress=progress,
@@ -246,10 +257,15 @@ def _folders(
 
 
 def _result(exported: ExportResult, notes: list[str]) -> Result:
-    lines = ["keep      parameters       ms   difference  file"]
+    lines = [f"{'keep':<5} {'parameters':>14} {'ms':>8}   difference  relative    cosine  sampling  file"]
     for ratio in exported.ratios:
-        file = ratio.engine or ratio.onnx
         ms = "-" if ratio.latency_ms is None else f"{ratio.latency_ms:.2f}"
         largest = "unchecked" if ratio.parity_max_abs is None else f"{ratio.parity_max_abs:.2g}"
-        lines.append(f"{ratio.keep:<5g} {ratio.params:>14,} {ms:>8}   {largest:>10}  {file}")
+        calls, run = (ratio.gate.calls, ratio.gate.sampling) if ratio.gate is not None else (None, None)
+        relative, cosine = (f"{calls.relative:.2g}", f"{calls.cosine:.6f}") if calls is not None else ("-", "-")
+        sampled = "-" if run is None else f"{run.relative:.2g}"
+        lines.append(
+            f"{ratio.keep:<5g} {ratio.params:>14,} {ms:>8}   {largest:>10}  {relative:>8}  {cosine:>8}  {sampled:>8}  "
+            f"{ratio.engine or ratio.onnx}"
+        )
     return Result(exported.to_json() | {"notes": notes}, [*lines, *notes])
