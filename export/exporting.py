@@ -154,8 +154,10 @@ def export(
             note(line)
         if format == "tensorrt":
             from ppcl_fx.export.engines import build_engines
+            from ppcl_fx.export.tensorrt.manifest import NOT_COMPARED
 
             results = build_engines(given, results, calls, profile, memory_limit, tolerance)
+            note(NOT_COMPARED)
     finally:
         model.plug(students=before)
         if new and folder.is_dir() and not any(folder.iterdir()):

@@ -26,8 +26,8 @@ CALLS = 8
 
 SAMPLING_TOLERANCE = 1e-3
 """Relative error of a whole run that is allowed, if nothing else is said. A run adds up the errors of its steps, and
-guidance multiplies them, so it is more than for a call. At 1e-3 the error of a picture is on average below a quarter of
-one of 256 levels: nobody could see it, and a saved picture is the same but for values that lay between two levels.
+guidance multiplies them, so it is more than for a call. At 1e-3 a picture in [0, 1] is off by a quarter of one of 256
+levels on average (root mean square), or less: nobody sees it.
 """
 
 NO_CALLS = "recorded calls were not compared with PyTorch: none were given, the inputs were random; give --calls"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -11,28 +12,25 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from onnx import numpy_helper
 
 import ppcl_fx
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import SamplingRun, Sidecar, Translations, check_artefacts, export, one_graph
+from ppcl_fx.export import SamplingRun, Translations, check_artefacts, export, one_graph
 from ppcl_fx.export.gate import Agreement, agreement, spread, worst
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.runtime import artefacts
-from ppcl_fx.files import read_json, write_json
+from ppcl_fx.files import write_json
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.plan import DepthEdit, Plan
-from ppcl_fx.shapes import load_pipeline
-from ppcl_fx.shapes.score import share_right
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.export import test_runtime_families as families
 
 BLOCKS = "transformer_blocks"
-KNOWN = {name: Translations() for name in ("qwen", "flux", "sd3", "shapes")}
-"""Translations by model, so that blocks of one kind are translated once in this file."""
+KNOWN = Translations()
+"""Blocks of one kind are translated once in this file."""
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------
@@ -86,7 +84,7 @@ def test_calls_are_chosen_from_early_to_late() -> None:
     assert spread([], 8) == []
 
 
-# ---- the families ----------------------------------------------------------------------------------------------
+# ---- one small model, many gates -------------------------------------------------------------------------------
 
 
 def recorded(kwargs: Callable[..., dict[str, Any]], count: int = 5) -> Calls:
@@ -109,47 +107,6 @@ def share(model: PluggableModel) -> float:
     return math.ceil(1000 * model.param_count(model.edits) / model.teacher_params) / 1000
 
 
-@pytest.mark.parametrize("kind", ["qwen", "flux", "sd3"])
-def test_recorded_calls_and_a_run_in_its_own_pipeline(kind: str, tmp_path: Path) -> None:
-    draw = {"qwen": families.qwen, "flux": families.flux, "sd3": families.sd3}[kind]
-    teacher = models.tiny_qwen(blocks=3)[0] if kind == "qwen" else getattr(models, f"tiny_{kind}")()[0]
-    calls = families.calls_of(teacher, draw)
-    model = student(teacher, calls[0].kwargs, 1 if kind == "flux" else 0)
-    run = run_of(kind, draw, teacher)
-    made = export(model, [share(model)], tmp_path, calls=calls, sampling=run, runs=1, known=KNOWN[kind]).ratios[0]
-    card = read_json(manifest_path(made.onnx), Sidecar)
-    assert made.gate is not None and card.gate == made.gate and card.version == 3
-    assert made.gate.not_checked == [] and made.unchecked is None
-    on_calls, sampled = made.gate.calls, made.gate.sampling
-    assert on_calls is not None and sampled is not None
-    assert on_calls.compared == 1 and 0 < on_calls.relative < 1e-5 and on_calls.cosine > 0.999999
-    # Two steps; Qwen-Image calls twice a step for guidance, the others once.
-    assert sampled.transformer_calls == (4 if kind == "qwen" else 2) and sampled.compared == 2
-    assert 0 < sampled.relative < 1e-4 and sampled.cosine > 0.999999 and 0 < sampled.max_abs < 1e-3
-    assert (sampled.score, sampled.score_pytorch) == (None, None)
-    assert json.loads(json.dumps(made.to_json()))["gate"]["sampling"]["relative"] == sampled.relative
-
-
-def run_of(kind: str, draw: Any, teacher: torch.nn.Module) -> SamplingRun:
-    """The family's pipeline, and the arguments with which it is called for two prompts at another resolution."""
-    seen: list[tuple[Any, dict[str, Any]]] = []
-    original = families.drawn
-    families.drawn = lambda pipeline, height, width, **text: seen.append(  # type: ignore[assignment]
-        (pipeline, {"height": height, "width": width, "output_type": "latent", **text})
-    )
-    try:
-        draw(teacher, 2, 8, 96, 64)
-    finally:
-        families.drawn = original
-    pipeline, arguments = seen[0]
-    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler), kind
-    pipeline.transformer = None  # it is not used
-    return SamplingRun(pipeline, ["a", "b"], steps=2, arguments=arguments)
-
-
-# ---- one small model, many gates -------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def qwen() -> PluggableModel:
     """Three blocks; one edit makes a student of the first two."""
@@ -163,7 +120,7 @@ def calls() -> Calls:
 
 
 def exported(model: PluggableModel, out: Path, keeps: Sequence[float] = (1.0,), **options: Any) -> Any:
-    return export(model, keeps, out, runs=1, known=KNOWN["qwen"], **options)
+    return export(model, keeps, out, runs=1, known=KNOWN, **options)
 
 
 def test_recorded_calls_of_several_shapes(qwen: PluggableModel, calls: Calls, tmp_path: Path) -> None:
@@ -300,47 +257,15 @@ def test_old_files_whose_weights_were_replaced_go_too(
     assert list(tmp_path.glob("keep-*")) == []
 
 
-# ---- shapes, end to end ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def shapes() -> tuple[Any, PluggableModel, Calls]:
-    """The shipped pipeline, its pluggable model with untrained students, and recorded calls."""
-    pipeline = load_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
-    calls = ppcl_fx.record(pipeline, ["a red circle", "two circles"], num_inference_steps=4)
-    edits = [DepthEdit(stack=BLOCKS, first=first, last=last) for first, last in ((1, 3), (10, 14))]
-    model = ppcl_fx.rewrite(trace(pipeline.transformer, calls.examples()), Plan(edits=[*edits])).eval()
-    return pipeline, model, calls
-
-
-def shapes_export(shapes: Any, out: Path, keeps: Sequence[float], run: dict[str, Any], **options: Any) -> Any:
-    pipeline, model, calls = shapes
-    sampling = SamplingRun(pipeline, ["a red circle", "two circles"], steps=6, **run)
-    return export(model, keeps, out, calls=calls, sampling=sampling, runs=1, known=KNOWN["shapes"], **options)
-
-
-def test_shapes_scores_the_same_at_every_ratio(shapes: Any, tmp_path: Path) -> None:
-    own = shapes[0].transformer
-    made = shapes_export(shapes, tmp_path, [1.0, share(shapes[1])], {"score": share_right}).ratios
-    assert shapes[0].transformer is own
-    for ratio in made:
-        assert ratio.gate.not_checked == [] and ratio.gate.calls.compared == 8
-        assert ratio.gate.calls.relative < 1e-5 and ratio.gate.sampling.relative < 1e-4
-        assert ratio.gate.sampling.transformer_calls == 12  # six steps, with and without the prompt
-        assert ratio.gate.sampling.score == ratio.gate.sampling.score_pytorch
-    assert made[0].gate.sampling.score > 0
-
-
-def test_sampling_fails_above_its_own_tolerance_and_by_its_score(shapes: Any, tmp_path: Path) -> None:
+def test_sampling_fails_above_its_own_tolerance_and_by_its_score(qwen: PluggableModel, tmp_path: Path) -> None:
+    run = families.run_of(families.qwen)
     with pytest.raises(PpclError, match="over a whole sampling run it differs from PyTorch") as caught:
-        shapes_export(shapes, tmp_path / "out", [1.0], {}, sampling_tolerance=0.0)
+        exported(qwen, tmp_path / "out", sampling=run, sampling_tolerance=0.0)
     line = str(caught.value)
     assert "the prompt '" in line and "allow more with --sampling-tolerance" in line and "\n" not in line
-    # A score that sees the last bit.
-    exact = {"score": lambda pictures, _: float(pictures.double().sum())}
-    with pytest.raises(PpclError, match="and they must score the same"):
-        shapes_export(shapes, tmp_path / "out", [1.0], exact)
+    exact = dataclasses.replace(run, score=lambda latents, _: float(latents.double().sum()))  # it sees the last bit
+    with pytest.raises(PpclError, match="keep-1.onnx: pictures drawn with it score .* must score the same"):
+        exported(qwen, tmp_path / "out", sampling=exact)
     assert not (tmp_path / "out").exists()
 
 

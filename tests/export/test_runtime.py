@@ -15,7 +15,7 @@ from diffusers import ModelMixin
 import ppcl_fx
 from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.export import export, lower
+from ppcl_fx.export import SamplingRun, export, lower
 from ppcl_fx.export.runtime import artefacts
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import choose
@@ -27,6 +27,7 @@ from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.shapes.captions import parse
 from ppcl_fx.shapes.checker import check
+from ppcl_fx.shapes.score import share_right
 from ppcl_fx.tracing import bind, trace
 
 RUNS = [(1, 3), (4, 6), (7, 9), (10, 14)]
@@ -43,7 +44,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PluggableModel,
     edits = [DepthEdit(stack="transformer_blocks", first=first, last=last) for first, last in RUNS]
     model = ppcl_fx.rewrite(trace(pipeline.transformer, calls.examples()), Plan(edits=[*edits])).eval()
     folder = tmp_path_factory.mktemp("engines")
-    export(model, KEEPS, folder, calls=calls, runs=1)
+    sampling = SamplingRun(pipeline, PROMPTS, steps=4, score=share_right)
+    export(model, KEEPS, folder, calls=calls, sampling=sampling, runs=1)
     return pipeline, model, folder
 
 
@@ -98,6 +100,20 @@ def test_a_stock_pipeline_draws_the_same_pictures_at_every_ratio(made: Any, open
         assert (engine.students, engine.param_count()) == (model.students, model.param_count())
     assert scores[0] > 0
     assert set(engine._sessions.opened) == set(KEEPS)
+
+
+def test_the_export_compared_whole_runs_and_their_scores(made: Any) -> None:
+    folder, scores = made[2], []
+    for keep, found in artefacts(folder).items():
+        gate = found.manifest.gate
+        assert gate is not None and gate.calls is not None and gate.sampling is not None and keep in KEEPS
+        assert gate.not_checked == [] and gate.sampling_tolerance == 1e-3
+        assert gate.calls.compared == 2 and 0 < gate.calls.relative < 1e-5  # one step, with and without the prompt
+        assert gate.sampling.compared == len(PROMPTS) and gate.sampling.transformer_calls == 8
+        assert 0 < gate.sampling.relative < 1e-4 and gate.sampling.cosine > 0.999999
+        assert gate.sampling.score == gate.sampling.score_pytorch
+        scores.append(gate.sampling.score)
+    assert len(scores) == len(KEEPS) and scores[0] is not None and scores[0] > 0
 
 
 def test_pytorch_runs_the_exported_weights_to_the_bit(made: Any) -> None:
