@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppcl_fx.export.artefacts import check_artefacts
     from ppcl_fx.export.complex_to_real import ComplexToReal
+    from ppcl_fx.export.deployed import compare_artefacts
     from ppcl_fx.export.drop_guards import DropGuards
     from ppcl_fx.export.exporting import ExportResult, export, export_graph
     from ppcl_fx.export.gate import Agreement, Gate, SamplingAgreement
@@ -41,6 +42,7 @@ _HOME = {
     "TuplesApart": "tuples_apart",
     "build_engine": "tensorrt",
     "check_artefacts": "artefacts",
+    "compare_artefacts": "deployed",
     "export": "exporting",
     "export_graph": "exporting",
     "load_engine": "tensorrt",
@@ -68,6 +70,7 @@ __all__ = [
     "TuplesApart",
     "build_engine",
     "check_artefacts",
+    "compare_artefacts",
     "export",
     "export_graph",
     "load_engine",

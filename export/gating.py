@@ -82,7 +82,7 @@ def gated(
     if calls is None or not options.calls:
         found.not_checked.append(NO_CALLS if calls is None else NONE_WANTED)
     else:
-        found.calls = _on_calls(prepared, pytorch, exported, _chosen(calls, options.calls), found.not_checked)
+        found.calls = _on_calls(prepared, pytorch, exported, chosen(calls, options.calls), found.not_checked)
         if found.calls is not None and not found.calls.within(tolerance):
             raise PpclError(f"{final}: {_distance(found.calls, tolerance)}; {KEPT}; {_advice('--tolerance')}")
     if options.sampling is None:
@@ -96,7 +96,13 @@ def gated(
     return found
 
 
-def _chosen(calls: Calls, count: int) -> list[Call]:
+def chosen(calls: Calls, count: int) -> list[Call]:
+    """Return recorded calls to compare, from the earliest timestep to the latest; only these are read.
+
+    Args:
+        calls: all of them.
+        count: how many, at most.
+    """
     return [calls[index] for index in spread([head.timestep for head in calls.heads()], count)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -116,7 +117,9 @@ def open_sampling(
         texts = shipped_prompts(source, SEED, f"--pipeline {name}: no prompts to draw; give recorded calls: --calls")
     pipeline = open_pipeline("--pipeline", source, student, model, terminal)
     pipeline.transformer = None  # the run puts others there, and its weights are in memory once more
-    score = None
-    if source.name == SHAPES:
-        from ppcl_fx.shapes.score import share_right as score
-    return SamplingRun(pipeline, texts[: samples or SAMPLES], SEED, steps, score=score)
+    run = SamplingRun(pipeline, texts[: samples or SAMPLES], SEED, steps)
+    if source.name != SHAPES:
+        return run
+    from ppcl_fx.shapes.score import share_right
+
+    return replace(run, score=share_right)

@@ -14,8 +14,9 @@ from diffusers import ModelMixin
 
 import ppcl_fx
 from ppcl_fx import EngineTransformer
+from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.export import SamplingRun, export, lower
+from ppcl_fx.export import SamplingRun, compare_artefacts, export, lower
 from ppcl_fx.export.runtime import artefacts
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import choose
@@ -122,6 +123,21 @@ def test_pytorch_runs_the_exported_weights_to_the_bit(made: Any) -> None:
     for keep in KEEPS[2:]:
         kwargs = a_call(batch=2, height=6, width=10, words=14)
         assert torch.equal(answer(engine.plug(keep=keep), kwargs), answer(model.plug(keep=keep), kwargs))
+
+
+def test_the_folder_as_it_is_deployed_is_compared(made: Any) -> None:
+    _, model, folder = made
+    calls = Calls([Call(a_call(batch=batch), ("a",) * batch, 1 / batch, batch, batch) for batch in (1, 2)])
+    model.plug(students=model.edits[:1])
+    found = compare_artefacts(folder, model, calls, backend="torch", device="cpu", tolerance=0.0)
+    assert list(found) == KEEPS and model.students == tuple(model.edits[:1])
+    assert {(one.compared, one.relative, one.cosine) for one in found.values()} == {(2, 0.0, 1.0)}
+    near = compare_artefacts(folder, model, calls, backend="onnxruntime", device="cpu", check_calls=1)
+    assert all(one.compared == 1 and 0 < one.relative < 1e-5 for one in near.values())
+    with pytest.raises(PpclError, match=r"the ratio 1 in onnxruntime differs from PyTorch by .* at recorded call 1"):
+        compare_artefacts(folder, model, calls, backend="onnxruntime", device="cpu", check_calls=1, tolerance=0.0)
+    with pytest.raises(PpclError, match="no recorded calls to compare"):
+        compare_artefacts(folder, model, Calls([]))
 
 
 @pytest.mark.parametrize(
