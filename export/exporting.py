@@ -129,7 +129,7 @@ def export(
     model = opened.model
     before = model.students
     steps = _Steps(progress, STEPS * len(keeps))
-    new = not folder.exists()
+    new, gate = not folder.exists(), GateOptions(check_calls, sampling, sampling_tolerance)
     try:
         mixtures = []  # all can be reached, or none is begun
         for keep, path in zip(keeps, paths, strict=True):
@@ -145,7 +145,7 @@ def export(
             tolerance=tolerance,
             runs=runs,
             known=known,
-            gate=GateOptions(check_calls, sampling, sampling_tolerance),
+            gate=gate,
             step=steps.done,
             note=note,
             written=lambda _: write_head(model, folder),  # at once: later ratios may fail, and this one stays
@@ -156,7 +156,7 @@ def export(
             from ppcl_fx.export.engines import build_engines
             from ppcl_fx.export.tensorrt.manifest import NOT_COMPARED
 
-            results = build_engines(given, results, calls, profile, memory_limit, tolerance)
+            results = build_engines(given, results, calls, profile, memory_limit, tolerance, gate)
             note(NOT_COMPARED)
     finally:
         model.plug(students=before)

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.answers import Answers
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.gate import Gate
 from ppcl_fx.export.gating import GateOptions, gated
@@ -166,18 +167,22 @@ class Work:
         """Compare to PyTorch and time; or say why not. Returns the fields of the manifest about it."""
         if mixture.unchecked is not None:
             self.step()
-            return _found({}, None) | {"unchecked": mixture.unchecked}
+            return _found({}, None) | {"unchecked": mixture.unchecked, "gate": Gate(not_checked=[mixture.unchecked])}
         if main_dtype(prepared.gm) in HALF:
-            parity = compare_in_float32(prepared, path)
-            _check(parity, self.tolerance, mixture.path)
-            self.step()
+            parity, answers = compare_in_float32(prepared, path)
+            gate = self._gated(parity, answers, mixture)
             half = HalfPrecision(rounding=rounding(prepared), largest_value=mixture.largest)
-            return _found(parity, None) | {"half": half}
+            return _found(parity, None) | {"half": half, "gate": gate}
         parity, running = compare(prepared, path)
+        gate = self._gated(parity, Answers.of(prepared, running), mixture)
+        milliseconds = latency(running, prepared.lowered.feeds(prepared.calls["traced"]), self.runs)
+        return _found(parity, milliseconds) | {"gate": gate}
+
+    def _gated(self, parity: dict[str, float], answers: Answers, mixture: Mixture) -> Gate:
         _check(parity, self.tolerance, mixture.path)
-        gate = gated(prepared, running, mixture.calls, mixture.path, self.tolerance, self.gate)
+        found = gated(answers, mixture.calls, mixture.path, self.tolerance, self.gate)
         self.step()
-        return _found(parity, latency(running, prepared.lowered.feeds(prepared.calls["traced"]), self.runs))
+        return found
 
     def _files(self, made: Any, data: Path | None) -> list[WeightFile]:
         from ppcl_fx.export.initials import weight_files

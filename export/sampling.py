@@ -9,18 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.answers import Answer, Answers
 from ppcl_fx.export.gate import SamplingAgreement, agreement, worst
-from ppcl_fx.export.inputs import main_dtype
-from ppcl_fx.export.onnx_file import floats_as
 from ppcl_fx.recording import quiet, run_arguments
-from ppcl_fx.tracing import bind
 from ppcl_fx.uncached import Uncached
-
-Answer = Callable[[dict[str, Any]], torch.Tensor]
-"""Gives the transformer's output for a call, whose arguments have the names of the graph's inputs."""
 
 
 @dataclass(frozen=True)
@@ -49,18 +43,17 @@ class InPipeline(Uncached, nn.Module):
     """Stands in the place of a pipeline's transformer and counts its calls.
 
     Args:
-        gm: the traced graph of the model; calls are bound to its inputs.
-        answer: answers them.
+        answers: what there is to ask.
+        answer: the one of the two that is asked.
     """
 
-    def __init__(self, gm: GraphModule, answer: Answer) -> None:
+    def __init__(self, answers: Answers, answer: Answer) -> None:
         from diffusers.configuration_utils import FrozenDict
 
         super().__init__()
-        self.__dict__["_gm"] = gm  # not a submodule: the weights are not this module's
-        self._answer = answer
-        self.config = FrozenDict(gm.meta["ppcl"].get("config", {}))
-        self.dtype = main_dtype(gm)
+        self._answers, self._answer = answers, answer
+        self.config = FrozenDict(answers.gm.meta["ppcl"].get("config", {}))
+        self.dtype = answers.dtype
         self.device = torch.device("cpu")
         self.calls = 0
 
@@ -70,10 +63,9 @@ class InPipeline(Uncached, nn.Module):
         Raises:
             GuardError: the model was traced for another kind of call.
         """
-        gm: GraphModule = self.__dict__["_gm"]
-        named = dict(zip(gm.meta["ppcl"]["signature"], args, strict=False)) | kwargs
+        named = dict(zip(self._answers.gm.meta["ppcl"]["signature"], args, strict=False)) | kwargs
         self.calls += 1
-        result = self._answer(floats_as(bind(gm, named), self.dtype))
+        result = self._answer(self._answers.call(named))
         if not return_dict:
             return (result,)
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -81,21 +73,19 @@ class InPipeline(Uncached, nn.Module):
         return Transformer2DModelOutput(sample=result)
 
 
-def compare_runs(run: SamplingRun, gm: GraphModule, pytorch: Answer, exported: Answer) -> SamplingAgreement:
+def compare_runs(run: SamplingRun, answers: Answers) -> SamplingAgreement:
     """Draw the same prompts from the same noise with PyTorch and with an exported file, and compare what comes out.
 
     Latents are compared where the pipeline has a VAE, which is then not run; else its pictures.
 
     Args:
         run: what to draw.
-        gm: the graph that both answer for.
-        pytorch: the answers of the graph itself.
-        exported: the answers of the file.
+        answers: PyTorch and the file.
 
     Raises:
         PpclError: the pipeline refuses its arguments, never calls its transformer, or gives no tensor.
     """
-    results = [_draw(run, InPipeline(gm, answer)) for answer in (pytorch, exported)]
+    results = [_draw(run, InPipeline(answers, answer)) for answer in (answers.pytorch, answers.exported)]
     (expected, calls), (found, _) = results
     if len(found) != len(expected):
         raise PpclError(f"{_name(run)} gave {len(found)} pictures with the file and {len(expected)} with PyTorch")

@@ -134,6 +134,7 @@ def export(
 
     from ppcl_fx.export import export as run
     from ppcl_fx.export.exporting import DTYPES as types
+    from ppcl_fx.export.gating import GateOptions
     from ppcl_fx.export.opened import MEMORY, stays_on_disk
 
     check_output(out, overwrite=True)  # other ratios may be there: what is refused is a graph of the same name
@@ -142,7 +143,7 @@ def export(
     if recorded is not None:
         recorded.check(student, name)
     sampling = None
-    if pipeline is not None and not stays_on_disk(model, limit or MEMORY):
+    if pipeline is not None and not stays_on_disk(model, limit or MEMORY, types[dtype]):
         sampling = against.open_sampling(pipeline, samples, sample_steps, student, name, recorded, terminal)
     notes: list[str] = []
     with terminal.step(f"exporting {len(keeps)} ratios") as progress:
@@ -166,7 +167,8 @@ def export(
     if request is None:
         return _result(exported, notes)
     used = recorded.calls if recorded is not None else None
-    checks = {"memory_limit": limit or MEMORY, "tolerance": tolerance}
+    gate = GateOptions(check_calls, sampling, sampling_tolerance)
+    checks = {"memory_limit": limit or MEMORY, "tolerance": tolerance, "gate": gate}
     return _engines(model, exported, used, request, checks, format, onnx_only, notes, terminal)
 
 
@@ -268,4 +270,9 @@ def _result(exported: ExportResult, notes: list[str]) -> Result:
             f"{ratio.keep:<5g} {ratio.params:>14,} {ms:>8}   {largest:>10}  {relative:>8}  {cosine:>8}  {sampled:>8}  "
             f"{ratio.engine or ratio.onnx}"
         )
-    return Result(exported.to_json() | {"notes": notes}, [*lines, *notes])
+    scores = [
+        f"{ratio.keep:g}: its pictures score {run.score:g}, and PyTorch's {run.score_pytorch:g}"
+        for ratio in exported.ratios
+        if ratio.gate and (run := ratio.gate.sampling) and run.score is not None
+    ]
+    return Result(exported.to_json() | {"notes": notes}, [*lines, *scores, *notes])
