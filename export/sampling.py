@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def compare_runs(run: SamplingRun, answers: Answers) -> SamplingAgreement:
     if len(found) != len(expected):
         raise PpclError(f"{_name(run)} gave {len(found)} pictures with the file and {len(expected)} with PyTorch")
     times = len(expected) // len(run.prompts)  # several for a prompt, where the arguments say so
-    names = [f"the prompt {text!r}" for text in run.prompts for _ in range(times)]
+    names = [f"the prompt {shorten(text, 60)!r}" for text in run.prompts for _ in range(times)]
     if len(names) != len(expected):
         names = [f"picture {number}" for number in range(len(expected))]
     over_all = worst([agreement(*one) for one in zip(found, expected, names, strict=True)])
