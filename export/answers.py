@@ -53,8 +53,10 @@ class Answers:
             return result
 
         def exported(call: dict[str, Any]) -> torch.Tensor:
-            feeds = prepared.lowered.feeds(call)
-            return run(running, feeds if reference is None else floats_as(feeds, dtype))
+            if reference is None:
+                return run(running, prepared.lowered.feeds(call))
+            made = prepared.lowered.feeds(floats_as(call, main_dtype(prepared.gm)))  # position tables in its own type
+            return run(running, floats_as(made | {name: call[name] for name in made if name in call}, dtype))
 
         return cls(prepared.gm, dtype, pytorch, exported)
 
