@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppcl_fx.export.artefacts import check_artefacts
     from ppcl_fx.export.complex_to_real import ComplexToReal
+    from ppcl_fx.export.deployed import compare_artefacts
     from ppcl_fx.export.drop_guards import DropGuards
     from ppcl_fx.export.exporting import ExportResult, export, export_graph
+    from ppcl_fx.export.gate import Agreement, Gate, SamplingAgreement
     from ppcl_fx.export.lowering import Lowered, lower
     from ppcl_fx.export.one_graph import Exported
     from ppcl_fx.export.positions import PositionsAsInputs
     from ppcl_fx.export.runtime import EngineTransformer
+    from ppcl_fx.export.sampling import SamplingRun
     from ppcl_fx.export.sidecar import Sidecar
     from ppcl_fx.export.stitching import Translations
     from ppcl_fx.export.tensorrt import BuildOptions, EngineCard, Profile, build_engine, load_engine, refit
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from ppcl_fx.export.tuples_apart import TuplesApart
 
 _HOME = {
+    "Agreement": "gate",
     "BuildOptions": "tensorrt",
     "ComplexToReal": "complex_to_real",
     "DropGuards": "drop_guards",
@@ -28,14 +32,18 @@ _HOME = {
     "EngineTransformer": "runtime",
     "ExportResult": "exporting",
     "Exported": "one_graph",
+    "Gate": "gate",
     "Lowered": "lowering",
     "PositionsAsInputs": "positions",
     "Profile": "tensorrt",
+    "SamplingAgreement": "gate",
+    "SamplingRun": "sampling",
     "Sidecar": "sidecar",
     "Translations": "stitching",
     "TuplesApart": "tuples_apart",
     "build_engine": "tensorrt",
     "check_artefacts": "artefacts",
+    "compare_artefacts": "deployed",
     "export": "exporting",
     "export_finetuned": "tuned",
     "export_graph": "exporting",
@@ -45,6 +53,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Agreement",
     "BuildOptions",
     "ComplexToReal",
     "DropGuards",
@@ -52,14 +61,18 @@ __all__ = [
     "EngineTransformer",
     "ExportResult",
     "Exported",
+    "Gate",
     "Lowered",
     "PositionsAsInputs",
     "Profile",
+    "SamplingAgreement",
+    "SamplingRun",
     "Sidecar",
     "Translations",
     "TuplesApart",
     "build_engine",
     "check_artefacts",
+    "compare_artefacts",
     "export",
     "export_finetuned",
     "export_graph",

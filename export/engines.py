@@ -12,6 +12,7 @@ import torch
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.claim import claimed
 from ppcl_fx.export.exporting import write_graphs
+from ppcl_fx.export.gating import GateOptions
 from ppcl_fx.export.inputs import in_type
 from ppcl_fx.export.names import TIMINGS, manifest_path, typed_graph_path
 from ppcl_fx.export.one_graph import Exported, Mixture
@@ -37,6 +38,7 @@ def write_typed(
     request: BuildRequest | None = None,
     memory_limit: int = MEMORY,
     tolerance: float = 1e-4,
+    gate: GateOptions | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, int]:
     """Export each ratio that is in float32 once more in bfloat16, for TensorRT, over one converted copy of the weights.
@@ -50,6 +52,7 @@ def write_typed(
         request: what is to be built: sizes that the model does not take are refused here, where the model is.
         memory_limit: as for `ppcl_fx.export.export`.
         tolerance: as for `ppcl_fx.export.export`.
+        gate: what is compared beyond the shapes.
         note: told in one line what was converted.
 
     Returns:
@@ -79,6 +82,7 @@ def write_typed(
                 dtype=torch.bfloat16,
                 tolerance=tolerance,
                 axes=prepared.axes,
+                gate=gate,
                 note=note,
             )
     return sizes
@@ -103,6 +107,7 @@ def build_engines(
     profile: Profile | None,
     memory_limit: int = MEMORY,
     tolerance: float = 1e-4,
+    gate: GateOptions | None = None,
 ) -> list[Exported]:
     """Build an engine beside each exported ONNX file.
 
@@ -113,13 +118,14 @@ def build_engines(
         profile: ranges of the open sizes; by default around the example.
         memory_limit: as for `ppcl_fx.export.export`.
         tolerance: as for `ppcl_fx.export.export`.
+        gate: what is compared beyond the shapes.
 
     Raises:
         PpclError: there is no TensorRT or no GPU (the ONNX files stay), or the model does not build.
     """
     folder = exported[0].onnx.parent if exported else Path()
     api, gpu = load_tensorrt(f"the ONNX files stay in {folder}")
-    sizes = write_typed(model, exported, calls, memory_limit=memory_limit, tolerance=tolerance)
+    sizes = write_typed(model, exported, calls, memory_limit=memory_limit, tolerance=tolerance, gate=gate)
     places = {place.name: place for place in find_graphs(folder)}
     results = []
     for ratio in exported:

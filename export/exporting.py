@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.claim import claimed
 from ppcl_fx.export.extras import check_export
+from ppcl_fx.export.gating import CALLS, SAMPLING_TOLERANCE, GateOptions
 from ppcl_fx.export.graph_run import alike_once
 from ppcl_fx.export.names import graph_path, manifest_path, ratio_name, typed_graph_path
 from ppcl_fx.export.one_graph import Exported, Mixture, Work
@@ -27,6 +29,7 @@ from ppcl_fx.export.weight_store import Store, stored
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.export.axes import Axis
+    from ppcl_fx.export.sampling import SamplingRun
     from ppcl_fx.export.stitching import Translations
     from ppcl_fx.export.tensorrt import Profile
     from ppcl_fx.model import PluggableModel
@@ -70,6 +73,9 @@ def export(
     embed: bool = False,
     memory_limit: int = MEMORY,
     tolerance: float = 1e-4,
+    check_calls: int = CALLS,
+    sampling: SamplingRun | None = None,
+    sampling_tolerance: float = SAMPLING_TOLERANCE,
     runs: int = 10,
     overwrite: bool = False,
     profile: Profile | None = None,
@@ -83,8 +89,9 @@ def export(
     runtime. The weights stay where they are if `out` is the student's folder or one above it; else they are
     copied to ``weights/``, once for all ratios. Batch, image and text lengths stay open; position tables are
     inputs. Every file has passed `onnx.checker`, and onnxruntime gave on it what PyTorch gives, at the traced
-    shape, with each open size changed alone, and with all of them changed. A file that fails is not kept. What
-    could not be checked is in the manifest and is told to `note`.
+    shape, with each open size changed alone, with all of them changed, on recorded calls and over a whole sampling
+    run. A file that fails is not kept, and those of earlier ratios stay. What was not checked is in the manifest and
+    is told to `note`.
 
     Args:
         model: the model, in memory (its mixture is put back afterwards), or a student folder with its weights on disk.
@@ -92,13 +99,17 @@ def export(
         keeps: shares of the teacher's parameters, each in (0, 1].
         out: the folder for the results.
         format: ``onnx``, or ``tensorrt`` for an engine beside each ONNX file.
-        calls: recorded calls; the first gives the example. Without them the inputs are random, of the shape the
-            model was traced with.
+        calls: recorded calls; the first gives the example, and some are compared. Without them the inputs are random,
+            of the shape the model was traced with.
         dtype: of weights and floating-point inputs; as they are used when None. Another one than they are stored in
             costs a converted copy, one for all ratios.
         embed: write ordinary files that hold their weights.
         memory_limit: bytes that loading a student folder and checking its graphs may take.
-        tolerance: largest difference to PyTorch that is allowed, absolute.
+        tolerance: what is allowed: the largest difference to PyTorch on the shapes, absolute; on a recorded call the
+            relative error, norm over norm.
+        check_calls: recorded calls to compare, at most, from the earliest timestep to the latest.
+        sampling: a sampling run to compare, with PyTorch and with the file in a pipeline.
+        sampling_tolerance: relative error that is allowed for each picture (latent) of that run.
         runs: runs timed for the latency.
         overwrite: replace the files of these ratios where they exist.
         profile: for TensorRT, the range of each open size; by default one around the example.
@@ -108,7 +119,7 @@ def export(
 
     Raises:
         PpclError: a ratio cannot be reached, a library is missing, the model cannot be exported, there is no room, or a
-            file differs from PyTorch by more than `tolerance`. For ``tensorrt`` without TensorRT or without a GPU it
+            file differs from PyTorch by more than is allowed. For ``tensorrt`` without TensorRT or without a GPU it
             is raised last, and the ONNX files stay.
     """
     if format not in FORMATS:
@@ -120,6 +131,7 @@ def export(
     given, opened = model, Opened.of(model, memory_limit, dtype)
     model = opened.model
     before = model.students
+    gate = GateOptions(check_calls, sampling, sampling_tolerance)
     try:
         mixtures = []  # all can be reached, or none is begun
         for keep, path in zip(keeps, paths, strict=True):
@@ -134,13 +146,16 @@ def export(
             tolerance=tolerance,
             runs=runs,
             known=known,
+            gate=gate,
             progress=progress,
             note=note,
         )
         if format == "tensorrt":
             from ppcl_fx.export.engines import build_engines
+            from ppcl_fx.export.tensorrt.manifest import NOT_COMPARED
 
-            results = build_engines(given, results, calls, profile, memory_limit, tolerance)
+            results = build_engines(given, results, calls, profile, memory_limit, tolerance, gate)
+            note(NOT_COMPARED)
     finally:
         model.plug(students=before)
     return ExportResult(folder, tuple(results))
@@ -174,12 +189,13 @@ def write_folder(
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with claimed(folder, [mixture.path for mixture in mixtures]):
-            results = write_graphs(opened, mixtures, folder, step=steps.done, note=note, **how)
-            write_head(opened.model, folder)
+            # The head with the first of them: later ratios may fail, and this one stays.
+            head = functools.partial(write_head, opened.model, folder)
+            results = write_graphs(opened, mixtures, folder, step=steps.done, note=note, written=head, **how)
     finally:
         if new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
-    for line in dict.fromkeys(ratio.unchecked for ratio in results if ratio.unchecked):
+    for line in dict.fromkeys(line for ratio in results if ratio.gate for line in ratio.gate.not_checked):
         note(line)
     return results
 
@@ -194,6 +210,9 @@ def export_graph(
     plan: Plan | None = None,
     dtype: torch.dtype | None = None,
     tolerance: float = 1e-4,
+    check_calls: int = CALLS,
+    sampling: SamplingRun | None = None,
+    sampling_tolerance: float = SAMPLING_TOLERANCE,
     runs: int = 10,
     overwrite: bool = False,
     known: Translations | None = None,
@@ -210,6 +229,9 @@ def export_graph(
         plan: the plan they come from, for the manifest.
         dtype: as for `export`.
         tolerance: as for `export`.
+        check_calls: as for `export`.
+        sampling: as for `export`.
+        sampling_tolerance: as for `export`.
         runs: as for `export`.
         overwrite: replace the file if it exists.
         known: translations of other graphs of the same model, used again where blocks look alike.
@@ -224,7 +246,9 @@ def export_graph(
     path = Path(path)
     check_free([path], overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    work = Work(WeightSource.memory(gm), None, dtype, tolerance, runs, known or Translations(), plan, step)
+    gate = GateOptions(check_calls, sampling, sampling_tolerance)
+    known = known or Translations()
+    work = Work(WeightSource.memory(gm), None, dtype, tolerance, runs, known, plan, step, gate=gate)
     mixture = Mixture(gm, keep, tuple(students), path, calls, None).in_range(dtype)
     with claimed(path.parent, [path]):
         return work.export(mixture)
@@ -241,8 +265,10 @@ def write_graphs(
     runs: int = 10,
     known: Translations | None = None,
     axes: Sequence[Axis] | None = None,
+    gate: GateOptions | None = None,
     step: Callable[[], None] = lambda: None,
     note: Callable[[str], None] = lambda line: None,
+    written: Callable[[], object] = lambda: None,
 ) -> list[Exported]:
     """Write a graph for each mixture of a model, in place of what is there, over one copy of the weights.
 
@@ -256,8 +282,10 @@ def write_graphs(
         runs: as for `export`.
         known: as for `export`.
         axes: sizes that may change, where they are known already.
+        gate: what is compared beyond the shapes.
         step: called after each of the `STEPS` steps of a mixture.
         note: as for `export`.
+        written: called after each mixture that is there.
 
     Raises:
         PpclError: as for `export`.
@@ -274,8 +302,12 @@ def write_graphs(
         sharing = stored(opened.weights, needed, folder, dtype, replaced, note)
     with sharing as store, alike_once():
         known = known or Translations()
-        work = Work(opened.weights, store, dtype, tolerance, runs, known, opened.model.plan, step, axes)
-        results = [work.export(mixture) for mixture in mixtures]
+        gate = gate or GateOptions()
+        work = Work(opened.weights, store, dtype, tolerance, runs, known, opened.model.plan, step, axes, gate)
+        results = []
+        for mixture in mixtures:
+            results.append(work.export(mixture))
+            written()
     drop_unused(folder, former)
     return results
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.answers import Answers
 from ppcl_fx.export.clamp_half import END
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.graph_run import run_graph
@@ -147,7 +148,7 @@ def largest_value(
 # ---- the check of a file that no runtime here runs ---------------------------------------------------------------
 
 
-def compare_in_float32(prepared: Prepared, path: Path) -> dict[str, float]:
+def compare_in_float32(prepared: Prepared, path: Path) -> tuple[dict[str, float], Answers]:
     """Check a file of half precision: widen every type of it to float32, and compare that to PyTorch in float32.
 
     The weights are those of the file, rounded as they are. So the comparison shows to float32's accuracy that the file
@@ -159,7 +160,7 @@ def compare_in_float32(prepared: Prepared, path: Path) -> dict[str, float]:
         path: its file; the widened one lies beside it meanwhile.
 
     Returns:
-        The largest difference for each shape by name.
+        The largest difference for each shape by name; and the widened graph and file, to ask them more.
     """
     ir = need("onnx_ir")
     wide, found = _in_float32(prepared.gm), {}
@@ -173,7 +174,7 @@ def compare_in_float32(prepared: Prepared, path: Path) -> dict[str, float]:
         expected = run_graph(wide, floats_as(kwargs, torch.float32))[0]
         feeds = floats_as(prepared.lowered.feeds(kwargs), torch.float32)
         found[name] = difference(run(running, feeds), expected)
-    return found
+    return found, Answers.of(prepared, running, wide)
 
 
 def widen(model: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,10 @@ from torch.fx import GraphModule
 
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.answers import Answers
 from ppcl_fx.export.extras import need
+from ppcl_fx.export.gate import Gate
+from ppcl_fx.export.gating import GateOptions, gated
 from ppcl_fx.export.half import HALF, compare_in_float32, largest_value, rounding
 from ppcl_fx.export.inputs import in_type, main_dtype
 from ppcl_fx.export.onnx_file import Prepared, compare, parameters_in, ports, prepare, save, translated
@@ -49,6 +52,7 @@ class Exported:
         seconds: what the export took.
         unchecked: what was not checked, and why.
         engine: the TensorRT engine, where one was built.
+        gate: agreement with PyTorch on recorded calls and in sampling runs.
     """
 
     keep: float
@@ -62,11 +66,13 @@ class Exported:
     seconds: float
     unchecked: str | None = None
     engine: Path | None = None
+    gate: Gate | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON knows them."""
         plain = asdict(self)
-        return plain | {"onnx": str(self.onnx), "engine": str(self.engine) if self.engine else None}
+        gate = None if self.gate is None else self.gate.model_dump(mode="json")
+        return plain | {"onnx": str(self.onnx), "engine": str(self.engine) if self.engine else None, "gate": gate}
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,7 @@ class Work:
     plan: Plan | None
     step: Callable[[], None]
     axes: Sequence[Axis] | None = None
+    gate: GateOptions = field(default_factory=GateOptions)
 
     def export(self, mixture: Mixture) -> Exported:
         """Export one graph."""
@@ -144,6 +151,7 @@ class Work:
             latency_ms=card.latency_ms,
             seconds=time.perf_counter() - started,
             unchecked=card.unchecked,
+            gate=card.gate,
         )
 
     def _initial(self, gm: GraphModule) -> Initial | None:
@@ -157,17 +165,22 @@ class Work:
         """Compare to PyTorch and time; or say why not. Returns the fields of the manifest about it."""
         if mixture.unchecked is not None:
             self.step()
-            return _found({}, None) | {"unchecked": mixture.unchecked}
+            return _found({}, None) | {"unchecked": mixture.unchecked, "gate": Gate(not_checked=[mixture.unchecked])}
         if main_dtype(prepared.gm) in HALF:
-            parity = compare_in_float32(prepared, path)
-            _check(parity, self.tolerance, mixture.path)
-            self.step()
+            parity, answers = compare_in_float32(prepared, path)
+            gate = self._gated(parity, answers, mixture)
             half = HalfPrecision(rounding=rounding(prepared), largest_value=mixture.largest)
-            return _found(parity, None) | {"half": half}
+            return _found(parity, None) | {"half": half, "gate": gate}
         parity, running = compare(prepared, path)
+        gate = self._gated(parity, Answers.of(prepared, running), mixture)
+        milliseconds = latency(running, prepared.lowered.feeds(prepared.calls["traced"]), self.runs)
+        return _found(parity, milliseconds) | {"gate": gate}
+
+    def _gated(self, parity: dict[str, float], answers: Answers, mixture: Mixture) -> Gate:
         _check(parity, self.tolerance, mixture.path)
+        found = gated(answers, mixture.calls, mixture.path, self.tolerance, self.gate)
         self.step()
-        return _found(parity, latency(running, prepared.lowered.feeds(prepared.calls["traced"]), self.runs))
+        return found
 
     def _files(self, made: Any, data: Path | None) -> list[WeightFile]:
         from ppcl_fx.export.initials import weight_files

@@ -20,6 +20,19 @@ COPIES = 3
 compared in float32, so all three are."""
 
 
+def stays_on_disk(model: PluggableModel | WeightFolder, limit: int, dtype: torch.dtype | None) -> bool:
+    """Tell whether a model is too large to be loaded for the checks, so that nothing will be compared.
+
+    Args:
+        model: in memory, or a student folder.
+        limit: bytes that the checks may take.
+        dtype: the type that it is to be exported in; None for its own.
+    """
+    if isinstance(model, PluggableModel):
+        return False
+    return unread(WeightSource.files(model, model.model.graph), dtype, limit) is not None
+
+
 @dataclass(frozen=True)
 class Opened:
     """A model and its weights.

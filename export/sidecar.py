@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from ppcl_fx.export.gate import Gate
 from ppcl_fx.plan import Plan
 
 
@@ -71,10 +72,11 @@ class Sidecar(_Strict):
         latency_ms: median time of a run in onnxruntime, on the CPU, at the traced shape; None where unchecked or in
             half precision, for which onnxruntime has few kernels there.
         half: what is known of the rounding; None where the file is in float32 or unchecked.
+        gate: what was compared beyond the shapes, and what was not; None in a manifest of version 2, which had none.
         made: versions and passes.
     """
 
-    version: Literal[2] = 2
+    version: Literal[2, 3] = 3
     kind: Literal["onnx"] = "onnx"
     file: str
     sha256: str
@@ -97,4 +99,5 @@ class Sidecar(_Strict):
     tolerance: float
     latency_ms: float | None
     half: HalfPrecision | None = None
+    gate: Gate | None = None
     made: dict[str, JsonValue]

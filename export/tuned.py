@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from ppcl_fx.export.byte_ranges import byte_ranges
 from ppcl_fx.export.exporting import ExportResult, Progress, write_folder
 from ppcl_fx.export.extras import check_export
+from ppcl_fx.export.gating import CALLS, SAMPLING_TOLERANCE, GateOptions
 from ppcl_fx.export.names import graph_path, ratio_name
 from ppcl_fx.export.one_graph import Mixture
 from ppcl_fx.export.opened import MEMORY, Opened, unread
@@ -22,6 +23,7 @@ from ppcl_fx.shards import Shards
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
+    from ppcl_fx.export.sampling import SamplingRun
     from ppcl_fx.export.stitching import Translations
     from ppcl_fx.model import PluggableModel
 
@@ -60,6 +62,9 @@ def export_finetuned(
     embed: bool = False,
     memory_limit: int = MEMORY,
     tolerance: float = 1e-4,
+    check_calls: int = CALLS,
+    sampling: SamplingRun | None = None,
+    sampling_tolerance: float = SAMPLING_TOLERANCE,
     runs: int = 10,
     overwrite: bool = False,
     known: Translations | None = None,
@@ -79,6 +84,9 @@ def export_finetuned(
         embed: as for `export`.
         memory_limit: as for `export`.
         tolerance: as for `export`.
+        check_calls: as for `export`.
+        sampling: as for `export`.
+        sampling_tolerance: as for `export`.
         runs: as for `export`.
         overwrite: as for `export`.
         known: as for `export`.
@@ -103,6 +111,7 @@ def export_finetuned(
         tolerance=tolerance,
         runs=runs,
         known=known,
+        gate=GateOptions(check_calls, sampling, sampling_tolerance),
         progress=progress,
         note=note,
     )

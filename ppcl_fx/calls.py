@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr
 from safetensors import safe_open
 
+from ppcl_fx.call_values import AGAIN, check_finite, map_tensors
 from ppcl_fx.collating import collate
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, new_folder, read_json, tensor_shapes, write_json, write_safetensors
@@ -24,7 +24,6 @@ __all__ = ["Call", "Calls", "check_finite", "collate", "map_tensors"]
 INDEX = "index.json"
 SHARD_BYTES = 256 * 2**20
 """A shard is closed once it holds this many bytes."""
-AGAIN = "record the calls again"
 OUTPUT = "(output)"  # stands for the output among a call's arguments; none can be called so
 
 
@@ -155,6 +154,11 @@ class Calls(Sequence[Call]):
             raise PpclError("there are no calls to take an example from; record at least one prompt")
         return self._calls[0].kwargs
 
+    def heads(self) -> list[Call]:
+        """Return the calls without arguments and outputs; of saved calls nothing is read."""
+        kept = self._calls.entries if isinstance(self._calls, _StoredCalls) else self._calls
+        return [Call({}, tuple(one.prompts), one.timestep, one.index, one.batch, one.branch) for one in kept]
+
     def save(self, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
         """Write the calls to a new folder: shards of about `shard_bytes` and ``index.json``.
 
@@ -194,39 +198,6 @@ class Calls(Sequence[Call]):
         calls = cls(stored, index.model)
         calls._fingerprint = index.fingerprint
         return calls
-
-
-def map_tensors(value: Any, change: Callable[[str, torch.Tensor], Any], path: str = "") -> Any:
-    """Return `value` with every tensor in its lists, tuples and dicts replaced by ``change(path, tensor)``.
-
-    Raises:
-        PpclError: `value` holds something that is neither a tensor nor known to JSON.
-    """
-    if isinstance(value, torch.Tensor):
-        return change(path, value)
-    if isinstance(value, list | tuple):
-        items = [map_tensors(item, change, f"{path}.{i}") for i, item in enumerate(value)]
-        return tuple(items) if isinstance(value, tuple) else items
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {k: map_tensors(item, change, f"{path}.{k}" if path else k) for k, item in value.items()}
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            raise PpclError(f"argument {path!r} is {value}; calls must be finite")
-        return value
-    what = "a dict whose keys are not all strings" if isinstance(value, dict) else f"a {type(value).__name__}"
-    raise PpclError(
-        f"argument {path!r} is {what}; calls hold tensors, numbers, strings, lists, tuples and dicts"
-    )
-
-
-def check_finite(tensor: torch.Tensor, where: str) -> None:
-    """Raise a PpclError that begins with `where` when a floating-point tensor holds NaN or infinity."""
-    # 8-bit floats have no isfinite of their own.
-    plain = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-    if not bool(torch.isfinite(plain).all()):
-        raise PpclError(f"{where} holds NaN or infinity; {AGAIN} (a float16 model may need bfloat16)")
 
 
 def _spec(value: Any) -> Value:

@@ -91,10 +91,7 @@ def first_call(pipeline: Any, prompt: str, *, seed: int = 42, **pipeline_kwargs:
     Raises:
         PpclError: as `record`.
     """
-    arguments = _arguments(pipeline, [prompt], None, pipeline_kwargs)
-    _check(pipeline, [prompt], 1, arguments)
-    if "generator" in inspect.signature(pipeline.__call__).parameters and "generator" not in arguments:
-        arguments["generator"] = _generators(seed, range(1), arguments.get("num_images_per_prompt") or 1)
+    arguments = run_arguments(pipeline, [prompt], seed=seed, **pipeline_kwargs)
     recorder = _Recorder(pipeline, 1, None, outputs=False, limit=1)
     recorder.begin((prompt,))
     with torch.no_grad(), quiet(pipeline), recorder.hooked(), suppress(_Enough):
@@ -102,6 +99,30 @@ def first_call(pipeline: Any, prompt: str, *, seed: int = 42, **pipeline_kwargs:
     if hasattr(pipeline, "maybe_free_model_hooks"):
         pipeline.maybe_free_model_hooks()  # what the pipeline does at its end
     return recorder.calls[0]
+
+
+def run_arguments(
+    pipeline: Any, prompts: Sequence[str], *, steps: int | None = None, seed: int = 42, **pipeline_kwargs: Any
+) -> dict[str, Any]:
+    """Return the arguments with which `record` calls a pipeline for prompts that are drawn in one run.
+
+    Args:
+        pipeline: any diffusers pipeline.
+        prompts: what to draw.
+        steps: denoising steps; the pipeline's own default when None.
+        seed: of the first prompt's noise; each further one has the next seed.
+        **pipeline_kwargs: go to the pipeline.
+
+    Raises:
+        PpclError: there are no prompts, or the pipeline does not take an argument.
+    """
+    texts = list(prompts)
+    arguments = _arguments(pipeline, texts, steps, pipeline_kwargs)
+    _check(pipeline, texts, len(texts) or 1, arguments)
+    if "generator" in inspect.signature(pipeline.__call__).parameters and "generator" not in arguments:
+        pictures = arguments.get("num_images_per_prompt") or 1
+        arguments["generator"] = _generators(seed, range(len(texts)), pictures)
+    return arguments
 
 
 class _Enough(Exception):

@@ -110,6 +110,8 @@ def test_help_needs_no_torch() -> None:
         (["export", "x", "-o", "y", "--format", "onx"], ["onx", "'onnx'"]),
         (["export", "x", "-o", "y", "--keep", "1.0,0"], ["--keep 0", "above 0"]),
         (["export", "x", "-o", "y", "--keep", "0.5,0.5"], ["0.5 is there twice"]),
+        (["export", "x", "-o", "y", "--samples", "3"], ["--samples", "--pipeline MODEL"]),
+        (["export", "x", "-o", "y", "--format", "released", "--pipeline", "shapes"], ["--pipeline", "not compared"]),
     ],
 )
 def test_wrong_arguments_get_one_line(

@@ -256,16 +256,16 @@ def test_what_training_measured_decides_what_is_exported(place: Place) -> None:
 
 def test_export_writes_a_checked_file_for_a_share(place: Place) -> None:
     pytest.importorskip("onnxruntime")
-    out = place.folder / "engines"
     model = ppcl_fx.load(place.student)
     least = model.param_count(model.edits)
     share = f"{least / model.teacher_params + 1e-4:.4f}"
-    said = place.ok("export", place.student, "--keep", share, "-o", out, "--runs", 1, "--calls", place.calls)
-    (ratio,) = said["ratios"]
-    assert ratio["keep"] == float(share)
-    assert ratio["params"] == least
-    assert Path(ratio["onnx"]).is_file()
-    assert ratio["parity_max_abs"] <= 1e-4
+    given = ["--keep", share, "-o", place.folder / "engines", "--runs", 1, "--calls", place.calls, "--check-calls", 3]
+    against = ["--pipeline", place.model, "--samples", 1, "--sample-steps", 2]
+    (ratio,) = place.ok("export", place.student, *given, *against)["ratios"]
+    assert (ratio["keep"], ratio["params"], Path(ratio["onnx"]).is_file()) == (float(share), least, True)
+    calls, run = ratio["gate"]["calls"], ratio["gate"]["sampling"]
+    assert calls["compared"] == 3 and 0 < calls["relative"] < 1e-5 and ratio["parity_max_abs"] <= 1e-4
+    assert (run["compared"], run["transformer_calls"], ratio["gate"]["not_checked"]) == (1, 4, [])
 
 
 def test_what_engines_are_built_from_is_exported_for_another_machine(place: Place) -> None:

@@ -169,7 +169,8 @@ def _record(
         raise PpclError(
             f"{source.name}: a bare transformer draws no prompts; give its whole pipeline, or --calls FOLDER"
         )
-    wanted = texts if texts is not None else _shipped_prompts(source, seed)
+    missing = f"{source.name}: no prompts to record; give --prompts FILE, one prompt a line"
+    wanted = texts if texts is not None else shipped_prompts(source, seed, missing)
     with terminal.step("loading the pipeline"), quiet_diffusers():
         pipeline = source.pipeline()
     with terminal.step(f"recording {len(wanted)} prompts") as progress:
@@ -184,13 +185,22 @@ def _record(
     return pipeline.transformer, calls
 
 
-def _shipped_prompts(source: Source, seed: int) -> list[str]:
-    """The prompts that come with the shipped model; another model has none."""
+def shipped_prompts(source: Source, seed: int, missing: str) -> list[str]:
+    """Return the prompts that come with the shipped model.
+
+    Args:
+        source: the model.
+        seed: decides which ones, and their order.
+        missing: what to say of another model, which has none.
+
+    Raises:
+        PpclError: it is another model.
+    """
     from ppcl_fx.shapes.captions import CATEGORIES
     from ppcl_fx.shapes.captions import prompts as draw
 
     if source.name != "shapes":
-        raise PpclError(f"{source.name}: no prompts to record; give --prompts FILE, one prompt a line")
+        raise PpclError(missing)
     return [prompt.text for category in CATEGORIES for prompt in draw(category, SHIPPED_PROMPTS, seed)]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ppcl_fx.cli import engine_options as on
+from ppcl_fx.cli import gate_options as against
 from ppcl_fx.cli.boundary import Result
 from ppcl_fx.cli.options import Json, MemoryLimit, Overwrite, Verbose, check_output, choice, parse_keeps
 from ppcl_fx.cli.teacher import Recorded, open_calls, open_student
@@ -77,9 +78,12 @@ def export(
         bool, typer.Option("--embed", help="Write ordinary files that hold their weights, a copy for each share.")
     ] = False,
     memory_limit: MemoryLimit = None,
-    tolerance: Annotated[
-        float, typer.Option(min=0.0, help="Largest difference to PyTorch that is allowed.")
-    ] = 1e-4,
+    tolerance: against.Tolerance = 1e-4,
+    check_calls: against.CheckCalls = 8,
+    pipeline: against.Pipeline = None,
+    samples: against.Samples = None,
+    sample_steps: against.SampleSteps = None,
+    sampling_tolerance: against.SamplingTolerance = 1e-3,
     runs: Annotated[int, typer.Option(min=1, help="Runs timed for the latency.")] = 10,
     onnx_only: Annotated[
         bool,
@@ -130,6 +134,7 @@ def export(
         "version_compatible": version_compatible,
     }
     request = _request(format, onnx_only, wanted)
+    against.check_sampling(pipeline, samples, sample_steps, format not in FOLDERS)
 
     tuned = _finetuned(student, keep, format, terminal)
 
@@ -139,7 +144,8 @@ def export(
 
     from ppcl_fx.export.exporting import DTYPES as types
     from ppcl_fx.export.exporting import export as run
-    from ppcl_fx.export.opened import MEMORY
+    from ppcl_fx.export.gating import GateOptions
+    from ppcl_fx.export.opened import MEMORY, stays_on_disk
     from ppcl_fx.export.tuned import export_finetuned
 
     check_output(out, overwrite=True)  # other ratios may be there: what is refused is a graph of the same name
@@ -151,6 +157,8 @@ def export(
         "embed": embed,
         "memory_limit": limit or MEMORY,
         "tolerance": tolerance,
+        "check_calls": check_calls,
+        "sampling_tolerance": sampling_tolerance,
         "runs": runs,
         "overwrite": overwrite,
         "note": notes.append,
@@ -158,17 +166,25 @@ def export(
     if tuned is not None:
         if recorded is not None:
             recorded.check(student, tuned.model.plan.model)
+        if pipeline is not None:
+            model_name = tuned.model.plan.model
+            how["sampling"] = against.open_sampling(
+                pipeline, samples, sample_steps, student, model_name, recorded, terminal
+            )
         with terminal.step("exporting the fine-tuned model") as progress:
             return _result(export_finetuned(tuned, out, progress=progress, **how), notes)
     model, name = _opened(student, terminal, recorded)
     if recorded is not None:
         recorded.check(student, name)
+    if pipeline is not None and not stays_on_disk(model, limit or MEMORY, types[dtype]):
+        how["sampling"] = against.open_sampling(pipeline, samples, sample_steps, student, name, recorded, terminal)
     with terminal.step(f"exporting {len(keeps)} ratios") as progress:
         exported = run(model, keeps, out, progress=progress, **how)
     if request is None:
         return _result(exported, notes)
     used = recorded.calls if recorded is not None else None
-    checks = {"memory_limit": limit or MEMORY, "tolerance": tolerance}
+    gate = GateOptions(check_calls, how.get("sampling"), sampling_tolerance)
+    checks = {"memory_limit": limit or MEMORY, "tolerance": tolerance, "gate": gate}
     return _engines(model, exported, used, request, checks, format, onnx_only, notes, terminal)
 
 
@@ -278,10 +294,20 @@ def _folders(
 
 
 def _result(exported: ExportResult, notes: list[str]) -> Result:
-    lines = ["keep      parameters       ms   difference  file"]
+    lines = [f"{'keep':<5} {'parameters':>14} {'ms':>8}   difference  relative    cosine  sampling  file"]
     for ratio in exported.ratios:
-        file = ratio.engine or ratio.onnx
         ms = "-" if ratio.latency_ms is None else f"{ratio.latency_ms:.2f}"
         largest = "unchecked" if ratio.parity_max_abs is None else f"{ratio.parity_max_abs:.2g}"
-        lines.append(f"{ratio.keep:<5g} {ratio.params:>14,} {ms:>8}   {largest:>10}  {file}")
-    return Result(exported.to_json() | {"notes": notes}, [*lines, *notes])
+        calls, run = (ratio.gate.calls, ratio.gate.sampling) if ratio.gate is not None else (None, None)
+        relative, cosine = (f"{calls.relative:.2g}", f"{calls.cosine:.6f}") if calls is not None else ("-", "-")
+        sampled = "-" if run is None else f"{run.relative:.2g}"
+        lines.append(
+            f"{ratio.keep:<5g} {ratio.params:>14,} {ms:>8}   {largest:>10}  {relative:>8}  {cosine:>8}  {sampled:>8}  "
+            f"{ratio.engine or ratio.onnx}"
+        )
+    scores = [
+        f"{ratio.keep:g}: its pictures score {run.score:g}, and PyTorch's {run.score_pytorch:g}"
+        for ratio in exported.ratios
+        if ratio.gate and (run := ratio.gate.sampling) and run.score is not None
+    ]
+    return Result(exported.to_json() | {"notes": notes}, [*lines, *scores, *notes])

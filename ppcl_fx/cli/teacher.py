@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from ppcl_fx.cli.terminal import Terminal
+from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
 from ppcl_fx.errors import PpclError
 
 if TYPE_CHECKING:
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.model import PluggableModel
     from ppcl_fx.skeleton import Checkpoint
+    from ppcl_fx.sources import Source
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,33 @@ def open_teacher(name: str, terminal: Terminal, fingerprints: Mapping[Path, str]
                 f"{file}: made for another model than {name}; give that model, or make it again for this one"
             )
     return transformer
+
+
+def open_pipeline(option: str, source: Source, student: Path, model: str, terminal: Terminal) -> Any:
+    """Load the pipeline of a student's teacher; its progress bar is off.
+
+    Args:
+        option: what named it, for messages.
+        source: where it is.
+        student: the student's folder, for messages.
+        model: fingerprint of the teacher; empty where it is not known.
+        terminal: where to show what is going on.
+
+    Raises:
+        PpclError: it is a bare transformer, is damaged, or is another model's.
+    """
+    from ppcl_fx.fingerprint import fingerprint
+
+    if source.kind != "pipeline":
+        raise PpclError(f"{source.name}: a bare transformer draws nothing; give the teacher's whole pipeline")
+    with terminal.step("loading the pipeline"), quiet_diffusers():
+        pipeline = source.pipeline()
+        mine = fingerprint(pipeline.transformer)
+    if model and mine != model:
+        raise PpclError(f"{option} {source.name}: not the teacher of {student}; give the pipeline it came from")
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def open_checkpoint(name: str, terminal: Terminal, fingerprints: Mapping[Path, str]) -> Checkpoint:

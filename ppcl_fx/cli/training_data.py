@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppcl_fx.cli.analyze import read_prompts
-from ppcl_fx.cli.teacher import open_calls
-from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
+from ppcl_fx.cli.teacher import open_calls, open_pipeline
+from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
 
 if TYPE_CHECKING:
@@ -78,18 +78,7 @@ class Given:
             )
 
     def _pipeline(self, student: Path, model: PluggableModel, terminal: Terminal) -> Any:
-        from ppcl_fx.fingerprint import fingerprint
         from ppcl_fx.sources import open_source
 
         assert self.pipeline is not None
-        source = open_source(self.pipeline)
-        if source.kind != "pipeline":
-            raise PpclError(f"{self.pipeline}: a bare transformer draws nothing; give the teacher's whole pipeline")
-        with terminal.step("loading the pipeline"), quiet_diffusers():
-            pipeline = source.pipeline()
-            mine = fingerprint(pipeline.transformer)
-        if model.plan.model and mine != model.plan.model:
-            raise PpclError(f"--pipeline {self.pipeline}: not the teacher of {student}; give the pipeline it came from")
-        if hasattr(pipeline, "set_progress_bar_config"):
-            pipeline.set_progress_bar_config(disable=True)
-        return pipeline
+        return open_pipeline("--pipeline", open_source(self.pipeline), student, model.plan.model, terminal)

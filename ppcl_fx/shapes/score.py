@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.shapes.captions import CATEGORIES, Prompt, prompts
+from ppcl_fx.shapes.captions import CATEGORIES, Prompt, parse, prompts
 from ppcl_fx.shapes.checker import check
 from ppcl_fx.shapes.pipeline import GUIDANCE, STEPS
 
@@ -86,6 +86,22 @@ def score_pictures(
         Drawn(prompt, picture, check(picture, prompt))
         for prompt, picture in zip(wanted, pictures, strict=True)
     ]
+
+
+def share_right(pictures: torch.Tensor, texts: Sequence[str]) -> float:
+    """Return the share of pictures that show what their captions ask.
+
+    Args:
+        pictures: of shape (batch, 3, 24, 24) in [0, 1], as the pipeline gives them with ``output_type="pt"``.
+        texts: a caption for each; or for each of several pictures in a row.
+
+    Raises:
+        PpclError: a caption is not one of ``ppcl_fx.shapes.captions``.
+    """
+    times = len(pictures) // max(1, len(texts))
+    wanted = [parse(text) for text in texts for _ in range(times)]
+    right = [check(picture.float() * 2 - 1, prompt) for picture, prompt in zip(pictures, wanted, strict=True)]
+    return sum(right) / len(right)
 
 
 def summarise(drawn: list[Drawn]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.files import read_json
 from ppcl_fx.tracing import trace
 from tests import models
+from tests.export.test_runtime_families import qwen, run_of
 
 FLOAT = ir.DataType.FLOAT
 HALF = {torch.bfloat16: ir.DataType.BFLOAT16, torch.float16: ir.DataType.FLOAT16}
@@ -37,8 +38,15 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A small Qwen-Image in each type of half precision."""
     teacher, kwargs = models.tiny_qwen(blocks=2)
     path = tmp_path_factory.mktemp("half") / "two.onnx"
-    done = export_graph(trace(teacher, kwargs), path, calls=calls_of(kwargs), dtype=request.param, runs=1)
+    given: dict[str, Any] = {"calls": calls_of(kwargs), "dtype": request.param, "sampling": run_of(qwen)}
+    done = export_graph(trace(teacher, kwargs), path, runs=1, **given)
     return request.param, done
+
+
+def test_recorded_calls_and_a_run_are_compared_widened(written: tuple[torch.dtype, Any]) -> None:
+    gate = written[1].gate
+    assert gate.not_checked == [] and gate.calls.compared == 1 and gate.sampling.transformer_calls == 4
+    assert 0 < gate.calls.relative < 1e-5 and 0 < gate.sampling.relative < 1e-4
 
 
 def test_weights_and_inputs_are_half_and_tables_are_not(written: tuple[torch.dtype, Any]) -> None:

@@ -14,8 +14,9 @@ from diffusers import ModelMixin
 
 import ppcl_fx
 from ppcl_fx import EngineTransformer
+from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.export import export, lower
+from ppcl_fx.export import SamplingRun, compare_artefacts, export, lower
 from ppcl_fx.export.runtime import artefacts, sessions
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import choose
@@ -27,6 +28,7 @@ from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.shapes.captions import parse
 from ppcl_fx.shapes.checker import check
+from ppcl_fx.shapes.score import share_right
 from ppcl_fx.tracing import bind, trace
 
 RUNS = [(1, 3), (4, 6), (7, 9), (10, 14)]
@@ -43,7 +45,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PluggableModel,
     edits = [DepthEdit(stack="transformer_blocks", first=first, last=last) for first, last in RUNS]
     model = ppcl_fx.rewrite(trace(pipeline.transformer, calls.examples()), Plan(edits=[*edits])).eval()
     folder = tmp_path_factory.mktemp("engines")
-    export(model, KEEPS, folder, calls=calls, runs=1)
+    sampling = SamplingRun(pipeline, PROMPTS, steps=4, score=share_right)
+    export(model, KEEPS, folder, calls=calls, sampling=sampling, runs=1)
     return pipeline, model, folder
 
 
@@ -100,12 +103,41 @@ def test_a_stock_pipeline_draws_the_same_pictures_at_every_ratio(made: Any, open
     assert set(engine._sessions.opened) == set(KEEPS)
 
 
+def test_the_export_compared_whole_runs_and_their_scores(made: Any) -> None:
+    folder, scores = made[2], []
+    for keep, found in artefacts(folder).items():
+        gate = found.manifest.gate
+        assert gate is not None and gate.calls is not None and gate.sampling is not None and keep in KEEPS
+        assert gate.not_checked == [] and gate.sampling_tolerance == 1e-3
+        assert gate.calls.compared == 2 and 0 < gate.calls.relative < 1e-5  # one step, with and without the prompt
+        assert gate.sampling.compared == len(PROMPTS) and gate.sampling.transformer_calls == 8
+        assert 0 < gate.sampling.relative < 1e-4 and gate.sampling.cosine > 0.999999
+        assert gate.sampling.score == gate.sampling.score_pytorch
+        scores.append(gate.sampling.score)
+    assert len(scores) == len(KEEPS) and scores[0] is not None and scores[0] > 0
+
+
 def test_pytorch_runs_the_exported_weights_to_the_bit(made: Any) -> None:
     _, model, folder = made
     engine = EngineTransformer(folder, backend="torch", device="cpu")
     for keep in KEEPS[2:]:
         kwargs = a_call(batch=2, height=6, width=10, words=14)
         assert torch.equal(answer(engine.plug(keep=keep), kwargs), answer(model.plug(keep=keep), kwargs))
+
+
+def test_the_folder_as_it_is_deployed_is_compared(made: Any) -> None:
+    _, model, folder = made
+    calls = Calls([Call(a_call(batch=batch), ("a",) * batch, 1 / batch, batch, batch) for batch in (1, 2)])
+    model.plug(students=model.edits[:1])
+    found = compare_artefacts(folder, model, calls, backend="torch", device="cpu", tolerance=0.0)
+    assert list(found) == KEEPS and model.students == tuple(model.edits[:1])
+    assert {(one.compared, one.relative, one.cosine) for one in found.values()} == {(2, 0.0, 1.0)}
+    near = compare_artefacts(folder, model, calls, backend="onnxruntime", device="cpu", check_calls=1)
+    assert all(one.compared == 1 and 0 < one.relative < 1e-5 for one in near.values())
+    with pytest.raises(PpclError, match=r"the ratio 1 in onnxruntime differs from PyTorch by .* at recorded call 1"):
+        compare_artefacts(folder, model, calls, backend="onnxruntime", device="cpu", check_calls=1, tolerance=0.0)
+    with pytest.raises(PpclError, match="no recorded calls to compare"):
+        compare_artefacts(folder, model, Calls([]))
 
 
 @pytest.mark.parametrize(
