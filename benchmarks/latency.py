@@ -43,6 +43,21 @@ PROCESS = GIB // 2
 """Bytes that a process takes besides the weights: libraries, activations of a small model."""
 
 
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure: teacher and students without weights, and the edits plugged at each ratio."""
+
+    spec: Spec
+    model: PluggableModel
+    students: tuple[tuple[str, ...], ...]
+
+    @classmethod
+    def of(cls, spec: Spec) -> Subject:
+        """Trace and rewrite a model, and choose the students of its ratios."""
+        model = spec.pluggable()
+        return cls(spec, model, tuple(ratio.students(model) for ratio in spec.ratios))
+
+
 @dataclass
 class Measured:
     """What one process gave: what it said of itself, milliseconds by part of the model, memory; or why nothing."""
@@ -72,9 +87,9 @@ def free_memory(device: torch.device) -> int:
     return int(found[1]) * 1024 if found else 0
 
 
-def check_fits(spec: Spec, model: PluggableModel, device: torch.device) -> None:
+def check_fits(spec: Spec, device: torch.device) -> None:
     """Raise `PpclError` where not even the teacher fits into memory."""
-    needed, free = _needs(spec, model.teacher_params), free_memory(device)
+    needed, free = _needs(spec, spec.teacher_params()), free_memory(device)
     if needed > free:
         raise PpclError(
             f"{spec.title}: the teacher needs {size_words(needed)} on {device}, and {size_words(free)} are free; "
@@ -86,7 +101,7 @@ def _needs(spec: Spec, params: int) -> int:
     return round(1.1 * params * DTYPES[spec.dtype].itemsize) + PROCESS
 
 
-def check_runtime(runtime: str, spec: Spec, model: PluggableModel, device: torch.device, folder: Path) -> None:
+def check_runtime(runtime: str, subject: Subject, device: torch.device, folder: Path) -> None:
     """Raise `PpclError` where a runtime cannot run a model here, or its files cannot be written."""
     if runtime not in ENGINES:
         return
@@ -97,15 +112,15 @@ def check_runtime(runtime: str, spec: Spec, model: PluggableModel, device: torch
     check_export()
     if runtime == ONNXRUNTIME:
         provider(runtime, device)
-        if device.type == "cpu" and spec.dtype == "bf16":
+        if device.type == "cpu" and subject.spec.dtype == "bf16":
             raise PpclError("onnxruntime has no bfloat16 kernels for the CPU; --dtype fp32 runs there")
     elif device.type != "cuda":
         raise PpclError(f"TensorRT runs on NVIDIA GPUs, not on {device}")
     else:
         load_tensorrt("the other runtimes are measured")
     # The weights, and in float32 the two copies with which each file is compared to PyTorch.
-    size = stored_bytes(model)
-    needed, free = size * (4 if spec.dtype == "fp32" else 2), free_memory(torch.device("cpu"))
+    size = stored_bytes(subject.model)
+    needed, free = size * (4 if subject.spec.dtype == "fp32" else 2), free_memory(torch.device("cpu"))
     if needed > free:
         raise PpclError(f"exporting takes {size_words(needed)} of memory, and {size_words(free)} are free")
     need_room(folder, size)
@@ -153,30 +168,29 @@ def _ready(workers: dict[str, Worker], label: str, found: Measured) -> None:
         workers.pop(label).close()
 
 
-def measure(
-    spec: Spec, model: PluggableModel, runtime: str, device: str, scratch: Path, repeats: int
-) -> dict[str, Any]:
+def measure(subject: Subject, runtime: str, device: str, scratch: Path, repeats: int) -> dict[str, Any]:
     """Return what one runtime gives for every ratio of a model, or why it gives nothing."""
+    spec, model = subject.spec, subject.model
     folder = scratch / spec.name / re.sub(r"\W", "-", runtime)
 
-    def job(task: str, keep: float) -> Job:
-        return Job(spec, task, runtime, keep, device, folder, torch.get_num_threads())
+    def job(task: str, number: int = 0) -> Job:
+        keep, students = spec.ratios[number].keep, subject.students[number]
+        return Job(spec, task, runtime, keep, students, device, folder, torch.get_num_threads())
 
     try:
-        check_runtime(runtime, spec, model, torch.device(device), scratch)
+        check_runtime(runtime, subject, torch.device(device), scratch)
         if runtime in ENGINES:
-            exporter = Worker(job("export", 1.0))
+            exporter = Worker(job("export"))
             try:
                 answer = exporter.answer()
             finally:
                 exporter.close()
             if "failed" in answer:
                 raise PpclError(f"the export failed: {answer['failed']}")
-        jobs = {f"{r.keep:g}": job("whole", r.keep) for r in spec.ratios}
-        counts = [model.plug(keep=ratio.keep).param_count() for ratio in spec.ratios]
-        sizes = [_needs(spec, count) for count in counts]
+        jobs = {f"{r.keep:g}": job("whole", number) for number, r in enumerate(spec.ratios)}
+        sizes = [_needs(spec, model.param_count(students)) for students in subject.students]
         together = sum(sizes) + PROCESS < free_memory(torch.device(device))
-        found = turns({**jobs, BLOCK: job(BLOCK, 1.0)}, repeats, together=together)
+        found = turns({**jobs, BLOCK: job(BLOCK)}, repeats, together=together)
     except PpclError as error:
         return {"not_measured": [str(error)]}
     finally:
@@ -187,7 +201,7 @@ def measure(
     lost = [f"{label}: {one.failed}" for label, one in {**found, BLOCK: block}.items() if one.failed is not None]
     blocks = {name: round(statistics.median(times), 3) for name, times in block.times.items()}
     rows = [
-        row(spec, model, number, found[label], teacher, blocks)
+        row(subject, number, found[label], teacher, blocks)
         for number, label in enumerate(jobs)
         if found[label].failed is None
     ]
@@ -201,15 +215,15 @@ def measure(
 
 
 def row(
-    spec: Spec, model: PluggableModel, number: int, one: Measured, teacher: Measured, blocks: Mapping[str, float]
+    subject: Subject, number: int, one: Measured, teacher: Measured, blocks: Mapping[str, float]
 ) -> dict[str, Any]:
     """Return what is known of one ratio in one runtime."""
-    ratio = spec.ratios[number]
+    ratio, model = subject.spec.ratios[number], subject.model
     times, base = one.times["whole"], teacher.times["whole"]
     # Of one round; where variants ran one after another there are no rounds, only all times of the teacher.
     paired = [b / t for b, t in zip(base, times, strict=True)] if len(base) == len(times) else []
     median, params = statistics.median(times), int(one.facts["params"])
-    left = blocks_left(model.plug(keep=ratio.keep))
+    left = blocks_left(model, subject.students[number])
     result: dict[str, Any] = {
         "keep": ratio.keep,
         "params": params,
@@ -236,11 +250,11 @@ def _quartiles(values: Sequence[float]) -> list[float]:
     return [round(first, 3), round(third, 3)]
 
 
-def blocks_left(model: PluggableModel) -> dict[str, int]:
-    """Return how many blocks of each list the current mixture runs; those without a text stream count too."""
+def blocks_left(model: PluggableModel, students: Sequence[str]) -> dict[str, int]:
+    """Return how many blocks of each list a mixture runs; those without a text stream count too."""
     left = dict(Counter(path.rpartition(".")[0] for path in model.graph.meta["ppcl"]["blocks"]))
     for edit in model.plan.depth():
-        if edit.id in model.students:
+        if edit.id in students:
             left[edit.stack] -= edit.last - edit.first
     return left
 
@@ -273,9 +287,8 @@ def _measure_all(options: argparse.Namespace, scratch: Path) -> Path:
     if options.repeats is not None and options.repeats < 2:
         raise PpclError("--repeats: two or more, since quartiles are given")
     found = specs(options.size, options.dtype, options.models.split(",") if options.models else [])
-    models = [spec.pluggable() for spec in found]
-    for spec, model in zip(found, models, strict=True):
-        check_fits(spec, model, device)
+    for spec in found:
+        check_fits(spec, device)
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     result: dict[str, Any] = {
         "what": "latency",
@@ -292,7 +305,8 @@ def _measure_all(options: argparse.Namespace, scratch: Path) -> Path:
     name = f"{machine}-latency.json" if options.size == "small" else f"{machine}-latency-{options.size}.json"
     path: Path = options.out or RESULTS / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    for spec, model in zip(found, models, strict=True):
+    for spec in found:
+        subject = Subject.of(spec)
         print(f"\n{spec.title}, {spec.dtype}")
         runtimes: dict[str, Any] = {}
         entry = {
@@ -300,14 +314,14 @@ def _measure_all(options: argparse.Namespace, scratch: Path) -> Path:
             "title": spec.title,
             "dtype": spec.dtype,
             "inputs": spec.example,
-            "teacher_params": model.teacher_params,
+            "teacher_params": subject.model.teacher_params,
             "plan": [edit.id for edit in spec.plan.edits],
             "runtimes": runtimes,
         }
         result["models"].append(entry)
         for runtime in wanted:
             repeats = options.repeats or spec.repeats
-            runtimes[runtime] = measure(spec, model, runtime, options.device, scratch, repeats)
+            runtimes[runtime] = measure(subject, runtime, options.device, scratch, repeats)
             write_json(path, result)  # after each: a long measurement that is cut short is not lost
             show(runtime, runtimes[runtime])
     print(path)

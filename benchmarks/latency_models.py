@@ -61,10 +61,26 @@ TABLE_1 = {
 
 
 class Ratio(BaseModel):
-    """A share of the teacher's parameters, and the student of Table 1 that is of this share or nearest to it."""
+    """A share of the teacher's parameters.
+
+    Attributes:
+        keep: the share at most; 1 is the teacher.
+        paper: the student of Table 1 that is of this share, or nearest to it; a key of `TABLE_1`.
+        plan: the paper's plan that says which students are plugged; by default the share says it.
+    """
 
     keep: float
     paper: str = ""
+    plan: str = ""
+
+    def students(self, model: PluggableModel) -> tuple[str, ...]:
+        """Return the ids of the edits to plug."""
+        if self.keep == 1:
+            return ()
+        if not self.plan:
+            return model.plug(keep=self.keep).students
+        plan = named(self.plan)
+        return tuple(plan.plan().ids if plan.budget is None else plan.students(model))
 
 
 class Spec(BaseModel):
@@ -103,6 +119,10 @@ class Spec(BaseModel):
         """Return teacher and students on the meta device."""
         gm = trace(self._model(self.config), self._arguments())
         return PluggableModel(insert_edits(gm, self.plan), self.plan).eval()
+
+    def teacher_params(self) -> int:
+        """Return the number of parameters of the teacher."""
+        return sum(parameter.numel() for parameter in self._model(self.config).parameters())
 
     def shallow_teacher(self) -> torch.fx.GraphModule:
         """Return the traced teacher with three blocks in each list, on the meta device."""
@@ -223,9 +243,9 @@ def _qwen(dtype: str) -> Spec:
         plan=named("paper:qwen-image-10b").plan(),
         ratios=[
             Ratio(keep=1.0),
-            Ratio(keep=0.6852, paper="qwen-image-14b"),  # 14 of 20.43 B
-            Ratio(keep=0.5873, paper="qwen-image-12b"),  # 12 of 20.43 B
-            Ratio(keep=0.5154, paper="qwen-image-10b"),  # every student: 10.53 B
+            Ratio(keep=0.6852, paper="qwen-image-14b", plan="paper:qwen-image-14b"),  # 14 of 20.43 B
+            Ratio(keep=0.5873, paper="qwen-image-12b", plan="paper:qwen-image-12b"),  # 12 of 20.43 B
+            Ratio(keep=0.5154, paper="qwen-image-10b", plan="paper:qwen-image-10b"),  # every student: 10.53 B
         ],
         repeats=11,
     )
@@ -243,8 +263,8 @@ def _flux(dtype: str) -> Spec:
         plan=named("paper:flux-dev-6.5b").plan(),
         ratios=[
             Ratio(keep=1.0),
-            Ratio(keep=0.6721, paper="flux-dev-8b"),  # 8 of 11.90 B
-            Ratio(keep=0.548),  # every student: 6.52 B
+            Ratio(keep=0.6721, paper="flux-dev-8b", plan="paper:flux-dev-8b"),  # 8 of 11.90 B
+            Ratio(keep=0.548, plan="paper:flux-dev-6.5b"),  # every student: 6.52 B
         ],
         repeats=11,
     )
@@ -279,7 +299,7 @@ def _small_qwen(dtype: str) -> Spec:
             Ratio(keep=0.6, paper="qwen-image-12b"),
             Ratio(keep=0.52, paper="qwen-image-10b"),
         ],
-        repeats=11,
+        repeats=7,
     )
 
 
@@ -293,7 +313,7 @@ def _small_flux(dtype: str) -> Spec:
         dtype=dtype,
         plan=Plan(edits=[*_depth(BLOCKS, (1, 3)), *_depth(SINGLE, (0, 1), (2, 3), (4, 5))]),
         ratios=[Ratio(keep=1.0), Ratio(keep=0.75, paper="flux-dev-8b"), Ratio(keep=0.6)],
-        repeats=11,
+        repeats=7,
     )
 
 
@@ -330,7 +350,7 @@ def _tiny_flux(dtype: str) -> Spec:
         example=_flux_call(4, 5, 16, 24, 20),
         dtype=dtype,
         plan=Plan(edits=[*_depth(BLOCKS, (1, 3)), *_depth(SINGLE, (0, 1))]),
-        ratios=[Ratio(keep=1.0), Ratio(keep=0.7, paper="flux-dev-8b")],
+        ratios=[Ratio(keep=1.0), Ratio(keep=0.65, paper="flux-dev-8b")],
         repeats=3,
     )
 
@@ -356,7 +376,7 @@ def _shapes(dtype: str) -> Spec:
         dtype=dtype,
         plan=plan,
         ratios=[Ratio(keep=keep) for keep in (1.0, 0.7, 0.6, 0.5)],
-        repeats=25,
+        repeats=15,
     )
 
 

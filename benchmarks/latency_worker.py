@@ -46,6 +46,7 @@ class Job:
         task: "whole" for one ratio, "block" for one block of each list, "export" to write the files of all ratios.
         runtime: one of `RUNTIMES`.
         keep: the ratio.
+        students: the edits that are plugged in it.
         device: where to run.
         folder: where exported files lie.
         threads: PyTorch's on the CPU; onnxruntime has its own rule.
@@ -55,6 +56,7 @@ class Job:
     task: str
     runtime: str
     keep: float
+    students: tuple[str, ...]
     device: str
     folder: Path
     threads: int
@@ -206,7 +208,7 @@ def whole(job: Job, device: torch.device) -> Held:
         engine = EngineTransformer(job.folder, keep=job.keep, backend=job.runtime, device=device)
         call = job.spec.call(job.spec.pluggable().graph, device)
         return Held({"whole": lambda: engine(**call, return_dict=False)}, {"params": engine.param_count()})
-    model = job.spec.pluggable().plug(keep=job.keep)
+    model = job.spec.pluggable().plug(students=job.students)
     gm, params = model.graph_module(), model.param_count()
     materialise(gm, device)
     call = job.spec.call(gm, device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,14 @@ import torch
 
 from benchmarks import latency
 from benchmarks.latency_models import TABLE_1, specs
-from benchmarks.latency_worker import RUNTIMES
-from ppcl_fx.plans import named
 
 
 def test_each_variant_has_its_row_and_what_is_not_there_its_reason(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = latency.main(["--size", "tiny", "--repeats", "2", "--note", "a test", "--out", str(tmp_path / "r.json")])
+    # Without torch.compile, whose C++ compiler takes minutes even for models as small as these.
+    arguments = ["--size", "tiny", "--runtimes", "eager,onnxruntime,tensorrt", "--repeats", "2", "--note", "a test"]
+    out = latency.main([*arguments, "--out", str(tmp_path / "r.json")])
     result = json.loads(out.read_text())
     assert result["conditions"] == "a test" and result["weights"] == "random" and result["size"] == "tiny"
     counts = {"qwen": [{"transformer_blocks": 6}, {"transformer_blocks": 4}]}
@@ -29,16 +28,11 @@ def test_each_variant_has_its_row_and_what_is_not_there_its_reason(
     ]
     for spec, found in zip(specs("tiny", None, []), result["models"], strict=True):
         model = spec.pluggable()
-        assert found["name"] == spec.name and list(found["runtimes"]) == list(RUNTIMES)
-        expected = [model.plug(keep=ratio.keep).param_count() for ratio in spec.ratios]
+        assert found["name"] == spec.name and list(found["runtimes"]) == ["eager", "onnxruntime", "tensorrt"]
+        expected = [model.param_count(ratio.students(model)) for ratio in spec.ratios]
         assert found["teacher_params"] == expected[0] > expected[1]
         for runtime in ("eager", "onnxruntime"):
             _check_rows(found["runtimes"][runtime], expected, counts[spec.name])
-        compiled = found["runtimes"]["torch.compile"]
-        if shutil.which("g++"):
-            _check_rows(compiled, expected, counts[spec.name])
-        else:
-            assert len(compiled["not_measured"]) == 1
         assert found["runtimes"]["tensorrt"] == {"not_measured": ["TensorRT runs on NVIDIA GPUs, not on cpu"]}
     shown = capsys.readouterr().out
     assert "tensorrt      not measured: TensorRT runs on" in shown and "paper: 1.73x, 71.4 %" in shown
@@ -60,18 +54,21 @@ def _check_rows(found: dict[str, Any], params: list[int], blocks: list[dict[str,
 def test_the_full_sizes_are_those_of_the_papers_plans() -> None:
     qwen, flux = specs("full", None, [])
     assert qwen.torch_dtype == flux.torch_dtype == torch.bfloat16
+    assert (qwen.teacher_params(), flux.teacher_params()) == (20_430_401_088, 11_901_408_320)
+    # Of the others the budget decides, in as many counts as there are edits: that takes a minute.
     model = qwen.pluggable()
-    sizes = {ratio.paper: model.plug(keep=ratio.keep).param_count() for ratio in qwen.ratios}
-    assert sizes[""] == 20_430_401_088
-    assert sizes["qwen-image-12b"] == named("paper:qwen-image-12b").params == 11_934_618_688
-    assert sizes["qwen-image-10b"] == named("paper:qwen-image-10b").params == 10_528_131_136
-    by_name = named("paper:qwen-image-14b").students(model)
-    assert sizes["qwen-image-14b"] == model.param_count(by_name) <= 14_000_000_000
+    plugged = {ratio.paper: ratio.students(model) for ratio in qwen.ratios if "14b" not in ratio.plan}
+    assert plugged[""] == () and list(plugged["qwen-image-10b"]) == model.edits
+    assert model.param_count(plugged["qwen-image-12b"]) == 11_934_618_688
+    assert model.param_count(plugged["qwen-image-10b"]) == 10_528_131_136
+    assert latency.blocks_left(model, plugged["qwen-image-12b"]) == {"transformer_blocks": 35}
+    for ratio, billions in zip(qwen.ratios[1:], (14, 12, 10.5281311361), strict=True):
+        # An export goes by the share: it must leave room for these students, and not for the next larger ones.
+        assert 0 <= billions * 1e9 / qwen.teacher_params() - ratio.keep + 1e-4 < 2e-4
     model = flux.pluggable()
-    counts = [model.plug(keep=ratio.keep).param_count() for ratio in flux.ratios]
-    eight = model.param_count(named("paper:flux-dev-8b").students(model))
-    assert counts == [11_901_408_320, eight, 6_520_810_048]
-    assert latency.blocks_left(model) == {"transformer_blocks": 9, "single_transformer_blocks": 24}
+    assert model.param_count(flux.ratios[-1].students(model)) == 6_520_810_048 <= 0.548 * flux.teacher_params()
+    left = latency.blocks_left(model, model.edits)
+    assert left == {"transformer_blocks": 9, "single_transformer_blocks": 24}
 
 
 def test_table_1_is_as_the_paper_prints_it() -> None:
