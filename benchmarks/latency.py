@@ -313,7 +313,7 @@ def _measure_all(options: argparse.Namespace, scratch: Path) -> Path:
             "name": spec.name,
             "title": spec.title,
             "dtype": spec.dtype,
-            "inputs": spec.example,
+            "inputs": spec.shapes(),
             "teacher_params": subject.model.teacher_params,
             "plan": [edit.id for edit in spec.plan.edits],
             "runtimes": runtimes,

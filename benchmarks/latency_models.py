@@ -120,6 +120,11 @@ class Spec(BaseModel):
         gm = trace(self._model(self.config), self._arguments())
         return PluggableModel(insert_edits(gm, self.plan), self.plan).eval()
 
+    def shapes(self) -> dict[str, list[int]]:
+        """Return the shape of each tensor of a call."""
+        tensors = {name: value for name, value in self._arguments().items() if isinstance(value, torch.Tensor)}
+        return {name: list(value.shape) for name, value in tensors.items()}
+
     def teacher_params(self) -> int:
         """Return the number of parameters of the teacher."""
         return sum(parameter.numel() for parameter in self._model(self.config).parameters())
@@ -287,9 +292,9 @@ FIFTH = Plan(
 def _small_qwen(dtype: str) -> Spec:
     return _spec(
         QWEN,
-        {"num_layers": 12, "num_attention_heads": 6, "attention_head_dim": 128},
+        {"num_layers": 12, "num_attention_heads": 4, "attention_head_dim": 128},
         name="qwen",
-        title="Qwen-Image, 12 blocks of width 768 (256 image tokens, 64 text tokens)",
+        title="Qwen-Image, 12 blocks of width 512 (256 image tokens, 64 text tokens)",
         example=_qwen_call(16, 64),
         dtype=dtype,
         plan=FIFTH,
@@ -306,9 +311,9 @@ def _small_qwen(dtype: str) -> Spec:
 def _small_flux(dtype: str) -> Spec:
     return _spec(
         FLUX,
-        {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 6, "guidance_embeds": True},
+        {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 4, "guidance_embeds": True},
         name="flux",
-        title="FLUX.1-dev, 4 and 8 blocks of width 768 (256 image tokens, 64 text tokens)",
+        title="FLUX.1-dev, 4 and 8 blocks of width 512 (256 image tokens, 64 text tokens)",
         example=_flux_call(16, 64),
         dtype=dtype,
         plan=Plan(edits=[*_depth(BLOCKS, (1, 3)), *_depth(SINGLE, (0, 1), (2, 3), (4, 5))]),
@@ -362,8 +367,8 @@ def _shapes(dtype: str) -> Spec:
 
     pipeline = load_pipeline()
     pipeline.set_progress_bar_config(disable=True)
-    prompts = [prompt.text for prompt in every_prompt("two_object")][:16]
-    calls = ppcl_fx.record(pipeline, prompts, batch_size=16, num_inference_steps=4, seed=0)
+    prompts = [prompt.text for prompt in every_prompt("position")][:8]
+    calls = ppcl_fx.record(pipeline, prompts, batch_size=8, num_inference_steps=4, seed=0)
     gm = trace(pipeline.transformer, calls.examples())
     plan = ppcl_fx.select(ppcl_fx.analyze(gm, calls), keep=0.5, rule="paper")
     example = {name: value for name, value in calls[0].kwargs.items() if name != "return_dict"}
@@ -371,7 +376,7 @@ def _shapes(dtype: str) -> Spec:
         type(pipeline.transformer).__name__,
         dict(gm.meta["ppcl"]["config"]),
         name="shapes",
-        title="shapes, the model that ships: 16 blocks of width 96 (16 samples of 64 image tokens)",
+        title="shapes, the model that ships: 16 blocks of width 96 (8 samples of 64 image tokens)",
         example=_example(**example),
         dtype=dtype,
         plan=plan,

@@ -10,8 +10,10 @@ import contextlib
 import gc
 import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -104,7 +106,7 @@ class Worker:
     def close(self) -> None:
         """End the process and wait for it, so that its memory is free again."""
         self._way.close()
-        self._process.join(timeout=20)
+        self._process.join(timeout=5)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
@@ -114,6 +116,7 @@ def serve(way: Connection, job: Job) -> None:
     """Prepare a job, then do what is asked until nobody asks any more."""
     device = torch.device(job.device)
     torch.set_num_threads(job.threads)
+    warnings.simplefilter("ignore")  # inductor has no complex numbers, and says so in every process
     gc.collect()
     before = _memory_now(device)
     begin = time.perf_counter()
@@ -251,7 +254,7 @@ def block(job: Job, device: torch.device) -> Held:
     for hook in hooks:
         hook.remove()
     ready = {path: torch.compile(piece) if job.runtime == COMPILE else piece for path, piece in pieces.items()}
-    return Held({_list(path): lambda path=path: ready[path](*given[path]) for path in paths})
+    return Held({_list(path): partial(ready[path], *given[path]) for path in paths})
 
 
 def _list(path: str) -> str:
