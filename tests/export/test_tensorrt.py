@@ -318,23 +318,6 @@ def test_a_stripped_engine_is_loaded_with_the_weights_of_the_store(graph: Path) 
     assert "Refitter" not in plain.names()
 
 
-def test_a_budget_that_tensorrt_does_not_take_is_refused(graph: Path) -> None:
-    build(graph, working(), options=BuildOptions(weight_streaming=7))
-    # Setting the property raises nothing; another value stands there afterwards.
-    api = working(ICudaEngine__streamable_weights_size=64, ICudaEngine__weight_streaming_budget_v2=64)
-    with pytest.raises(PpclError, match="does not keep 7 bytes of its weights on the GPU.*--weight-streaming"):
-        load_engine(graph.with_suffix(".engine"), tensorrt=(api, GPU))
-
-
-def test_an_engine_may_bring_no_code_for_the_host(graph: Path) -> None:
-    build(graph, working())
-    api = working()
-    load_engine(graph.with_suffix(".engine"), tensorrt=(api, GPU))
-    order = api.names()
-    assert dict(api.calls)["Runtime.engine_host_code_allowed"] == {"value": False}
-    assert order.index("Runtime.engine_host_code_allowed") < order.index("Runtime.deserialize_cuda_engine")
-
-
 @pytest.mark.parametrize(
     ("answers", "words"),
     [
