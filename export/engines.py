@@ -20,7 +20,7 @@ from ppcl_fx.export.onnx_file import Prepared, prepare
 from ppcl_fx.export.opened import MEMORY, Opened
 from ppcl_fx.export.serving import refused
 from ppcl_fx.export.sidecar import Sidecar
-from ppcl_fx.export.tensorrt import Profile, build_engine, default_profile, load_tensorrt
+from ppcl_fx.export.tensorrt import Hashes, Profile, build_engine, default_profile, load_tensorrt
 from ppcl_fx.export.tensorrt.places import find_graphs, read_graph, read_origin
 from ppcl_fx.export.tensorrt.request import BuildRequest
 from ppcl_fx.files import read_json
@@ -127,7 +127,7 @@ def build_engines(
     api, gpu = load_tensorrt(f"the ONNX files stay in {folder}")
     sizes = write_typed(model, exported, calls, memory_limit=memory_limit, tolerance=tolerance, gate=gate)
     places = {place.name: place for place in find_graphs(folder)}
-    results = []
+    hashes, results = Hashes(), []
     for ratio in exported:
         place = places[ratio.onnx.stem]
         chosen = profile or default_profile(read_graph(place.onnx).inputs, sizes)
@@ -139,6 +139,7 @@ def build_engines(
             gpu=gpu,
             cache=place.root / TIMINGS,
             origin=read_origin(place),
+            hashes=hashes,
         )
         results.append(dataclasses.replace(ratio, engine=place.engine))
     return results

@@ -32,7 +32,7 @@ MARGIN = 2.0
 """How many times the largest value seen has to fit into float16: other prompts reach further than the recorded ones."""
 
 CALLS = 8
-"""Recorded calls that are looked at, evenly spread."""
+"""Recorded calls that are looked at, at most, evenly spread."""
 
 _CHOOSING = ("masked_fill", "where", "full", "full_like", "scalar_tensor", "clamp")
 """Operations whose results are values that were given: a mask may hold minus infinity."""
@@ -141,8 +141,9 @@ def largest_value(
     if calls is None:
         raise PpclError("fp16: whether it holds the model is shown on recorded calls; give --calls, or export bf16")
     half, *_ = in_type(gm, calls, torch.float16)
-    step = max(1, len(calls) // CALLS)
-    return check_range(half, (floats_as(bind(half, call.kwargs), torch.float16) for call in calls[::step]))
+    count = min(CALLS, len(calls))
+    chosen = (calls[index * len(calls) // count] for index in range(count))
+    return check_range(half, (floats_as(bind(half, call.kwargs), torch.float16) for call in chosen))
 
 
 # ---- the check of a file that no runtime here runs ---------------------------------------------------------------
@@ -204,7 +205,8 @@ def widen(model: Any) -> None:
 def rounding(prepared: Prepared) -> float:
     """Return how far half precision takes the result of the traced call: the relative error, root mean square.
 
-    It compares PyTorch in half precision to PyTorch in float32, with the same rounded weights and inputs.
+    It compares PyTorch in half precision to PyTorch in float32, with the same rounded weights and inputs. What the
+    model itself rounds, a timestep for example, counts.
     """
     call = prepared.calls["traced"]
     rounded = run_graph(prepared.gm, call)[0].double()

@@ -28,6 +28,7 @@ def in_type(
         gm: the graph; stays as it is.
         calls: where the call comes from, see `example`.
         dtype: the type of weights and floating-point inputs, as in a pipeline of that type; None for the graph's own.
+            Timesteps and other numbers stay as wide as they are.
 
     Returns:
         The graph, itself where it is of that type already, else a copy; the arguments of the call; its samples. They

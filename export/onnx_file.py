@@ -163,8 +163,16 @@ def parameters_in(model: Any, gm: GraphModule) -> int:
 
 
 def floats_as(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return a call with its floating-point tensors in another type, as a pipeline of that type passes them."""
+    """Return a call with its floating-point tensors in another type, as a pipeline of that type passes them.
+
+    Numbers and lists of numbers never become narrower: a pipeline may pass timesteps in float32 beside bfloat16 latents
+    (SD3's does), and bfloat16 makes 988 of 987.65. A model that wants them narrower converts them itself.
+    """
     return {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        name: _as(value, dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in kwargs.items()
     }
+
+
+def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype if tensor.ndim > 1 else torch.promote_types(tensor.dtype, dtype))

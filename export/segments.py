@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -132,7 +133,7 @@ def structure(segment: Segment, inputs: list[str]) -> str:
         names[node] = f"n{len(names)}"
         what = str(node.target) if node.op in ("call_function", "call_method") else ""
         if node.op == "call_function":
-            what = f"{getattr(node.target, '__module__', '')}.{what.partition(' at 0x')[0]}"
+            what = f"{getattr(node.target, '__module__', '')}.{what.partition(' at 0x')[0]} {_value(node.target)}"
         elif node.op == "get_attr":
             tensor = attribute(segment.graph, str(node.target))
             what = f"parameter {order[str(node.target)]} {_tensor(tensor)}"
@@ -185,7 +186,7 @@ def _attributes(thing: Any, depth: int) -> Iterator[str]:
             yield f"{name}={_value(value, depth)}"
 
 
-def _value(value: Any, depth: int) -> str:
+def _value(value: Any, depth: int = 0) -> str:
     if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size)):
         return repr(value)
     if isinstance(value, torch.Tensor):  # a constant on a plain attribute: its values count
@@ -198,8 +199,13 @@ def _value(value: Any, depth: int) -> str:
         return f"{{{', '.join(f'{key!r}: {_value(item, depth)}' for key, item in value.items())}}}"
     if isinstance(value, nn.Module):
         return type(value).__qualname__
+    if isinstance(value, functools.partial):
+        return f"partial({', '.join(_value(part, depth) for part in (value.func, value.args, value.keywords))})"
     if callable(value) and hasattr(value, "__qualname__"):
-        return f"{value.__module__}.{value.__qualname__}"
+        name = f"{value.__module__}.{value.__qualname__}"
+        own = getattr(value, "__func__", value)  # of a bound method, which is another object at each look
+        # Two functions made in one place have one name, and may differ by what they enclose.
+        return f"{name} {id(own)}" if getattr(own, "__closure__", None) or "<" in value.__qualname__ else name
     if depth < 3 and hasattr(value, "__dict__"):  # an attention processor
         return f"{type(value).__qualname__}({', '.join(_attributes(value, depth + 1))})"
     return f"{type(value).__qualname__} {id(value)}"  # unknown: alike only to itself

@@ -106,18 +106,22 @@ _MAJOR, _MINOR = 75, 76
 """CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of the driver's interface."""
 
 
-def find_gpu() -> Gpu | None:
-    """Return the first NVIDIA GPU as the driver tells it, or ``None`` where there is none."""
+def find_gpu(index: int = 0) -> Gpu | None:
+    """Return an NVIDIA GPU as the driver tells it, or ``None`` where there is none.
+
+    Args:
+        index: which, in the order of CUDA and PyTorch: ``CUDA_VISIBLE_DEVICES`` counts.
+    """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
         return None
     count, device, version = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
     major, minor, name = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value == 0:
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0 or count.value <= index:
         return None
     asked = (
-        driver.cuDeviceGet(ctypes.byref(device), 0),
+        driver.cuDeviceGet(ctypes.byref(device), index),
         driver.cuDeviceGetName(name, len(name), device),
         driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device),
         driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device),

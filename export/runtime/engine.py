@@ -12,7 +12,7 @@ from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.head import Front, check_head, pluggable_graph, read_head
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
-from ppcl_fx.export.runtime.sessions import AUTO, Choice, Sessions, choose
+from ppcl_fx.export.runtime.sessions import AUTO, Choice, Sessions, choose, device_of, export_command
 from ppcl_fx.uncached import Uncached
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class EngineTransformer(Uncached, _DiffusersModel):
         self._found = artefacts(self.folder)
         self._head = read_head(self.folder)
         self._backend = backend
-        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._device = device_of(device)
         self._sessions = Sessions()
         # Plain dictionaries, so that torch does not take graphs without weights for submodules.
         self.__dict__["_graphs"] = {}
@@ -91,14 +91,18 @@ class EngineTransformer(Uncached, _DiffusersModel):
         Raises:
             PpclError: another type is asked for, or the backend does not run on the device.
         """
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        try:
+            device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise PpclError(f"to(): {reason}; give cpu, cuda or cuda:1, for example") from error
         if dtype is not None and dtype != self.dtype:
             raise PpclError(
                 f"{self._choice.file.name} computes in {_name(self.dtype)}, and its type cannot be changed to "
                 f"{_name(dtype)}; export another one, and move the pipeline without a type"
             )
-        if device is not None and torch.device(device) != self._device:
-            place = torch.device(device)
+        place = self._device if device is None else device_of(device)
+        if place != self._device:
             self._choice = self._chosen(self.keep, place)
             self._device = place
             self._sessions.close()
@@ -154,7 +158,7 @@ class EngineTransformer(Uncached, _DiffusersModel):
             names = [f"{known:g}" for known in self._found]
             raise PpclError(
                 f"{self.folder}: no ratio {keep:g}{near(f'{keep:g}', names)}; it has {', '.join(names)}; for another: "
-                f"ppcl-fx export STUDENT --keep {keep:g} -o {self.folder}"
+                f"{export_command(keep, self.folder)}"
             )
         check_head(self._head, self._found[keep].manifest, self.folder)
         return choose(self._found[keep], self._backend, device)

@@ -8,9 +8,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.names import ratio_of
+from ppcl_fx.export.names import manifest_path, ratio_of
 from ppcl_fx.export.sidecar import Sidecar
-from ppcl_fx.export.tensorrt import EngineCard
+from ppcl_fx.export.tensorrt import EngineCard, find_graphs
+from ppcl_fx.export.tensorrt.places import Place
 from ppcl_fx.files import inside, read_json
 
 
@@ -29,7 +30,7 @@ class Artefact:
         keep: the share of the teacher's parameters.
         graph: the ONNX file.
         manifest: what is written beside it.
-        engine: the TensorRT engine.
+        engine: the TensorRT engine; None too where one is of an older export.
         card: what is written beside that.
     """
 
@@ -54,7 +55,6 @@ def artefacts(folder: str | Path) -> dict[float, Artefact]:
     """
     folder = Path(folder)
     graphs: dict[float, tuple[Path, Sidecar]] = {}
-    engines: dict[float, tuple[Path, EngineCard]] = {}
     for path in sorted(folder.glob("keep-*.json")) if folder.is_dir() else []:
         kind = read_json(path, _Kind).kind
         if kind == "onnx" and ratio_of(path) is not None:  # not one that is there for an engine alone
@@ -62,15 +62,31 @@ def artefacts(folder: str | Path) -> dict[float, Artefact]:
             graphs[manifest.keep] = (_there(folder, manifest.file, path), manifest)
             for weights in manifest.weights:
                 _there(folder, weights.file, path, weights.size)
-        elif kind == "tensorrt":
-            card = read_json(path, EngineCard)
-            if card.keep is not None:
-                engines[card.keep] = (_there(folder, card.file, path), card)
     if not graphs:
         raise PpclError(
             f"{folder}: holds no exported ratio (no keep-*.json); make it with: ppcl-fx export STUDENT -o {folder}"
         )
-    return {keep: Artefact(keep, *graphs[keep], *engines.get(keep, ())) for keep in sorted(graphs, reverse=True)}
+    places = {place.name: place for place in find_graphs(folder)}
+    found = {}
+    for keep in sorted(graphs, reverse=True):
+        graph, manifest = graphs[keep]
+        found[keep] = Artefact(keep, graph, manifest, *_engine(places.get(graph.stem), manifest))
+    return found
+
+
+def _engine(place: Place | None, manifest: Sidecar) -> tuple[Path, EngineCard] | tuple[()]:
+    """Return a ratio's engine, where it was built from the graph that is there now.
+
+    An engine may be older than the graph, or from a graph in bfloat16 that was withdrawn; then there is none.
+    """
+    if place is None or not (place.card.is_file() and manifest_path(place.onnx).is_file()):
+        return ()
+    card, made = read_json(place.card, EngineCard), read_json(manifest_path(place.onnx), Sidecar)
+    built_from = (card.onnx, card.graph.bytes, card.graph.sha256)
+    same = built_from == (place.onnx.name, made.size, made.sha256)
+    if not same or (card.students, card.plan) != (manifest.students, manifest.plan):
+        return ()
+    return _there(place.root, card.file, place.card), card
 
 
 def _there(folder: Path, name: str, named_in: Path, size: int | None = None) -> Path:

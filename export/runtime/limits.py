@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -70,7 +71,9 @@ def sizes_of(file: str, ports: Sequence[Port], feeds: Mapping[str, torch.Tensor]
 
 
 def profile_of(file: str, sizes: Mapping[str, int], profiles: Sequence[Mapping[str, Range]], wider: str) -> int:
-    """Return the first profile of an engine that takes a call, by its index; 0 for a file without profiles.
+    """Return the tightest profile of an engine that takes a call, by its index; 0 for a file without profiles.
+
+    Kernels are tuned for a profile, so of two that fit the one with fewer other sizes is better; of equals the first.
 
     Args:
         file: the file's name, for messages.
@@ -84,7 +87,7 @@ def profile_of(file: str, sizes: Mapping[str, int], profiles: Sequence[Mapping[s
     outside = [[name for name, size in sizes.items() if _out(size, profile, name)] for profile in profiles]
     fitting = [index for index, faults in enumerate(outside) if not faults]
     if fitting or not profiles:
-        return fitting[0] if fitting else 0
+        return min(fitting, key=lambda index: _room(profiles[index], sizes), default=0)
     names, nearest = min(zip(outside, profiles, strict=True), key=lambda pair: len(pair[0]))
     faults = [f"{name} {sizes[name]} (it takes {nearest[name].min} to {nearest[name].max})" for name in names]
     raise PpclError(f"{file} is not for {', '.join(faults)}; {wider}")
@@ -92,6 +95,11 @@ def profile_of(file: str, sizes: Mapping[str, int], profiles: Sequence[Mapping[s
 
 def _out(size: int, profile: Mapping[str, Range], name: str) -> bool:
     return name in profile and not profile[name].min <= size <= profile[name].max
+
+
+def _room(profile: Mapping[str, Range], sizes: Mapping[str, int]) -> int:
+    """Return how many kinds of call a profile takes."""
+    return math.prod(profile[name].max - profile[name].min + 1 for name in sizes if name in profile)
 
 
 def sized(port: Port, sizes: Mapping[str, int]) -> tuple[int, ...]:

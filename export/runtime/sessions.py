@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +18,8 @@ from ppcl_fx.export.runtime.folder import Artefact
 from ppcl_fx.export.runtime.head import Front
 from ppcl_fx.export.runtime.limits import TYPES
 from ppcl_fx.export.sidecar import Port
-from ppcl_fx.export.tensorrt import Range
+from ppcl_fx.export.tensorrt import Hashes, Range
+from ppcl_fx.export.tensorrt.places import rebuild_command
 
 AUTO = "auto"
 TENSORRT = "tensorrt"
@@ -83,17 +85,41 @@ class Choice:
     @property
     def again(self) -> str:
         """The command that makes this file anew."""
-        out = self.artefact.graph.parent
         if self.backend == TENSORRT:
-            return f"ppcl-fx build {out} --overwrite"
-        return f"ppcl-fx export STUDENT --keep {self.artefact.keep:g} -o {out} --overwrite"
+            return rebuild_command(self.file)
+        return f"{export_command(self.artefact.keep, self.artefact.graph.parent)} --overwrite"
+
+
+def export_command(keep: float, folder: Path) -> str:
+    """Return the command line that exports a ratio."""
+    return f"ppcl-fx export STUDENT --keep {keep:g} -o {shlex.quote(str(folder))}"
+
+
+def device_of(wanted: str | torch.device | None) -> torch.device:
+    """Return a device with its index, ``cuda:0`` for ``cuda``; without a name the first GPU, else the CPU.
+
+    Raises:
+        PpclError: there is no such device.
+    """
+    try:
+        found = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise PpclError(f"no device {wanted!r}; give cpu, cuda or cuda:1, for example") from error
+    if found.type != "cuda":
+        return found
+    count = torch.cuda.device_count()
+    index = found.index if found.index is not None else torch.cuda.current_device() if count else 0
+    if index >= count:
+        raise PpclError(f"{found}: PyTorch sees {count} GPUs here; give another device, or leave it out")
+    return torch.device("cuda", index)
 
 
 def choose(artefact: Artefact, backend: str, device: torch.device) -> Choice:
     """Choose what runs a ratio.
 
     Without a name: TensorRT where the ratio has an engine, the device is a GPU and TensorRT is installed; else
-    onnxruntime where it has a provider for the device; else PyTorch.
+    onnxruntime where it has a provider for the device, and for a CPU where the file is not in half precision, for which
+    it has few kernels there; else PyTorch.
 
     Args:
         artefact: the ratio.
@@ -124,7 +150,8 @@ def choose(artefact: Artefact, backend: str, device: torch.device) -> Choice:
 def _best(artefact: Artefact, device: torch.device) -> str:
     if device.type == "cuda" and artefact.engine is not None and _there("tensorrt"):
         return TENSORRT
-    if _there("onnxruntime") and _PROVIDERS[ONNXRUNTIME, device.type] in _available():
+    kernels = device.type != "cpu" or artefact.manifest.dtype not in ("bfloat16", "float16")
+    if kernels and _there("onnxruntime") and _PROVIDERS.get((ONNXRUNTIME, device.type)) in _available():
         return ONNXRUNTIME
     if not _there("onnx_ir"):
         need("onnxruntime", left="nothing here can run the exported files without it")
@@ -153,7 +180,9 @@ def provider(backend: str, device: torch.device) -> str:
         PpclError: onnxruntime is not installed, or the installed one has no such provider.
     """
     available = _available()
-    wanted = _PROVIDERS[backend, device.type]
+    wanted = _PROVIDERS.get((backend, device.type))
+    if wanted is None:
+        raise PpclError(f"{backend} does not run on {device} here; use backend='torch', or device='cpu'")
     if wanted not in available:
         raise PpclError(
             f"the installed onnxruntime has no {wanted} (it has {', '.join(available)}): "
@@ -170,6 +199,7 @@ class Sessions:
 
     opened: dict[float, Any] = field(default_factory=dict)
     shared: dict[Any, torch.Tensor] = field(default_factory=dict)
+    hashes: Hashes = field(default_factory=Hashes)
 
     def get(self, choice: Choice, front: Front) -> Session:
         """Return the session of a ratio; open it at its first use.
@@ -179,11 +209,14 @@ class Sessions:
         """
         keep = choice.artefact.keep
         if keep not in self.opened:
-            if choice.device.type != "cpu" and choice.backend != TORCH:
-                self.opened.clear()
+            if choice.device.type != "cpu" and any(one != TORCH for one in (choice.backend, *self._running())):
+                self.close()
             self.opened[keep] = self._open(choice, front)
         session: Session = self.opened[keep]
         return session
+
+    def _running(self) -> list[str]:
+        return [session.choice.backend for session in self.opened.values()]
 
     def _open(self, choice: Choice, front: Front) -> Session:
         if choice.backend != TENSORRT:  # an engine's own manifest says what it was built from
@@ -191,7 +224,7 @@ class Sessions:
         if choice.backend == TENSORRT:
             from ppcl_fx.export.runtime.tensorrt_session import TensorRTSession
 
-            return TensorRTSession(choice)
+            return TensorRTSession(choice, self.hashes)
         if choice.backend == TORCH:
             from ppcl_fx.export.runtime.torch_session import TorchSession
 
@@ -201,6 +234,9 @@ class Sessions:
         return OnnxSession(choice)
 
     def close(self) -> None:
-        """Forget every session and its weights."""
+        """Forget every session and its weights; what was read of files stays known."""
+        for session in self.opened.values():
+            if session.choice.device.type == "cuda":
+                torch.cuda.synchronize(session.choice.device)  # what it still computes reads its memory
         self.opened.clear()
         self.shared.clear()

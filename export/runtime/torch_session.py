@@ -28,7 +28,8 @@ class TorchSession:
     Args:
         choice: the file and the device.
         front: the ratio's mixture on the meta device.
-        shared: tensors that other ratios have already; those made here are added.
+        shared: what other ratios have already: mapped files by their path, and on a GPU their parts; what is made here
+            is added.
 
     Raises:
         PpclError: the file is damaged, or its weights are not those of the head's model.
@@ -94,7 +95,12 @@ def _part(file: Path, const: Any, shared: dict[Any, torch.Tensor]) -> torch.Tens
     if not path.is_file():
         raise PpclError(f"{path}: no such file, and {file.name} has its weights there; copy it there, or export again")
     length, offset = path.stat().st_size, const.offset or 0
-    size = const.length or const.nbytes
+    size = const.nbytes if const.length is None else const.length
+    if offset < 0 or size != const.nbytes:
+        raise PpclError(
+            f"{file}: {const.name} is {const.nbytes} bytes long, and {size} bytes from {offset} on in {path.name} are "
+            "said to be it; export again"
+        )
     if offset + size > length:
         raise PpclError(f"{path}: is shorter than {file.name} says; copy it again, or export again")
     if path not in shared:
@@ -116,25 +122,39 @@ def _fill(
         found = weights.get(name)
         if found is None:
             continue  # without effect on the output: the file has no use for it
-        if found.shape != parameter.shape:
-            raise PpclError(
-                f"{choice.file}: {name} is {list(found.shape)} there and {list(parameter.shape)} in the model of "
-                "head.json; they are not of one export: export again"
-            )
+        _check_like(name, found, parameter, choice)
         _set(graph, name, nn.Parameter(_placed(found, choice.device, shared), requires_grad=False))
     for name, buffer in list(graph.named_buffers(remove_duplicate=False)):
+        found = weights.get(name, buffer)  # a checkpoint may hold others than the class computes
+        _check_like(name, found, buffer, choice)
         parent, _, leaf = name.rpartition(".")
-        graph.get_submodule(parent)._buffers[leaf] = buffer.to(choice.device)
+        graph.get_submodule(parent)._buffers[leaf] = _placed(found, choice.device, shared)
     missing = [name for name in _used(graph) if graph.get_parameter(name).is_meta]
     if missing:
         raise PpclError(f"{choice.file}: holds no {missing[0]}, which the model of head.json needs; export again")
 
 
+def _check_like(name: str, found: torch.Tensor, wanted: torch.Tensor, choice: Choice) -> None:
+    """Refuse a tensor of another shape or kind; which float it is, the file decides."""
+    alike = found.dtype == wanted.dtype or (found.is_floating_point() and wanted.is_floating_point())
+    if found.shape != wanted.shape or not alike:
+        raise PpclError(
+            f"{choice.file}: {name} is {found.dtype} {list(found.shape)} there and {wanted.dtype} "
+            f"{list(wanted.shape)} in the model of head.json; they are not of one export: export again"
+        )
+
+
 def _placed(tensor: torch.Tensor, device: torch.device, shared: dict[Any, torch.Tensor]) -> torch.Tensor:
-    """Return a weight on a device; a part of one file goes there once for all ratios."""
+    """Return a weight on a device; a part of a mapped file goes there once for all ratios."""
     if device.type == "cpu":
         return tensor
-    key = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.dtype, tensor.shape)
+    place = tensor.untyped_storage().data_ptr()
+    # Mapped files stay open in `shared`, so their addresses are theirs. Any other tensor may be freed, and the next one
+    # lie where it lay.
+    file = next((key for key, whole in shared.items() if isinstance(key, Path) and whole.data_ptr() == place), None)
+    if file is None:
+        return tensor.to(device)
+    key = (file, tensor.storage_offset() * tensor.itemsize, tensor.dtype, tensor.shape)
     if key not in shared:
         shared[key] = tensor.to(device)
     return shared[key]

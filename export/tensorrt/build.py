@@ -20,21 +20,23 @@ from ppcl_fx.export.tensorrt_api import Api, Gpu, find_gpu
 from ppcl_fx.files import inside, need_room, new_file, write_json
 
 
-def load_tensorrt(left: str) -> tuple[Api, Gpu]:
+def load_tensorrt(left: str, index: int = 0) -> tuple[Api, Gpu]:
     """Return TensorRT and the GPU.
 
     Args:
         left: what stays without them, for the message: "the ONNX files stay in ENGINES".
+        index: which GPU, as CUDA counts them.
 
     Raises:
         PpclError: TensorRT is not installed, or there is no NVIDIA GPU.
     """
     module = need("tensorrt", extra="tensorrt", left=left)
-    gpu = find_gpu()
+    gpu = find_gpu(index)
     if gpu is None:
+        which = f" {index}" if index else ""
         raise PpclError(
-            'there is no NVIDIA GPU (or no driver) here, and TensorRT builds for the GPU it runs on: pip install '
-            f'"ppcl-fx[tensorrt]" on a machine with one and export there; {left}'
+            f"there is no NVIDIA GPU{which} (or no driver) here, and TensorRT builds for the GPU it runs on: pip "
+            f'install "ppcl-fx[tensorrt]" on a machine with one and export there; {left}'
         )
     return Api(module), gpu
 

@@ -37,6 +37,7 @@ def load_engine(
     engine: str | Path,
     *,
     tensorrt: tuple[Api, Gpu] | None = None,
+    gpu_index: int = 0,
     hashes: Hashes | None = None,
     read_weights: bool | None = None,
 ) -> LoadedEngine:
@@ -45,6 +46,7 @@ def load_engine(
     Args:
         engine: the engine.
         tensorrt: TensorRT and the GPU; found if left out.
+        gpu_index: which GPU, as CUDA counts them; it has to be CUDA's current one.
         hashes: known hashes of files, shared by the engines of one weight store.
         read_weights: compare the weight files with the manifest by their hashes, not by their sizes alone. By default
             for an engine without weights: others than those it was built from give wrong pictures without a word.
@@ -55,13 +57,15 @@ def load_engine(
     """
     path = Path(engine)
     card = read_card(path)
-    api, gpu = tensorrt or load_tensorrt(f"{path} stays")
+    api, gpu = tensorrt or load_tensorrt(f"{path} stays", gpu_index)
     stripped = card.options.stripped
     read = stripped if read_weights is None else read_weights
     check_card(card, path, gpu=gpu, tensorrt=str(api.value("__version__")), hashes=hashes, weights=read)
     messages = Messages()
     logger = messages.logger(api)
     runtime = api.make("Runtime", logger=logger)
+    # It is TensorRT's default: an engine that brings code for the host is refused, as no code of a folder is run.
+    api.set("Runtime.engine_host_code_allowed", runtime, False)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         loaded = api.call("Runtime.deserialize_cuda_engine", runtime, serialized_engine=data)
     if loaded is None:
@@ -69,9 +73,19 @@ def load_engine(
     if stripped:
         refit(loaded, inside(path.parent, card.onnx), api=api, logger=logger, messages=messages)
     if card.options.weight_streaming is not None:
-        # Before the first execution context: afterwards TensorRT takes no other budget.
-        api.set("ICudaEngine.weight_streaming_budget_v2", loaded, card.options.weight_streaming)
+        _stream(loaded, card.options.weight_streaming, api, path, messages)
     return LoadedEngine(loaded, card, api, (runtime, logger))
+
+
+def _stream(engine: Any, budget: int, api: Api, path: Path, messages: Messages) -> None:
+    """Say how much of the weights stays on the GPU, before the first execution context: afterwards it is fixed."""
+    wanted = min(budget, int(api.get("ICudaEngine.streamable_weights_size", engine)))
+    api.set("ICudaEngine.weight_streaming_budget_v2", engine, wanted)
+    if api.get("ICudaEngine.weight_streaming_budget_v2", engine) != wanted:  # a refusal raises nothing
+        raise PpclError(
+            f"{path}: TensorRT does not keep {wanted} bytes of its weights on the GPU{messages.why()}; build it with "
+            f"another --weight-streaming: {rebuild_command(path)}"
+        )
 
 
 def refit(engine: Any, onnx: Path, *, api: Api, logger: Any | None = None, messages: Messages | None = None) -> None:

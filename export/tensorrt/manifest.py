@@ -15,7 +15,7 @@ from ppcl_fx.export.sidecar import Port
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import rebuild_command
 from ppcl_fx.export.tensorrt.profiles import Profile
-from ppcl_fx.export.tensorrt_api import Gpu, version_numbers
+from ppcl_fx.export.tensorrt_api import Gpu
 from ppcl_fx.files import inside, read_json, sha256_of
 from ppcl_fx.plan import Plan
 
@@ -148,12 +148,7 @@ def _misfit(card: EngineCard, engine: Path, gpu: Gpu, tensorrt: str) -> str | No
         return f"has {engine.stat().st_size} bytes and {card.engine.bytes} are expected: truncated or replaced"
     if (card.gpu, card.capability) != (gpu.name, gpu.capability):
         return f"built for {card.gpu} ({card.capability}), and this is {gpu.name} ({gpu.capability})"
-    if card.tensorrt == tensorrt:
-        return None
-    built, here = version_numbers(card.tensorrt), version_numbers(tensorrt)
-    if card.options.version_compatible and built[0] == here[0] and built <= here:
-        return None
-    return f"built with TensorRT {card.tensorrt}, and this is {tensorrt}"
+    return None if card.tensorrt == tensorrt else f"built with TensorRT {card.tensorrt}, and this is {tensorrt}"
 
 
 def _changed(card: EngineCard, engine: Path, hashes: Hashes, weights: bool) -> str | None:

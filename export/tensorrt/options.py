@@ -9,8 +9,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.tensorrt_api import Api, version_numbers
 
-OLDEST = (10, 12)
-"""The oldest version that is supported: strongly typed networks with all the operators that are used."""
+OLDEST = (10, 15)
+"""The oldest version that is supported: its parser knows Attention (from 10.14 on), RotaryEmbedding and
+RMSNormalization (from 10.15 on)."""
 
 REFIT_DROPS_BIAS = ((11, 3), (11, 4))
 """From the first version up to the second, not included, REFIT can lose the bias of a matrix product, even if no weight
@@ -28,7 +29,6 @@ class BuildOptions(BaseModel):
         stripped: leave the weights out of the engine; they come back from the weight store when it is loaded. Without a
             word about `refit` it is ``identical``.
         weight_streaming: bytes of weights that stay on the GPU, the others are streamed; ``None`` for all.
-        version_compatible: let the engine run with later versions of TensorRT of the same major number.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,7 +38,6 @@ class BuildOptions(BaseModel):
     refit: Literal["none", "identical", "any"] = "none"
     stripped: bool = False
     weight_streaming: int | None = Field(default=None, ge=0)
-    version_compatible: bool = False
 
     @property
     def refitting(self) -> Literal["none", "identical", "any"]:
@@ -90,7 +89,5 @@ def configure(api: Api, config: Any, options: BuildOptions) -> None:
         flags.append(api.value("BuilderFlag.STRIP_PLAN"))
     if options.weight_streaming is not None:
         flags.append(api.value("BuilderFlag.WEIGHT_STREAMING"))
-    if options.version_compatible:
-        flags.append(api.value("BuilderFlag.VERSION_COMPATIBLE"))
     for flag in flags:
         api.call("IBuilderConfig.set_flag", config, flag=flag)

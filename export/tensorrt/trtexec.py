@@ -54,7 +54,6 @@ def trtexec_arguments(
         "--refit": options.refitting == "any",
         "--stripWeights": options.stripped,
         "--allowWeightStreaming": options.weight_streaming is not None,
-        "--versionCompatible": options.version_compatible,
     }
     arguments += [flag for flag, wanted in flags.items() if wanted]
     for index, profile in enumerate(profiles):

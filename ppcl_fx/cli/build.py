@@ -29,7 +29,6 @@ def build(
     refit: on.Refit = None,
     stripped: on.Stripped = False,
     weight_streaming: on.WeightStreaming = None,
-    version_compatible: on.VersionCompatible = False,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
     json: Json = False,
@@ -53,7 +52,6 @@ def build(
         refit=refit,
         stripped=stripped,
         weight_streaming=weight_streaming,
-        version_compatible=version_compatible,
     )
     return built(folder, request, overwrite, Terminal(verbose))
 

@@ -69,10 +69,6 @@ WeightStreaming = Annotated[
     str | None,
     typer.Option(metavar="SIZE", rich_help_panel=PANEL, help="Weights that stay on the GPU: 8GiB; the rest streams."),
 ]
-VersionCompatible = Annotated[
-    bool,
-    typer.Option("--version-compatible", rich_help_panel=PANEL, help="Engines run with later 11.x versions too."),
-]
 
 
 def request_from(
@@ -89,7 +85,6 @@ def request_from(
     refit: str | None,
     stripped: bool,
     weight_streaming: str | None,
-    version_compatible: bool,
 ) -> BuildRequest:
     """Return what the options ask for; what is left out stays as in `base`.
 
@@ -112,7 +107,6 @@ def request_from(
             refit=kind,
             stripped=stripped or None,
             weight_streaming=parse_size("--weight-streaming", weight_streaming) if weight_streaming else None,
-            version_compatible=version_compatible or None,
         )
     )
     if options.stripped and options.refit == "none" and refit == "none":

@@ -104,7 +104,6 @@ def export(
     refit: on.Refit = None,
     stripped: on.Stripped = False,
     weight_streaming: on.WeightStreaming = None,
-    version_compatible: on.VersionCompatible = False,
     overwrite: Overwrite = False,
     verbose: Verbose = False,
     json: Json = False,
@@ -131,7 +130,6 @@ def export(
         "refit": refit,
         "stripped": stripped,
         "weight_streaming": weight_streaming,
-        "version_compatible": version_compatible,
     }
     request = _request(format, onnx_only, wanted)
     against.check_sampling(pipeline, samples, sample_steps, format not in FOLDERS)

@@ -69,14 +69,14 @@ def test_nothing_is_built_when_one_profile_does_not_fit(tmp_path: Path) -> None:
 
 def test_the_script_for_trtexec_says_what_the_builder_does(tmp_path: Path) -> None:
     write_graph(tmp_path / "keep-0.5.onnx")
-    options = BuildOptions(stripped=True, workspace=2**30, level=2, weight_streaming=1, version_compatible=True)
+    options = BuildOptions(stripped=True, workspace=2**30, level=2, weight_streaming=1)
     request = BuildRequest(spec=Spec(tokens="64,128", batch="1", text="1-2-8"), options=options)
     text = write_script(find_graphs(tmp_path), request).read_text(encoding="utf-8")
     flat = " ".join(text.replace("\\\n", " ").split())
     assert (
         "trtexec ${TYPED-} --onnx=keep-0.5.onnx --saveEngine=keep-0.5.engine.partial --skipInference "
         "--timingCacheFile=timing.cache --memPoolSize=workspace:1073741824B --builderOptimizationLevel=2 "
-        "--stripWeights --allowWeightStreaming --versionCompatible "
+        "--stripWeights --allowWeightStreaming "
         "--profile=0 --minShapes=hidden_states:1x64x4,encoder_hidden_states:1x1x4 "
         "--optShapes=hidden_states:1x64x4,encoder_hidden_states:1x2x4 "
         "--maxShapes=hidden_states:1x64x4,encoder_hidden_states:1x8x4 --profile=1 --minShapes=hidden_states:1x128x4,"

@@ -241,6 +241,10 @@ def test_ranges_of_a_profile() -> None:
 
     assert [taken(4, 64, 4), taken(1, 200, 1), taken(1, 16, 1)] == [0, 1, 0]
     assert profile_of("keep-0.7.onnx", {"batch": 99}, [], "") == 0
+    # Of profiles that fit the tightest, and of equals the first.
+    tight = {"batch": Range(min=1, opt=1, max=1), "x_1": Range(min=64, opt=64, max=64)}
+    profiles = [large, small, tight, tight]
+    assert [profile_of("", {"batch": 1, "x_1": size}, profiles, "") for size in (64, 63, 65)] == [2, 1, 0]
     with pytest.raises(PpclError, match=r"^keep-0.7.engine is not for batch 5 \(it takes 1 to 4\); run: COMMAND$"):
         taken(5, 64, 5)
     with pytest.raises(PpclError, match=r"not for x_1 8 \(it takes 16 to 256\)|not for x_1 8 \(it takes 16 to 64\)"):
@@ -256,9 +260,11 @@ def test_a_ratio_with_an_engine(made: Any, tmp_path: Path) -> None:
     folder = tmp_path / "engines"
     shutil.copytree(made[2], folder)
     manifest, mark = artefacts(folder)[0.7].manifest, FileMark(bytes=6, sha256="0" * 64)
+    graph = FileMark(bytes=manifest.size, sha256=manifest.sha256)
     card = EngineCard(
-        file="keep-0.7.bf16.engine", engine=mark, onnx="keep-0.7.bf16.onnx", graph=mark, weights={}, dtype="bfloat16",
-        keep=0.7, students=[], plan=None, tensorrt="11.4.0", cuda="13.0", gpu="NVIDIA H100", capability="9.0",
+        file="keep-0.7.engine", engine=mark, onnx="keep-0.7.onnx", graph=graph, weights={}, dtype="bfloat16",
+        keep=0.7, students=manifest.students, plan=manifest.plan, tensorrt="11.4.0", cuda="13.0", gpu="NVIDIA H100",
+        capability="9.0",
         profiles=[Profile(sizes={"batch": Range(min=1, opt=1, max=2)})], options=BuildOptions(), inputs=manifest.inputs,
         outputs=manifest.outputs, timing_cache=None, seconds=1.0,
     )  # fmt: skip
@@ -271,6 +277,14 @@ def test_a_ratio_with_an_engine(made: Any, tmp_path: Path) -> None:
         choose(found[0.5], "tensorrt", torch.device("cuda"))
     # On a CPU the engine is not looked at: its ratio runs from its ONNX file.
     assert EngineTransformer(folder, keep=0.7, device="cpu").backend == "onnxruntime"
+
+
+def test_a_device_that_is_none_is_one_line(made: Any, opened: Any) -> None:
+    with pytest.raises(PpclError, match="no device 'nonsense'"):
+        EngineTransformer(made[2], keep=0.5, device="nonsense")
+    with pytest.raises(PpclError, match="give cpu, cuda or cuda:1") as caught:
+        opened.to("nonsense")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_folder(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

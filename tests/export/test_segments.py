@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 
 from ppcl_fx.export import lower
 from ppcl_fx.export.graph_run import run_graph
-from ppcl_fx.export.segments import Segment, segments, structure
+from ppcl_fx.export.segments import Segment, described, segments, structure
 from ppcl_fx.tracing import bind, trace
 from tests import models
 
@@ -66,6 +67,53 @@ def test_structure_sees_settings_that_are_in_no_shape(tiny_sd3: Tiny) -> None:
     after = keys(segments(changed))
     different = {name for name in before if before[name] != after[name]}
     assert different == {"transformer_blocks.3"}
+
+
+class _Calls(nn.Module):
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result = self.function(x)
+        assert isinstance(result, torch.Tensor)
+        return result
+
+
+def _scaled(by: float) -> Any:
+    return lambda x: x * by
+
+
+GELU = nn.functional.gelu
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (functools.partial(GELU), functools.partial(GELU, approximate="tanh")),
+        (functools.partial(torch.clamp, min=-1.0), functools.partial(torch.clamp, min=-2.0)),
+        (functools.partial(torch.add, torch.ones(1)), functools.partial(torch.add, torch.zeros(1))),
+        (_scaled(2.0), _scaled(3.0)),
+    ],
+)
+def test_functions_that_differ_by_what_they_hold_are_not_alike(one: Any, other: Any) -> None:
+    assert described(_Calls(one)) == described(_Calls(one))
+    assert described(_Calls(one)) != described(_Calls(other))
+
+    def called(function: Any) -> str:
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        graph.output((graph.call_function(function, (x,)),))
+        return structure(Segment("a", torch.fx.GraphModule({}, graph), (x,), (), ()), [])
+
+    if not isinstance(one, functools.partial):  # those have no name to be called by in a graph
+        assert called(one) == called(one)
+        assert called(one) != called(other)
+
+
+def test_equal_functions_made_twice_are_alike_where_that_can_be_told() -> None:
+    first, second = (functools.partial(GELU, approximate="tanh") for _ in range(2))
+    assert described(_Calls(first)) == described(_Calls(second))
 
 
 def test_parameters_have_the_same_order_in_look_alike_blocks(tiny_flux: Tiny) -> None:

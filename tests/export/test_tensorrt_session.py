@@ -1,0 +1,338 @@
+"""The TensorRT session's own work: the order of calls, profiles, CUDA graphs, and the way back where none can be made.
+
+TensorRT and CUDA are played: an engine that doubles its input, on the CPU's memory, and a CUDA graph that repeats what
+was enqueued while it was recorded. What the calls do on a GPU is not shown.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export.runtime.folder import Artefact
+from ppcl_fx.export.runtime.sessions import TENSORRT, Choice, Sessions
+from ppcl_fx.export.runtime.tensorrt_session import GRAPHS, TensorRTSession
+from ppcl_fx.export.sidecar import Sidecar
+from ppcl_fx.export.tensorrt import BuildOptions, Hashes, build_engine, loading
+from tests.export.fake_trt import GPU, FakeApi, Thing, working
+from tests.export.test_tensorrt import PROFILE, write_graph
+
+PORTS = ["hidden_states", "encoder_hidden_states", "sample"]
+ACTIVE = "IExecutionContext.active_optimization_profile"
+
+
+class Stream:
+    """A stream by its number."""
+
+    def __init__(self, number: int, log: list[str]) -> None:
+        self.cuda_stream, self.log = number, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.cuda_stream} waits for {other.cuda_stream}")
+
+    def synchronize(self) -> None:
+        self.log.append(f"{self.cuda_stream} ends")
+
+
+class Cuda:
+    """What `torch.cuda` is to the session: streams, the current device, graphs."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.devices: list[Any] = []
+        self.current = Stream(0, self.log)
+        self.recording: Recorded | None = None
+        self.fails: str | None = None
+        self.made = 0
+
+    def patch(self, patch: pytest.MonkeyPatch) -> None:
+        def new(device: Any) -> Stream:
+            self.made += 1
+            return Stream(self.made, self.log)
+
+        def set_stream(stream: Stream) -> None:
+            self.current = stream
+
+        patch.setattr(torch.cuda, "Stream", new)
+        patch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        patch.setattr(torch.cuda, "set_stream", set_stream)
+        patch.setattr(torch.cuda, "stream", self.stream)
+        patch.setattr(torch.cuda, "device", self.device)
+        patch.setattr(torch.cuda, "CUDAGraph", Recorded)
+        patch.setattr(torch.cuda, "graph", self.graph)
+        patch.setattr(torch.cuda, "empty_cache", lambda: self.log.append("empty_cache"))
+
+    @contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        self.devices.append(device)
+        try:
+            yield
+        finally:
+            self.devices.pop()
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    @contextmanager
+    def graph(self, graph: Recorded, stream: Stream, capture_error_mode: str) -> Iterator[None]:
+        assert capture_error_mode == "thread_local"
+        before, self.current, self.recording = self.current, stream, graph
+        self.log.append("record")
+        try:
+            yield
+        finally:
+            self.recording = None
+        if self.fails is not None:
+            raise RuntimeError(self.fails)  # and, as PyTorch does, leaves the stream of the capture
+        self.current = before
+
+
+class Recorded:
+    """A CUDA graph: what was enqueued, to be done again."""
+
+    def __init__(self) -> None:
+        self.work: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for one in self.work:
+            one()
+
+
+def floats(address: int, count: int) -> torch.Tensor:
+    return torch.frombuffer((ctypes.c_float * count).from_address(address), dtype=torch.float32)
+
+
+def running(cuda: Cuda, **more: Any) -> FakeApi:
+    """TensorRT with an engine that doubles ``hidden_states``."""
+
+    def take(context: Thing, profile_index: int, stream_handle: int) -> bool:
+        assert cuda.devices, "not on the session's device"
+        context.properties[ACTIVE] = profile_index
+        return True
+
+    def shape(context: Thing, name: str, shape: tuple[int, ...]) -> bool:
+        context.properties[name] = shape
+        return True
+
+    def place(context: Thing, name: str, memory: int) -> bool:
+        context.properties[f"{name} at"] = memory
+        return True
+
+    def execute(context: Thing, stream_handle: int) -> bool:
+        assert stream_handle == cuda.current.cuda_stream
+        count = torch.Size(context.properties["hidden_states"]).numel()
+        source, target = context.properties["hidden_states at"], context.properties["sample at"]
+        if cuda.recording is None:
+            cuda.log.append(f"run on {stream_handle}")
+
+        def work() -> None:
+            floats(target, count).copy_(2 * floats(source, count))
+
+        (work() if cuda.recording is None else cuda.recording.work.append(work))
+        return True
+
+    answers = {
+        "ICudaEngine__num_io_tensors": len(PORTS),
+        "ICudaEngine__get_tensor_name": lambda engine, index: PORTS[index],
+        "ICudaEngine__get_tensor_mode": lambda e, name: f"TensorIOMode.{'OUT' if name == 'sample' else 'IN'}PUT",
+        "ICudaEngine__get_tensor_dtype": "DataType.FLOAT",
+        "ICudaEngine__create_execution_context": lambda engine: Thing("IExecutionContext", {ACTIVE: 0}),
+        "IExecutionContext__set_optimization_profile_async": take,
+        "IExecutionContext__set_input_shape": shape,
+        "IExecutionContext__set_tensor_address": place,
+        "IExecutionContext__get_tensor_shape": lambda context, name: context.properties["hidden_states"],
+        "IExecutionContext__execute_async_v3": execute,
+    }
+    return working(**(answers | more))
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
+    played = Cuda()
+    played.patch(monkeypatch)
+    return played
+
+
+@pytest.fixture
+def choice(tmp_path: Path) -> Choice:
+    """A stripped engine of two profiles; the CPU's memory stands for the GPU's."""
+    graph = write_graph(tmp_path / "keep-0.7.onnx")
+    engine = graph.with_suffix(".engine")
+    options = BuildOptions(stripped=True)
+    card = build_engine(graph, engine, [PROFILE, PROFILE], options, api=working(), gpu=GPU)
+    manifest = Sidecar.model_construct(outputs=card.outputs, keep=0.7)
+    return Choice(TENSORRT, Artefact(0.7, graph, manifest, engine, card), torch.device("cpu"))
+
+
+def opened(choice: Choice, api: FakeApi, patch: pytest.MonkeyPatch, hashes: Hashes | None = None) -> TensorRTSession:
+    patch.setattr(loading, "load_tensorrt", lambda left, index: (api, GPU))
+    return TensorRTSession(choice, hashes)
+
+
+def call(session: TensorRTSession, tokens: int, profile: int = 0, value: float = 1.0) -> None:
+    """Run the session and see that the answer is its input, doubled."""
+    feeds = {"hidden_states": torch.full((1, tokens, 4), value), "encoder_hidden_states": torch.zeros(1, 1, 4)}
+    assert torch.equal(session.run(feeds, {}, profile), 2 * feeds["hidden_states"])
+
+
+def counted(api: FakeApi, name: str) -> int:
+    return api.names().count(name)
+
+
+def test_a_call_sets_profile_shapes_and_addresses_before_it_runs(
+    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = running(cuda)
+    session = opened(choice, api, monkeypatch)
+    api.calls.clear()
+    call(session, 64, profile=1)
+    assert [name.partition(".")[2] for name in api.names() if name != ACTIVE] == [
+        "set_optimization_profile_async",
+        *["set_input_shape", "set_tensor_address"] * 2,
+        "get_tensor_shape", "set_tensor_address", "execute_async_v3",
+    ]  # fmt: skip
+    # The profile stays until another is wanted.
+    call(session, 128, profile=1)
+    assert counted(api, "IExecutionContext.set_optimization_profile_async") == 1
+    call(session, 192, profile=0)
+    assert counted(api, "IExecutionContext.set_optimization_profile_async") == 2
+    assert cuda.log == ["run on 0"] * 3 and cuda.devices == []
+
+
+def test_the_second_call_of_the_same_shapes_is_recorded_and_then_repeated(
+    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = running(cuda)
+    session = opened(choice, api, monkeypatch)
+    call(session, 64)
+    call(session, 64, value=2.0)
+    # One stream of the session for the run before and for the recording; they wait for each other's work.
+    assert cuda.log == ["run on 0", "1 waits for 0", "run on 1", "0 waits for 1", "record"]
+    assert counted(api, "ICudaEngine.create_execution_context") == 2
+    before = len(api.calls)
+    feeds = {"hidden_states": torch.full((1, 64, 4), 3.0), "encoder_hidden_states": torch.zeros(1, 1, 4)}
+    first = session.run(feeds, {}, 0)
+    call(session, 64, value=4.0)
+    assert torch.equal(first, torch.full((1, 64, 4), 6.0))  # the next replay did not write there
+    assert len(api.calls) == before
+    call(session, 128)  # other shapes are another call
+    assert len(session._captured) == 1
+    assert cuda.current.cuda_stream == 0
+
+
+def test_the_oldest_graph_goes_before_the_next_is_made(
+    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    def context(engine: Thing) -> Thing:
+        kept.append(len(session._captured) if "session" in names else 0)
+        return Thing("IExecutionContext", {ACTIVE: 0})
+
+    names: set[str] = set()
+    session = opened(choice, running(cuda, ICudaEngine__create_execution_context=context), monkeypatch)
+    names.add("session")
+    for tokens in (64, 64, 128, 128, 64, 192, 192):
+        call(session, tokens)
+    assert kept == [0, 0, 1, GRAPHS - 1]
+    assert [key[0][1][1] for key in session._captured] == [64, 192]  # 64 was used after 128
+    assert "0 ends" in cuda.log
+
+
+def test_where_no_graph_can_be_recorded_runs_go_on_without_and_say_so_once(
+    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = opened(choice, running(cuda), monkeypatch)
+    call(session, 64)
+    call(session, 64)
+    cuda.fails = "operation not permitted\nwhen stream is capturing"
+    for tokens in (128, 128, 128, 64, 192, 192):
+        call(session, tokens)
+        assert cuda.current.cuda_stream == 0  # a capture that fails leaves its stream behind
+    assert session.without_graphs == "operation not permitted when stream is capturing"
+    assert not session._captured and cuda.log.count("record") == 2
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert message == f"keep-0.7.engine: runs without CUDA graphs ({session.without_graphs})"
+
+
+def test_memory_that_pytorch_keeps_is_given_to_a_context_that_lacks_it(
+    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = iter([False, True])
+
+    def scarce(engine: Thing) -> Thing | None:
+        return Thing("IExecutionContext", {ACTIVE: 0}) if next(room, False) else None
+
+    session = opened(choice, running(cuda, ICudaEngine__create_execution_context=scarce), monkeypatch)
+    assert cuda.log == ["empty_cache"]
+    call(session, 64)
+    call(session, 64)  # no room for a second context: no graph, but an answer
+    assert session.without_graphs is not None and "no GPU memory" in session.without_graphs
+    with pytest.raises(PpclError, match="no GPU memory for running it"):
+        opened(choice, running(cuda, ICudaEngine__create_execution_context=lambda engine: None), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ({"IExecutionContext__set_input_shape": False}, r"does not take hidden_states of \[1, 64, 4\].*ppcl-fx build"),
+        ({"IExecutionContext__set_tensor_address": lambda c, name, memory: name != "sample"}, "does not write sample"),
+        ({"IExecutionContext__set_optimization_profile_async": False}, "does not take profile 1"),
+        ({"IExecutionContext__execute_async_v3": False}, "could not run"),
+    ],
+)
+def test_what_tensorrt_refuses_is_one_line(
+    answers: Any, words: str, choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = opened(choice, running(cuda, **answers), monkeypatch)
+    with pytest.raises(PpclError, match=words) as caught:
+        call(session, 64, profile=1)
+    assert "\n" not in str(caught.value) and cuda.devices == []
+
+
+def test_an_output_of_an_unknown_type_is_one_line(choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PpclError, match="its output sample is DataType.FP8, which cannot be read here"):
+        opened(choice, running(cuda, ICudaEngine__get_tensor_dtype="DataType.FP8"), monkeypatch)
+    session = opened(choice, running(cuda, ICudaEngine__get_tensor_dtype="DataType.INT64"), monkeypatch)
+    assert session.outputs == {"sample": torch.int64}
+
+
+def test_another_gpu_is_asked_for_by_its_index(choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, Any]] = []
+
+    def load(left: str, index: int) -> Any:
+        asked.append((index, cuda.devices[-1]))
+        return running(cuda), GPU
+
+    monkeypatch.setattr(loading, "load_tensorrt", load)
+    second = torch.device("cuda:1")
+    TensorRTSession(Choice(TENSORRT, choice.artefact, second))
+    assert asked == [(1, second)]
+
+
+def test_the_weights_of_a_stripped_engine_are_hashed_once_for_all_plugs(
+    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    from ppcl_fx.export.tensorrt import manifest
+
+    real = manifest.sha256_of
+    monkeypatch.setattr(manifest, "sha256_of", lambda path: read.append(Path(path).name) or real(path))
+    monkeypatch.setattr(loading, "load_tensorrt", lambda left, index: (running(cuda), GPU))
+    sessions = Sessions()
+    for _ in range(3):
+        sessions.get(choice, None)  # type: ignore[arg-type]  # an engine has no use for the front
+        sessions.close()
+    assert sorted(read) == ["keep-0.7.bin", "keep-0.7.onnx"]
