@@ -81,7 +81,7 @@ class Store:
     def digesting(self) -> Iterator[None]:
         """Read the files in the background meanwhile: `sha256` then has less to wait for."""
         names = dict.fromkeys(self.name(where.file) for where in self.ranges.values())
-        pool = ThreadPoolExecutor(max_workers=max(1, min(4, (os.cpu_count() or 1) - 1)), thread_name_prefix="digest")
+        pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="digest")
         try:
             self.reading.update({n: pool.submit(sha256_of, self.folder / n) for n in names if n not in self.digests})
             yield
