@@ -25,6 +25,7 @@ from ppcl_fx.export.runtime.head import write_head
 from ppcl_fx.export.unused import drop_unused, weights_of
 from ppcl_fx.export.weight_source import WeightFolder, WeightSource
 from ppcl_fx.export.weight_store import Store, stored
+from ppcl_fx.passes.expand import traced_once
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
@@ -300,7 +301,7 @@ def write_graphs(
     sharing: AbstractContextManager[Store | None] = nullcontext(None)
     if not embed:
         sharing = stored(opened.weights, needed, folder, dtype, replaced, note)
-    with sharing as store, alike_once():
+    with sharing as store, alike_once(), traced_once():
         known = known or Translations()
         gate = gate or GateOptions()
         work = Work(opened.weights, store, dtype, tolerance, runs, known, opened.model.plan, step, axes, gate)

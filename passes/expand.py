@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -12,12 +14,25 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_flatten
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.liveness import SINK, USED, used_items
 from ppcl_fx.tracing import trace_inside
 from ppcl_fx.tracing.guards import expect_tensor
+
+_TRACED: ContextVar[dict[Any, tuple[nn.Module, GraphModule | None]] | None] = ContextVar("traced insides", default=None)
+
+
+@contextmanager
+def traced_once() -> Iterator[None]:
+    """Let `Expand` trace a module once for all graphs that hold it. The modules must stay as they are meanwhile."""
+    token = _TRACED.set({})
+    try:
+        yield
+    finally:
+        _TRACED.reset(token)
 
 
 def lost_items(gm: GraphModule, node: Node) -> bool:
@@ -54,9 +69,8 @@ def _splice(gm: GraphModule, node: Node) -> bool:
     for name, value in bound.arguments.items():
         kind = inspect.signature(module.forward).parameters[name].kind
         arguments |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
-    try:
-        inner = trace_inside(module, map_arg(arguments, lambda n: n.meta["val"]))
-    except PpclError:
+    inner = _inside(module, map_arg(arguments, lambda n: n.meta["val"]))
+    if inner is None:
         return False  # what it computes depends on values that no example has: it stays whole
     values: dict[Node, Any] = {}
     with gm.graph.inserting_before(node):
@@ -79,6 +93,31 @@ def _splice(gm: GraphModule, node: Node) -> bool:
             container.register_buffer(name, buffer)
     gm.set_submodule(path, container)
     return True
+
+
+def _inside(module: nn.Module, arguments: dict[str, Any]) -> GraphModule | None:
+    """Return the traced inside of a module; None where it cannot be traced."""
+    known = _TRACED.get()
+    key = _key(module, arguments) if known is not None else None
+    if known is not None and key in known:
+        return known[key][1]
+    try:
+        inner = trace_inside(module, arguments)
+    except PpclError:
+        inner = None
+    if known is not None and key is not None:
+        known[key] = (module, inner)
+    return inner
+
+
+def _key(module: nn.Module, arguments: dict[str, Any]) -> Any:
+    """Return what decides how the inside of a module looks; None where that cannot be compared."""
+    leaves, spec = tree_flatten(arguments)
+    forms = [
+        (v.shape, v.stride(), v.dtype, v.device) if isinstance(v, torch.Tensor) else (type(v), v) for v in leaves
+    ]
+    key = (id(module), repr(spec), tuple(forms))
+    return key if all(isinstance(form, Hashable) for form in (*forms, *(form[-1] for form in forms))) else None
 
 
 def _copy_in(gm: GraphModule, inner: GraphModule, at: Node, path: str, old: Node, values: dict[Node, Any]) -> Node:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+import networkx as nx
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.knapsack import least_within, touching
@@ -61,16 +63,42 @@ def swapped_back(
     See `choose`. Where all students together save too little, all stay. `damage` is each edit's; by default what the
     plan predicts.
     """
-    plugged = list(model.edits)
     if damage is None:
         damage = {edit.id: edit.damage or 0.0 for edit in model.plan.edits}
+    summed = _Summed(model)
+    found = _swapped(model, budget, damage, summed)
+    if model.param_count(found) == summed(found):
+        return found
+    return _swapped(model, budget, damage, model.param_count)  # savings that depend on each other over a distance
+
+
+def _swapped(
+    model: PluggableModel, budget: float, damage: Mapping[str, float], params: Callable[[Sequence[str]], int]
+) -> tuple[str, ...]:
+    plugged = list(model.edits)
     worst = [damage[edit] for edit in plugged]
     order = sorted(range(len(plugged)), key=lambda i: (-worst[i], -i))
     for edit in [model.edits[i] for i in order]:
         without = [other for other in plugged if other != edit]
-        if model.param_count(without) <= budget:
+        if params(without) <= budget:
             plugged = without
     return tuple(plugged)
+
+
+class _Summed:
+    """Parameters of mixtures, from what each group of edits that touch saves alone: fewer mixtures are counted."""
+
+    def __init__(self, model: PluggableModel) -> None:
+        touch = touching(model.plan.edits)
+        graph = nx.Graph([(edit, other) for edit, others in touch.items() for other in others])
+        graph.add_nodes_from(touch)
+        self.groups = [frozenset(group) for group in nx.connected_components(graph)]
+        self.model = model
+
+    def __call__(self, students: Sequence[str]) -> int:
+        whole = self.model.param_count(())
+        parts = (group.intersection(students) for group in self.groups)
+        return whole - sum(whole - self.model.param_count(tuple(part)) for part in parts if part)
 
 
 def check_keep(keep: float) -> None:
