@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import check_artefacts, export, onnx_file, stitching
+from ppcl_fx.export import check_artefacts, export, onnx_file
 from ppcl_fx.export.claim import MARK, claimed
 from ppcl_fx.export.samples import sample_of
 from ppcl_fx.export.tensorrt import folder as build_folder
@@ -28,7 +28,7 @@ from ppcl_fx.files import write_safetensors
 from ppcl_fx.train.bounded.folder import StudentFolder
 from tests.cli_place import Place
 from tests.export.fake_trt import GPU, working
-from tests.export.killed import KNOWN, command, save_student
+from tests.export.killed import command, save_student
 from tests.export.test_killed import check_whole, contents
 from tests.models import qwen_kwargs
 
@@ -42,16 +42,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``student``, and with ``out``, which it was exported to."""
     folder = tmp_path_factory.mktemp("made")
     opened = StudentFolder.open(save_student(folder / "student"))
-    export(opened, KEEPS, folder / "out", memory_limit=1, known=KNOWN)
+    export(opened, KEEPS, folder / "out", memory_limit=1)
     return folder
 
 
 @pytest.fixture
-def place(
-    made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Place:
+def place(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Place:
     """A copy, and the program."""
-    monkeypatch.setattr(stitching, "Translations", lambda: KNOWN)
     shutil.copytree(made, tmp_path / "made")
     return Place(tmp_path / "made", capfd)
 

@@ -17,7 +17,7 @@ from onnx import numpy_helper
 import ppcl_fx
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import SamplingRun, Translations, check_artefacts, export, one_graph
+from ppcl_fx.export import SamplingRun, check_artefacts, export, one_graph
 from ppcl_fx.export.gate import Agreement, agreement, spread, worst
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.runtime import artefacts
@@ -29,8 +29,6 @@ from tests import models
 from tests.export import test_runtime_families as families
 
 BLOCKS = "transformer_blocks"
-KNOWN = Translations()
-"""Blocks of one kind are translated once in this file."""
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------
@@ -120,7 +118,7 @@ def calls() -> Calls:
 
 
 def exported(model: PluggableModel, out: Path, keeps: Sequence[float] = (1.0,), **options: Any) -> Any:
-    return export(model, keeps, out, runs=1, known=KNOWN, **options)
+    return export(model, keeps, out, runs=1, **options)
 
 
 def test_recorded_calls_of_several_shapes(qwen: PluggableModel, calls: Calls, tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ import torch
 
 import ppcl_fx
 from ppcl_fx import EngineTransformer
-from ppcl_fx.export import check_artefacts, export_finetuned, stitching
+from ppcl_fx.export import check_artefacts, export_finetuned
 from ppcl_fx.tracing import bind
 from ppcl_fx.train import load_finetuned
 from ppcl_fx.train.finetuned import FinetunedFolder, save_finetuned
 from ppcl_fx.train.stages import mixture
 from tests.cli_place import Place
-from tests.export.killed import KNOWN, save_student
+from tests.export.killed import save_student
 from tests.models import qwen_kwargs
 
 OTHER = {"batch": 1, "height": 3, "width": 7, "text": 11, "seed": 9}
@@ -41,11 +41,8 @@ def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(
-    student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Place:
+def place(student: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Place:
     """A copy, and the program."""
-    monkeypatch.setattr(stitching, "Translations", lambda: KNOWN)
     shutil.copytree(student, tmp_path / "student")
     return Place(tmp_path, capfd)
 
@@ -93,7 +90,7 @@ def test_finetuned_students_and_ratios_share_a_folder(place: Place) -> None:
     for name in ("finetuned", "finetuned-0.9"):
         tuned = FinetunedFolder.open(place.student / name)
         assert all(parameter.is_meta for parameter in tuned.graph.parameters())
-        export_finetuned(tuned, out, memory_limit=1, known=KNOWN)
+        export_finetuned(tuned, out, memory_limit=1)
     place.ok("export", place.student, "-o", out, "--keep", "1.0", "--memory-limit", "1k")
     assert [card.finetuned for card in check_artefacts(out)] == [True, True, False]
     copies = sorted(path.relative_to(out).as_posix() for path in (out / "weights").rglob("*.safetensors"))

@@ -16,7 +16,7 @@ from torch import nn
 
 import ppcl_fx
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import Sidecar, Translations, check_artefacts, export, lower
+from ppcl_fx.export import Sidecar, check_artefacts, export, lower
 from ppcl_fx.export import weight_store as stores
 from ppcl_fx.export.artefacts import external_data
 from ppcl_fx.export.names import manifest_path
@@ -36,7 +36,6 @@ MODELS: dict[str, tuple[Any, list[Edit]]] = {
     # Block 1 has two attentions: without its feed-forward, rows 0-2 and 6-8 of its modulation's nine stay.
     "sd3": (models.tiny_sd3, [DepthEdit(stack=BLOCKS, first=4, last=5), FfnEdit(stack=BLOCKS, block=1)]),
 }
-KNOWN = {name: Translations() for name in MODELS}
 
 
 def saved(kind: str, folder: Path) -> Path:
@@ -64,7 +63,7 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     opened = StudentFolder.open(folder)
     read: list[str] = []
     opened.read = lambda name: read.append(name) or torch.empty(0)  # type: ignore[method-assign, func-returns-value]
-    export(opened, keeps(folder), folder, memory_limit=1, known=KNOWN[request.param], note=notes.append)
+    export(opened, keeps(folder), folder, memory_limit=1, note=notes.append)
     assert read == []
     assert len(notes) == 1 and "not checked against PyTorch: the weights were not read" in notes[0]
     new = {path.suffix for path in folder.rglob("*") if path.is_file() and path not in before}
@@ -104,10 +103,10 @@ def test_no_weight_has_a_copy_in_a_graph(student: tuple[str, Path]) -> None:
 
 
 def test_graph_is_the_same_with_the_weights_in_memory(student: tuple[str, Path], tmp_path: Path) -> None:
-    kind, folder = student
+    _, folder = student
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("keep-*"))
-    made = export(StudentFolder.open(copy), keeps(copy), copy, runs=1, known=KNOWN[kind])
+    made = export(StudentFolder.open(copy), keeps(copy), copy, runs=1)
     for ratio in made.ratios:
         assert ratio.onnx.read_bytes() == (folder / ratio.onnx.name).read_bytes()
         assert ratio.parity_max_abs is not None and ratio.parity_max_abs < 1e-5
@@ -123,7 +122,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exported(folder: Path, out: Path, shares: list[float] | None = None, **options: Any) -> Any:
     notes: list[str] = []
-    shared = {"memory_limit": 1, "known": KNOWN["qwen"], "note": notes.append}
+    shared = {"memory_limit": 1, "note": notes.append}
     result = export(StudentFolder.open(folder), shares or [1.0], out, **shared, **options)
     return result, notes
 
