@@ -28,7 +28,7 @@ types: $(VENV)/.ready-test
 	$(BIN)/mypy
 
 pytest: $(VENV)/.ready-test
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # torch comes first and alone: it is the largest, and a wrong build of it shows at once.
 $(VENV)/.ready-torch: constraints.txt

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,17 @@ from tests import models
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one process a core; more threads would only wait for each other
+
+
+@pytest.fixture(scope="session")
+def one_store_of_translations() -> Iterator[None]:
+    """Let every export that is given no translations share one store of them: PyTorch takes seconds for each."""
+    from ppcl_fx.export import stitching
+
+    known = stitching.Translations()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stitching, "Translations", lambda: known)
+        yield
 
 
 @pytest.fixture

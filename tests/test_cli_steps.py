@@ -49,7 +49,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Place:
+def place(
+    prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], one_store_of_translations: None
+) -> Place:
     """The prepared folder, copied."""
     shutil.copytree(prepared, tmp_path / "copy")
     return Place(tmp_path / "copy", capfd)

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -43,27 +40,9 @@ def remembered() -> None:
     stitching.Translations = lambda: KNOWN  # type: ignore[assignment, misc]
 
 
-def work(arguments: list[str], at: int | None, tell: Connection) -> None:
-    """Run the program. It is killed just before the `at`-th time that it would give a file a name or take one away.
-
-    Tells "ready", and at its end how often it did so.
-    """
+def work(arguments: list[str], tell: Connection) -> None:
+    """Run the program; tells "ready" first."""
     torch.set_num_threads(1)
     remembered()
-    count = 0
-
-    def counted(change: Callable[..., Any]) -> Callable[..., Any]:
-        def changed(*args: Any, **kwargs: Any) -> Any:
-            nonlocal count
-            if count == at:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count += 1
-            return change(*args, **kwargs)
-
-        return changed
-
-    os.replace, os.unlink = counted(os.replace), counted(os.unlink)
     tell.send("ready")
-    code = main(arguments)
-    tell.send(count)
-    os._exit(code)
+    os._exit(main(arguments))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import shutil
-import signal
 import time
-from multiprocessing.connection import Connection
+from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from ppcl_fx.cli.app import main
 from ppcl_fx.export import check_artefacts
 from ppcl_fx.export.artefacts import external_data
 from ppcl_fx.export.claim import MARK
@@ -31,23 +33,21 @@ def context() -> ForkServerContext:
     return found
 
 
-def begin(context: ForkServerContext, arguments: list[str], at: int | None = None) -> tuple[BaseProcess, Connection]:
+def begin(context: ForkServerContext, arguments: list[str]) -> BaseProcess:
     """Start the program, and return once it runs."""
     hear, tell = context.Pipe(duplex=False)
-    process = context.Process(target=work, args=(arguments, at, tell))
+    process = context.Process(target=work, args=(arguments, tell))
     process.start()
     assert hear.poll(PATIENCE)
     assert hear.recv() == "ready"
-    return process, hear
+    return process
 
 
-def finish(context: ForkServerContext, arguments: list[str]) -> int:
-    """Run the program to its end; return how often it gave a file a name or took one away."""
-    process, hear = begin(context, arguments)
+def finish(context: ForkServerContext, arguments: list[str]) -> None:
+    """Run the program to its end."""
+    process = begin(context, arguments)
     process.join(PATIENCE)
     assert process.exitcode == 0
-    found: int = hear.recv()
-    return found
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -74,14 +74,14 @@ def test_an_export_killed_at_random_moments_ends_the_same_to_the_bit(
 ) -> None:
     student = save_student(tmp_path / "student")
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    process, _ = begin(context, command(student, straight))
+    process = begin(context, command(student, straight))
     began = time.monotonic()
     process.join(PATIENCE)
     span = time.monotonic() - began
     assert process.exitcode == 0
     moments, kills = random.Random(5), 0
     for _ in range(KILLS):
-        process, _ = begin(context, command(student, killed))
+        process = begin(context, command(student, killed))
         process.join(moments.uniform(0.2, 0.9) * span)
         if process.exitcode is not None:
             break  # this machine was quicker now than before
@@ -97,34 +97,42 @@ def test_an_export_killed_at_random_moments_ends_the_same_to_the_bit(
 
 
 def test_a_graph_that_is_replaced_is_whole_wherever_the_export_is_killed(
-    context: ForkServerContext, tmp_path: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed before each second change of a name, from the first weight file to the last leftover."""
+    """What lies on the disk before each change of a name is what a kill at that moment leaves there."""
     old, new = save_student(tmp_path / "old"), save_student(tmp_path / "new", scale=1.01)
-    before, straight = tmp_path / "before", tmp_path / "straight"
-    finish(context, command(old, before))
-    shutil.copytree(before, straight)
-    changes = finish(context, command(new, straight, "--overwrite", keep="0.75"))
-    wanted, former = contents(straight), contents(before)
+    before, out = tmp_path / "before", tmp_path / "out"
+    assert main(command(old, before)) == 0
+    shutil.copytree(before, out)
+    left: list[Path] = []
+
+    def kept(change: Callable[..., Any]) -> Callable[..., Any]:
+        def changed(*args: Any, **kwargs: Any) -> Any:
+            left.append(tmp_path / f"left-{len(left)}")
+            shutil.copytree(out, left[-1])
+            return change(*args, **kwargs)
+
+        return changed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", kept(os.replace))
+        patch.setattr(os, "unlink", kept(os.unlink))
+        assert main(command(new, out, "--overwrite", keep="0.75")) == 0
+    wanted, former = contents(out), contents(before)
     (students,) = (name for name in wanted if name.startswith("weights/students"))
     assert students not in former and "weights/students.safetensors" in former  # and what the old graph used is gone
     changed = {name for name in wanted if wanted[name] != former.get(name)}
     assert changed == {"keep-0.75.onnx", "keep-0.75.json", students}
     seen = []
-    for at in range(0, changes, 2):
-        out = tmp_path / f"killed-{at}"
-        shutil.copytree(before, out)
-        process, _ = begin(context, command(new, out, "--overwrite", keep="0.75"), at)
-        process.join(PATIENCE)
-        assert process.exitcode == -signal.SIGKILL
-        done = check_whole(out)
+    for folder in left:
+        done, found = check_whole(folder), contents(folder)
         assert "keep-1" in done
-        found = contents(out)
         is_new = found["keep-0.75.onnx"] == wanted["keep-0.75.onnx"]
         assert is_new or found["keep-0.75.onnx"] == former["keep-0.75.onnx"]
         seen.append(("new" if is_new else "old") if "keep-0.75" in done else "none")
-        if at in (changes // 4 * 2, changes - 2):
-            finish(context, command(new, out, "--overwrite", keep="0.75"))
-            assert contents(out) == wanted
     assert set(seen) == {"old", "none", "new"}
     assert seen == sorted(seen, key=["old", "none", "new"].index)
+    for state in ("none", "new"):
+        folder = left[seen.index(state)]
+        assert main(command(new, folder, "--overwrite", keep="0.75")) == 0
+        assert contents(folder) == wanted
