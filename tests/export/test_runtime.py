@@ -32,7 +32,7 @@ from ppcl_fx.shapes.score import share_right
 from ppcl_fx.tracing import bind, trace
 
 RUNS = [(1, 3), (4, 6), (7, 9), (10, 14)]
-KEEPS = [1.0, 0.7, 0.5]
+KEEPS = [1.0, 0.7, 0.6, 0.5]
 PROMPTS = ["a red circle", "a triangle above a square", "two circles"]
 
 
@@ -120,7 +120,7 @@ def test_the_export_compared_whole_runs_and_their_scores(made: Any) -> None:
 def test_pytorch_runs_the_exported_weights_to_the_bit(made: Any) -> None:
     _, model, folder = made
     engine = EngineTransformer(folder, backend="torch", device="cpu")
-    for keep in KEEPS[2:]:
+    for keep in KEEPS[3:]:
         kwargs = a_call(batch=2, height=6, width=10, words=14)
         assert torch.equal(answer(engine.plug(keep=keep), kwargs), answer(model.plug(keep=keep), kwargs))
 
@@ -194,7 +194,7 @@ def test_files_are_opened_when_they_are_called(made: Any) -> None:
 
 def test_an_unknown_ratio_gets_a_near_one(made: Any) -> None:
     _, _, folder = made
-    with pytest.raises(PpclError, match=r"no ratio 0.55 \(did you mean '0.5'\?\); it has 1, 0.7, 0.5") as caught:
+    with pytest.raises(PpclError, match=r"no ratio 0.55 \(did you mean '0.5'\?\); it has 1, 0.7, 0.6, 0.5") as caught:
         EngineTransformer(folder).plug(keep=0.55)
     assert "\n" not in str(caught.value)
     with pytest.raises(PpclError, match=r"no backend 'onnx' \(did you mean 'onnxruntime'\?\)"):
@@ -272,7 +272,7 @@ def test_a_ratio_with_an_engine(made: Any, tmp_path: Path) -> None:
     engine.write_bytes(b"engine")
     engine.with_name(f"{card.file}.json").write_text(card.model_dump_json())
     found = artefacts(folder)
-    assert [one.engine for one in found.values()] == [None, engine, None]
+    assert [one.engine for one in found.values()] == [None, engine, None, None]
     with pytest.raises(PpclError, match="no engine for the ratio 0.5; run: ppcl-fx build"):
         choose(found[0.5], "tensorrt", torch.device("cuda"))
     # On a CPU the engine is not looked at: its ratio runs from its ONNX file.
