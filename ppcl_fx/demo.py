@@ -213,6 +213,7 @@ def _train(
 ) -> tuple[list[StageCurves], GraphModule]:
     """Distil depth and width, fine-tune the smallest mixture, save both; return the curves and the fine-tuned model."""
     from ppcl_fx.train import train
+    from ppcl_fx.train.finetuned import NAME as FINETUNED
     from ppcl_fx.train.losses import Weights
 
     steps = fitting_steps(settings.steps, {edit.kind for edit in model.plan.edits})
@@ -245,7 +246,8 @@ def _train(
                 )
             )
     assert trained.finetuned_model is not None
-    model.save(settings.out / "student")
+    student = model.save(settings.out / "student")
+    shutil.copytree(folder / FINETUNED, student / FINETUNED)  # where `ppcl-fx train` writes it, and export looks
     return curves, trained.finetuned_model
 
 

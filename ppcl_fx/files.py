@@ -66,10 +66,12 @@ def write_safetensors(
 
     with _replacing(Path(path)) as beside:
         beside.touch()  # an unwritable place fails here, with an OSError that says why
+        mode = beside.stat().st_mode
         try:
             save_file(_own_storage(tensors), beside, metadata=dict(metadata or {}))
         except SafetensorError as error:
             raise PpclError(f"{path}: cannot be written ({error}); choose a place with room") from error
+        beside.chmod(mode)  # safetensors writes files that their owner alone can read
 
 
 def read_json(path: str | Path, model: type[Model]) -> Model:

@@ -96,6 +96,8 @@ def test_safetensors_round_trip_with_views_and_shared_storage(tmp_path: Path) ->
     assert all(torch.equal(back[name], tensors[name]) for name in tensors)
     assert tensor_shapes(tmp_path / "a.safetensors")["bf16"] == ("BF16", (3, 4))
     assert names(tmp_path) == ["a.safetensors"]
+    (tmp_path / "plain").touch()
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 @pytest.mark.parametrize("keep", [0, 4, 60, -1])
