@@ -17,7 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 @pytest.fixture(scope="session")
-def one_store_of_translations() -> Iterator[None]:
+def translated_once() -> Iterator[None]:
     """Let every export that is given no translations share one store of them: PyTorch takes seconds for each."""
     from ppcl_fx.export import stitching
 

@@ -49,9 +49,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(
-    prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], one_store_of_translations: None
-) -> Place:
+def place(prepared: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], translated_once: None) -> Place:
     """The prepared folder, copied."""
     shutil.copytree(prepared, tmp_path / "copy")
     return Place(tmp_path / "copy", capfd)

@@ -6,5 +6,5 @@ import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _translated_once(one_store_of_translations: None) -> None:
+def _every_test(translated_once: None) -> None:
     """Every test here exports."""
