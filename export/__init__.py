@@ -6,12 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ppcl_fx.export.agreement import Agreement, Gate, SamplingAgreement
     from ppcl_fx.export.artefacts import check_artefacts
     from ppcl_fx.export.complex_to_real import ComplexToReal
     from ppcl_fx.export.deployed import compare_artefacts
     from ppcl_fx.export.drop_guards import DropGuards
     from ppcl_fx.export.exporting import ExportResult, export, export_graph
-    from ppcl_fx.export.gate import Agreement, Gate, SamplingAgreement
     from ppcl_fx.export.lowering import Lowered, lower
     from ppcl_fx.export.one_graph import Exported
     from ppcl_fx.export.positions import PositionsAsInputs
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ppcl_fx.export.tuples_apart import TuplesApart
 
 _HOME = {
-    "Agreement": "gate",
+    "Agreement": "agreement",
     "BuildOptions": "tensorrt",
     "ComplexToReal": "complex_to_real",
     "DropGuards": "drop_guards",
@@ -32,11 +32,11 @@ _HOME = {
     "EngineTransformer": "runtime",
     "ExportResult": "exporting",
     "Exported": "one_graph",
-    "Gate": "gate",
+    "Gate": "agreement",
     "Lowered": "lowering",
     "PositionsAsInputs": "positions",
     "Profile": "tensorrt",
-    "SamplingAgreement": "gate",
+    "SamplingAgreement": "agreement",
     "SamplingRun": "sampling",
     "Sidecar": "sidecar",
     "Translations": "stitching",

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.gate import Agreement, agreement, worst
-from ppcl_fx.export.gating import CALLS, chosen
+from ppcl_fx.export.agreement import Agreement, agreement, worst
+from ppcl_fx.export.gate import CALLS, chosen
 from ppcl_fx.export.onnx_file import floats_as
 from ppcl_fx.export.runtime import EngineTransformer
 from ppcl_fx.export.runtime.sessions import AUTO

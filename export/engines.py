@@ -12,7 +12,7 @@ import torch
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.claim import claimed
 from ppcl_fx.export.exporting import write_graphs
-from ppcl_fx.export.gating import GateOptions
+from ppcl_fx.export.gate import GateOptions
 from ppcl_fx.export.inputs import in_type
 from ppcl_fx.export.names import TIMINGS, manifest_path, typed_graph_path
 from ppcl_fx.export.one_graph import Exported, Mixture

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.claim import claimed
 from ppcl_fx.export.extras import check_export
-from ppcl_fx.export.gating import CALLS, SAMPLING_TOLERANCE, GateOptions
+from ppcl_fx.export.gate import CALLS, SAMPLING_TOLERANCE, GateOptions
 from ppcl_fx.export.graph_run import alike_once
 from ppcl_fx.export.names import graph_path, manifest_path, ratio_name, typed_graph_path
 from ppcl_fx.export.one_graph import Exported, Mixture, Work

@@ -1,131 +1,133 @@
-"""How well an exported file agrees with PyTorch: what is measured, and what a manifest says of it."""
+"""The gate of an export: a file is kept only where it does what PyTorch does, on recorded calls and in whole runs."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from pydantic import BaseModel, ConfigDict
+from ppcl_fx.errors import GuardError, PpclError
+from ppcl_fx.export.agreement import Agreement, Gate, SamplingAgreement, agreement, spread, worst
+from ppcl_fx.export.answers import Answers
+from ppcl_fx.export.sampling import SamplingRun, compare_runs
 
+if TYPE_CHECKING:
+    from ppcl_fx.calls import Call, Calls
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+CALLS = 8
+"""Recorded calls that a file is compared on, if nothing else is said."""
 
+SAMPLING_TOLERANCE = 1e-3
+"""Relative error of a whole run that is allowed, if nothing else is said. A run adds up the errors of its steps, and
+guidance multiplies them, so it is more than for a call. At 1e-3 a picture in [0, 1] is off by a quarter of one of 256
+levels on average (root mean square), or less: nobody sees it.
+"""
 
-class Agreement(_Strict):
-    """The distance between a file's results and PyTorch's. Every number is the worst over the results compared.
-
-    Attributes:
-        compared: results that were compared, at least 1.
-        relative: norm of the difference, as a share of the norm of PyTorch's result.
-        cosine: of the angle between the two results.
-        max_abs: largest absolute difference.
-        worst: which result has the largest relative error.
-    """
-
-    compared: int
-    relative: float
-    cosine: float
-    max_abs: float
-    worst: str
-
-    def within(self, tolerance: float) -> bool:
-        """Tell whether the relative error is at most `tolerance`; infinity and NaN never are."""
-        return math.isfinite(self.relative) and self.relative <= tolerance
+NO_CALLS = "recorded calls were not compared with PyTorch: none were given, the inputs were random; give --calls"
+NONE_WANTED = "recorded calls were not compared with PyTorch: none were asked for (--check-calls 0)"
+NO_RUN = "no sampling run was compared with PyTorch; give --pipeline"
+KEPT = "nothing of this file was kept"
 
 
-class SamplingAgreement(Agreement):
-    """The same for whole sampling runs: a result is what one prompt's run ends with, a latent or a picture.
+@dataclass(frozen=True)
+class GateOptions:
+    """What is compared beyond the shapes.
 
     Attributes:
-        transformer_calls: calls of the transformer in a run, all its steps and branches of guidance.
-        seed: of the first prompt's noise.
-        score: score of the pictures drawn with the file; None where the pipeline's pictures have no score.
-        score_pytorch: score of PyTorch's pictures.
+        calls: recorded calls to compare, at most.
+        sampling: a sampling run to compare.
+        sampling_tolerance: relative error allowed for that.
     """
 
-    transformer_calls: int
-    seed: int
-    score: float | None = None
-    score_pytorch: float | None = None
+    calls: int = CALLS
+    sampling: SamplingRun | None = None
+    sampling_tolerance: float = SAMPLING_TOLERANCE
 
 
-class Gate(_Strict):
-    """What a file was compared on before it was kept.
-
-    Attributes:
-        calls: agreement on recorded calls; None where none was compared.
-        sampling: agreement over whole sampling runs; None where none was compared.
-        sampling_tolerance: relative error that was allowed for those.
-        not_checked: what was not compared, and why; empty where all was.
-    """
-
-    calls: Agreement | None = None
-    sampling: SamplingAgreement | None = None
-    sampling_tolerance: float | None = None
-    not_checked: list[str] = []
-
-
-def agreement(found: torch.Tensor, expected: torch.Tensor, name: str) -> Agreement:
-    """Measure one result.
+def gated(answers: Answers, calls: Calls | None, final: Path, tolerance: float, options: GateOptions) -> Gate:
+    """Compare a file to PyTorch on recorded calls and over a whole sampling run.
 
     Args:
-        found: what the exported file gives.
-        expected: what PyTorch gives.
-        name: what to call the result.
+        answers: PyTorch and the file.
+        calls: recorded calls, where there are any.
+        final: what the file is to be called, for messages.
+        tolerance: relative error allowed on a call.
+        options: what is compared.
 
     Returns:
-        Its distance; infinite, with a cosine of 0, where shapes differ or a value is not finite.
+        What was found, and what was not compared.
+
+    Raises:
+        PpclError: the file is further from PyTorch than allowed, scores otherwise, or cannot be run.
     """
-    if found.shape != expected.shape or not (found.isfinite().all() and expected.isfinite().all()):
-        return Agreement(compared=1, relative=math.inf, cosine=0.0, max_abs=math.inf, worst=name)
-    mine, theirs = found.double().flatten(), expected.double().flatten()
-    difference = mine - theirs
-    size, own = float(theirs.norm()), float(mine.norm())
-    error = float(difference.norm())
-    if size > 0 and own > 0:
-        cosine = max(-1.0, min(1.0, float(mine @ theirs) / (size * own)))
+    found = Gate(sampling_tolerance=options.sampling_tolerance if options.sampling is not None else None)
+    if calls is None or not options.calls:
+        found.not_checked.append(NO_CALLS if calls is None else NONE_WANTED)
     else:
-        cosine = 1.0 if error == 0 else 0.0
-    return Agreement(
-        compared=1,
-        relative=error / size if size > 0 else (0.0 if error == 0 else math.inf),
-        cosine=cosine,
-        max_abs=float(difference.abs().max()) if difference.numel() else 0.0,
-        worst=name,
+        found.calls = _on_calls(answers, chosen(calls, options.calls), found.not_checked)
+        if found.calls is not None and not found.calls.within(tolerance):
+            raise PpclError(f"{final}: {_distance(found.calls, tolerance)}; {KEPT}; {_advice('--tolerance')}")
+    if options.sampling is None:
+        found.not_checked.append(NO_RUN)
+    else:
+        try:
+            found.sampling = compare_runs(options.sampling, answers)
+        except PpclError as error:
+            raise PpclError(f"{final}: the sampling run could not be compared: {error}") from error
+        _check_run(found.sampling, options.sampling_tolerance, final)
+    return found
+
+
+def chosen(calls: Calls, count: int) -> list[Call]:
+    """Return recorded calls to compare, from the earliest timestep to the latest; only these are read.
+
+    Args:
+        calls: all of them.
+        count: how many, at most.
+    """
+    return [calls[index] for index in spread([head.timestep for head in calls.heads()], count)]
+
+
+def _on_calls(answers: Answers, calls: list[Call], not_checked: list[str]) -> Agreement | None:
+    """Compare call by call; a call of another kind than the traced one is none of this file, and that is said."""
+    found: list[Agreement] = []
+    outside: list[str] = []
+    for call in calls:
+        try:
+            given = answers.call(call.kwargs)
+            expected = answers.pytorch(given)
+        except GuardError as error:
+            outside.append(f"call {call.index}: {error}")
+            continue
+        name = f"recorded call {call.index} (timestep {call.timestep:g})"
+        found.append(agreement(answers.exported(given), expected, name))
+    if outside:
+        not_checked.append(
+            f"{len(outside)} of {len(calls)} recorded calls were not compared with PyTorch: they are of another kind "
+            f"than the file is for ({outside[0]})"
+        )
+    return worst(found) if found else None
+
+
+def _check_run(found: SamplingAgreement, tolerance: float, final: Path) -> None:
+    if not found.within(tolerance):
+        raise PpclError(
+            f"{final}: over a whole sampling run {_distance(found, tolerance)}; {KEPT}; "
+            f"{_advice('--sampling-tolerance')}"
+        )
+    if found.score is not None and found.score_pytorch is not None and found.score != found.score_pytorch:
+        raise PpclError(
+            f"{final}: pictures drawn with it score {found.score:g} and PyTorch's {found.score_pytorch:g}, and they "
+            f"must score the same; {KEPT}; report the model"
+        )
+
+
+def _distance(found: Agreement, tolerance: float) -> str:
+    return (
+        f"it differs from PyTorch by a relative error of {found.relative:.2g} at {found.worst}, more than "
+        f"{tolerance:g} (largest difference {found.max_abs:.2g}, cosine {found.cosine:.6f})"
     )
 
 
-def worst(found: Sequence[Agreement]) -> Agreement:
-    """Return the agreement over several results.
-
-    Args:
-        found: at least one.
-    """
-    if not found:
-        raise RuntimeError("nothing was compared, so there is no agreement")
-    return Agreement(
-        compared=sum(one.compared for one in found),
-        relative=max(one.relative for one in found),
-        cosine=min(one.cosine for one in found),
-        max_abs=max(one.max_abs for one in found),
-        worst=max(found, key=lambda one: one.relative).worst,
-    )
-
-
-def spread(timesteps: Sequence[float], count: int) -> list[int]:
-    """Choose calls evenly from the largest timestep to the smallest, both ends among them.
-
-    Args:
-        timesteps: of all calls, in the order of the recording.
-        count: how many calls to choose, at most.
-
-    Returns:
-        Their indices, the largest timestep first; the same ones each time.
-    """
-    order = sorted(range(len(timesteps)), key=lambda index: (-timesteps[index], index))
-    if count >= len(order):
-        return order
-    gaps = max(count - 1, 1)
-    return [order[round(place * (len(order) - 1) / gaps)] for place in range(count)]
+def _advice(option: str) -> str:
+    return f"allow more with {option}, or report the model"

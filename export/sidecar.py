@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from ppcl_fx.export.gate import Gate
+from ppcl_fx.export.agreement import Gate
 from ppcl_fx.plan import Plan
 
 

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from ppcl_fx.export.byte_ranges import byte_ranges
 from ppcl_fx.export.exporting import ExportResult, Progress, write_folder
 from ppcl_fx.export.extras import check_export
-from ppcl_fx.export.gating import CALLS, SAMPLING_TOLERANCE, GateOptions
+from ppcl_fx.export.gate import CALLS, SAMPLING_TOLERANCE, GateOptions
 from ppcl_fx.export.names import graph_path, ratio_name
 from ppcl_fx.export.one_graph import Mixture
 from ppcl_fx.export.opened import MEMORY, Opened, unread

@@ -142,7 +142,7 @@ def export(
 
     from ppcl_fx.export.exporting import DTYPES as types
     from ppcl_fx.export.exporting import export as run
-    from ppcl_fx.export.gating import GateOptions
+    from ppcl_fx.export.gate import GateOptions
     from ppcl_fx.export.opened import MEMORY, stays_on_disk
     from ppcl_fx.export.tuned import export_finetuned
 
