@@ -14,7 +14,8 @@ from torch import nn
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.agreement import SamplingAgreement, agreement, worst
 from ppcl_fx.export.answers import Answer, Answers
-from ppcl_fx.recording import quiet, run_arguments
+from ppcl_fx.pipeline_arguments import run_arguments
+from ppcl_fx.recording import quiet
 from ppcl_fx.uncached import Uncached
 
 

@@ -356,7 +356,8 @@ class _StoredCalls(Sequence[Call]):
     def _read(self, ref: TensorRef) -> torch.Tensor:
         if ref.shard not in self._files:
             self._files[ref.shard] = safe_open(inside(self.folder, ref.shard), framework="pt")
-        tensor: torch.Tensor = self._files[ref.shard].get_tensor(ref.name)
+        # A copy: a mapped tensor lies at any address, and what MKL computes depends on the address on some processors.
+        tensor: torch.Tensor = self._files[ref.shard].get_tensor(ref.name).clone()
         return tensor
 
 

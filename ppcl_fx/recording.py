@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from ppcl_fx.calls import Call, Calls, check_finite, map_tensors
-from ppcl_fx.errors import PpclError, near
+from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint, tensor_digest
+from ppcl_fx.pipeline_arguments import PipelineArguments, run_arguments, with_steps
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
@@ -34,6 +35,7 @@ def record(
     seed: int = 42,
     progress: Progress | None = None,
     outputs: bool | None = None,
+    per_prompt: Sequence[str] = (),
     **pipeline_kwargs: Any,
 ) -> Calls:
     """Draw `prompts` with a diffusers pipeline and return every call of its transformer.
@@ -52,28 +54,28 @@ def record(
         progress: called with the denoising steps done and the number of all.
         outputs: record what the transformer returned too, which saves fine-tuning a pass of the teacher; None: if
             all of it takes no more than `OUTPUT_BYTES`.
-        **pipeline_kwargs: go to the pipeline. Tensors with one row a prompt and lists with one item a prompt
-            (but not lists of numbers, such as `sigmas`) are cut into batches. Where there is a VAE and
+        per_prompt: names of further `pipeline_kwargs` that hold one item a prompt, such as the ``image`` of an
+            image-to-image pipeline.
+        **pipeline_kwargs: go to the pipeline. Lists and tensors with ``prompt`` in their name, and ``latents``,
+            hold one item or one row a prompt (of noise, one a picture). Every other argument goes whole to each
+            run: reference pictures belong to each prompt. A pipeline without a ``prompt`` (DiT) is given its
+            first argument, one item a prompt, or prompts that are numbers. Where there is a VAE and
             `output_type` is not given, it is "latent": pictures are not decoded.
 
     Raises:
-        PpclError: the pipeline has no transformer, refuses an argument, or its transformer gets NaN or an
-            argument that cannot be stored.
+        PpclError: the pipeline has no transformer, refuses an argument, an argument has another number of items
+            than there are prompts, or the transformer gets NaN or an argument that cannot be stored.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     transformer = _transformer(pipeline)
-    arguments = _arguments(pipeline, texts, num_inference_steps, pipeline_kwargs)
-    _check(pipeline, texts, batch_size, arguments)
-    seeded = "generator" in inspect.signature(pipeline.__call__).parameters and "generator" not in arguments
-    parts = [range(len(texts))[start : start + batch_size] for start in range(0, len(texts), batch_size)]
-    recorder = _Recorder(pipeline, len(parts), progress, outputs)
+    given = with_steps(pipeline_kwargs, num_inference_steps)
+    arguments = PipelineArguments(pipeline, texts, given, seed, per_prompt)
+    runs = arguments.runs(batch_size)
+    recorder = _Recorder(pipeline, len(runs), progress, outputs)
     with torch.no_grad(), quiet(pipeline), recorder.hooked():
-        for part in parts:
-            given = {name: _cut(value, len(texts), part) for name, value in arguments.items()}
-            if seeded:
-                given["generator"] = _generators(seed, part, arguments.get("num_images_per_prompt") or 1)
-            recorder.begin(tuple(texts[i] for i in part))
-            _run(pipeline, recorder, given)
+        for run in runs:
+            recorder.begin(tuple(texts[i] for i in run))
+            _run(pipeline, recorder, arguments.of(run))
     if progress is not None:
         progress(recorder.total(), recorder.total())
     return Calls(recorder.calls, fingerprint(transformer))
@@ -99,30 +101,6 @@ def first_call(pipeline: Any, prompt: str, *, seed: int = 42, **pipeline_kwargs:
     if hasattr(pipeline, "maybe_free_model_hooks"):
         pipeline.maybe_free_model_hooks()  # what the pipeline does at its end
     return recorder.calls[0]
-
-
-def run_arguments(
-    pipeline: Any, prompts: Sequence[str], *, steps: int | None = None, seed: int = 42, **pipeline_kwargs: Any
-) -> dict[str, Any]:
-    """Return the arguments with which `record` calls a pipeline for prompts that are drawn in one run.
-
-    Args:
-        pipeline: any diffusers pipeline.
-        prompts: what to draw.
-        steps: denoising steps; the pipeline's own default when None.
-        seed: of the first prompt's noise; each further one has the next seed.
-        **pipeline_kwargs: go to the pipeline.
-
-    Raises:
-        PpclError: there are no prompts, or the pipeline does not take an argument.
-    """
-    texts = list(prompts)
-    arguments = _arguments(pipeline, texts, steps, pipeline_kwargs)
-    _check(pipeline, texts, len(texts) or 1, arguments)
-    if "generator" in inspect.signature(pipeline.__call__).parameters and "generator" not in arguments:
-        pictures = arguments.get("num_images_per_prompt") or 1
-        arguments["generator"] = _generators(seed, range(len(texts)), pictures)
-    return arguments
 
 
 class _Enough(Exception):
@@ -262,46 +240,6 @@ def _transformer(pipeline: Any) -> nn.Module:
             f"{type(pipeline).__name__} has no transformer; record needs a pipeline with one (a DiT)"
         )
     return transformer
-
-
-def _check(pipeline: Any, texts: list[str], batch_size: int, given: dict[str, Any]) -> None:
-    if not texts:
-        raise PpclError("there are no prompts to record; give at least one")
-    if batch_size < 1:
-        raise PpclError(f"the batch size is {batch_size}; use 1 or more")
-    known = inspect.signature(pipeline.__call__).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values()):
-        return
-    for name in given:
-        if name not in known:
-            raise PpclError(f"{type(pipeline).__name__} takes no argument {name!r}{near(name, known)}")
-
-
-def _arguments(pipeline: Any, texts: list[str], steps: int | None, given: dict[str, Any]) -> dict[str, Any]:
-    """The pipeline's arguments for all prompts together."""
-    known = inspect.signature(pipeline.__call__).parameters
-    arguments = dict(given)
-    if "prompt" in given:
-        raise PpclError("'prompt' is given twice; give it as `prompts` only")
-    if given.get("prompt_embeds") is None:
-        arguments["prompt"] = texts
-    if steps is not None:
-        arguments["num_inference_steps"] = steps
-    if "output_type" in known and getattr(pipeline, "vae", None) is not None:
-        arguments.setdefault("output_type", "latent")
-    return arguments
-
-
-def _cut(value: Any, prompts: int, part: range) -> Any:
-    """The share of an argument that belongs to some of the prompts."""
-    rows = isinstance(value, torch.Tensor) and value.ndim > 1
-    items = isinstance(value, list) and not any(isinstance(item, int | float) for item in value)
-    return value[part.start : part.stop] if (rows or items) and len(value) == prompts else value
-
-
-def _generators(seed: int, prompts: range, pictures: int) -> list[torch.Generator]:
-    """One generator a picture; a prompt's further pictures have seeds far from those of other prompts."""
-    return [torch.Generator().manual_seed(seed + i + 1_000_003 * j) for i in prompts for j in range(pictures)]
 
 
 def _run(pipeline: Any, recorder: _Recorder, arguments: dict[str, Any]) -> None:

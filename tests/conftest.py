@@ -6,6 +6,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+# Before torch is imported. On some processors MKL's last bits depend on the address of a tensor otherwise, and weights
+# that are mapped from a file lie at any address.
+os.environ.setdefault("MKL_CBWR", "AVX2")
+
 import pytest
 import torch
 from torch import nn

@@ -9,15 +9,26 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    DDIMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImageEditPlusPipeline,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    WanPipeline,
+    WanTransformer3DModel,
 )
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+from PIL import Image
 
 from ppcl_fx import recording
 from ppcl_fx.calls import Call, Calls, collate
@@ -142,6 +153,46 @@ def outputs(model: torch.nn.Module) -> tuple[list[torch.Tensor], Any]:
     return seen, model.register_forward_hook(lambda module, args, out: seen.append(out[0].clone()))
 
 
+def small_wan() -> WanTransformer3DModel:
+    torch.manual_seed(0)
+    return WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=16,
+        out_channels=16,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    ).eval()
+
+
+def small_wan_vae() -> AutoencoderKLWan:
+    return AutoencoderKLWan(
+        base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True]
+    ).eval()
+
+
+def small_qwen_vae() -> AutoencoderKLQwenImage:
+    torch.manual_seed(0)
+    return AutoencoderKLQwenImage(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[False, True, True],
+        attn_scales=[],
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+    ).eval()
+
+
+def small_vae() -> AutoencoderKL:
+    return AutoencoderKL(block_out_channels=(32,), latent_channels=4, norm_num_groups=8).eval()
+
+
 # Calls a step: Qwen-Image calls once a branch, FLUX has no second branch, SD3 puts both in one batch.
 MODELS = [
     pytest.param(qwen, 2, 1, id="qwen"),
@@ -226,6 +277,117 @@ def test_several_pictures_a_prompt() -> None:
     calls = record(pipeline, ["a", "b", "c"], num_inference_steps=1, num_images_per_prompt=2, **kwargs)
     noise_of = calls[0].kwargs["hidden_states"]
     assert calls[0].batch == 6 and len({tuple(row.flatten().tolist()) for row in noise_of}) == 6
+
+
+def test_several_videos_a_prompt() -> None:
+    pipeline = WanPipeline(None, None, small_wan_vae(), FlowMatchEulerDiscreteScheduler(), small_wan())
+    options = {"num_videos_per_prompt": 2, "num_inference_steps": 1, "guidance_scale": 1.0, "batch_size": 1}
+    size = {"height": 16, "width": 16, "num_frames": 5, "output_type": "latent"}
+    calls = record(pipeline, ["a", "b"], prompt_embeds=noise(2, 6, 16), **options, **size)
+    assert [call.batch for call in calls] == [2, 2]
+    videos = torch.cat([call.kwargs["hidden_states"] for call in calls])
+    assert len({tuple(row.flatten().tolist()) for row in videos}) == 4
+    given = record(pipeline, ["a", "b"], prompt_embeds=noise(2, 6, 16), latents=videos, **options, **size)
+    for call, again in zip(calls, given, strict=True):
+        assert torch.equal(call.kwargs["hidden_states"], again.kwargs["hidden_states"])
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+def test_reference_pictures_belong_to_each_prompt(prompts: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Pictures are encoded at a megapixel otherwise, which takes seconds.
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "VAE_IMAGE_SIZE", 64 * 64)
+    monkeypatch.setattr(pipeline_qwenimage_edit_plus, "CONDITION_IMAGE_SIZE", 64 * 64)
+    pipeline = QwenImageEditPlusPipeline(
+        FlowMatchEulerDiscreteScheduler(), small_qwen_vae(), None, None, None, small_qwen()
+    )
+    texts = [str(i) for i in range(prompts)]
+    kwargs = {
+        "prompt_embeds": noise(prompts, 6, 12),
+        "prompt_embeds_mask": torch.ones(prompts, 6, dtype=torch.long),
+        "image": [Image.new("RGB", (64, 64), colour) for colour in ("red", "blue")],
+        "height": 64,
+        "width": 64,
+        "true_cfg_scale": 1.0,
+    }
+    calls = record(pipeline, texts, batch_size=1, num_inference_steps=1, **kwargs)
+    assert len(calls) == prompts
+    assert [len(call.kwargs["img_shapes"][0]) for call in calls] == [3] * prompts
+    one = {name: kwargs[name][:1] for name in ("prompt_embeds", "prompt_embeds_mask")}
+    alone = record(pipeline, texts[:1], num_inference_steps=1, **{**kwargs, **one})
+    assert torch.equal(alone[0].kwargs["hidden_states"], calls[0].kwargs["hidden_states"])
+
+
+class Painter:
+    """A pipeline of one's own: one generator, pictures by name, a list of times as long as anything else."""
+
+    def __init__(self) -> None:
+        self.transformer = Positional()
+        self.seen: list[dict[str, Any]] = []
+
+    def __call__(
+        self,
+        prompt: list[str],
+        image: Any = None,
+        latents: Any = None,
+        times: Any = (0.5,),
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        self.seen.append({"prompt": prompt, "image": image, "times": times})
+        sample = torch.randn(len(prompt), 3, generator=generator) if latents is None else latents
+        return self.transformer(list(sample), times[0], None)
+
+
+def test_a_pipeline_that_takes_one_generator_draws_one_prompt_a_run() -> None:
+    pipeline = Painter()
+    calls = record(pipeline, ["a", "b", "c"])
+    assert [call.prompts for call in calls] == [("a",), ("b",), ("c",)]
+    alone = record(pipeline, ["a"])
+    assert torch.equal(alone[0].kwargs["sample"][0], calls[0].kwargs["sample"][0])
+    assert not torch.equal(calls[1].kwargs["sample"][0], calls[0].kwargs["sample"][0])
+
+
+def test_arguments_are_divided_by_their_names_and_never_by_their_lengths() -> None:
+    pipeline = Painter()
+    rows = noise(2, 3)
+    calls = record(pipeline, ["a", "b"], latents=rows, times=[0.5, 0.25], image=["x", "y"], batch_size=1)
+    assert [call.kwargs["sample"][0].tolist() for call in calls] == rows.tolist()
+    assert [seen["times"] for seen in pipeline.seen] == [[0.5, 0.25]] * 2
+    assert [seen["image"] for seen in pipeline.seen] == [["x", "y"]] * 2
+    pipeline.seen.clear()
+    record(pipeline, ["a", "b"], image=["x", "y"], per_prompt=["image"], batch_size=1)
+    assert [seen["image"] for seen in pipeline.seen] == [["x"], ["y"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"latents": noise(3, 3)}, "'latents' has 3 rows and 2 prompts need 2"),
+        ({"per_prompt": ["image"], "image": ["x"]}, "'image' has 1 items and 2 prompts need 2"),
+        ({"per_prompt": ["image"], "image": "x"}, "per_prompt names 'image', a str; give a list or a tensor"),
+        ({"per_prompt": ["imag"], "image": ["x", "y"]}, "'imag', which is not.*did you mean 'image'"),
+        ({"generator": torch.Generator()}, "one generator for several prompts.*give seed="),
+    ],
+)
+def test_arguments_that_cannot_be_divided(change: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PpclError, match=reason):
+        record(Painter(), ["a", "b"], **change)
+
+
+def test_a_pipeline_without_a_prompt() -> None:
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8
+    ).eval()
+    pipeline = DiTPipeline(transformer, small_vae(), DDIMScheduler())
+    named = record(pipeline, ["shark", "umbrella"], class_labels=[2, 115], batch_size=1, num_inference_steps=1)
+    assert [call.kwargs["class_labels"].tolist() for call in named] == [[2, 1000], [115, 1000]]
+    numbers = record(pipeline, ["2", "115"], batch_size=1, num_inference_steps=1)
+    assert numbers[1].prompts == ("115",)
+    for one, other in zip(named, numbers, strict=True):
+        assert torch.equal(one.kwargs["hidden_states"], other.kwargs["hidden_states"])
+        assert torch.equal(one.kwargs["class_labels"], other.kwargs["class_labels"])
+    with pytest.raises(PpclError, match="DiTPipeline takes no prompt, and 'shark' is no number.*class_labels="):
+        record(pipeline, ["shark"], num_inference_steps=1)
 
 
 def test_progress_counts_to_the_end() -> None:

@@ -1,0 +1,192 @@
+"""Pipeline arguments: what a diffusers pipeline is called with for some of the prompts."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ppcl_fx.errors import PpclError, near
+
+_PICTURES = re.compile(r"num_\w+_per_prompt")
+"""How diffusers' pipelines name the number of pictures, videos or waveforms of one prompt."""
+
+
+@dataclass(frozen=True)
+class PipelineArguments:
+    """The arguments of a pipeline for all prompts, divided among its runs.
+
+    What a prompt gets depends on the prompt and its place alone, not on how many others there are. An argument holds
+    one item a prompt by its name: those with ``prompt`` in it, ``latents`` and ``generator``; what takes the place of
+    ``prompt`` in a pipeline that has none (``class_labels``); and those in `per_prompt`. Any other argument goes whole
+    to each run: a list of reference pictures belongs to each prompt.
+
+    Args:
+        pipeline: any diffusers pipeline.
+        texts: the prompts.
+        given: the caller's arguments.
+        seed: prompt number i starts from noise of the seed ``seed + i``.
+        per_prompt: further arguments that hold one item, or one row of a tensor, a prompt.
+    """
+
+    pipeline: Any
+    texts: Sequence[str]
+    given: Mapping[str, Any]
+    seed: int = 42
+    per_prompt: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if not self.texts:
+            raise PpclError("there are no prompts to record; give at least one")
+        known = self._known()
+        if "prompt" in self.given:
+            raise PpclError("'prompt' is given twice; give it as `prompts` only")
+        open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
+        for name in () if open_ended else self.given:
+            if name not in known:
+                raise PpclError(f"{self._class()} takes no argument {name!r}{near(name, known)}")
+        for name in self.per_prompt:
+            if name not in self.given:
+                raise PpclError(
+                    f"per_prompt names {name!r}, which is not among the arguments{near(name, self.given)}"
+                )
+        for name, value in self.given.items():
+            if len(self.texts) > 1:
+                self._check(name, value)
+
+    def runs(self, batch_size: int) -> list[range]:
+        """Return the prompts of each run of the pipeline, by number.
+
+        A pipeline that takes a single ``generator`` draws one prompt a run: the noise of a second one would depend on
+        the first.
+
+        Raises:
+            PpclError: `batch_size` is below 1.
+        """
+        if batch_size < 1:
+            raise PpclError(f"the batch size is {batch_size}; use 1 or more")
+        size = 1 if self._seeded() and not self._takes_generators() else batch_size
+        numbers = range(len(self.texts))
+        return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+    def of(self, part: range) -> dict[str, Any]:
+        """Return the arguments of the run that draws the prompts of these numbers."""
+        arguments = {name: self._share(name, value, part) for name, value in self.given.items()}
+        condition = self._condition()
+        encoded = any(name.startswith("prompt_embeds") and value is not None for name, value in arguments.items())
+        if condition not in arguments and not encoded:
+            texts = [self.texts[i] for i in part]
+            arguments[condition] = texts if condition == "prompt" else self._labels(texts, condition)
+        if "output_type" in self._known() and getattr(self.pipeline, "vae", None) is not None:
+            arguments.setdefault("output_type", "latent")
+        if self._seeded():
+            made = _generators(self.seed, part, self._pictures())
+            arguments["generator"] = made if self._takes_generators() else made[0]
+        return arguments
+
+    def _known(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(self.pipeline.__call__).parameters
+
+    def _condition(self) -> str:
+        """Return the argument that says what to draw: ``prompt``, or the first one where there is none of that name."""
+        known = self._known()
+        named = [name for name, p in known.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
+        return "prompt" if "prompt" in known or not named else named[0]
+
+    def _labels(self, texts: list[str], condition: str) -> list[int]:
+        try:
+            return [int(text) for text in texts]
+        except ValueError:
+            raise PpclError(
+                f"{self._class()} takes no prompt, and {texts[0]!r} is no number of a class; "
+                f"give {condition}=, one for each prompt"
+            ) from None
+
+    def _pictures(self) -> int:
+        """Return how many pictures a prompt gets."""
+        counts = [
+            parameter.default if self.given.get(name) is None else self.given[name]
+            for name, parameter in self._known().items()
+            if _PICTURES.fullmatch(name)
+        ]
+        return next((count for count in counts if isinstance(count, int)), 1)
+
+    def _seeded(self) -> bool:
+        return "generator" in self._known() and self.given.get("generator") is None
+
+    def _takes_generators(self) -> bool:
+        """Tell whether the pipeline's ``generator`` may be a list, by its annotation; diffusers' all have one."""
+        return "list" in str(self._known()["generator"].annotation).lower()
+
+    def _per_prompt(self, name: str, value: Any) -> bool:
+        """Tell whether an argument holds one item, or one row, a prompt."""
+        if isinstance(value, torch.Tensor):
+            if value.ndim == 0:
+                return False
+        elif not isinstance(value, list | tuple):
+            return False
+        named = "prompt" in name or name in ("latents", "generator", self._condition())
+        return named or name in self.per_prompt
+
+    def _check(self, name: str, value: Any) -> None:
+        """Refuse an argument that cannot be divided among several prompts."""
+        if name == "generator" and isinstance(value, torch.Generator):
+            raise PpclError(
+                "one generator for several prompts makes a prompt's noise depend on the others; "
+                "give seed=, or a list with one generator a prompt"
+            )
+        if name in self.per_prompt and not self._per_prompt(name, value):
+            raise PpclError(f"per_prompt names {name!r}, a {type(value).__name__}; give a list or a tensor")
+        items = self._items(name)
+        if self._per_prompt(name, value) and len(value) != items:
+            raise PpclError(
+                f"{name!r} has {len(value)} {'rows' if isinstance(value, torch.Tensor) else 'items'} and "
+                f"{len(self.texts)} prompts need {items}; give as many, or record one prompt at a time"
+            )
+
+    def _items(self, name: str) -> int:
+        """Return how many items of an argument all prompts have: noise has one a picture."""
+        return len(self.texts) * (self._pictures() if name in ("latents", "generator") else 1)
+
+    def _share(self, name: str, value: Any, part: range) -> Any:
+        """Return what some of the prompts get of an argument."""
+        if len(self.texts) == 1 or not self._per_prompt(name, value):
+            return value
+        each = self._items(name) // len(self.texts)
+        return value[part.start * each : part.stop * each]
+
+    def _class(self) -> str:
+        return type(self.pipeline).__name__
+
+
+def run_arguments(
+    pipeline: Any, prompts: Sequence[str], *, steps: int | None = None, seed: int = 42, **pipeline_kwargs: Any
+) -> dict[str, Any]:
+    """Return the arguments with which `ppcl_fx.record` calls a pipeline for prompts that are drawn in one run.
+
+    Args:
+        pipeline: any diffusers pipeline.
+        prompts: what to draw.
+        steps: denoising steps; the pipeline's own default when None.
+        seed: of the first prompt's noise; each further one has the next seed.
+        **pipeline_kwargs: go to the pipeline.
+
+    Raises:
+        PpclError: there are no prompts, or the pipeline does not take an argument.
+    """
+    arguments = PipelineArguments(pipeline, list(prompts), with_steps(pipeline_kwargs, steps), seed)
+    return arguments.of(range(len(prompts)))
+
+
+def with_steps(given: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
+    """Return a pipeline's arguments with its number of denoising steps, where one is given."""
+    return {**given, **({} if steps is None else {"num_inference_steps": steps})}
+
+
+def _generators(seed: int, prompts: range, pictures: int) -> list[torch.Generator]:
+    """One generator a picture; a prompt's further pictures have seeds far from those of other prompts."""
+    return [torch.Generator().manual_seed(seed + i + 1_000_003 * j) for i in prompts for j in range(pictures)]
