@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -18,6 +18,7 @@ from ppcl_fx.collating import collate
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, new_folder, read_json, tensor_shapes, write_json, write_safetensors
 from ppcl_fx.fingerprint import tensor_digest
+from ppcl_fx.kinds import Examples, Sizes, kind_of, shapes_of
 
 __all__ = ["Call", "Calls", "check_finite", "collate", "map_tensors"]
 
@@ -102,12 +103,17 @@ class CallEntry(_Strict):
 
 
 class Index(_Strict):
-    """What ``index.json`` holds: the fingerprints of the model and of the calls, and the calls in order."""
+    """What ``index.json`` holds: the fingerprints of the model and of the calls, and the calls in order.
+
+    ``ones`` are the arguments that stand for ones where a call lacks them, with the shape of the ones: a number, or
+    another argument's name and one of its dimensions. Older folders have none.
+    """
 
     version: Literal[1] = 1
     model: str
     fingerprint: str
     calls: list[CallEntry]
+    ones: dict[str, list[StrictInt | tuple[StrictStr, StrictInt]]] = {}
 
 
 class Calls(Sequence[Call]):
@@ -116,10 +122,12 @@ class Calls(Sequence[Call]):
     Args:
         calls: the calls, in the order in which they were made.
         model: the fingerprint of the transformer, see `ppcl_fx.fingerprint`.
+        ones: the arguments for which the transformer takes ones where a call lacks them, see `ppcl_fx.kinds`.
     """
 
-    def __init__(self, calls: Sequence[Call], model: str = "") -> None:
+    def __init__(self, calls: Sequence[Call], model: str = "", ones: Mapping[str, Sizes] | None = None) -> None:
         self.model = model
+        self.ones = dict(ones or {})
         self._calls = calls
         self._fingerprint: str | None = None
 
@@ -141,18 +149,35 @@ class Calls(Sequence[Call]):
     def __getitem__(self, index: int | slice) -> Call | Calls:
         """Return one call, or, for a slice, the calls in it; each keeps its `index`."""
         if isinstance(index, slice):
-            return Calls([self._calls[i] for i in range(*index.indices(len(self)))], self.model)
+            return Calls([self._calls[i] for i in range(*index.indices(len(self)))], self.model, self.ones)
         return self._calls[index]
 
-    def examples(self) -> dict[str, Any]:
-        """Return the first call's arguments: the example inputs for tracing.
+    def examples(self) -> Examples:
+        """Return the arguments of a call: the example inputs for tracing.
+
+        It is the first of the kind with the most arguments. It knows a call of each other kind, so that
+        `ppcl_fx.trace` can make one graph for all.
 
         Raises:
             PpclError: there are no calls.
         """
         if not self._calls:
             raise PpclError("there are no calls to take an example from; record at least one prompt")
-        return self._calls[0].kwargs
+        first: dict[Any, int] = {}
+        shapes = {}
+        for index, kwargs in enumerate(self._given()):
+            first.setdefault(kind_of(kwargs), index)
+            known = shapes_of(kwargs)
+            shapes[frozenset(known.items())] = known
+        fullest, *others = sorted(first.items(), key=lambda one: -len(one[0]))
+        kinds = [self._calls[index].kwargs for _, index in others]
+        return Examples(self._calls[fullest[1]].kwargs, kinds, list(shapes.values()), self.ones)
+
+    def _given(self) -> Iterator[Mapping[str, Any]]:
+        """Yield each call's arguments; of saved calls no tensor is read, and what stands for it has its shape."""
+        if isinstance(self._calls, _StoredCalls):
+            return (_value(Entries(entries=entry.kwargs), lambda ref: ref) for entry in self._calls.entries)
+        return (call.kwargs for call in self._calls)
 
     def heads(self) -> list[Call]:
         """Return the calls without arguments and outputs; of saved calls nothing is read."""
@@ -174,7 +199,8 @@ class Calls(Sequence[Call]):
             entries = _entries(self._calls, shards.add)
             shards.flush()
             self._fingerprint = _fingerprint(self.model, entries)
-            write_json(new / INDEX, Index(model=self.model, fingerprint=self._fingerprint, calls=entries))
+            index = Index(model=self.model, fingerprint=self._fingerprint, calls=entries, ones=self.ones)
+            write_json(new / INDEX, index)
 
     @classmethod
     def open(cls, folder: str | Path, *, check: bool = True) -> Calls:
@@ -195,7 +221,7 @@ class Calls(Sequence[Call]):
             raise PpclError(f"{folder / INDEX}: was changed after it was written; {AGAIN}")
         if check:
             stored.check_values()
-        calls = cls(stored, index.model)
+        calls = cls(stored, index.model, index.ones)
         calls._fingerprint = index.fingerprint
         return calls
 
@@ -210,7 +236,7 @@ def _spec(value: Any) -> Value:
     return scalar
 
 
-def _value(spec: Value, read: Callable[[TensorRef], torch.Tensor]) -> Any:
+def _value(spec: Value, read: Callable[[TensorRef], Any]) -> Any:
     if isinstance(spec, TensorRef):
         return read(spec)
     if isinstance(spec, Items):

@@ -9,6 +9,7 @@ import torch
 from pydantic import JsonValue
 
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.kinds import Examples, Size, Sizes, ones_shape
 
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
@@ -16,14 +17,21 @@ _DTYPES = {
 }
 
 
-def describe(value: Any) -> JsonValue:
+def describe(value: Any, ones: Sizes | None = None) -> JsonValue:
     """Describe a call's argument: tensors by shape and dtype, everything else as it is.
+
+    Args:
+        value: the argument.
+        ones: for a tensor that stands for ones where it is missing, their shape (`ppcl_fx.kinds.Examples`).
 
     Raises:
         PpclError: the value is of a kind that JSON cannot hold.
     """
     if isinstance(value, torch.Tensor):
-        return {"tensor": {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}}
+        form: dict[str, JsonValue] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        if ones is not None:
+            form["ones"] = [size if isinstance(size, int) else list(size) for size in ones]
+        return {"tensor": form}
     if isinstance(value, (list, tuple)):
         return {"tuple" if isinstance(value, tuple) else "list": [describe(item) for item in value]}
     if isinstance(value, Mapping):
@@ -33,6 +41,41 @@ def describe(value: Any) -> JsonValue:
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     raise PpclError(f"an argument of type {type(value).__name__} cannot be saved; record calls with plain values")
+
+
+def build_call(
+    description: Mapping[str, JsonValue], dtypes: Mapping[torch.dtype, torch.dtype] | None = None
+) -> Examples:
+    """Turn the descriptions of a call's arguments back into a call to trace with; tensors come on the meta device.
+
+    Args:
+        description: what `describe` wrote of each argument, by name.
+        dtypes: as for `build`.
+
+    Raises:
+        PpclError: a description is not one that `describe` writes.
+    """
+    example = {name: build(value, dtypes) for name, value in description.items()}
+    found = {name: _ones(description[name], name, example) for name in example}
+    return Examples(example, ones={name: sizes for name, sizes in found.items() if sizes is not None})
+
+
+def _ones(description: JsonValue, name: str, example: Mapping[str, Any]) -> Sizes | None:
+    """Return the shape of the ones that a tensor stands for where it is missing; None where it does not."""
+    tensor = description.get("tensor") if isinstance(description, dict) else None
+    if not isinstance(tensor, dict) or "ones" not in tensor:
+        return None
+    given = tensor["ones"] if isinstance(tensor["ones"], list) else []
+    sizes: list[Size] = []
+    for size in given:
+        if isinstance(size, list) and len(size) == 2 and isinstance(size[0], str) and type(size[1]) is int:
+            sizes.append((size[0], size[1]))
+        elif type(size) is int:
+            sizes.append(size)
+    without = {other: value for other, value in example.items() if other != name}
+    if len(sizes) != len(given) or ones_shape(sizes, without) != tuple(example[name].shape):
+        raise PpclError("the saved example of a call has ones of an unknown shape; save the model again")
+    return sizes
 
 
 def build(description: JsonValue, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> Any:

@@ -15,7 +15,7 @@ from ppcl_fx._version import __version__
 from ppcl_fx.budget import choose
 from ppcl_fx.effects import EFFECTS, Effects, load_effects
 from ppcl_fx.errors import PpclError
-from ppcl_fx.examples import build, describe
+from ppcl_fx.examples import build_call, describe
 from ppcl_fx.files import (
     inside,
     new_folder,
@@ -283,7 +283,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
     kept = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
     teacher = open_source(str(inside(folder, TEACHER))).transformer(dtype=dtype or kept)
     dtypes = {kept: dtype} if kept is not None and dtype is not None else {}
-    example = {name: build(value, dtypes) for name, value in card.example.items()}
+    example = build_call(card.example, dtypes)
     graph = insert_edits(trace(teacher, example), plan)
     model = PluggableModel(graph, plan)
     wanted = dict(model.students_module.state_dict())

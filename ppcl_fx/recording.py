@@ -14,6 +14,7 @@ from torch import nn
 from ppcl_fx.calls import Call, Calls, check_finite, map_tensors
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint, tensor_digest
+from ppcl_fx.kinds import ones_in
 from ppcl_fx.pipeline_arguments import PipelineArguments, run_arguments, with_steps
 
 Progress = Callable[[int, int], None]
@@ -78,7 +79,9 @@ def record(
             _run(pipeline, recorder, arguments.of(run))
     if progress is not None:
         progress(recorder.total(), recorder.total())
-    return Calls(recorder.calls, fingerprint(transformer))
+    calls = Calls(recorder.calls, fingerprint(transformer))
+    calls.ones = ones_in(calls.examples(), transformer)
+    return calls
 
 
 def first_call(pipeline: Any, prompt: str, *, seed: int = 42, **pipeline_kwargs: Any) -> Call:

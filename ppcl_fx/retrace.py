@@ -16,7 +16,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.examples import build
+from ppcl_fx.examples import build_call
 from ppcl_fx.plan import Plan
 from ppcl_fx.tracing import trace
 
@@ -73,7 +73,7 @@ def retraced(
     if example is None:
         kinds = {t.dtype for t in graph.parameters() if t.is_floating_point()}
         changed = {kind: dtypes(kind) for kind in kinds}
-        example = {name: build(value, changed) for name, value in info["example"].items()}
+        example = build_call(info["example"], changed)
     fresh = insert_edits(trace(model, example), plan)
     lost = [name for name in _attributes(fresh) if not _has(graph, name)]
     if lost:

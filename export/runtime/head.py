@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.examples import build
+from ppcl_fx.examples import build_call
 from ppcl_fx.export.onnx_file import floats_as
 from ppcl_fx.export.positions import POSITIONS, PositionsAsInputs
 from ppcl_fx.export.runtime.sizes_only import SizesOnly
@@ -109,8 +109,8 @@ def pluggable_graph(head: Head, dtype: torch.dtype) -> GraphModule:
         PpclError: the class is unknown or refuses the configuration, or the plan does not fit it.
     """
     model = skeleton(diffusers_class(str(head.config.get("_class_name"))), head.config, dtype)
-    example = floats_as({name: build(value) for name, value in head.example.items()}, dtype)
-    return insert_edits(trace(model, example), head.plan)
+    example = build_call(head.example)
+    return insert_edits(trace(model, example.over(floats_as(example, dtype))), head.plan)
 
 
 class Front:

@@ -20,7 +20,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.examples import build as build_example
+from ppcl_fx.examples import build_call
 from ppcl_fx.files import new_folder, write_json, write_safetensors
 from ppcl_fx.folders.likeness import difference
 from ppcl_fx.folders.numbering import Kept, kept_blocks, renumbered, translated
@@ -81,7 +81,7 @@ def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor
     kept = kept_blocks(info["blocks"], plan.depth())
     kind = diffusers_class(config["_class_name"])
     skeleton, found, tensors = _fitting(kind, config, kept, model)
-    example = {name: build_example(value) for name, value in info["example"].items()}
+    example = build_call(info["example"])
     paths = renumbered(info["blocks"], kept)
     try:
         shorter = trace(skeleton, example)

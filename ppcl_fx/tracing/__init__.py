@@ -8,35 +8,35 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError, PpclError, near
 from ppcl_fx.examples import describe
 from ppcl_fx.fingerprint import fingerprint
+from ppcl_fx.kinds import Examples, Sizes, filled, is_fixed, ones_in
 from ppcl_fx.tracing.leaves import block_lists, inlined_modules
 from ppcl_fx.tracing.tracer import ExampleTracer
 
 __all__ = ["bind", "trace", "trace_inside"]
 
 
-def _is_fixed(value: Any) -> bool:
-    return value is None or isinstance(value, (bool, str)) or (isinstance(value, dict) and not value)
-
-
 def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
     """Trace a diffusion transformer.
 
     Blocks are inlined; the modules inside them (attention, feed-forward, norms, linears) stay ``call_module`` nodes.
-    The parameters are the model's own, shared. Tensors of the example are only looked at for shape and dtype.
+    The parameters are the model's own, shared. Tensors of the example are only looked at for shape and dtype, and
+    where some calls of a recording lack a mask: the model is then run on one of them, once as it is and once with a
+    mask of ones. If that is the same to the bit the trace serves both kinds of call.
     ``gm.meta["ppcl"]`` holds ``inputs`` (the placeholders), ``fixed`` (arguments that are part of the trace),
-    ``blocks`` (the blocks' paths), ``example`` (the shapes of the traced call), ``config`` (the model's) and ``model``
-    (its fingerprint).
+    ``ones`` (inputs that are ones where a call lacks them, with shape and dtype), ``blocks`` (the blocks' paths),
+    ``example`` (the shapes of the traced call), ``config`` (the model's) and ``model`` (its fingerprint).
 
     Args:
         model: the transformer, in evaluation mode, on any device, the meta device included.
-        example_kwargs: the keyword arguments of one call. Those that are neither ``None`` nor a boolean, a
-            string or an empty dict become placeholders.
+        example_kwargs: the keyword arguments of one call, or what `ppcl_fx.Calls.examples` returns. Those that are
+            neither ``None`` nor a boolean, a string or an empty dict become placeholders.
 
     Returns:
         A graph module with the model's weights. Call it with the placeholders' names; it returns what the model
@@ -46,7 +46,7 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
         PpclError: the model has no blocks, an argument is unknown, or a branch depends on a tensor's values.
     """
     signature = inspect.signature(model.forward)
-    given = dict(example_kwargs)
+    given, ones = _completed(model, example_kwargs)
     if "return_dict" in signature.parameters:
         given["return_dict"] = False
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
@@ -63,19 +63,36 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
             "give a diffusion transformer"
         )
     blocks = {f"{path}.{i}" for path in lists for i in range(len(model.get_submodule(path)))}  # type: ignore[arg-type]
-    symbolic = {name: value for name, value in given.items() if not _is_fixed(value)}
-    fixed = {name: copy.copy(value) for name, value in given.items() if _is_fixed(value)}
+    symbolic = {name: value for name, value in given.items() if not is_fixed(value)}
+    fixed = {name: copy.copy(value) for name, value in given.items() if is_fixed(value)}
     gm = _graph_module(model, inlined_modules(model), blocks, symbolic, fixed)
     gm.meta["ppcl"] = {
         "inputs": list(symbolic),
         "fixed": {name: value for name, value in fixed.items() if value is not None},
+        "ones": ones,
         "blocks": [f"{path}.{i}" for path in lists for i in range(len(model.get_submodule(path)))],  # type: ignore[arg-type]
         "signature": list(signature.parameters),
-        "example": {name: describe(value) for name, value in given.items() if value is not None},
+        "example": {
+            name: describe(value, ones[name][0] if name in ones else None)
+            for name, value in given.items()
+            if value is not None
+        },
         "config": _config(model),
         "model": fingerprint(model),
     }
     return gm
+
+
+def _completed(
+    model: nn.Module, example_kwargs: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, tuple[Sizes, torch.dtype]]]:
+    """Return the call to trace with, which has every argument that stands for ones in others, and those arguments."""
+    examples = example_kwargs if isinstance(example_kwargs, Examples) else Examples(example_kwargs)
+    weightless = any(parameter.is_meta for parameter in model.parameters())
+    known = examples.ones or (ones_in(examples, model) if examples.others and not weightless else {})
+    given = {name: value for call in (*examples.others, examples) for name, value in call.items() if value is not None}
+    ones = {name: (sizes, given[name].dtype) for name, sizes in known.items() if name in given}
+    return filled(examples, ones), ones
 
 
 def trace_inside(module: nn.Module, args: Mapping[str, Any]) -> GraphModule:
@@ -91,8 +108,8 @@ def trace_inside(module: nn.Module, args: Mapping[str, Any]) -> GraphModule:
         for path, child in module.named_modules()
         if path == "" or isinstance(child, containers) or not type(child).__module__.startswith("torch.nn")
     }
-    symbolic = {name: value for name, value in args.items() if not _is_fixed(value)}
-    fixed = {name: value for name, value in args.items() if _is_fixed(value)}
+    symbolic = {name: value for name, value in args.items() if not is_fixed(value)}
+    fixed = {name: value for name, value in args.items() if is_fixed(value)}
     return _graph_module(module, inlined, set(), symbolic, fixed)
 
 
@@ -130,15 +147,16 @@ def _graph_module(
 def bind(gm: GraphModule, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Turn a call's keyword arguments into those of a traced graph.
 
-    Drops what is ``None`` and what equals the trace's fixed arguments.
+    Drops what is ``None`` and what equals the trace's fixed arguments. Puts ones in the place of a missing mask, where
+    that is the same (``ones`` of the trace).
 
     Raises:
         GuardError: an argument that the trace did not have, one that differs from a fixed one, or one missing.
     """
     info = gm.meta["ppcl"]
     bound: dict[str, Any] = {}
-    for name, value in kwargs.items():
-        if name in info["inputs"] and not _is_fixed(value):
+    for name, value in filled(kwargs, info.get("ones", {})).items():
+        if name in info["inputs"] and not is_fixed(value):
             bound[name] = value
         elif name == "return_dict" or value is None or (name in info["fixed"] and info["fixed"][name] == value):
             continue

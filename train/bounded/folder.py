@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.examples import build
+from ppcl_fx.examples import build_call
 from ppcl_fx.files import (
     inside,
     need_room,
@@ -89,7 +89,7 @@ class StudentFolder:
         if teacher is None:
             source = open_source(str(inside(folder, TEACHER)))
             teacher = source.checkpoint(dtype=students.dtype if students.stored else None)
-        example = {name: build(value) for name, value in card.example.items()}
+        example = build_call(card.example)
         gm = trace(teacher.model, example)
         gm.meta["ppcl"]["model"] = plan.model
         model = PluggableModel(insert_edits(gm, plan), plan)

@@ -1,0 +1,200 @@
+"""Kinds of call: which arguments a transformer is given, and what an argument that is not given stands for.
+
+One recording may hold several kinds. diffusers passes a text mask where a batch is padded and none where it is not.
+A missing mask is a mask of ones where the model gives the same with it, to the bit: then one trace serves both kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from ppcl_fx.errors import PpclError
+
+Size = int | tuple[str, int]
+"""A number, or an argument's name and one of its dimensions."""
+
+Sizes = Sequence[Size]
+"""The shape of an argument in terms of the others of its call."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""The shapes of a call's tensors by the arguments' names."""
+
+REFUSALS = (PpclError, RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+"""How models say that an argument does not fit."""
+
+
+def is_fixed(value: Any) -> bool:
+    """Tell whether an argument is part of a trace; all others are inputs of the graph."""
+    return value is None or isinstance(value, (bool, str)) or (isinstance(value, Mapping) and not value)
+
+
+def kind_of(kwargs: Mapping[str, Any]) -> Hashable:
+    """Return what the calls of one kind have in common: the arguments given, and the values of fixed ones."""
+    given = {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
+    return frozenset((name, repr(value) if is_fixed(value) else "") for name, value in given.items())
+
+
+class Examples(dict[str, Any]):
+    """The arguments of a call to trace with, and what is known of the other calls of a recording.
+
+    Args:
+        kwargs: the arguments.
+        others: a call of each other kind.
+        shapes: the shapes of the tensors of all calls, each once.
+        ones: the arguments that are known to stand for ones where they are missing, with the shape of the ones.
+    """
+
+    def __init__(
+        self,
+        kwargs: Mapping[str, Any],
+        others: Sequence[Mapping[str, Any]] = (),
+        shapes: Sequence[Shapes] = (),
+        ones: Mapping[str, Sizes] | None = None,
+    ) -> None:
+        super().__init__(kwargs)
+        self.others = others
+        self.shapes = shapes
+        self.ones = dict(ones or {})
+
+    def over(self, kwargs: Mapping[str, Any]) -> Examples:
+        """Return the same with other values for the arguments of the call to trace with."""
+        return Examples(kwargs, self.others, self.shapes, self.ones)
+
+
+def shapes_of(kwargs: Mapping[str, Any]) -> Shapes:
+    """Return the shapes of those arguments that are tensors, or that stand for stored ones."""
+    return {name: tuple(value.shape) for name, value in kwargs.items() if hasattr(value, "shape")}
+
+
+def filled(kwargs: Mapping[str, Any], ones: Mapping[str, tuple[Sizes, torch.dtype]]) -> dict[str, Any]:
+    """Return a call's arguments with ones in the place of those that are missing and stand for ones.
+
+    Args:
+        kwargs: the arguments.
+        ones: shape and dtype of the ones, by the arguments' names.
+    """
+    given = dict(kwargs)
+    for name, (sizes, dtype) in ones.items():
+        shape = ones_shape(sizes, kwargs) if given.get(name) is None else None
+        if shape is not None:
+            device = next(kwargs[size[0]].device for size in sizes if not isinstance(size, int))
+            given[name] = torch.ones(shape, dtype=dtype, device=device)
+    return given
+
+
+def ones_shape(sizes: Sizes, kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """Return the shape of ones for a call; None where it does not follow from the call's tensors."""
+    shapes = shapes_of({size[0]: kwargs.get(size[0]) for size in sizes if not isinstance(size, int)})
+    found = []
+    for size in sizes:
+        if isinstance(size, int):
+            found.append(size)
+        elif size[0] in shapes and 0 <= size[1] < len(shapes[size[0]]):
+            found.append(shapes[size[0]][size[1]])
+    return tuple(found) if shapes and len(found) == len(sizes) else None
+
+
+def ones_in(examples: Examples, model: nn.Module) -> dict[str, Sizes]:
+    """Find the arguments that stand for ones where they are missing: the model gives the same with ones, to the bit.
+
+    Args:
+        examples: a call of each kind, with values.
+        model: the transformer; it is run on each kind that lacks an argument which others have and which holds nothing
+            but zeros and ones there, once as it is and once with ones in its place.
+
+    Returns:
+        The shape of the ones by the arguments' names.
+    """
+    if getattr(model, "is_cache_enabled", False):
+        return {}  # it answers by what it was asked before
+    kinds = [examples, *examples.others]
+    found = _candidates(kinds, examples.shapes)
+    device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
+    for kwargs in kinds:
+        missing = {name: ones for name, ones in found.items() if kwargs.get(name) is None}
+        if not missing or _same(model, kwargs, missing, device):
+            continue
+        for name, ones in missing.items():
+            if len(missing) == 1 or not _same(model, kwargs, {name: ones}, device):
+                del found[name]
+    return {name: sizes for name, (sizes, _) in found.items()}
+
+
+def _candidates(
+    kinds: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]
+) -> dict[str, tuple[Sizes, torch.dtype]]:
+    """Return the masks that some calls have and others have not, with shape and dtype."""
+    found = {}
+    for name in dict.fromkeys(name for kwargs in kinds for name in kwargs):
+        given = [kwargs[name] for kwargs in kinds if kwargs.get(name) is not None]
+        if len(given) < len(kinds) and all(_is_mask(value) for value in given):
+            others = set.intersection(*(set(shapes_of(kwargs)) for kwargs in kinds)) - {name}
+            sizes = _sizes(name, [known for known in (*shapes, *map(shapes_of, kinds)) if name in known], others)
+            if sizes is not None:
+                found[name] = (sizes, given[0].dtype)
+    return found
+
+
+def _is_mask(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and not value.is_meta and bool(((value == 0) | (value == 1)).all())
+
+
+def _sizes(name: str, shapes: Sequence[Shapes], others: Iterable[str]) -> Sizes | None:
+    """Return the shape of an argument in terms of others that every call has; None where it does not follow."""
+    rank = len(shapes[0][name])
+    if any(len(known[name]) != rank for known in shapes):
+        return None
+    # Where several say the same, the one whose name is most like the argument's: a text mask goes with the text.
+    names = sorted(others, key=lambda other: (-SequenceMatcher(None, name, other).ratio(), other))
+    sizes: list[Size] = []
+    for dim in range(rank):
+        wanted = [known[name][dim] for known in shapes]
+        places = [(other, at) for other in names for at in range(len(shapes[0].get(other, ())))]
+        found = [
+            place
+            for place in places
+            if [known[place[0]][place[1] : place[1] + 1] for known in shapes] == [(size,) for size in wanted]
+        ]
+        # The batch is dimension 0 of what is batched, and so on: dimensions keep their places where they can.
+        same = [one for one in found if one[1] == dim]
+        if found:
+            sizes.append((same or found)[0])
+        elif set(wanted) == {1}:
+            sizes.append(1)
+        else:
+            return None
+    return sizes if any(not isinstance(size, int) for size in sizes) else None
+
+
+def _same(
+    model: nn.Module,
+    kwargs: Mapping[str, Any],
+    ones: Mapping[str, tuple[Sizes, torch.dtype]],
+    device: torch.device,
+) -> bool:
+    """Tell whether a model gives the same for a call with ones and without, to the bit."""
+
+    def answer(call: Mapping[str, Any]) -> list[Any]:
+        there = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, dict(call))
+        result = model.forward(**there)  # not by a call: hooks of the caller's own need not know of it
+        return tree_leaves(list(result.values()) if isinstance(result, Mapping) else result)
+
+    completed = filled(kwargs, ones)
+    if any(name not in completed for name in ones):
+        return False
+    try:
+        with torch.no_grad():
+            plain, other = answer(kwargs), answer(completed)
+    except REFUSALS:
+        return False
+    return len(plain) == len(other) and all(_equal(a, b) for a, b in zip(plain, other, strict=True))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else bool(a == b)
