@@ -131,7 +131,8 @@ def test_the_folder_as_it_is_deployed_is_compared(made: Any) -> None:
     model.plug(students=model.edits[:1])
     found = compare_artefacts(folder, model, calls, backend="torch", device="cpu", tolerance=0.0)
     assert list(found) == KEEPS and model.students == tuple(model.edits[:1])
-    assert {(one.compared, one.relative, one.cosine) for one in found.values()} == {(2, 0.0, 1.0)}
+    assert {(one.compared, one.relative) for one in found.values()} == {(2, 0.0)}
+    assert all(one.cosine == pytest.approx(1.0, abs=1e-15) for one in found.values())
     near = compare_artefacts(folder, model, calls, backend="onnxruntime", device="cpu", check_calls=1)
     assert all(one.compared == 1 and 0 < one.relative < 1e-5 for one in near.values())
     with pytest.raises(PpclError, match=r"the ratio 1 in onnxruntime differs from PyTorch by .* at recorded call 1"):
