@@ -63,7 +63,9 @@ def claimed(folder: Path, graphs: Collection[Path]) -> Iterator[None]:
 
 
 def is_store(folder: Path) -> bool:
-    """Tell whether a folder of weights holds nothing else, so that it is one that exports made, or none at all."""
+    """Tell whether a folder of weights, no link, holds nothing else: exports made it, or it is not there."""
+    if folder.is_symlink():
+        return False
     found = (path for path in folder.rglob("*") if not path.is_dir())
     return all(path.suffix == ".safetensors" or _PARTIAL.fullmatch(path.name) for path in found)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.claim import unfinished
 from ppcl_fx.export.names import data_path, manifest_path, typed_graph_path
@@ -98,6 +99,7 @@ def check_free(graphs: Sequence[Path], overwrite: bool) -> None:
             raise PpclError(f"{graph.parent}: is a file, and a folder is to be written there; choose another output")
         if graph.exists() and not overwrite and graph.name not in unfinished(graph.parent):
             raise PpclError(f"{graph}: already exists; choose another output, or replace it with --overwrite")
+        owned.check_file(graph, mark=owned.GRAPH_MARK)
 
 
 def _card(written: Path) -> Path:

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr
 from safetensors import safe_open
 
+from ppcl_fx import owned
 from ppcl_fx.call_values import AGAIN, check_finite, map_tensors
 from ppcl_fx.collating import collate
 from ppcl_fx.errors import PpclError
@@ -194,7 +195,7 @@ class Calls(Sequence[Call]):
         """
         if not self._calls:
             raise PpclError(f"{folder}: there are no calls to save; record at least one prompt")
-        with new_folder(folder, overwrite=overwrite) as new:
+        with new_folder(folder, replaces=owned.CALLS if overwrite else None) as new:
             shards = _ShardWriter(new, shard_bytes)
             entries = _entries(self._calls, shards.add)
             shards.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import random
 import shlex
 import shutil
@@ -19,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import write_json
 from ppcl_fx.report import write_report
@@ -41,6 +43,8 @@ STEPS = (600, 60, 1500)
 LEAVES = (
     "calls", "analysis.json", "plan.json", "student", "train", "engines", "pictures", "report.html", "summary.json",
 )  # fmt: skip
+MARK = "demo.json"
+"""Says that a demo wrote what lies beside it."""
 SEED = 42
 EMA = 0.995
 BETAS = (0.9, 0.99)
@@ -265,19 +269,26 @@ def fitting_steps(steps: tuple[int, int, int], kinds: set[str]) -> dict[str, int
 
 
 def clear(out: Path) -> None:
-    """Remove what an earlier demo left in `out`, and nothing else.
+    """Remove what an earlier demo left in `out`, and nothing else; mark the folder as a demo's.
 
     Raises:
-        PpclError: `out` is a file, or something in it cannot be removed.
+        PpclError: `out` is a file, holds something that no demo left where this one writes, or cannot be written.
     """
+    there = [out / name for name in LEAVES if os.path.lexists(out / name)]
+    if there and not owned.says(out / MARK, {"kind": "demo"}):
+        raise PpclError(f"{there[0]}: is there, and no demo left it; choose another --out, or remove it")
+    for path in there:
+        owned.check_no_link(path)
+        if path.is_dir():
+            owned.check_replaceable(path, owned.DEMO.folders[path.name])
     try:
-        for name in LEAVES:
-            path = out / name
-            if path.is_dir() and not path.is_symlink():
+        for path in there:
+            if path.is_dir():
                 shutil.rmtree(path)
-            elif path.exists() or path.is_symlink():
+            else:
                 path.unlink()
         out.mkdir(parents=True, exist_ok=True)
+        write_json(out / MARK, {"kind": "demo"})
     except OSError as error:
         raise PpclError(
             f"{out}: cannot be used as output ({error.strerror}); choose another --out"

@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails, from_json
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.memory import size_words
+from ppcl_fx.owned import Kind, check_no_link, check_replaceable
 
 if TYPE_CHECKING:
     import torch
@@ -175,17 +176,26 @@ def need_room(folder: Path, size: int) -> None:
 
 
 @contextmanager
-def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(
+    path: str | Path, *, replaces: Kind | None = None, reads: Iterable[str | Path] = ()
+) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends well, and else vanishes.
 
     Parent folders are made. A `path` that exists (and is not an empty folder) is an error before any work is
-    done, unless `overwrite` is true: then the old folder is replaced at the end, in two renames.
+    done, unless it is one that `replaces` allows: then the old folder is replaced at the end, in two renames.
+
+    Args:
+        path: the folder.
+        replaces: the kind of folder that may be replaced; None for none.
+        reads: files and folders that the caller reads: no folder that holds one is replaced.
 
     Raises:
-        PpclError: `path` exists, cannot be written, or holds the folder we stand in.
+        PpclError: `path` exists and may not be replaced (see `ppcl_fx.owned.check_replaceable`), or cannot be written.
     """
+    if replaces is not None:
+        check_no_link(Path(path))
     final = Path(path).resolve()
-    _check_free(final, overwrite)
+    _check_free(final, replaces, reads)
     beside = final.parent / f".{final.name}.partial-{uuid.uuid4().hex[:8]}"
     with _os_errors(final):
         beside.mkdir(parents=True)
@@ -193,28 +203,22 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         yield beside
         with _os_errors(final):
             _sync_tree(beside)
-            _move_into_place(beside, final, overwrite)
+            _move_into_place(beside, final, replaces, reads)
     finally:
         if beside.exists():
             shutil.rmtree(beside)
 
 
-def _check_free(final: Path, overwrite: bool) -> None:
+def _check_free(final: Path, replaces: Kind | None, reads: Iterable[str | Path]) -> None:
     with _os_errors(final):
-        occupied = final.exists() and not (final.is_dir() and not any(final.iterdir()))
-    if not occupied:
-        return
-    if not overwrite:
-        raise PpclError(f"{final}: already exists; choose another output, or remove it first")
-    if not final.is_dir():
-        raise PpclError(f"{final}: is a file, and a folder is to be written there; choose another output")
-    for lived_in in (Path.cwd(), Path.home()):
-        if lived_in.resolve().is_relative_to(final):
-            raise PpclError(f"{final}: holds {lived_in}, so it is not replaced; choose another output")
+        if replaces is not None:
+            check_replaceable(final, replaces, reads)
+        elif final.exists() and not (final.is_dir() and not any(final.iterdir())):
+            raise PpclError(f"{final}: already exists; choose another output, or remove it first")
 
 
-def _move_into_place(beside: Path, final: Path, overwrite: bool) -> None:
-    _check_free(final, overwrite)
+def _move_into_place(beside: Path, final: Path, replaces: Kind | None, reads: Iterable[str | Path]) -> None:
+    _check_free(final, replaces, reads)
     old = final.parent / f".{final.name}.old-{uuid.uuid4().hex[:8]}"
     if final.exists():
         final.rename(old)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 from torch import nn
 from torch.fx import GraphModule
 
+from ppcl_fx import owned
 from ppcl_fx._version import __version__
 from ppcl_fx.budget import choose
 from ppcl_fx.effects import EFFECTS, Effects, load_effects
@@ -199,18 +200,22 @@ class PluggableModel(PipelineModel):
 
         Args:
             folder: where to; written beside and renamed.
-            overwrite: replace a folder that exists.
+            overwrite: replace a saved model that exists, and what training and export wrote into its folder.
             scores: measured scores by name, for the model card.
 
         Raises:
-            PpclError: the folder exists, cannot be written, or the teacher is not a diffusers model.
+            PpclError: the folder exists (with `overwrite`: holds anything else), cannot be written, or the teacher is
+                not a diffusers model.
         """
-        with new_folder(folder, overwrite=overwrite) as beside:
+        return self._save(Path(folder), owned.STUDENT if overwrite else None, scores)
+
+    def _save(self, folder: Path, replaces: owned.Kind | None, scores: Mapping[str, float] | None = None) -> Path:
+        with new_folder(folder, replaces=replaces) as beside:
             self.save_head(beside, scores)
             teacher, students = self._split()
             write_safetensors(beside / TEACHER / "diffusion_pytorch_model.safetensors", teacher, {"format": "pt"})
             write_safetensors(beside / STUDENTS, students)
-        return Path(folder)
+        return folder
 
     def save_head(self, folder: Path, scores: Mapping[str, float] | None = None) -> None:
         """Write what a saved model has beside its weights into an empty folder: cards, plan, the teacher's config.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
 from ppcl_fx.lora.methods import LoraModel
 from ppcl_fx.offload import Offload, Pieces, announce, offload, offloaded
@@ -178,12 +179,10 @@ class PipelineModel(LoraModel, Uncached, _DiffusersModel):
         """Write the model as `save` does: what ``pipeline.save_pretrained`` calls. Replaces a saved model only.
 
         Raises:
-            PpclError: the folder holds something else.
+            PpclError: the folder holds something else, what a training wrote included.
         """
-        from ppcl_fx.model import CARD
-
         del ignored
-        self.save(save_directory, overwrite=(Path(save_directory) / CARD).is_file())
+        self._save(Path(save_directory), owned.SAVED)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
@@ -192,6 +191,6 @@ class PipelineModel(LoraModel, Uncached, _DiffusersModel):
 
         return load(folder, dtype=options.get("dtype", options.get("torch_dtype")))
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the model."""
+    def _save(self, folder: Path, replaces: owned.Kind | None) -> Path:
+        """Write the model, over a folder of the kind that may be replaced."""
         raise NotImplementedError

@@ -27,6 +27,7 @@ from ppcl_fx.cli.options import (
 )
 from ppcl_fx.errors import PpclError, Stopped
 from ppcl_fx.files import check_writable
+from ppcl_fx.owned import CHECKPOINT
 
 COMMANDS = ("analyze", "rewrite", "train", "export", "build")
 NOBODY = 65534
@@ -261,15 +262,19 @@ def test_a_share_is_above_0_and_at_most_1(text: str) -> None:
 
 
 def test_output_checks_leave_nothing_behind(tmp_path: Path) -> None:
-    check_output(tmp_path / "new" / "folder", overwrite=False)
+    check_output(tmp_path / "new" / "folder", kind=CHECKPOINT)
     check_writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "old").mkdir()
-    check_output(tmp_path / "old", overwrite=False)
-    (tmp_path / "old" / "result").touch()
-    check_output(tmp_path / "old", overwrite=True)
+    check_output(tmp_path / "old", kind=CHECKPOINT)
+    (tmp_path / "old" / "state.json").touch()
+    check_output(tmp_path / "old")
+    check_output(tmp_path / "old", kind=CHECKPOINT, overwrite=True)
     with pytest.raises(PpclError, match="already exists.*--overwrite"):
-        check_output(tmp_path / "old", overwrite=False)
+        check_output(tmp_path / "old", kind=CHECKPOINT)
+    (tmp_path / "old" / "mine").touch()
+    with pytest.raises(PpclError, match="already exists; choose another output$"):  # --overwrite would not help
+        check_output(tmp_path / "old", kind=CHECKPOINT)
 
 
 def test_a_folder_without_permission_is_refused() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ppcl_fx import demo, demo_results
+from ppcl_fx.errors import PpclError
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.shapes.captions import CATEGORIES, prompts
 from ppcl_fx.shapes.score import Drawn
@@ -40,17 +41,32 @@ def _row(
 
 
 def test_clear_removes_what_a_demo_left_and_nothing_else(tmp_path: Path) -> None:
+    demo.clear(tmp_path)
     (tmp_path / "calls").mkdir()
-    (tmp_path / "calls" / "index.json").write_text("{}")
+    (tmp_path / "calls" / "index.json").write_text('{"model": "", "fingerprint": "", "calls": []}')
     (tmp_path / "summary.json").write_text("[]")
     (tmp_path / "mine.txt").write_text("keep me")
-    target = tmp_path / "elsewhere"
-    target.mkdir()
-    (target / "file").write_text("")
-    (tmp_path / "student").symlink_to(target)
     demo.clear(tmp_path)
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["elsewhere", "mine.txt"]
-    assert (target / "file").exists()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["demo.json", "mine.txt"]
+
+
+def test_clear_removes_nothing_of_others(tmp_path: Path) -> None:
+    """Everything is looked at before the first thing is removed."""
+    pictures, train = tmp_path / "pictures", tmp_path / "train"
+    pictures.mkdir()
+    (pictures / "holiday.jpg").write_bytes(b"mine")
+    with pytest.raises(PpclError, match="pictures: is there, and no demo left it"):
+        demo.clear(tmp_path)
+    (tmp_path / "demo.json").write_text('{"kind": "demo"}')
+    (tmp_path / "summary.json").write_text("[]")
+    with pytest.raises(PpclError, match="pictures: holds holiday.jpg, which ppcl-fx did not write"):
+        demo.clear(tmp_path)
+    assert (pictures / "holiday.jpg").exists() and (tmp_path / "summary.json").exists()
+    pictures.rename(tmp_path / "elsewhere")
+    train.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PpclError, match="train: a link to"):
+        demo.clear(tmp_path)
+    assert (train / "holiday.jpg").exists()
 
 
 def test_output_that_is_a_file_is_one_line_and_exit_code_2(

@@ -23,6 +23,7 @@ from ppcl_fx.files import (
     write_safetensors,
     write_text,
 )
+from ppcl_fx.owned import Kind
 
 
 class Inner(BaseModel):
@@ -145,6 +146,9 @@ def test_unwritable_places(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
+TEXTS = Kind("texts", (r".+\.txt",))
+
+
 def test_new_folder_appears_whole(tmp_path: Path) -> None:
     final = tmp_path / "run" / "calls"
     with new_folder(final) as folder:
@@ -157,7 +161,7 @@ def test_new_folder_appears_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_new_folder_leaves_nothing_on_error(tmp_path: Path, error: type[BaseException]) -> None:
     def work(overwrite: bool) -> None:
-        with new_folder(tmp_path / "run", overwrite=overwrite) as folder:
+        with new_folder(tmp_path / "run", replaces=TEXTS if overwrite else None) as folder:
             write_text(folder / "a.txt", "new")
             raise error
 
@@ -177,18 +181,25 @@ def test_new_folder_replaces_only_when_told(tmp_path: Path) -> None:
         write_text(folder / "old.txt", "old")
     with pytest.raises(PpclError, match="already exists"), new_folder(final):
         raise AssertionError("no work before the check")
-    with new_folder(final, overwrite=True) as folder:
+    with new_folder(final, replaces=TEXTS) as folder:
         write_text(folder / "new.txt", "new")
     assert names(final) == ["new.txt"] and names(tmp_path) == ["run"]
+    (final / "mine.jpg").write_bytes(b"mine")
+    with pytest.raises(PpclError, match="holds mine.jpg"), new_folder(final, replaces=TEXTS):
+        raise AssertionError("no work before the check")
+    (final / "mine.jpg").unlink()
+    with pytest.raises(PpclError, match="holds mine.jpg"), new_folder(final, replaces=TEXTS) as folder:
+        (final / "mine.jpg").write_bytes(b"mine")  # while the work was under way
+    assert (final / "mine.jpg").read_bytes() == b"mine" and names(tmp_path) == ["run"]
 
 
 def test_new_folder_does_not_replace_where_we_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "here" / "a.txt", "a")
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(PpclError, match="not replaced"), new_folder("..", overwrite=True):
+    with pytest.raises(PpclError, match="not replaced"), new_folder("..", replaces=TEXTS):
         raise AssertionError("no work before the check")
     write_text(tmp_path / "file", "x")
-    with pytest.raises(PpclError, match="is a file"), new_folder(tmp_path / "file", overwrite=True):
+    with pytest.raises(PpclError, match="is a file"), new_folder(tmp_path / "file", replaces=TEXTS):
         raise AssertionError("no work before the check")
 
 

@@ -172,7 +172,7 @@ def test_it_is_saved_and_loaded_by_diffusers_names(tiny: Any, tmp_path: Path) ->
     model.save_pretrained(tmp_path / "student")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
-    with pytest.raises(PpclError, match="already exists"):
+    with pytest.raises(PpclError, match="no ppcl.json there says"):
         model.save_pretrained(tmp_path / "mine")
     loaded = PluggableModel.from_pretrained(tmp_path / "student", torch_dtype=torch.float32)
     assert torch.equal(answer(loaded, kwargs), answer(model, kwargs))

@@ -16,6 +16,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import (
     new_folder,
@@ -37,6 +38,7 @@ STATE = "state.json"
 SUMS = "SHA256SUMS"
 """The checksums of the other two files, as `sha256sum -c` reads them."""
 _NAME = re.compile(r"^(\d{2})-(\d{8})$")
+_HALF = re.compile(r"\.\d{2}-\d{8}\.partial-[0-9a-f]{8}")
 _INT = ":int"
 _log = logging.getLogger("ppcl_fx.train")
 
@@ -112,14 +114,14 @@ def save(
         PpclError: The place cannot be written; the checkpoints that were there still are.
     """
     target = folder / f"{stage:02d}-{step:08d}"
-    with new_folder(target, overwrite=True) as beside:
+    with new_folder(target, replaces=owned.CHECKPOINT) as beside:
         written = (put or _put)(beside, tensors)
         write_json(beside / STATE, State(identity=identity, stage=stage, step=step, over=over, curves=curves))
         write_text(beside / SUMS, "".join(f"{sha256_of(beside / name)}  {name}\n" for name in (written, STATE)))
     found = existing(folder)
     place = found.index(target) + 1
     for old in found[: max(0, place - KEPT)] + found[place:]:
-        shutil.rmtree(old)
+        owned.discard(old, owned.CHECKPOINT)
     return target
 
 
@@ -138,12 +140,15 @@ def existing(folder: Path) -> list[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Remove all checkpoints from `folder`, half-written ones included."""
-    if not folder.is_dir():
-        return
-    for path in folder.iterdir():
-        name = path.name.removeprefix(".").split(".")[0]
-        if path.is_dir() and _NAME.match(name):
+    """Remove all checkpoints from `folder`, half-written ones included.
+
+    Raises:
+        PpclError: one holds something that training does not write.
+    """
+    for path in existing(folder):
+        owned.discard(path, owned.CHECKPOINT)
+    for path in folder.glob(".*.partial-*") if folder.is_dir() else ():
+        if _HALF.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
 
 

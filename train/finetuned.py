@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch.fx import GraphModule
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import (
     inside,
@@ -62,7 +63,7 @@ def save_finetuned(gm: GraphModule, model: PluggableModel, students: list[str], 
     card = Card(
         plan=plan_digest(model.plan), students=students, params=params, keep=params / model.teacher_params
     )
-    with new_folder(folder, overwrite=True) as beside:
+    with new_folder(folder, replaces=owned.FINETUNED) as beside:
         write_safetensors(beside / WEIGHTS, {name: p.to(model.dtype) for name, p in gm.named_parameters()})
         write_json(beside / CARD, card)
 

@@ -16,7 +16,6 @@ import torch
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.files import check_writable
 from ppcl_fx.train import checkpoints, schedule
 from ppcl_fx.train.checkpoints import Checkpoint, Identity
 from ppcl_fx.train.config import CONFIG, resolve
@@ -31,6 +30,7 @@ from ppcl_fx.train.loop import Around, Journal, Progress, run_stage
 from ppcl_fx.train.losses import Weights
 from ppcl_fx.train.options import Options, plan_stages
 from ppcl_fx.train.parallel import Intervals
+from ppcl_fx.train.places import CHECKPOINTS, LOGS, check_places
 from ppcl_fx.train.ranked import agreed, begin, refuse_on_ranks, share_checkpoints, students_alone
 from ppcl_fx.train.ranks import Ranks, current
 from ppcl_fx.train.scoring import shapes_score
@@ -43,8 +43,6 @@ if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.model import PluggableModel
 
-CHECKPOINTS = "checkpoints"
-LOGS = "logs"
 Score = Callable[[str, Any], float]
 """Told the stage and the model so far; returns how good it is."""
 _log = logging.getLogger("ppcl_fx.train")
@@ -138,8 +136,8 @@ def train(
     identity = Identity(plan=plan_digest(model.plan), calls=data.fingerprint, options=decisive)
     logs = Path(busy.log) if busy.log is not None else folder / LOGS
     refuse_on_ranks(ranks, busy, score is not None or busy.score_prompts > 0)
-    for place in (folder, logs) if ranks.first else ():
-        check_writable(place)
+    if ranks.first:
+        check_places(folder, logs, f"finetuned{_suffix(busy)}" if "finetune" in stages else None)
     if score is None and busy.score_prompts:
         score = shapes_score(model, busy.score_prompts)
     start = begin(ranks, lambda: _starting_point(folder / CHECKPOINTS, identity, resume))
@@ -198,7 +196,7 @@ class _Runner:
         self._ranks = ranks
         self._model, self._options, self._cast, self._students = model, options, cast, students
         self._progress, self._watch, self._score = progress, watch, score
-        self._suffix = "" if options.keep is None else f"-{options.keep:g}"
+        self._suffix = _suffix(options)
         self.finetuned_folder = folder / f"finetuned{self._suffix}"
         named = dict(model.students_module.named_parameters())
         self.journal = Journal(folder / CHECKPOINTS, identity, named, options.every, model.device)
@@ -288,6 +286,10 @@ class _Runner:
         if name == "finetune":
             return FineTuning(self._model, self._students, **how)
         return Distillation(self._model, name, weights, sequential=options.sequential, **how)
+
+
+def _suffix(options: Options) -> str:
+    return "" if options.keep is None else f"-{options.keep:g}"
 
 
 def _busy_stages(

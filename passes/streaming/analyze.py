@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import need_room
 from ppcl_fx.passes.analyze import check_stream, conclude
@@ -76,7 +76,7 @@ def analyze_streamed(
     measurement.run()
     found = conclude(measurement, calls, ridge=ridge, refine_steps=refine_steps, stream=stream)
     if not keep_work:
-        shutil.rmtree(work)
+        owned.discard(Path(work), owned.ANALYSING)
     return found
 
 
@@ -93,6 +93,7 @@ def _measurement(
     checkpoint_seconds: float | None = None,
 ) -> StreamedMeasurement:
     check_request(calls, keeping[0])
+    owned.check_replaceable(work, owned.ANALYSING)
     if calls.model and calls.model != checkpoint.fingerprint:
         raise PpclError("the calls were recorded from another model; record calls of this one")
     gm = trace(checkpoint.model, calls.examples())

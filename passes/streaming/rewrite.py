@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import need_room, new_folder, write_json
 from ppcl_fx.long_files import Form, form_bytes, write_long
@@ -78,7 +79,8 @@ def rewrite_streamed(
     graph = insert_edits(gm, plan)
     model = PluggableModel(graph, plan.model_copy(update={"model": plan.model or checkpoint.fingerprint}))
     model.plug(students=model.edits if named is None else named.students(model))
-    with new_folder(out, overwrite=overwrite) as beside:
+    replaces = owned.STUDENT if overwrite else None
+    with new_folder(out, replaces=replaces, reads=[checkpoint.shards.folder]) as beside:
         model.save_head(beside)
         copied = place_teacher(checkpoint.shards, beside / TEACHER)
         forms = student_forms(graph)

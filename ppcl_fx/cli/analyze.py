@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,14 +16,16 @@ from ppcl_fx.cli.options import (
     Overwrite,
     Seed,
     Verbose,
+    check_output,
     given,
     parse_device,
 )
 from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import check_writable
 from ppcl_fx.memory import parse_size
+from ppcl_fx.owned import ANALYSING, REPORT_MARK, check_file, check_no_link, check_replaceable, discard
+from ppcl_fx.owned import CALLS as RECORDED
 
 if TYPE_CHECKING:
     from torch import nn
@@ -80,7 +82,7 @@ def analyze(
     where = parse_device(device, memory_limit)
     if limit is not None and calls is None:
         raise PpclError("--memory-limit: the model is never loaded, so nothing can be recorded; give --calls FOLDER")
-    _check_out(out, recording=calls is None, overwrite=overwrite)
+    _check_out(out, calls is None, overwrite, [model, prompts, calls])
     texts = read_prompts(prompts) if prompts is not None else None
     terminal = Terminal(verbose)
 
@@ -120,7 +122,7 @@ def analyze(
             analysis = ppcl_fx.analyze(graph, recorded, progress=progress, **chosen)
     analysis.save(out / ANALYSIS)
     # Not before the result is safe: a run killed in between goes on from here.
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    discard(out / WORK, ANALYSING)
     write_report(
         out / REPORT, redundancy=analysis, title=f"{source.name}: analysis", provenance={"model": source.name}
     )
@@ -147,17 +149,22 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def _check_out(out: Path, *, recording: bool, overwrite: bool) -> None:
-    """Refuse a RUN that holds results already, or cannot be written, before any work is done."""
-    if out.exists() and not out.is_dir():
-        raise PpclError(f"{out}: is a file, and a folder is to be written there; choose another output")
+def _check_out(out: Path, recording: bool, overwrite: bool, reads: Iterable[str | Path | None]) -> None:
+    """Refuse a RUN that holds results already, or others' files in their place, or cannot be written."""
+    check_output(out)
+    for place in (out / CALLS, out / ANALYSIS, out / REPORT, out / WORK):
+        check_no_link(place)
     if recording and (out / CALLS).exists() and not overwrite:
         raise PpclError(
             f"{out / CALLS}: already exists; use it with --calls {out / CALLS}, or give --overwrite"
         )
+    if recording:
+        check_replaceable(out / CALLS, RECORDED, [read for read in reads if read is not None])
     if (out / ANALYSIS).exists() and not overwrite:
         raise PpclError(f"{out / ANALYSIS}: already exists; choose another output, or give --overwrite")
-    check_writable(out)
+    check_file(out / ANALYSIS, keys=("stacks", "calls_used"))
+    check_file(out / REPORT, mark=REPORT_MARK)
+    check_replaceable(out / WORK, ANALYSING)
 
 
 def _record(

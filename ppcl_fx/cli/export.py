@@ -15,6 +15,7 @@ from ppcl_fx.cli.teacher import Recorded, open_calls, open_student
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
 from ppcl_fx.memory import parse_size
+from ppcl_fx.owned import PRUNED_RATIOS
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
@@ -137,7 +138,7 @@ def export(
     tuned = _finetuned(student, keep, format, terminal)
 
     if format in FOLDERS:
-        check_output(out, overwrite=overwrite)
+        check_output(out, kind=PRUNED_RATIOS, overwrite=overwrite, reads=[student])
         return _folders(open_student(student, terminal), keeps, out, format, overwrite, terminal)
 
     from ppcl_fx.export.exporting import DTYPES as types
@@ -146,7 +147,7 @@ def export(
     from ppcl_fx.export.opened import MEMORY, stays_on_disk
     from ppcl_fx.export.tuned import export_finetuned
 
-    check_output(out, overwrite=True)  # other ratios may be there: what is refused is a graph of the same name
+    check_output(out)  # other ratios may be there: what is refused is a graph of the same name
     recorded = open_calls(calls, terminal) if calls is not None else None
     notes: list[str] = []
     how: dict[str, Any] = {
@@ -278,7 +279,8 @@ def _folders(
 
     write = save_stock if format == "diffusers" else save_released
     found = []
-    with new_folder(out, overwrite=overwrite) as beside, terminal.step(f"writing {len(keeps)} folders") as progress:
+    replaces = PRUNED_RATIOS if overwrite else None
+    with new_folder(out, replaces=replaces) as beside, terminal.step(f"writing {len(keeps)} folders") as progress:
         mixtures = [(keep, model.plug(keep=keep).students) for keep in keeps]
         for done, (keep, students) in enumerate(mixtures, start=1):
             name = f"keep-{keep:g}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +10,7 @@ import typer
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import check_writable
+from ppcl_fx.owned import Kind, check_no_link, check_replaceable, foreign
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
@@ -115,14 +116,28 @@ def given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
 
 
-def check_output(path: Path, *, overwrite: bool) -> None:
+def check_output(
+    path: Path, *, kind: Kind | None = None, overwrite: bool = False, reads: Iterable[str | Path | None] = ()
+) -> None:
     """Refuse an output that exists or cannot be written, before any work is done; nothing is left behind.
 
+    Args:
+        path: the folder to be written.
+        kind: what it will be; None where files are added to what is there.
+        overwrite: replace a folder of that kind.
+        reads: what the command reads; None and names of nothing are passed over.
+
     Raises:
-        PpclError: `path` is a file, is a folder with something in it (unless `overwrite`), or cannot be written.
+        PpclError: `path` is a file, is a folder with something in it (unless `overwrite`, and it may be replaced), or
+            cannot be written.
     """
     if path.exists() and not path.is_dir():
         raise PpclError(f"{path}: is a file, and a folder is to be written there; choose another output")
-    if path.is_dir() and not overwrite and any(path.iterdir()):
-        raise PpclError(f"{path}: already exists; choose another output, or replace it with --overwrite")
+    if kind is not None and path.is_dir() and any(path.iterdir()):
+        if overwrite:
+            check_no_link(path)
+            check_replaceable(path, kind, [read for read in reads if read is not None])
+        else:
+            way = ", or replace it with --overwrite" if foreign(path, kind) is None else ""
+            raise PpclError(f"{path}: already exists; choose another output{way}")
     check_writable(path)

@@ -26,6 +26,7 @@ from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
 from ppcl_fx.memory import parse_size
+from ppcl_fx.owned import STUDENT
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -123,7 +124,8 @@ def rewrite(
         raise PpclError("--memory-limit, --released: a released checkpoint is joined in memory; leave one of them out")
     where = parse_device(device, memory_limit)
     folder = calls or wish.calls_beside()
-    check_output(out, overwrite=overwrite)
+    reads = [model, analysis, plan, released, folder, costs]
+    check_output(out, kind=STUDENT, overwrite=overwrite, reads=reads)
     terminal = Terminal(verbose)
 
     import ppcl_fx

@@ -18,6 +18,7 @@ from ppcl_fx.cli.training_data import Given
 from ppcl_fx.cli.watching import watching
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import check_writable
+from ppcl_fx.owned import REPORT_MARK, check_file
 
 if TYPE_CHECKING:
     from ppcl_fx.effects import Effects
@@ -162,6 +163,7 @@ def train(
 
     chosen = resolve(config, **options)
     check_writable(student)
+    check_file(student / REPORT, mark=REPORT_MARK)
     if limits is not None:
         wanted = bounded_options(chosen, stages is not None or config is not None)
         if calls is None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ppcl_fx import owned
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import new_folder, write_json, write_safetensors
@@ -33,7 +34,7 @@ def release(model: PluggableModel, folder: Path, *, overwrite: bool) -> Path:
         **layout.config,
         **{name: getattr(layout, name) for name in LISTS},
     }
-    with new_folder(folder, overwrite=overwrite) as beside:
+    with new_folder(folder, replaces=owned.PRUNED if overwrite else None) as beside:
         write_json(beside / "config.json", config)
         write_json(beside / PRUNED, pruned(model, kept))
         write_safetensors(beside / ONE_FILE, tensors, {"format": "pt"})

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build_call
 from ppcl_fx.files import new_folder, write_json, write_safetensors
@@ -51,7 +52,7 @@ def save_stock(model: PluggableModel, folder: str | Path, *, overwrite: bool = F
             or the folder cannot be written.
     """
     config, tensors, kept = stock(model)
-    with new_folder(folder, overwrite=overwrite) as beside:
+    with new_folder(folder, replaces=owned.PRUNED if overwrite else None) as beside:
         write_json(beside / "config.json", config)
         write_json(beside / PRUNED, pruned(model, kept))
         write_safetensors(beside / ONE_FILE, tensors, {"format": "pt"})

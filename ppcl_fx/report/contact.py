@@ -19,6 +19,7 @@ def write_contact_sheet(folder: Path, grid: PictureGrid) -> Path:
     """
     from PIL import Image, ImageDraw, ImageFont
 
+    from ppcl_fx import owned
     from ppcl_fx.files import new_folder
 
     columns, rows = len(grid.columns), len(grid.prompts)
@@ -34,6 +35,6 @@ def write_contact_sheet(folder: Path, grid: PictureGrid) -> Path:
             if grid.images[i][j] is not None:
                 picture = open_picture(grid.images[i][j]).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
                 sheet.paste(picture, (_LEFT + j * (_SIDE + _GAP), top))
-    with new_folder(folder, overwrite=True) as beside:
+    with new_folder(folder, replaces=owned.PICTURES) as beside:
         sheet.save(beside / "grid.png", optimize=True)
     return folder / "grid.png"

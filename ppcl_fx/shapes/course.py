@@ -11,10 +11,12 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
+from ppcl_fx.files import new_folder
 from ppcl_fx.shapes.fastpath import speed_up
 from ppcl_fx.shapes.growth import empty_transformer, grow, new_transformer
-from ppcl_fx.shapes.keeping import load_state, replace_folder, save_state
+from ppcl_fx.shapes.keeping import load_state, save_state
 from ppcl_fx.shapes.muon import Muon
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.shapes.words import WordEncoder
@@ -22,6 +24,7 @@ from ppcl_fx.shapes.words import WordEncoder
 SHIFT = 3.0
 """Timestep shift towards noise of the pipeline's scheduler."""
 STATE = "state.safetensors"
+LATEST = "latest"
 
 
 @dataclass
@@ -108,7 +111,11 @@ def save(course: Course, out: Path, words: WordEncoder, blocks: int) -> None:
         average, count = grow(average), count * 2
     pipeline = pipeline_of(average, count, words)
     pipeline.transformer.bfloat16()
-    replace_folder(out / "latest", pipeline.save_pretrained)
+    with new_folder(out / LATEST, replaces=owned.PIPELINE) as beside:
+        pipeline.save_pretrained(beside)
+        for path in beside.rglob("*"):
+            if path.is_file():
+                path.chmod(0o644)  # safetensors writes files that their owner alone can read
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -36,20 +34,3 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
         facts = {name: float(value) for name, value in (file.metadata() or {}).items()}
         names = list(file.keys())
         return {name: file.get_tensor(name) for name in names}, facts
-
-
-def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Fill a new folder by ``write`` and put it in the place of ``folder``."""
-    beside, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (beside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write(beside)
-    for path in sorted(beside.rglob("*")):
-        if path.is_file():
-            path.chmod(0o644)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    if folder.exists():
-        os.rename(folder, old)
-    os.rename(beside, folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -17,6 +17,7 @@ import json
 import math
 import random
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -25,9 +26,10 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
-from ppcl_fx.shapes.course import Course, begin, grown, pipeline_of, read_weights, resume, save
+from ppcl_fx.shapes.course import LATEST, STATE, Course, begin, grown, pipeline_of, read_weights, resume, save
 from ppcl_fx.shapes.pipeline import SIDE, pack
 from ppcl_fx.shapes.scenes import draw_prompts
 from ppcl_fx.shapes.score import score
@@ -194,8 +196,7 @@ def _work(worker: int, args: argparse.Namespace) -> None:
     args.worker = worker
     torch.set_num_threads(args.threads)
     if args.workers > 1:
-        meeting = f"file://{Path(args.out).resolve()}/meeting"
-        distributed.init_process_group("gloo", meeting, rank=worker, world_size=args.workers)
+        distributed.init_process_group("gloo", args.meeting, rank=worker, world_size=args.workers)
     teach(args)
 
 
@@ -237,12 +238,16 @@ def main() -> None:
     try:
         args = read_arguments()
         out = Path(args.out)
+        if (out / STATE).exists() and not args.resume:
+            raise PpclError(f"{out / STATE}: a checkpoint is there; go on with --resume, or choose another --out")
+        owned.check_replaceable(out / LATEST, owned.PIPELINE)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "meeting").unlink(missing_ok=True)
-        if args.workers == 1:
-            _work(0, args)
-        else:
-            spawn(_work, (args,), nprocs=args.workers)
+        with tempfile.TemporaryDirectory() as meeting:
+            args.meeting = f"file://{meeting}/workers"
+            if args.workers == 1:
+                _work(0, args)
+            else:
+                spawn(_work, (args,), nprocs=args.workers)
     except PpclError as error:
         raise SystemExit(f"error: {error}") from None
 

@@ -20,6 +20,7 @@ from ppcl_fx.export.tensorrt.profiles import Spec
 from ppcl_fx.export.tensorrt.request import BuildRequest, read_request, write_request
 from ppcl_fx.export.tensorrt.trtexec import write_script
 from ppcl_fx.export.tensorrt_api import Gpu
+from ppcl_fx.owned import ENGINES, foreign
 from tests.export.fake_trt import GPU, working
 from tests.export.test_tensorrt import PROFILE, SPEC, write_graph
 
@@ -47,6 +48,8 @@ def test_a_folder_is_built_from_its_request_and_goes_on_after_a_stop(tmp_path: P
     ]  # fmt: skip
     assert first[0].card.profiles == [PROFILE]
     assert seen[0] == (0, "keep-1: Building") and seen[-1] == (100, "keep-0.5: Building")
+    odd = foreign(tmp_path, ENGINES)
+    assert odd is not None and odd.startswith("holds weights/keep-0.5.bin, ")  # the helper's weights; all else is known
     (tmp_path / "keep-0.5.engine").unlink()
     again = working()
     assert [one.kept for one in build_folder(tmp_path, tensorrt=(again, GPU))] == [True, False]

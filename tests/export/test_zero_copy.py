@@ -22,6 +22,7 @@ from ppcl_fx.export.artefacts import external_data
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.parity import difference, run, session
 from ppcl_fx.files import read_json
+from ppcl_fx.owned import ENGINES, foreign
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan
 from ppcl_fx.tracing import bind, trace
 from ppcl_fx.train.bounded.folder import StudentFolder
@@ -147,6 +148,7 @@ def test_another_folder_has_one_copy_for_all_ratios(qwen: Path, tmp_path: Path) 
     exported(qwen, out, [keeps(qwen)[1]], overwrite=True)  # the copy that is there is used again
     assert (out / copies[0]).stat().st_ino == inode
     assert len(check_artefacts(out)) == 2
+    assert foreign(out, ENGINES) is None
 
 
 def test_links_are_copied_and_it_says_so(qwen: Path, tmp_path: Path) -> None:
@@ -185,6 +187,7 @@ def test_embedded_files_need_nothing_else(qwen: Path, tmp_path: Path) -> None:
         assert difference(run(session(ratio.onnx), lower(gm).feeds(call)), gm(**call)[0]) < 1e-5
     assert external_data(ratio.onnx) == []
     check_artefacts(tmp_path)
+    assert foreign(tmp_path, ENGINES) is None
 
 
 @pytest.fixture(scope="module")

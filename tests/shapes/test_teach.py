@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.owned import PIPELINE, foreign
 from ppcl_fx.shapes.fastpath import speed_up
 from ppcl_fx.shapes.growth import empty_transformer, grow, new_transformer
-from ppcl_fx.shapes.keeping import load_state, replace_folder, save_state
+from ppcl_fx.shapes.keeping import load_state, save_state
 from ppcl_fx.shapes.muon import Muon, orthogonal
 from ppcl_fx.shapes.pipeline import ShapesPipeline
-from ppcl_fx.shapes.teach import read_arguments, teach
+from ppcl_fx.shapes.teach import main, read_arguments, teach
 
 
 def _inputs() -> dict[str, Any]:
@@ -108,19 +110,6 @@ def test_a_state_is_read_back_and_a_failed_write_leaves_the_old_one(tmp_path: Pa
     assert torch.equal(tensors["a"], torch.ones(2)) and facts == {"step": 3, "seconds": 0.5}
 
 
-def test_a_folder_is_replaced_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "latest"
-    for text in ("old", "new"):
-
-        def write(beside: Path, text: str = text) -> None:
-            beside.mkdir()
-            (beside / text).write_text(text)
-
-        replace_folder(folder, write)
-    assert [path.name for path in folder.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["latest"]
-
-
 def _arguments(out: Path, *more: str) -> argparse.Namespace:
     common = ["--blocks", "4", "--batch", "2", "--workers", "1", "--no-compile", "--score-prompts", "0"]
     return read_arguments(["--out", str(out), *common, *more])
@@ -131,6 +120,7 @@ def test_a_run_stops_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[s
     tensors, facts = load_state(tmp_path / "state.safetensors")
     assert facts["step"] >= 1 and facts["seconds"] >= 0.6
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".pkl", ".bin")]
+    assert foreign(tmp_path / "latest", PIPELINE) is None
     pipeline = ShapesPipeline.from_pretrained(tmp_path / "latest")
     assert len(pipeline.transformer.transformer_blocks) == 4
 
@@ -139,3 +129,21 @@ def test_a_run_stops_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[s
     later, then = load_state(tmp_path / "state.safetensors")
     assert then["step"] > facts["step"]
     assert set(later) >= {name for name in tensors if name.startswith("model/")}
+
+
+def test_a_folder_with_a_checkpoint_or_pictures_is_not_taught_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused() -> str:
+        monkeypatch.setattr(sys, "argv", ["teach", "--out", str(tmp_path), "--workers", "1", "--minutes", "0.001"])
+        with pytest.raises(SystemExit) as error:
+            main()
+        return str(error.value)
+
+    (tmp_path / "state.safetensors").write_bytes(b"kept")
+    assert "state.safetensors: a checkpoint is there; go on with --resume" in refused()
+    (tmp_path / "state.safetensors").unlink()
+    (tmp_path / "latest").mkdir()
+    (tmp_path / "latest" / "holiday.jpg").write_bytes(b"kept")
+    assert "no model_index.json there says that ppcl-fx wrote" in refused()
+    assert (tmp_path / "latest" / "holiday.jpg").read_bytes() == b"kept"

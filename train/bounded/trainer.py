@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import ROOM, read_json, write_json
 from ppcl_fx.memory import anonymous
@@ -25,6 +26,7 @@ from ppcl_fx.train.checkpoints import Identity
 from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
 from ppcl_fx.train.data import split
 from ppcl_fx.train.finetuned import plan_digest
+from ppcl_fx.train.places import check_places
 from ppcl_fx.train.schedule import try_eight_bit
 
 if TYPE_CHECKING:
@@ -110,13 +112,16 @@ def train_bounded(
         plan=plan_digest(opened.model.plan), calls=calls.fingerprint, options=options.decisive()
     )
     work = opened.folder / WORK
+    owned.check_no_link(work)
+    owned.check_replaceable(work, owned.BOUNDED)
+    check_places(opened.folder, None, None)
     before = _before(work, identity, resume)
     if before is not None and before.ended and not dry_run:
         losses = opened.folder / LOSSES
         return BoundedResult((), (), tuple(before.stages), before.stopped(), losses, 0.0)
     used, held = split(calls, options.held_out, options.seed)
     if not resume and not dry_run:
-        shutil.rmtree(work, ignore_errors=True)
+        owned.discard(work, owned.BOUNDED)
     base = anonymous()
     speeds = speeds or measure_speeds(opened.folder, options.cast or dtype_of(opened.model), where)
     limits = Limits(

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from ppcl_fx import owned
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import new_folder, read_json, write_json
@@ -232,7 +233,7 @@ def _encode(encoder: Encoder, part: Sequence[Pair], place: Path, skips: Skips) -
         card.digests.append(sample_digest(call))
         card.groups.append(group_digest(call))
         card.mu.append(mu)
-    with new_folder(place, overwrite=True) as new:
+    with new_folder(place, replaces=owned.ENCODED_PART) as new:
         if calls:
             Calls(calls).save(new / CALLS)
         write_json(new / CARD, card)

@@ -6,7 +6,6 @@ A run draws `batch_size` prompts with seeds of its own, so who draws it, and whe
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from ppcl_fx import owned
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import new_folder, read_json, write_json
@@ -126,7 +126,7 @@ class Parts:
         """The first prompts of the runs that are still to be drawn; None where the part is whole."""
         runs = self._runs(part)
         if self._place(part).exists():
-            shutil.rmtree(runs, ignore_errors=True)  # a kill may have left it
+            owned.discard(runs, owned.RUNS)  # a kill may have left it
             return None
         there = {path.name for path in runs.iterdir()} if runs.is_dir() else set()
         return [start for start in self._starts(part) if f"{start:03d}" not in there]
@@ -165,4 +165,4 @@ class Parts:
         with new_folder(self._place(part)) as new:
             calls.save(new / CALLS)
             write_json(new / CARD, _Card(groups=[len(group) for group in groups(calls)]))
-        shutil.rmtree(self._runs(part), ignore_errors=True)
+        owned.discard(self._runs(part), owned.RUNS)
