@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class PpclError(Exception):
@@ -26,7 +27,39 @@ class Refusal(PpclError):
     """A pass cannot make an edit; the message names the edit, the reason and the nodes."""
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def near(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
     """Return ``" (did you mean 'x'?)"`` for the known name closest to `name`, or an empty string."""
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {found[0]!r}?)" if found else ""
+
+
+@contextmanager
+def foreign(what: str, advice: str) -> Iterator[None]:
+    """Tell in one line what another library raises on data from outside; it may be an exception of any kind.
+
+    What this package raises itself passes through: its own broken invariants stay loud.
+
+    Args:
+        what: the file or model, and what cannot be done with it.
+        advice: what the user can do.
+
+    Raises:
+        PpclError: the block raised in code that is not this package's.
+    """
+    try:
+        yield
+    except PpclError:
+        raise
+    except Exception as error:
+        if _ours(error):
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise PpclError(f"{what} ({reason}); {advice}") from error
+
+
+def _ours(error: Exception) -> bool:
+    """Tell whether an exception was raised by a line of this package."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and str(last.tb_frame.f_globals.get("__name__")).partition(".")[0] == "ppcl_fx"

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from pydantic import JsonValue
 
+from ppcl_fx.configurations import check_numbers
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.kinds import Examples, Size, Sizes, ones_shape
 
+MOST_ELEMENTS = 2**34
+"""Elements that an argument of a call may have: a hundred times those of a film's latents."""
 _DTYPES = {
     str(dtype).removeprefix("torch."): dtype
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
@@ -44,20 +49,36 @@ def describe(value: Any, ones: Sizes | None = None) -> JsonValue:
 
 
 def build_call(
-    description: Mapping[str, JsonValue], dtypes: Mapping[torch.dtype, torch.dtype] | None = None
+    description: Mapping[str, JsonValue], dtypes: Mapping[torch.dtype, torch.dtype] | None = None, where: str = "model"
 ) -> Examples:
     """Turn the descriptions of a call's arguments back into a call to trace with; tensors come on the meta device.
 
     Args:
         description: what `describe` wrote of each argument, by name.
         dtypes: as for `build`.
+        where: the file that holds it, for messages.
 
     Raises:
-        PpclError: a description is not one that `describe` writes.
+        PpclError: a description is not one that `describe` writes; the line names the file and the argument.
     """
-    example = {name: build(value, dtypes) for name, value in description.items()}
-    found = {name: _ones(description[name], name, example) for name in example}
+    check_numbers(description, where)
+    example: dict[str, Any] = {}
+    for name, value in description.items():
+        with _named(where, name):
+            example[name] = build(value, dtypes)
+    found = {}
+    for name in example:
+        with _named(where, name):
+            found[name] = _ones(description[name], name, example)
     return Examples(example, ones={name: sizes for name, sizes in found.items() if sizes is not None})
+
+
+@contextmanager
+def _named(where: str, argument: str) -> Iterator[None]:
+    try:
+        yield
+    except PpclError as error:
+        raise PpclError(f"{where}: example.{argument}: {error}") from None
 
 
 def _ones(description: JsonValue, name: str, example: Mapping[str, Any]) -> Sizes | None:
@@ -97,9 +118,10 @@ def build(description: JsonValue, dtypes: Mapping[torch.dtype, torch.dtype] | No
             raise PpclError(f"the saved example of a call has the unknown dtype {name!r}{near(name, _DTYPES)}")
         dtype = (dtypes or {}).get(_DTYPES[name], _DTYPES[name])
         shape = content.get("shape")
-        if not isinstance(shape, list) or not all(isinstance(size, int) and size >= 0 for size in shape):
+        sizes = [size for size in shape if type(size) is int and size >= 0] if isinstance(shape, list) else []
+        if not isinstance(shape, list) or len(sizes) < len(shape) or math.prod(sizes) > MOST_ELEMENTS:
             raise PpclError("the saved example of a call has a tensor without a shape; save the model again")
-        return torch.empty([int(size) for size in shape], dtype=dtype, device="meta")  # type: ignore[arg-type]
+        return torch.empty(sizes, dtype=dtype, device="meta")
     if kind in ("list", "tuple") and isinstance(content, list):
         items = [build(item, dtypes) for item in content]
         return tuple(items) if kind == "tuple" else items

@@ -31,7 +31,7 @@ from ppcl_fx.model_card import NAME as MODEL_CARD
 from ppcl_fx.model_card import model_card
 from ppcl_fx.pipeline_model import PipelineModel
 from ppcl_fx.plan import Plan, known
-from ppcl_fx.tracing import bind, trace
+from ppcl_fx.tracing import bind, trace_saved
 
 if TYPE_CHECKING:
     from ppcl_fx.folders.released import ReleasedModel
@@ -288,8 +288,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
     kept = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
     teacher = open_source(str(inside(folder, TEACHER))).transformer(dtype=dtype or kept)
     dtypes = {kept: dtype} if kept is not None and dtype is not None else {}
-    example = build_call(card.example, dtypes)
-    graph = insert_edits(trace(teacher, example), plan)
+    example = build_call(card.example, dtypes, str(folder / CARD))
+    graph = insert_edits(trace_saved(teacher, example, folder / CARD), plan)
     model = PluggableModel(graph, plan)
     wanted = dict(model.students_module.state_dict())
     for name, tensor in wanted.items():

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import read_json, tensor_shapes
 
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
-ONE_FILE = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+INDEX = f"{STEM}.safetensors.index.json"
+ONE_FILE = f"{STEM}.safetensors"
 AGAIN = "copy it again from where it came"
 
 DTYPES = {
@@ -77,29 +78,33 @@ class Shards:
         self._files: dict[Path, Any] = {}
 
     @classmethod
-    def open(cls, folder: str | Path) -> Shards:
-        """Open the weights of a diffusers transformer folder: every header is read, no tensor is.
+    def open(cls, folder: str | Path, stem: str = STEM) -> Shards:
+        """Open the weights of a model folder: every header is read, no tensor is.
+
+        Args:
+            folder: the folder.
+            stem: what the names of its files begin with; transformers has another than diffusers.
 
         Raises:
             PpclError: there are no weights, a shard is missing or truncated, the index points out of its folder, or it
                 names a tensor that its file does not hold.
         """
         folder = Path(folder)
-        if not (folder / INDEX).is_file():
-            if not (folder / ONE_FILE).is_file():
+        one, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if not index.is_file():
+            if not one.is_file():
                 raise PpclError(
-                    f"{folder}: holds neither {ONE_FILE} nor {INDEX}; give a folder with safetensors weights"
+                    f"{folder}: holds neither {one.name} nor {index.name}; give a folder with safetensors weights"
                 )
-            return cls(folder, _headers(folder / ONE_FILE))
-        index = folder / INDEX
+            return cls(folder, _headers(one))
         weight_map = read_json(index, _Index).weight_map
         if not weight_map:
             raise PpclError(f"{index}: names no tensor; {AGAIN}")
         stored: dict[str, Stored] = {}
         for name in dict.fromkeys(weight_map.values()):
-            path = _listed(folder, name)
+            path = _listed(index, name)
             if not path.is_file():
-                raise PpclError(f"{path}: no such file, and {INDEX} names it; download the missing shard")
+                raise PpclError(f"{path}: no such file, and {index.name} names it; download the missing shard")
             for tensor, entry in _headers(path).items():
                 if tensor in stored:
                     raise PpclError(
@@ -108,7 +113,7 @@ class Shards:
                 stored[tensor] = entry
         for tensor, name in weight_map.items():
             if tensor not in stored or stored[tensor].file != folder / name:
-                raise PpclError(f"{folder / name}: holds no {tensor}, which {INDEX} says it does; {AGAIN}")
+                raise PpclError(f"{folder / name}: holds no {tensor}, which {index.name} says it does; {AGAIN}")
         return cls(folder, stored)
 
     @classmethod
@@ -226,14 +231,14 @@ def _headers(path: Path) -> dict[str, Stored]:
     return found
 
 
-def _listed(folder: Path, name: str) -> Path:
+def _listed(index: Path, name: str) -> Path:
     """Return the file that an index names, refusing names and links that leave the folder.
 
     The hub's cache is made of links from ``snapshots/REVISION/`` to ``blobs/``: those may be followed.
     """
-    parts = Path(name).parts
+    folder, parts = index.parent, Path(name).parts
     if len(parts) != 1 or parts[0] in ("..", ".") or Path(name).is_absolute() or "\0" in name or "\\" in name:
-        raise PpclError(f"{folder / INDEX}: names the file {name!r}, which is not beside it; {AGAIN}")
+        raise PpclError(f"{index}: names the file {name!r}, which is not beside it; {AGAIN}")
     here = folder.resolve()
     allowed = [here]
     if "snapshots" in here.parts:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ppcl_fx.errors import PpclError
+from ppcl_fx.configurations import check_config
+from ppcl_fx.errors import foreign
 from ppcl_fx.fingerprint import fingerprint
+from ppcl_fx.room import Room, on_register
 from ppcl_fx.shards import Shards
 
 
@@ -66,23 +68,26 @@ class Checkpoint:
         return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
 
 
-def skeleton(kind: type[Any], config: Mapping[str, Any], dtype: torch.dtype) -> nn.Module:
+def skeleton(
+    kind: type[Any], config: Mapping[str, Any], dtype: torch.dtype, *, room: Room | None = None, where: str = ""
+) -> nn.Module:
     """Build a diffusers model without weights, in evaluation mode, with the dtypes that `from_pretrained` gives.
 
     Args:
         kind: the class.
         config: what its ``config.json`` holds.
         dtype: of the parameters, but for those that the class keeps in float32.
+        room: how large it may become, where the configuration is from outside.
+        where: the file that the configuration is from, for messages.
 
     Raises:
-        PpclError: the class refuses the configuration.
+        PpclError: the class refuses the configuration, or there is no room for what it asks for.
     """
-    try:
-        with _weightless(dtype):
-            model: nn.Module = kind.from_config(dict(config))
-    except (TypeError, ValueError, IndexError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PpclError(f"{kind.__name__} refuses this configuration ({reason}); mend config.json") from error
+    where = where or f"the configuration of {kind.__name__}"
+    check_config(kind, config, where)
+    refused = foreign(f"{where}: {kind.__name__} refuses this configuration", "mend config.json")
+    with refused, room.kept(where) if room is not None else nullcontext(), _weightless(dtype):
+        model: nn.Module = kind.from_config(dict(config))
     kept = tuple(getattr(kind, "_keep_in_fp32_modules", None) or ())
     if not kept:
         return nn.Module.to(model, dtype).eval()  # diffusers' own `to` warns of what is no matter here
@@ -96,20 +101,18 @@ def skeleton(kind: type[Any], config: Mapping[str, Any], dtype: torch.dtype) -> 
 @contextmanager
 def _weightless(dtype: torch.dtype) -> Iterator[None]:
     """Send every parameter to the meta device as its module gets it: the memory is never written, so it costs none."""
-    register = nn.Module.register_parameter
-
-    def empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            # Nothing that an initialiser does to a meta tensor takes time.
-            param = nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)
-        register(self, name, param)
-
     before = torch.get_default_dtype()
-    nn.Module.register_parameter = empty  # type: ignore[method-assign]
     try:
         if dtype.is_floating_point:
             torch.set_default_dtype(dtype)
-        yield
+        with on_register(_emptied):
+            yield
     finally:
         torch.set_default_dtype(before)
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _emptied(param: nn.Parameter) -> nn.Parameter:
+    if param.device.type == "meta":
+        return param
+    # Nothing that an initialiser does to a meta tensor takes time.
+    return nn.Parameter(torch.empty_like(param, device="meta"), requires_grad=param.requires_grad)

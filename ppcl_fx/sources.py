@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from ppcl_fx.errors import PpclError, near
+from ppcl_fx.errors import PpclError, foreign, near
 from ppcl_fx.files import read_json
 
 if TYPE_CHECKING:
@@ -33,6 +31,7 @@ STUDENT_FILES = ("ppcl.json", "plan.json", "finetuned.json")
 """Files that tell a folder which `ppcl_fx` saved."""
 RELEASED_LISTS = ("single_stream_index", "ffn_proj_index", "ehs_proj_index")
 """Lists of block numbers in ``config.json`` that tell a checkpoint of the released layout."""
+AGAIN = "download or save it again"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -68,13 +67,29 @@ class Source:
         found = _pipeline_class(_read(self.folder / "model_index.json"), self.folder / "model_index.json")
         transformer = self.transformer(dtype)
         released = is_released(self.folder)
-        with _loading(self.name):
-            # diffusers wants a class of its own here, and takes any module afterwards.
-            given = None if released else transformer
-            pipeline = found.from_pretrained(self.folder, transformer=given, **_options(dtype))
+        # diffusers wants a class of its own here, and takes any module afterwards.
+        parts = {"transformer": None if released else transformer} | self._parts(dtype)
+        with foreign(f"{self.name}: cannot be loaded", AGAIN):
+            pipeline = found.from_pretrained(self.folder, **parts, **_options(dtype))
         if released:
             pipeline.register_modules(transformer=transformer)
         return pipeline
+
+    def _parts(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        """Load the other models of a pipeline, and check what its parts without weights are configured by."""
+        from ppcl_fx.components import check_component, load_model
+
+        path = self.folder / "model_index.json"
+        found = {}
+        for name, (library, class_name) in _components(path).items():
+            if name == "transformer":
+                continue
+            kind = _class(library, class_name, path)
+            if issubclass(kind, (_import("diffusers", "ModelMixin"), _import("transformers", "PreTrainedModel"))):
+                found[name] = load_model(kind, self.folder / name, _options(dtype))
+            else:
+                check_component(kind, self.folder / name)
+        return found
 
     def transformer(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Load the transformer alone, with its weights in `dtype` (float32 when None), in evaluation mode.
@@ -89,18 +104,10 @@ class Source:
             from ppcl_fx.folders.released import load
 
             return load(folder, dtype=dtype or torch.float32)
-        found = transformer_class(folder / "config.json")
-        with _loading(self.name):
-            model, info = found.from_pretrained(folder, output_loading_info=True, **_options(dtype))
-        # diffusers only logs what is missing or too much, and leaves missing weights random.
-        for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[problem]:
-                what = f"{problem.replace('_', ' ')}, the first is {sorted(map(str, info[problem]))[0]!r}"
-                raise PpclError(
-                    f"{folder}: the weights do not fit {found.__name__} ({what}); download them again"
-                )
-        loaded: nn.Module = model.eval()
-        return loaded
+        from ppcl_fx.components import load_model
+
+        self.checkpoint(dtype)  # names and sizes fit, before anything is built
+        return load_model(transformer_class(folder / "config.json"), folder, _options(dtype))
 
     def checkpoint(self, dtype: torch.dtype | None = None) -> Checkpoint:
         """Open the transformer without loading it: its weights are read from disk piece by piece.
@@ -111,14 +118,16 @@ class Source:
         Raises:
             PpclError: a file is missing or damaged, or the weights do not fit the class.
         """
+        from ppcl_fx.room import Room
         from ppcl_fx.shards import Shards
         from ppcl_fx.skeleton import Checkpoint, skeleton
 
         folder = self.folder / "transformer" if self.kind == "pipeline" else self.folder
-        found = transformer_class(folder / "config.json")
+        path = folder / "config.json"
+        found = transformer_class(path)
         shards = Shards.open(folder)
-        with _loading(self.name):
-            model = skeleton(found, _read(folder / "config.json"), dtype or shards.dtype)
+        room = Room.of(shards.shapes)
+        model = skeleton(found, _read(path), dtype or shards.dtype, room=room, where=str(path))
         shards.check(model)
         return Checkpoint(model, shards)
 
@@ -189,25 +198,37 @@ def _check_pipeline(folder: Path) -> None:
     index = _read(path)
     _pipeline_class(index, path)
     _refuse_code(folder)
-    components = {n: v for n, v in index.items() if isinstance(v, list) and not n.startswith("_")}
-    for name, value in components.items():
+    components = _components(path)
+    for name, (library, class_name) in components.items():
         _refuse_code(folder / name)
+        if name == "transformer":
+            transformer_class(folder / name / "config.json")
+        else:
+            _class(library, class_name, path)
+    if "transformer" not in components:
+        raise PpclError(f"{path}: this pipeline has no transformer; give one of a diffusion transformer")
+
+
+def _components(path: Path) -> dict[str, tuple[str, str]]:
+    """Return the parts that a ``model_index.json`` names, with their library and class; those left empty are not."""
+    found = {}
+    for name, value in _read(path).items():
+        if not isinstance(value, list) or name.startswith("_"):
+            continue
         match value:
             case [None, None]:
                 continue
             case [str(library), str(class_name)]:
                 if library not in LIBRARIES:
                     raise _code(path, f"{name!r} is of the module {library!r}")
-                if name == "transformer":
-                    transformer_class(folder / name / "config.json")
-                else:
-                    _class(library, class_name, path)
+                if Path(name).name != name:
+                    raise PpclError(f"{path}: {name!r} is no name of a folder beside it; download it again")
+                found[name] = (library, class_name)
             case _:
                 raise PpclError(
                     f"{path}: {name!r} is {value!r}, not a library and a class; download it again"
                 )
-    if components.get("transformer") in (None, [None, None]):
-        raise PpclError(f"{path}: this pipeline has no transformer; give one of a diffusion transformer")
+    return found
 
 
 def _refuse_code(folder: Path) -> None:
@@ -283,18 +304,6 @@ def _options(dtype: torch.dtype | None) -> dict[str, Any]:
     import torch
 
     return {"dtype": dtype or torch.float32, "use_safetensors": True, "local_files_only": True}
-
-
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Whatever is wrong with the files of a checked model is told in one line."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise PpclError(f"{name}: cannot be loaded ({reason}); download or save it again") from error
 
 
 def _download(name: str) -> Path:

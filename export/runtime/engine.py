@@ -198,13 +198,18 @@ class EngineTransformer(Uncached, _DiffusersModel):
 
         return Transformer2DModelOutput(sample=result)
 
+    def _weights(self) -> int:
+        """Bytes of the files that hold weights."""
+        files = {weight.file: weight.size for one in self._found.values() for weight in one.manifest.weights}
+        return sum(files.values()) + sum(one.manifest.size for one in self._found.values())
+
     def _front(self) -> Front:
         fronts: dict[Any, Front] = self.__dict__["_fronts"]
         graphs: dict[torch.dtype, GraphModule] = self.__dict__["_graphs"]
         key = (self.dtype, self.students)
         if key not in fronts:
             if self.dtype not in graphs:
-                graphs[self.dtype] = pluggable_graph(self._head, self.dtype)
+                graphs[self.dtype] = pluggable_graph(self._head, self.dtype, self.folder, self._weights())
             fronts[key] = Front(graphs[self.dtype], self.students)
         return fronts[key]
 

@@ -24,14 +24,17 @@ from ppcl_fx.passes.contract import run
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.plan import Plan, plan_digest
+from ppcl_fx.room import Room
 from ppcl_fx.skeleton import skeleton
 from ppcl_fx.sources import diffusers_class
-from ppcl_fx.tracing import bind, trace
+from ppcl_fx.tracing import bind, trace_saved
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
 
 HEAD = "head.json"
+WHOLE, MOST_TENSORS = 64, 10**6
+"""Parameters of the teacher for each byte of an exported ratio, at most; and how many tensors they may be."""
 REMEMBERED = 8
 """For how many kinds of call the position tables are kept."""
 
@@ -98,19 +101,22 @@ def check_head(head: Head, manifest: Sidecar, folder: Path) -> None:
         )
 
 
-def pluggable_graph(head: Head, dtype: torch.dtype) -> GraphModule:
+def pluggable_graph(head: Head, dtype: torch.dtype, folder: Path, weights: int) -> GraphModule:
     """Trace the model again, on the meta device, with all its edits.
 
     Args:
         head: what `read_head` read.
         dtype: of weights and floating-point inputs.
+        folder: where it was read.
+        weights: bytes of all files of the folder that hold weights, which bound the model's size.
 
     Raises:
         PpclError: the class is unknown or refuses the configuration, or the plan does not fit it.
     """
-    model = skeleton(diffusers_class(str(head.config.get("_class_name"))), head.config, dtype)
-    example = build_call(head.example)
-    return insert_edits(trace(model, example.over(floats_as(example, dtype))), head.plan)
+    where, room = str(folder / HEAD), Room(MOST_TENSORS, WHOLE * weights)
+    model = skeleton(diffusers_class(str(head.config.get("_class_name"))), head.config, dtype, room=room, where=where)
+    example = build_call(head.example, where=where)
+    return insert_edits(trace_saved(model, example.over(floats_as(example, dtype)), folder / HEAD), head.plan)
 
 
 class Front:

@@ -22,7 +22,7 @@ from ppcl_fx.cli.options import (
 )
 from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import PpclError, foreign
 from ppcl_fx.memory import parse_size
 from ppcl_fx.owned import ANALYSING, REPORT_MARK, check_file, check_no_link, check_replaceable, discard
 from ppcl_fx.owned import CALLS as RECORDED
@@ -180,7 +180,8 @@ def _record(
     wanted = texts if texts is not None else shipped_prompts(source, seed, missing)
     with terminal.step("loading the pipeline"), quiet_diffusers():
         pipeline = source.pipeline()
-    with terminal.step(f"recording {len(wanted)} prompts") as progress:
+    broken = foreign(f"{source.name}: its pipeline does not draw", "mend its files, or download it again")
+    with broken, terminal.step(f"recording {len(wanted)} prompts") as progress:
         calls = ppcl_fx.record(
             pipeline,
             wanted,

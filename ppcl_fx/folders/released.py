@@ -24,6 +24,7 @@ from ppcl_fx.files import inside, read_json
 from ppcl_fx.folders.layout import LISTS, STACK, Layout, compare, graph_paths
 from ppcl_fx.folders.numbering import Kept, translated
 from ppcl_fx.plan import Plan
+from ppcl_fx.room import Room
 from ppcl_fx.shards import Shards
 from ppcl_fx.skeleton import skeleton as weightless
 from ppcl_fx.sources import is_released, transformer_class, transformer_folder
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
 
 CONFIG = "config.json"
+WHOLE = 16
+"""How much larger a model of whole blocks may be than what is left of it."""
 
 __all__ = ["ReleasedModel", "is_released", "load", "save_released", "with_teacher"]
 
@@ -189,7 +192,8 @@ def open_layout(folder: Path, dtype: torch.dtype | None = None) -> tuple[Layout,
     layout.check(str(path))
     kind = transformer_class(path)
     weights = Shards.open(folder)
-    skeleton = weightless(kind, layout.config, dtype or weights.dtype)
+    room = Room.of(weights.shapes, times=WHOLE)
+    skeleton = weightless(kind, layout.config, dtype or weights.dtype, room=room, where=str(path))
     if len(getattr(skeleton, STACK, ())) != layout.num_layers:
         raise PpclError(f"{path}: {kind.__name__} has no {STACK} that num_layers counts; not of the released layout")
     compare(weights, skeleton, layout)

@@ -6,20 +6,22 @@ import copy
 import inspect
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ppcl_fx.errors import GuardError, PpclError, near
+from ppcl_fx.errors import GuardError, PpclError, foreign, near
 from ppcl_fx.examples import describe
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.kinds import Examples, Sizes, filled, is_fixed, ones_in
+from ppcl_fx.room import Room
 from ppcl_fx.tracing.leaves import block_lists, inlined_modules
 from ppcl_fx.tracing.tracer import ExampleTracer
 
-__all__ = ["bind", "trace", "trace_inside"]
+__all__ = ["bind", "trace", "trace_inside", "trace_saved"]
 
 
 def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
@@ -93,6 +95,23 @@ def _completed(
     given = {name: value for call in (*examples.others, examples) for name, value in call.items() if value is not None}
     ones = {name: (sizes, given[name].dtype) for name, sizes in known.items() if name in given}
     return filled(examples, ones), ones
+
+
+def trace_saved(model: nn.Module, example_kwargs: Mapping[str, Any], where: Path) -> GraphModule:
+    """Trace a model by a call that a file describes: whatever the model has against it is told in one line.
+
+    Args:
+        model: the transformer.
+        example_kwargs: what `ppcl_fx.examples.build_call` made.
+        where: the file, for messages.
+
+    Raises:
+        PpclError: the model does not take the call, or needs more memory for it than a model of its size can.
+    """
+    room = Room.of({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    refused = foreign(f"{where}: {type(model).__name__} does not take the call in it", "mend the file, or make it anew")
+    with refused, room.kept(str(where)):
+        return trace(model, example_kwargs)
 
 
 def trace_inside(module: nn.Module, args: Mapping[str, Any]) -> GraphModule:

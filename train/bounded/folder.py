@@ -32,7 +32,7 @@ from ppcl_fx.plan import Plan
 from ppcl_fx.shards import Shards
 from ppcl_fx.skeleton import Checkpoint
 from ppcl_fx.sources import open_source
-from ppcl_fx.tracing import trace
+from ppcl_fx.tracing import trace_saved
 from ppcl_fx.train.curves import StageCurves
 
 _log = logging.getLogger("ppcl_fx.train")
@@ -89,8 +89,8 @@ class StudentFolder:
         if teacher is None:
             source = open_source(str(inside(folder, TEACHER)))
             teacher = source.checkpoint(dtype=students.dtype if students.stored else None)
-        example = build_call(card.example)
-        gm = trace(teacher.model, example)
+        example = build_call(card.example, where=str(folder / CARD))
+        gm = trace_saved(teacher.model, example, folder / CARD)
         gm.meta["ppcl"]["model"] = plan.model
         model = PluggableModel(insert_edits(gm, plan), plan)
         made = cls(folder, model, teacher, students, elements(example))

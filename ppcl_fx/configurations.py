@@ -1,0 +1,132 @@
+"""Configurations from outside: compared with the signature of the class that they are for, before it is built."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from ppcl_fx.errors import PpclError, near
+
+LARGEST = 2**24
+"""The largest whole number in a configuration: sizes, counts and token numbers are below it by far."""
+ADVICE = "mend it, or copy the file again"
+ALIKE = 0.8
+"""How near an unknown entry's name is to one that is missing, where it is taken for a slip."""
+
+
+def check_config(kind: type[Any], config: Mapping[str, Any], where: str) -> None:
+    """Compare a configuration with the arguments that a class takes: types, unknown names, absurd numbers.
+
+    What a type may be follows from the annotation and from the default. Entries that the class does not know are
+    ignored, as diffusers does (files of other versions have some), unless one looks like a missing entry's slip.
+
+    Args:
+        kind: the class.
+        config: what the file holds.
+        where: the file, for messages.
+
+    Raises:
+        PpclError: an entry cannot be what the class takes; the line names the file and the entry.
+    """
+    known = inspect.signature(kind.__init__).parameters
+    hints = _hints(kind)
+    absent = [name for name in known if name not in config]
+    for name, value in config.items():
+        if name.startswith("_"):
+            continue
+        if name not in known:
+            guess = near(name, absent, ALIKE)
+            if guess:
+                raise PpclError(f"{where}: {kind.__name__} takes no {name!r}{guess}; {ADVICE}")
+            continue
+        wanted, default = hints.get(name, Any), known[name].default
+        if not _fits(value, wanted) and not _like(value, default):
+            raise PpclError(f"{where}: {name} is {_short(value)}, and {kind.__name__} takes {_words(wanted)}; {ADVICE}")
+        big = _too_large(value)
+        if big is not None and big != default:
+            raise PpclError(f"{where}: {name} is {_short(big)}, beyond all that can be built; {ADVICE}")
+
+
+def check_numbers(config: Mapping[str, Any], where: str) -> None:
+    """Refuse a configuration with a whole number that no model has.
+
+    Raises:
+        PpclError: there is one; the line names the file and the entry.
+    """
+    for name, value in config.items():
+        big = _too_large(value)
+        if big is not None:
+            raise PpclError(f"{where}: {name} is {_short(big)}, beyond all that can be built; {ADVICE}")
+
+
+def _hints(kind: type[Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(inspect.unwrap(kind.__init__))
+    except (NameError, TypeError, AttributeError):
+        return {}  # an annotation of names that are only there for type checkers: then defaults alone speak
+
+
+def _fits(value: object, wanted: Any) -> bool:
+    """Tell whether a JSON value may be for an annotation; lengths of tuples are seldom annotated right."""
+    origin, inner = get_origin(wanted), get_args(wanted)
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, one) for one in inner)
+    if wanted is None or wanted is type(None):
+        return value is None
+    plain = origin or wanted
+    if not isinstance(plain, type) or plain is object:
+        return True
+    if issubclass(plain, bool):
+        return isinstance(value, bool)
+    if issubclass(plain, int):
+        return type(value) is int or (isinstance(value, float) and value.is_integer())
+    if issubclass(plain, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if issubclass(plain, str):
+        return isinstance(value, str)
+    if issubclass(plain, Mapping):
+        return isinstance(value, Mapping)
+    if issubclass(plain, Collection):
+        items = [one for one in inner if one is not Ellipsis]
+        return isinstance(value, list | tuple) and (
+            not items or all(any(_fits(v, one) for one in items) for v in value)
+        )
+    return True
+
+
+def _like(value: object, default: object) -> bool:
+    """Tell whether a JSON value is of the kind of a default: some annotations are narrower than their defaults."""
+    if default is inspect.Parameter.empty or default is None:
+        return value is None and default is None
+    if isinstance(default, list | tuple):
+        kinds = [type(item) for item in default]
+        return isinstance(value, list | tuple) and all(any(_fits(v, one) for one in kinds) for v in value)
+    return _fits(value, type(default))
+
+
+def _too_large(value: object) -> int | None:
+    """Return a whole number in a value that is larger than `LARGEST`, if there is one."""
+    if isinstance(value, bool | str | bytes):
+        return None
+    if isinstance(value, int):
+        return value if abs(value) > LARGEST else None
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if isinstance(value, Sequence):
+        return next((big for item in value if (big := _too_large(item)) is not None), None)
+    return None
+
+
+def _short(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 10**30:
+        return "a number of many digits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _words(wanted: Any) -> str:
+    return wanted.__name__ if isinstance(wanted, type) and not get_args(wanted) else str(wanted).replace("typing.", "")

@@ -1,0 +1,141 @@
+"""Room: how large a model may become while it is built from a configuration that nobody can trust.
+
+A number too much in a ``config.json`` asks for a hundred thousand blocks, or for a table of gigabytes. What the stored
+tensors hold bounds both, so building stops where it passes that bound, before memory or time are spent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ppcl_fx.errors import PpclError
+
+SMALL = 2**25
+"""Elements that a tensor may have whatever the weights are: tables of positions have the same size for any model."""
+SPARE_TENSORS, SPARE_ELEMENTS = 256, 2**16
+OPERATIONS = 10**6
+"""Operations on tensors that building, or tracing, may take beyond some thousand a stored tensor."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bounds of what is built.
+
+    Attributes:
+        tensors: parameters by number.
+        elements: parameters by their elements, in all.
+        largest: elements of one tensor that is not on the meta device.
+    """
+
+    tensors: int
+    elements: int
+    largest: int = SMALL
+
+    @classmethod
+    def of(cls, shapes: Mapping[str, tuple[int, ...]], times: int = 2) -> Room:
+        """Return the room of a model whose stored tensors have these shapes.
+
+        Args:
+            shapes: name -> shape.
+            times: how much more it may be than what is stored: tied weights are stored once.
+        """
+        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
+        return cls(
+            times * len(sizes) + SPARE_TENSORS,
+            times * sum(sizes) + SPARE_ELEMENTS,
+            max(SMALL, times * max(sizes, default=0)),
+        )
+
+    @contextmanager
+    def kept(self, where: str) -> Iterator[None]:
+        """Stop a block that builds more.
+
+        Args:
+            where: the file that says what is built, for messages.
+
+        Raises:
+            PpclError: parameters, or a tensor beside them, need more than there is room for.
+        """
+        tensors = elements = 0
+
+        def count(param: nn.Parameter) -> nn.Parameter:
+            nonlocal tensors, elements
+            tensors, elements = tensors + 1, elements + param.numel()
+            if tensors > self.tensors or elements > self.elements:
+                raise PpclError(
+                    f"{where}: asks for a model of more than {tensors - 1:,} tensors and {elements - param.numel():,} "
+                    "parameters, and the stored weights are fewer; mend its numbers, or copy the weights again"
+                )
+            return param
+
+        with on_register(count), _Bounded(self, where):
+            yield
+
+
+@contextmanager
+def on_register(change: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
+    """Let every module of the block register what `change` returns for a parameter, in its place."""
+    register = nn.Module.register_parameter
+
+    def changed(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, None if param is None else change(param))
+
+    nn.Module.register_parameter = changed  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+class _Bounded(TorchDispatchMode):
+    """Asks the meta device how large a result will be, before any memory is taken for it."""
+
+    def __init__(self, room: Room, where: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.room, self.where = room, where
+        self.left = OPERATIONS + 1000 * room.tensors
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise PpclError(f"{self.where}: building this does not come to an end; mend its numbers")
+        size = _size(func, args, kwargs or {})
+        if size > self.room.largest:
+            raise PpclError(
+                f"{self.where}: asks for a tensor of {size:,} elements, more than such a model can need; "
+                "mend its numbers"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _size(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
+    """Return the elements of an operation's result, as far as it takes memory of its own; 0 where that is not known."""
+    flat = [*args, *kwargs.values(), *(item for arg in args if isinstance(arg, list | tuple) for item in arg)]
+    tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+    if func._schema.is_mutable or func.is_view or any(tensor.is_meta for tensor in tensors):
+        return 0
+    on_meta = {name: _meta(value) for name, value in kwargs.items()}
+    if any(argument.name == "device" for argument in func._schema.arguments):
+        on_meta["device"] = torch.device("meta")
+    elif not tensors:
+        return 0
+    try:
+        made = func(*[_meta(arg) for arg in args], **on_meta)
+    except (RuntimeError, TypeError, ValueError):
+        return 0  # no form for the meta device, or wrong arguments: the operation itself will say so
+    return made.numel() if isinstance(made, torch.Tensor) else 0
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    if isinstance(value, list | tuple):
+        return type(value)(_meta(item) for item in value)
+    return value
