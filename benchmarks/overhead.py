@@ -30,7 +30,7 @@ import ppcl_fx
 from benchmarks.clock import RESULTS
 from benchmarks.selection import texts
 from ppcl_fx.files import write_json
-from ppcl_fx.passes.distil import distil, pairs
+from ppcl_fx.passes.distil import distil, pairs, train_only
 from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.train import train
@@ -53,8 +53,7 @@ class Distilling:
     """
 
     def __init__(self, model: ppcl_fx.PluggableModel, stage: str) -> None:
-        model.requires_grad_(False)
-        model.students_module.requires_grad_(True)
+        train_only(model, stage)
         gm = distil(model, stage)
         live = live_nodes(gm)
         border = [n for n in gm.graph.nodes if n not in live and any(user in live for user in n.users)]

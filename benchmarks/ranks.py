@@ -31,7 +31,7 @@ import ppcl_fx
 from benchmarks.clock import RESULTS
 from benchmarks.trace import STACK
 from ppcl_fx.files import read_json, write_json
-from ppcl_fx.passes.distil import distil
+from ppcl_fx.passes.distil import distil, train_only
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
@@ -107,8 +107,7 @@ def launch(folder: Path, world: int, steps: int) -> list[float]:
 def bound(folder: Path, worlds: Sequence[int]) -> dict[int, float]:
     """Return, for each number of processes, how many times quicker a step could be by its multiplications."""
     model, _ = pluggable(folder)
-    model.requires_grad_(False)
-    model.students_module.requires_grad_(True)
+    train_only(model, "depth")
     graph = distil(model, "depth")
     costs = {world: division_cost(graph, assign(graph, world)) for world in (1, *worlds)}
     return {world: round(costs[1] / costs[world], 3) for world in worlds}

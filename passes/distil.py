@@ -12,8 +12,10 @@ from torch.fx import Graph, GraphModule, Node
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.graphs import descendants, example, module_paths, users
+from ppcl_fx.passes.depth import student_path
 from ppcl_fx.passes.expand import map_values
-from ppcl_fx.passes.switches import SWITCH, is_switch, surface, switches
+from ppcl_fx.passes.ffn import projector_path
+from ppcl_fx.passes.switches import SWITCH, is_depth, is_switch, student_end, surface, switches
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, known
 from ppcl_fx.sites import is_attention
 from ppcl_fx.stacks import block_regions
@@ -22,9 +24,15 @@ from ppcl_fx.tracing.guards import is_guard
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
 
-STAGES = ("depth", "width")
+PARTS = {"depth": "students", "width": "projectors"}
+"""What each stage trains: the pluggable graph's submodule of that name."""
+
+STAGES = tuple(PARTS)
 ORIGIN = "ppcl_origin"
 """In a distillation graph's node metas: the name of the node of the pluggable graph that gives the same value there."""
+
+TRAINED = "ppcl_trained"
+"""In the meta of a `pairs` node: the module path of what its edit trains."""
 
 
 def pairs(edit: str, terms: tuple[tuple[str, torch.Tensor, torch.Tensor], ...]) -> None:
@@ -39,6 +47,17 @@ def pairs(edit: str, terms: tuple[tuple[str, torch.Tensor, torch.Tensor], ...]) 
 
 
 torch.fx.node.has_side_effect(pairs)
+
+
+def train_only(model: PluggableModel, stage: str) -> None:
+    """Give `requires_grad` to the parameters that a stage trains, and to no others: to none in a stage not of `STAGES`.
+
+    Width edits on a depth student's block leave the student as it is: plugged without them, it is what "depth" made
+    of it.
+    """
+    model.requires_grad_(False)
+    for name, part in model.students_module.named_children():
+        part.requires_grad_(name == PARTS.get(stage))
 
 
 @dataclass(frozen=True)
@@ -95,7 +114,8 @@ def distil(
     groups.sort(key=lambda group: max(order[term.teacher] for term in group[1]))
     builder = _Builder(gm)
     for edit, terms in groups:
-        builder.emit_pairs(edit.id, terms)
+        path = student_path(edit) if isinstance(edit, DepthEdit) else projector_path(edit.id)
+        builder.emit_pairs(edit.id, terms).meta[TRAINED] = path
     builder.graph.output(None)
     graph = GraphModule(gm, builder.graph, class_name=f"{type(gm).__name__}Distil")
     graph.meta = dict(gm.meta)
@@ -119,9 +139,9 @@ def _terms(gm: GraphModule, edit: Edit, upstream: frozenset[Node]) -> list[_Term
                 terms.append(_Term(stream, seen, target, active))
         for node in here:
             name = _stream(node)
-            trained = _student(node) in _projected(gm)
-            if trained:
-                terms.append(_Term(name if name == "z" else f"linear.{name}", _student(node), _teacher(node), active))
+            if _student(node) in _projected(gm):
+                value, target = student_end(gm, node) or (_student(node), _teacher(node))
+                terms.append(_Term(name if name == "z" else f"linear.{name}", value, target, active))
     return terms
 
 
@@ -152,9 +172,9 @@ def _attention_outputs(gm: GraphModule, nodes: Iterable[Node]) -> dict[tuple[int
 def _block_ends(gm: GraphModule, path: str) -> dict[str, tuple[Node, Node]]:
     """Return, for each stream of a block, what its consumers see and the teacher's value to compare with."""
     ends: dict[str, tuple[Node, Node]] = {}
-    for node in gm.graph.nodes:
+    for node in switches(gm):
         # The student of a depth edit stands for the last block of its interval.
-        if is_switch(node) and node.meta[SWITCH]["block"] == path and _is_depth(node):
+        if node.meta[SWITCH]["block"] == path and is_depth(node):
             ends[_stream(node)] = (_student(node), _teacher(node))
     if ends:
         return ends
@@ -162,10 +182,6 @@ def _block_ends(gm: GraphModule, path: str) -> dict[str, tuple[Node, Node]]:
         node = next(n for n in gm.graph.nodes if n.name == raw)
         ends[stream] = (surface(node), node)
     return ends
-
-
-def _is_depth(node: Node) -> bool:
-    return str(node.args[2]).startswith("depth:")
 
 
 def _projected(gm: GraphModule) -> set[Node]:
@@ -207,13 +223,13 @@ class _Builder:
             if all(source.op == "placeholder" for source in node.all_input_nodes):
                 self._copy(node, {n: self._done[n, frozenset()] for n in node.all_input_nodes})
 
-    def emit_pairs(self, edit: str, terms: Iterable[_Term]) -> None:
-        """Add what an edit's terms need, and the `pairs` node that ends them."""
+    def emit_pairs(self, edit: str, terms: Iterable[_Term]) -> Node:
+        """Add what an edit's terms need, and the `pairs` node that ends them; return that node."""
         ready: list[tuple[str, Node, Node]] = []
         for term in terms:
             teacher = self.value(term.teacher, frozenset())
             ready.append((term.name, self.value(term.student, term.active), teacher))
-        self.graph.call_function(pairs, (edit, tuple(ready)))
+        return self.graph.call_function(pairs, (edit, tuple(ready)))
 
     def value(self, node: Node, active: frozenset[Node]) -> Node:
         """Return the copy of a node with the given switches at their students and all others at their teachers."""

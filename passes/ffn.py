@@ -50,9 +50,10 @@ def add_projector(gm: GraphModule, path: str, source: Node, after: Node) -> Node
     return total
 
 
-def projector_path(edit_id: str, part: str) -> str:
-    """Return the module path of one projector of an edit."""
-    return f"projectors.{edit_id.replace(':', '_').replace('.', '_').replace('-', '_')}.{part}"
+def projector_path(edit_id: str, part: str = "") -> str:
+    """Return the module path of one projector of an edit; of what holds all of them if no part is given."""
+    whole = f"projectors.{edit_id.replace(':', '_').replace('.', '_').replace('-', '_')}"
+    return f"{whole}.{part}" if part else whole
 
 
 @dataclass(frozen=True)

@@ -2,55 +2,101 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
-from torch.fx import GraphModule, Node
+from torch import Tensor, nn
+from torch.fx import Graph, GraphModule, Node
 
-from ppcl_fx.calls import Calls
-from ppcl_fx.passes.probes import NormalEquations
-from ppcl_fx.passes.switches import is_switch
+from ppcl_fx.passes.probes import NormalEquations, Projector
+from ppcl_fx.passes.streaming.cuts import closure, reads
+from ppcl_fx.passes.switches import host, is_switch, student_end
 from ppcl_fx.passes.watch import Watch, Watcher
 
 RIDGE = 1e-4
 
 
-def fit_projectors(gm: GraphModule, calls: Calls, progress: Callable[[int, int], None] | None = None) -> None:
-    """Set every projector of a pluggable graph to the least-squares map from its input to the teacher's value.
+@dataclass(frozen=True, eq=False)
+class ProjectorSite:
+    """A projector in a pluggable graph, and the values that it is fitted to.
 
-    Each is fitted to the teacher's own states, independently of all other edits.
+    Attributes:
+        path: the projector's module path.
+        nodes: its input and what it replaces, and for a student's stream also what leaves the student there and
+            what the teacher has in its place.
+        in_student: whether it lies in a depth edit's student, so that its fit is of the student as it is.
+    """
+
+    path: str
+    nodes: tuple[Node, ...]
+    in_student: bool
+
+    def watch(self, sums: NormalEquations) -> Watch:
+        """Return the watch that adds a call's tokens to the sums of this projector."""
+
+        def add(source: Tensor, replaced: Tensor, student: Tensor | None = None, teacher: Tensor | None = None) -> None:
+            if student is None or teacher is None:
+                sums.add(source, replaced)
+            else:
+                # What is added behind a student (a ControlNet's residual) is not the projector's to learn.
+                sums.add(source, teacher - (student - replaced))
+
+        return Watch(self.nodes, add)
+
+
+def fit_projectors(
+    gm: GraphModule,
+    calls: Iterable[Mapping[str, Any]],
+    *,
+    in_students: bool = False,
+    device: torch.device | None = None,
+) -> list[str]:
+    """Set projectors of a pluggable graph to the least-squares maps from their inputs to the teacher's values.
+
+    Each is fitted to the teacher's own states, independently of all other edits. In a depth edit's student its input is
+    the student's, and so is the value that feeds the student's attention.
 
     Args:
         gm: the pluggable graph; its projectors are changed in place.
-        calls: recorded calls of the teacher.
-        progress: called with the calls done and their number.
+        calls: keyword arguments of recorded calls of the teacher.
+        in_students: fit only the projectors in depth edits' students, which another training of the student has made
+            stale.
+        device: where to compute; what is needed is moved there and stays. Where it is if left out.
+
+    Returns:
+        The module paths of the projectors that were fitted.
 
     Raises:
         PpclError: the calls hold NaN, or do not fit the graph.
     """
-    sites = list(projector_sites(gm))
+    sites = [site for site in projector_sites(gm) if site.in_student or not in_students]
     if not sites:
-        return
-    sums = {node: NormalEquations(bias=True) for node, _, _ in sites}
-    watches = [Watch((source, target), sums[node].add) for node, source, target in sites]
-    watcher = Watcher(gm, watches)
-    for done, call in enumerate(calls, start=1):
-        watcher.watch(call.kwargs)
-        if progress is not None:
-            progress(done, len(calls))
-    for node, _, _ in sites:
-        linear = gm.get_submodule(str(node.target))
-        assert isinstance(linear, nn.Linear)
-        fitted = sums[node].solve(RIDGE)
-        assert fitted.bias is not None
-        with torch.no_grad():
-            linear.weight.copy_(fitted.weight)
-            linear.bias.copy_(fitted.bias)
+        return []
+    part, mine = _part(gm, [node for site in sites for node in site.nodes])
+    sites = [ProjectorSite(s.path, tuple(mine[node] for node in s.nodes), s.in_student) for s in sites]
+    if device is not None:
+        part.to(device)
+    sums = {site.path: NormalEquations(bias=True) for site in sites}
+    watcher = Watcher(part, [site.watch(sums[site.path]) for site in sites])
+    for kwargs in calls:
+        watcher.watch(kwargs)
+    for path, equations in sums.items():
+        set_projector(gm.get_submodule(path), equations.solve(RIDGE))
+    return list(sums)
 
 
-def projector_sites(gm: GraphModule) -> list[tuple[Node, Node, Node]]:
-    """Return, for each projector, its node, its input, and the teacher's value that it stands in for."""
+def set_projector(linear: nn.Module, fitted: Projector) -> None:
+    """Give a projector's module the weights of a solved map."""
+    assert isinstance(linear, nn.Linear) and fitted.bias is not None
+    with torch.no_grad():
+        linear.weight.copy_(fitted.weight)
+        linear.bias.copy_(fitted.bias)
+
+
+def projector_sites(gm: GraphModule) -> list[ProjectorSite]:
+    """Return the projectors of a pluggable graph, in order."""
     found = []
     for node in gm.graph.nodes:
         if node.op != "call_module" or not str(node.target).startswith("projectors."):
@@ -58,5 +104,24 @@ def projector_sites(gm: GraphModule) -> list[tuple[Node, Node, Node]]:
         (total,) = node.users
         for user in total.users:
             if is_switch(user) and user.args[1] is total:
-                found.append((node, node.args[0], user.args[0]))
+                nodes = (node.args[0], user.args[0], *(student_end(gm, user) or ()))
+                found.append(ProjectorSite(str(node.target), nodes, bool(host(gm, user))))
     return found
+
+
+def _part(gm: GraphModule, nodes: Iterable[Node]) -> tuple[GraphModule, dict[Node, Node]]:
+    """Return the part of a pluggable graph, every switch at its teacher, that gives some nodes' values.
+
+    Returns:
+        The part, over the same modules; and node of the whole -> node of the part.
+    """
+    needed = closure(gm, list(nodes))
+    graph = Graph(tracer_cls=None)
+    mine: dict[Node, Node] = {}
+    for node in gm.graph.nodes:
+        if node in needed:
+            mine[node] = mine[reads(node)[0]] if is_switch(node) else graph.node_copy(node, mine.__getitem__)
+    graph.output(None)
+    part = GraphModule(gm, graph, class_name="Projected")
+    part.meta = dict(gm.meta)
+    return part, mine

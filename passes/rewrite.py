@@ -40,7 +40,7 @@ def rewrite(gm: GraphModule, plan: Plan, calls: Calls | None = None) -> Pluggabl
     check_made_for(plan, mine)
     graph = insert_edits(gm, plan)
     if calls is not None:
-        fit_projectors(graph, calls)
+        fit_projectors(graph, (call.kwargs for call in calls))
     model = PluggableModel(graph, plan.model_copy(update={"model": plan.model or mine}))
     return model.train(gm.training)
 

@@ -60,3 +60,27 @@ def surface(node: Node) -> Node:
         if not over:
             return node
         node = over[0]
+
+
+def is_depth(node: Node) -> bool:
+    """Tell whether a switch is a depth edit's."""
+    return str(node.args[2]).startswith("depth:")
+
+
+def host(gm: GraphModule, node: Node) -> list[Node]:
+    """Return the switches of the depth edit whose student a width edit's switch lies in; none outside of students."""
+    path = node.meta[SWITCH]["block"]
+    return [other for other in switches(gm) if is_depth(other) and other.meta[SWITCH]["block"] == path]
+
+
+def student_end(gm: GraphModule, node: Node) -> tuple[Node, Node] | None:
+    """Return where a student's projector comes out, for a width edit's switch: the student's value and the teacher's.
+
+    A projector that gives a student's stream is to give what the teacher has there, as the student itself is, and not
+    what the student had. None for any other switch: in a block of the teacher what it replaces is the teacher's
+    value, and only a student knows what feeds its attention.
+    """
+    for other in host(gm, node):
+        if other.meta[SWITCH]["stream"] == node.meta[SWITCH]["stream"]:
+            return other.args[1], other.args[0]  # type: ignore[return-value]
+    return None

@@ -5,7 +5,7 @@ iterator's state.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -94,6 +94,11 @@ class Batches(Ordered):
         call = self._calls[index]
         _check(call)
         return moved(call.kwargs, self._device, self._dtype)
+
+    def each(self) -> Iterator[dict[str, Any]]:
+        """Yield the keyword arguments of the good calls one by one, in the order in which they were recorded."""
+        for index in self._all:
+            yield from (self.joined([call]) for call in self._good([index]))
 
     def target(self, step: int) -> Tensor | None:
         """Return the teacher's recorded output for the batch of `step`, on the device and as recorded, or None

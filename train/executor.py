@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_fx.graphs import ancestors
-from ppcl_fx.passes.distil import pairs
+from ppcl_fx.passes.distil import TRAINED, pairs
 from ppcl_fx.tracing import bind
 from ppcl_fx.train.losses import Weights, edit_loss, total_loss
 
@@ -187,8 +187,8 @@ def node_parameters(gm: GraphModule, node: Node) -> list[Parameter]:
 def edit_parameters(gm: GraphModule) -> Groups:
     """Return each edit's training parameters, edits in the order of their `pairs` nodes.
 
-    A parameter belongs to the first edit that it leads to; in a sequential graph it leads to the later ones
-    as well.
+    A parameter belongs to the edit that it was made for; in a sequential graph it leads to others' losses as well.
+    Where the graph does not say which that is, it is the first edit that it leads to.
 
     Raises:
         RuntimeError: A `pairs` node without training parameters, or training parameters without a `pairs`
@@ -200,7 +200,12 @@ def edit_parameters(gm: GraphModule) -> Groups:
     for node in gm.graph.nodes:
         if node.op != "call_function" or node.target is not pairs:
             continue
-        mine = [p for source in _before(node, seen) for p in node_parameters(gm, source)]
+        path = node.meta.get(TRAINED)
+        if path is None:
+            mine = [p for source in _before(node, seen) for p in node_parameters(gm, source)]
+        else:
+            inside = [n for n in _before(node, set()) if f"{n.target}.".startswith(f"{path}.")]
+            mine = [p for source in inside for p in node_parameters(gm, source)]
         edit = str(node.args[0])
         groups[edit] = []
         for parameter in mine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ppcl_fx.calls import Calls
@@ -15,6 +16,9 @@ from ppcl_fx.train.sources.source import Feed, RankedSource, Source
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
+
+FIRST = 64
+"""Batches of a source that projectors are fitted on."""
 
 
 class Data:
@@ -55,6 +59,13 @@ class Data:
         if self._split(stage) and isinstance(self._data, RankedSource):
             return self._data.shares()
         return self._data
+
+    def each(self, model: PluggableModel) -> Iterator[dict[str, Any]]:
+        """Yield the arguments of every recorded call to train on, one by one, or of a source's first batches."""
+        if isinstance(self._data, Calls):
+            yield from self._batches(self._data, "width", model, self._used).each()
+        else:
+            yield from (self._data.kwargs(step) for step in range(FIRST))
 
     def held_out(self, stage: str, model: PluggableModel) -> Batches | None:
         """Return what a stage is evaluated on, None without held-out calls."""

@@ -16,6 +16,8 @@ import torch
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.passes.distil import train_only
+from ppcl_fx.passes.initialise import fit_projectors
 from ppcl_fx.train import checkpoints, schedule
 from ppcl_fx.train.checkpoints import Checkpoint, Identity
 from ppcl_fx.train.config import CONFIG, resolve
@@ -213,8 +215,7 @@ class _Runner:
             else:
                 self.journal.restore(students_alone(self._ranks, resumed, self.journal.students))
                 _forget_mixtures(self._model)
-            # A stage before may have stopped some of them.
-            self._model.students_module.requires_grad_(True)
+            train_only(self._model, name)
             stage = self._stage(name)
             resumed = share_checkpoints(self._ranks, stage, self.journal, resumed)
             feed = data.feed(name, self._model)
@@ -232,6 +233,8 @@ class _Runner:
             )
             if isinstance(stage, Intervals):
                 stage.share()
+            if name == "depth":
+                self._fit_again(data)
             _forget_mixtures(self._model)
             if isinstance(stage, FineTuning):
                 finetuned = stage.result()
@@ -239,6 +242,15 @@ class _Runner:
                     save_finetuned(finetuned, self._model, list(self._students), self.finetuned_folder)
                 return finetuned
         return None
+
+    def _fit_again(self, data: Data) -> None:
+        """Fit the projectors in students to what "depth" made of these; every rank gets the first one's."""
+        model, home = self._model, self._model.device
+        fitted = fit_projectors(model.graph, data.each(model), in_students=True, device=self._ranks.device)
+        model.graph.to(home)
+        for path in fitted:
+            for parameter in model.graph.get_submodule(path).parameters():
+                self._ranks.broadcast(parameter, 0)
 
     def _use_recorded(self, stage: FineTuning, feed: Feed) -> bool:
         wanted = self._options.recorded
@@ -372,16 +384,12 @@ def _starting_point(folder: Path, identity: Identity, resume: bool) -> Checkpoin
 
 @contextmanager
 def _training(model: PluggableModel, seed: int) -> Iterator[None]:
-    """Let the students train, and nothing else; put the gradients' flags and the random state back
-    afterwards.
-    """
+    """Put the gradients' flags and the random state back afterwards."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         try:
-            model.requires_grad_(False)
-            model.students_module.requires_grad_(True)
             yield
         finally:
             for parameter, flag in flags:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.graphs import attribute
 from ppcl_fx.passes.liveness import owner
 from ppcl_fx.passes.switches import is_switch
 from ppcl_fx.passes.watch import Watch
+from ppcl_fx.tracing.guards import guards
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +59,49 @@ def reads(node: Node) -> list[Node]:
         assert isinstance(node.args[0], Node)
         return [node.args[0]]
     return node.all_input_nodes
+
+
+def closure(gm: GraphModule, nodes: Sequence[Node]) -> set[Node]:
+    """Return what must run to get the values of `nodes` from a pluggable graph that computes what its teacher does.
+
+    Guards that look at nothing else belong to it, and so does what writes into a value that does.
+    """
+    needed: set[Node] = set()
+    todo = list(nodes)
+    checks = set(guards(gm))
+    writers = [
+        node
+        for node in gm.graph.nodes
+        if node.op == "call_function" and node.is_impure() and node not in checks
+    ]
+    while todo:
+        while todo:
+            node = todo.pop()
+            if node not in needed:
+                needed.add(node)
+                todo.extend(reads(node))
+        todo = [
+            n for n in writers if n not in needed and n.all_input_nodes and n.all_input_nodes[0] in needed
+        ]
+    needed |= {node for node in gm.graph.nodes if node.op == "placeholder"}
+    for check in checks:
+        if all(_settled(node, needed) for node in check.all_input_nodes):
+            todo.append(check)
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo.extend(reads(node))
+    return needed
+
+
+def _settled(node: Node, needed: set[Node]) -> bool:
+    """Tell whether a value follows from needed ones by questions about them alone: sizes, lengths, comparisons."""
+    if node in needed:
+        return True
+    if isinstance(node.meta.get("val"), Tensor) or node.op in ("get_attr", "call_module"):
+        return False
+    return all(_settled(other, needed) for other in reads(node))
 
 
 def cut(

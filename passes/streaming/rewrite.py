@@ -19,6 +19,7 @@ from ppcl_fx.long_files import Form, form_bytes, write_long
 from ppcl_fx.model import STUDENTS, TEACHER, PluggableModel
 from ppcl_fx.passes.rewrite import check_made_for, insert_edits
 from ppcl_fx.passes.streaming.fit import fit_streamed
+from ppcl_fx.passes.streaming.footprint import state_budget
 from ppcl_fx.passes.streaming.measure import Report, silent
 from ppcl_fx.shards import INDEX, ONE_FILE, Shards
 from ppcl_fx.tracing import trace
@@ -91,8 +92,9 @@ def rewrite_streamed(
         if fit:
             (beside / SCRATCH).mkdir()
             read = reader(graph, checkpoint)
+            room = 2**62 if memory_limit is None else state_budget(graph, calls, (), memory_limit)
             fitted = fit_streamed(
-                graph, calls, read, beside / SCRATCH, memory_limit, checkpoint.shards.close, report, device
+                graph, calls, read, beside / SCRATCH, room, checkpoint.shards.close, report, device
             )
         write_students(graph, checkpoint, beside / STUDENTS, fitted, report)
         shutil.rmtree(beside / SCRATCH, ignore_errors=True)

@@ -20,6 +20,7 @@ from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError, Stopped
 from ppcl_fx.files import check_writable
 from ppcl_fx.graphs import module_paths
+from ppcl_fx.passes.distil import train_only
 from ppcl_fx.train import TrainResult, train
 from ppcl_fx.train.data import split
 from ppcl_fx.train.evaluation import converged
@@ -45,8 +46,7 @@ def _same(one: dict[str, Tensor], two: dict[str, Tensor]) -> bool:
 
 def _spoil(model: Any, edit: str, at: int) -> Any:
     """Make one edit's loss NaN at a step, through a weight of its student that is put back afterwards."""
-    model.requires_grad_(False)
-    model.students_module.requires_grad_(True)
+    train_only(model, "depth")
     parameter = Distillation(model, "depth", Weights()).groups[edit][-1]
     kept = parameter.detach().clone()
 
@@ -135,8 +135,7 @@ def test_a_student_that_has_converged_costs_nothing_and_changes_nothing(tmp_path
 @pytest.mark.parametrize("sequential", [False, True])
 def test_a_stopped_edits_part_of_the_graph_is_not_run(sequential: bool) -> None:
     model, calls = build()
-    model.requires_grad_(False)
-    model.students_module.requires_grad_(True)
+    train_only(model, "depth")
     stage = Distillation(model, "depth", Weights(), sequential=sequential)
     first, last = stage.groups
     expected = stage.evaluate(calls[0].kwargs)
@@ -176,8 +175,7 @@ def test_nan_stops_its_own_interval_only(tmp_path: Path, caplog: pytest.LogCaptu
 def test_an_update_that_overflows_is_never_saved(tmp_path: Path) -> None:
     """The loss of its step was finite, so only a look at the weights shows it."""
     model, calls = build()
-    model.requires_grad_(False)
-    model.students_module.requires_grad_(True)
+    train_only(model, "depth")
     bad, mine = next(iter(Distillation(model, "depth", Weights()).groups.items()))
     saved: list[list[Tensor]] = []
     steps = itertools.count(1)

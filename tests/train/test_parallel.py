@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from ppcl_fx.calls import Call, Calls, collate
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.distil import distil
+from ppcl_fx.passes.distil import distil, train_only
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.train import ranked
 from ppcl_fx.train.losses import Weights
@@ -26,16 +26,13 @@ from tests.train.pluggable import build
 
 def _graph(stage: str = "depth") -> Any:
     model, _ = build()
-    model.requires_grad_(False)
-    model.students_module.requires_grad_(True)
+    train_only(model, stage)
     return model, distil(model, stage)
 
 
 @pytest.mark.parametrize("stage", ["depth", "width"])
 def test_the_division_of_the_edits_is_the_best_of_all_runs(stage: str) -> None:
-    model, graph = _graph(stage)
-    model.requires_grad_(False)
-    model.students_module.requires_grad_(True)
+    _, graph = _graph(stage)
     edits = [share for shares in assign(graph, 1) for share in shares]
     for world in (1, 2, 3):
         shares = assign(graph, world)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.distil import train_only
 from ppcl_fx.train import Losses, TrainResult, load_finetuned, train
 from ppcl_fx.train.executor import inputs
 from ppcl_fx.train.losses import Weights
@@ -193,8 +194,7 @@ def test_intervals_do_not_see_each_other(tmp_path: Path) -> None:
 
 
 def _parameters(model: Any, edit: str) -> list[nn.Parameter]:
-    model.requires_grad_(False)
-    model.students_module.requires_grad_(True)
+    train_only(model, "depth")
     return Distillation(model, "depth", Weights()).groups[edit]
 
 
@@ -359,8 +359,7 @@ def test_an_output_that_cannot_be_written_is_found_before_training(tmp_path: Pat
 @pytest.mark.parametrize(("kind", "outputs"), [("qwen", 2), ("flux", 2), ("sd3", 2)])
 def test_attention_outputs_are_terms_of_their_own(kind: str, outputs: int, tmp_path: Path) -> None:
     model, calls = build(kind)
-    model.requires_grad_(False)
-    model.students_module.requires_grad_(True)
+    train_only(model, "depth")
     plain, whole = (Distillation(model, "depth", Weights(attention=weight)) for weight in (0.0, 0.5))
     twice = Distillation(model, "depth", Weights(attention=1.0)).evaluate(calls[0].kwargs)
     first = next(iter(plain.groups))

@@ -12,23 +12,29 @@ from typing import TYPE_CHECKING
 import torch
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.distil import train_only
+from ppcl_fx.passes.initialise import projector_sites
 from ppcl_fx.passes.streaming.cuts import cut
-from ppcl_fx.passes.streaming.footprint import elements
+from ppcl_fx.passes.streaming.fit import fit_streamed
+from ppcl_fx.passes.streaming.footprint import block_bytes, elements
 from ppcl_fx.train import checkpoints
 from ppcl_fx.train.bounded.cache import Cache
 from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost, problem_cost, teacher_cost
-from ppcl_fx.train.bounded.folder import StudentFolder, dtype_of, load_finished
+from ppcl_fx.train.bounded.folder import StudentFolder, dtype_of, load_finished, save_finished
 from ppcl_fx.train.bounded.options import BoundedOptions, StageSchedule
 from ppcl_fx.train.bounded.problems import Problem, problems
 from ppcl_fx.train.bounded.schedule import Limits, Schedule, Speeds, Sweep, Work, cache_room, plan_schedule
 from ppcl_fx.train.bounded.student import Part, Student
-from ppcl_fx.train.bounded.teacher import Report, Route, Teacher, states_room
+from ppcl_fx.train.bounded.teacher import Prepared, Report, Route, Teacher, states_room
 from ppcl_fx.train.checkpoints import Identity
 from ppcl_fx.train.curves import StageCurves
 from ppcl_fx.train.data import Batches
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
+
+FITTED = "projectors"
+"""What the projectors in students that were fitted again are called in the work folder."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,41 @@ class Context:
         """Return a stage by its position in the run."""
         model = self.opened.model
         # These parameters are on the meta device: the flags only tell what is to train.
-        model.requires_grad_(False)
-        model.students_module.requires_grad_(True)
+        train_only(model, self.options.stages[number])
         return Stage(self, number, problems(model, self.options.stages[number]))
+
+    def fit_again(self) -> None:
+        """Fit the projectors in students to what "depth" made of these, as the ordinary training does.
+
+        Raises:
+            PpclError: the disk is full, or a call cannot be used.
+        """
+        opened, done = self.opened, self.work / "done"
+        if not any(site.in_student for site in projector_sites(opened.model.graph)):
+            return
+        found = load_finished(done, FITTED) if self.resume else None
+        if found is None:
+            calls = Prepared(self.batches(1), self.used)
+            scale = max(elements(self.calls[i].kwargs) for i in self.used) / max(1, opened.traced_size)
+            fitted = fit_streamed(
+                opened.model.graph,
+                calls,
+                opened.read,
+                self.work / FITTED,
+                states_room(self.memory_limit, block_bytes(opened.model.graph, scale)),
+                opened.release,
+                lambda done, total, label="": self.report(done, total, label),
+                self.device,
+                in_students=True,
+            )
+            dtype = dtype_of(opened.model)
+            fitted = {name: tensor.to(dtype) for name, tensor in fitted.items()}
+            save_finished(done, FITTED, fitted, StageCurves(name="depth", label="depth"))
+            shutil.rmtree(self.work / FITTED, ignore_errors=True)
+            found = load_finished(done, FITTED)
+        if found is None:
+            raise PpclError(f"{done}: {FITTED} was damaged after it was written; resume to mend it")
+        opened.trained.update(found[0])
 
     def batches(self, batch: int, only: Sequence[int] | None = None) -> Batches:
         """Return the batches of some calls, or of all; tensors on the CPU."""
@@ -146,7 +184,7 @@ class Stage:
     def _sweep(self, sweep: Sweep, mine: Sequence[Problem], number: int, left: Sequence[Problem]) -> None:
         assert self._teacher is not None
         context, opened = self._context, self._context.opened
-        route = Route(opened.model.graph, mine)
+        route, block = Route(opened.model.graph, mine), self._teacher.block
         room = cache_room(self._costs, self._teacher, self._work, context.limits, sweep)
         cache = Cache(
             context.work / "cache",
@@ -162,7 +200,7 @@ class Stage:
             opened.release,
             cache,
             context.work / "states",
-            partial(states_room, context.memory_limit, self._teacher.block, cache, room),
+            lambda: states_room(context.memory_limit, block, max(0, room - cache.held_bytes)),
             context.device,
             context.report,
         )

@@ -15,8 +15,7 @@ from torch.fx import GraphModule, Node
 
 from ppcl_fx.calls import Call
 from ppcl_fx.memory import anonymous
-from ppcl_fx.passes.streaming.cuts import parts
-from ppcl_fx.passes.streaming.fit import closure
+from ppcl_fx.passes.streaming.cuts import closure, parts
 from ppcl_fx.passes.streaming.runner import Read, Streamer
 from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.passes.watch import Watch
@@ -139,7 +138,7 @@ class Teacher:
                 self._report(number * len(missing) + position + 1, total, "running the teacher")
 
             # Later segments take the calls' states, and of the calls only their number.
-            given = _Prepared(self._batches, missing if number == 0 else missing[:1] * len(missing))
+            given = Prepared(self._batches, missing if number == 0 else missing[:1] * len(missing))
             self._runner.run_segment(number, given, begin=begin, end=end)
             self._states.forget_all_but(number + 1)
             self._release()
@@ -169,14 +168,12 @@ class Teacher:
         return keep
 
 
-def states_room(limit: int | None, block: int, cache: Cache, memory: int) -> int:
-    """Return what is free of a limit for states between segments, the rest of the cache's memory set aside."""
-    if limit is None:
-        return 2**62
-    return max(0, limit - anonymous() - block - max(0, memory - cache.held_bytes))
+def states_room(limit: int | None, block: int, aside: int = 0) -> int:
+    """Return what is free of a limit for states between segments, with what a block takes and `aside` set aside."""
+    return 2**62 if limit is None else max(0, limit - anonymous() - block - aside)
 
 
-class _Prepared(Sequence[Call]):
+class Prepared(Sequence[Call]):
     """Calls in the model's dtype, each made when it is asked for."""
 
     def __init__(self, batches: Batches, positions: Sequence[int]) -> None:
@@ -192,7 +189,7 @@ class _Prepared(Sequence[Call]):
     def __getitem__(self, index: slice) -> Sequence[Call]: ...
     def __getitem__(self, index: int | slice) -> Call | Sequence[Call]:
         if isinstance(index, slice):
-            return _Prepared(self._batches, self._positions[index])
+            return Prepared(self._batches, self._positions[index])
         position = self._positions[index]
         if self._last is None or self._last[0] != position:
             self._last = (position, Call(self._batches.one(position), (), 0.0, position, 1))

@@ -141,6 +141,8 @@ def train_bounded(
     write_json(work / RUN, _Run(identity=identity))
     for stage, plan in zip(stages, plans, strict=True):
         stage.run(plan.schedule)
+        if plan.stage == "depth":
+            context.fit_again()
     opened.save()
     run = _Run(
         identity=identity,

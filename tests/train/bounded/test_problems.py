@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ppcl_fx.passes.distil import train_only
 from ppcl_fx.train.bounded.problems import Problem, problems
 from ppcl_fx.train.losses import Weights
 from ppcl_fx.train.stages import Distillation
@@ -13,8 +14,7 @@ from tests.train.pluggable import build
 
 def found(kind: str, stage: str) -> tuple[dict[str, Problem], dict[str, torch.Size]]:
     model, _ = build(kind)
-    model.requires_grad_(False)
-    model.students_module.requires_grad_(True)
+    train_only(model, stage)
     values = {node.name: node.meta.get("val") for node in model.graph.graph.nodes}
     mine = problems(model, stage)
     shapes = {name: v.shape for name, v in values.items() if isinstance(v, torch.Tensor)}
