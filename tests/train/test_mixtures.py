@@ -75,7 +75,7 @@ def test_width_edits_leave_the_student_that_they_are_on_as_it_is(kind: str, sequ
 
 @pytest.mark.parametrize("kind", list(CASES))
 def test_each_mixture_s_target_is_what_the_teacher_has_there(kind: str) -> None:
-    """A projector that gives a student's stream aims at the teacher; only the attention's input is the student's own."""
+    """A projector that gives a student's stream aims at the teacher; only what attends is the student's own."""
     depth, width = CASES[kind]
     model, calls = rewritten(kind, [depth, *width])
     randomise(model.graph)
