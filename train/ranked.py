@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.initialise import fit_projectors
 from ppcl_fx.train import checkpoints
 from ppcl_fx.train.checkpoints import Checkpoint
 from ppcl_fx.train.options import Options
@@ -18,6 +19,7 @@ from ppcl_fx.train.ranks import Ranks
 from ppcl_fx.train.signals import Asked
 
 if TYPE_CHECKING:
+    from ppcl_fx.model import PluggableModel
     from ppcl_fx.train.loop import Journal
     from ppcl_fx.train.stages import Stage
 
@@ -116,3 +118,17 @@ def heard(ranks: Ranks) -> str:
     if word.startswith(FAULT):
         raise PpclError(word.removeprefix(FAULT))
     return word
+
+
+def fit_again(model: PluggableModel, calls: Iterable[Mapping[str, Any]], ranks: Ranks) -> None:
+    """Fit the projectors in students to what "depth" made of these; every rank gets the first one's.
+
+    Raises:
+        PpclError: A call cannot be used, or a rank is lost.
+    """
+    home = model.device
+    fitted = fit_projectors(model.graph, calls, in_students=True, device=ranks.device)
+    model.graph.to(home)
+    for path in fitted:
+        for parameter in model.graph.get_submodule(path).parameters():
+            ranks.broadcast(parameter, 0)

@@ -17,7 +17,6 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.passes.distil import train_only
-from ppcl_fx.passes.initialise import fit_projectors
 from ppcl_fx.train import checkpoints, schedule
 from ppcl_fx.train.checkpoints import Checkpoint, Identity
 from ppcl_fx.train.config import CONFIG, resolve
@@ -33,7 +32,7 @@ from ppcl_fx.train.losses import Weights
 from ppcl_fx.train.options import Options, plan_stages
 from ppcl_fx.train.parallel import Intervals
 from ppcl_fx.train.places import CHECKPOINTS, LOGS, check_places
-from ppcl_fx.train.ranked import agreed, begin, refuse_on_ranks, share_checkpoints, students_alone
+from ppcl_fx.train.ranked import agreed, begin, fit_again, refuse_on_ranks, share_checkpoints, students_alone
 from ppcl_fx.train.ranks import Ranks, current
 from ppcl_fx.train.scoring import shapes_score
 from ppcl_fx.train.signals import Asked, listening
@@ -234,7 +233,7 @@ class _Runner:
             if isinstance(stage, Intervals):
                 stage.share()
             if name == "depth":
-                self._fit_again(data)
+                fit_again(self._model, data.each(self._model), self._ranks)
             _forget_mixtures(self._model)
             if isinstance(stage, FineTuning):
                 finetuned = stage.result()
@@ -242,15 +241,6 @@ class _Runner:
                     save_finetuned(finetuned, self._model, list(self._students), self.finetuned_folder)
                 return finetuned
         return None
-
-    def _fit_again(self, data: Data) -> None:
-        """Fit the projectors in students to what "depth" made of these; every rank gets the first one's."""
-        model, home = self._model, self._model.device
-        fitted = fit_projectors(model.graph, data.each(model), in_students=True, device=self._ranks.device)
-        model.graph.to(home)
-        for path in fitted:
-            for parameter in model.graph.get_submodule(path).parameters():
-                self._ranks.broadcast(parameter, 0)
 
     def _use_recorded(self, stage: FineTuning, feed: Feed) -> bool:
         wanted = self._options.recorded
