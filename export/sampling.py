@@ -9,14 +9,13 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from torch import nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.agreement import SamplingAgreement, agreement, worst
 from ppcl_fx.export.answers import Answer, Answers
+from ppcl_fx.face import PipelineFace
 from ppcl_fx.pipeline_arguments import run_arguments
 from ppcl_fx.recording import quiet
-from ppcl_fx.uncached import Uncached
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class SamplingRun:
     score: Callable[[torch.Tensor, Sequence[str]], float] | None = None
 
 
-class InPipeline(Uncached, nn.Module):
+class InPipeline(PipelineFace):
     """Stands in the place of a pipeline's transformer and counts its calls.
 
     Args:
@@ -49,15 +48,28 @@ class InPipeline(Uncached, nn.Module):
         answer: the one of the two that is asked.
     """
 
-    def __init__(self, answers: Answers, answer: Answer) -> None:
-        from diffusers.configuration_utils import FrozenDict
+    KIND = "a stand-in that compares"
+    device = torch.device("cpu")
 
+    def __init__(self, answers: Answers, answer: Answer) -> None:
         super().__init__()
         self._answers, self._answer = answers, answer
-        self.config = FrozenDict(answers.gm.meta["ppcl"].get("config", {}))
-        self.dtype = answers.dtype
-        self.device = torch.device("cpu")
         self.calls = 0
+
+    @property
+    def config(self) -> Any:
+        """The teacher's configuration, as diffusers pipelines read it."""
+        from diffusers.configuration_utils import FrozenDict
+
+        return FrozenDict(self._answers.gm.meta["ppcl"].get("config", {}))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which the model computes."""
+        return self._answers.dtype
+
+    def _class_config(self) -> Any:
+        return self.config if "_answers" in self.__dict__ else None
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Answer a call of the transformer.

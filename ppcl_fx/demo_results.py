@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.fx import GraphModule
 
-from ppcl_fx.plan import DepthEdit
+from ppcl_fx.model import PluggableModel
+from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.report import PictureGrid
 from ppcl_fx.report.machine import describe
 from ppcl_fx.shapes.captions import CATEGORIES
@@ -23,26 +23,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from ppcl_fx.calls import Calls
-    from ppcl_fx.model import PluggableModel
     from ppcl_fx.shapes.pipeline import ShapesPipeline
 
 SHOWN = 2
 """Prompts of each category in the grid of pictures."""
-
-
-class Plain(nn.Module):
-    """A fine-tuned graph, called and asked like the transformer of a pipeline."""
-
-    def __init__(self, graph: GraphModule, like: nn.Module) -> None:
-        super().__init__()
-        self.graph = graph
-        self.config = like.config
-        self.dtype = like.dtype
-        self.device = like.device
-
-    def forward(self, **kwargs: Any) -> Any:
-        """Call the graph with a transformer's keyword arguments."""
-        return self.graph(**bind(self.graph, kwargs))
 
 
 @dataclass
@@ -82,7 +66,7 @@ def score_ratios(
             rows.append(_row(pipeline, model, keep, model.param_count(), False, per_category))
         if finetuned is not None:
             model.plug(keep=min(keeps))
-            pipeline.transformer = Plain(finetuned, own)
+            pipeline.transformer = PluggableModel(finetuned, Plan())
             params = sum(p.numel() for p in finetuned.parameters())
             rows.append(_row(pipeline, model, min(keeps), params, True, per_category))
     finally:

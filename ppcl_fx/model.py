@@ -40,6 +40,7 @@ CARD = "ppcl.json"
 PLAN = "plan.json"
 STUDENTS = "students.safetensors"
 TEACHER = "teacher"
+FINETUNED = "finetuned.json"
 
 
 class Card(BaseModel):
@@ -163,6 +164,7 @@ class PluggableModel(PipelineModel):
         Raises:
             GuardError: the call lies outside of what was traced.
         """
+        self._check_class()
         gm = self.graph_module()
         given = self._take_scale(dict(zip(self.graph.meta["ppcl"]["signature"], args, strict=False)) | kwargs)
         result = self._runner(gm)(**bind(gm, given))
@@ -224,8 +226,8 @@ class PluggableModel(PipelineModel):
             PpclError: the teacher is not a diffusers model.
         """
         info = self.graph.meta["ppcl"]
-        if info.get("released"):
-            raise PpclError("a released checkpoint has no teacher to save; its own folder is all there is")
+        if info.get("alone"):
+            raise PpclError(f"{info['alone']} has no teacher to save; its own folder is all there is")
         if not info.get("config", {}).get("_class_name"):
             raise PpclError("the teacher has no diffusers configuration, so it cannot be saved; save its graph instead")
         card = Card(
@@ -260,7 +262,7 @@ class PluggableModel(PipelineModel):
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableModel | ReleasedModel:
-    """Load a model that `PluggableModel.save` wrote, or a released checkpoint (`ppcl_fx.folders.released`).
+    """Load what `PluggableModel.save` wrote, a fine-tuned model beside it, or a released checkpoint.
 
     No code from the folder is run.
 
@@ -269,7 +271,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
         dtype: dtype of the weights; by default as saved.
 
     Returns:
-        A pluggable model; of a released checkpoint, which has no teacher, a model of one size.
+        A pluggable model; of a fine-tuned one, a pluggable model without edits; of a released checkpoint, which has no
+        teacher, a model of one size (`ppcl_fx.folders.released`).
 
     Raises:
         PpclError: a file is missing, damaged, or does not fit the others.
@@ -282,6 +285,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
         from ppcl_fx.folders import released
 
         return released.load(folder, dtype=dtype)
+    if (folder / FINETUNED).is_file():
+        return _finetuned(folder, dtype)
     card = read_json(inside(folder, CARD), Card)
     plan = read_json(inside(folder, PLAN), Plan)
     weights = read_safetensors(inside(folder, STUDENTS))
@@ -305,6 +310,19 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
     model.students_module.load_state_dict(weights)
     model.effects = load_effects(folder, model.plan, weights) if (folder / EFFECTS).exists() else None
     return model.plug(students=card.plugged).eval()
+
+
+def _finetuned(folder: Path, dtype: torch.dtype | None) -> PluggableModel:
+    from ppcl_fx.train.finetuned import load_finetuned
+
+    student = load(folder.absolute().parent, dtype=dtype)
+    if not isinstance(student, PluggableModel):
+        raise PpclError(f"{folder}: stands beside no pluggable model; put it back into the folder that it was made in")
+    graph = load_finetuned(student, folder)
+    graph.meta["ppcl"]["alone"] = "a fine-tuned model"
+    model = PluggableModel(graph, Plan()).eval()
+    model.graph_module()  # its one mixture, made before torch.compile looks
+    return model
 
 
 __all__ = ["Card", "PluggableModel", "describe", "load"]

@@ -147,3 +147,55 @@ def announce(model: nn.Module, how: Offload) -> None:
     config = own.GroupOffloadingConfig(how.onload_device, how.offload_device, kind, False, False, False)
     nothing = own.ModuleGroup([], how.offload_device, how.onload_device, offload_leader=model, onload_leader=model)
     own._apply_group_offloading_hook(model, nothing, config=config)
+
+
+class GroupOffload(nn.Module):
+    """What a model that computes by one graph is for ``enable_group_offload``."""
+
+    _offload: Offload | None = None
+
+    def enable_group_offload(
+        self,
+        onload_device: str | torch.device,
+        offload_device: str | torch.device = "cpu",
+        offload_type: str = "block_level",
+        **options: Any,
+    ) -> None:
+        """Keep the weights on one device and compute block by block on another.
+
+        Args:
+            onload_device: where to compute.
+            offload_device: where the weights rest.
+            offload_type: ``block_level``.
+            options: as diffusers takes them (``num_blocks_per_group``, ``use_stream``, ``non_blocking`` ...).
+
+        Raises:
+            PpclError: offloading by leaves, or the model is offloaded already.
+        """
+        if self._offload is not None:
+            raise PpclError("the model is offloaded already; load it again to offload it in another way")
+        how = offload(onload_device, offload_device, offload_type, options)
+        self.to(how.offload_device)
+        announce(self, how)
+        self._offload = how
+        self._weights_changed()
+
+    def require_not_offloaded(self) -> None:
+        """Raise `PpclError` where the weights are in the hands of diffusers' hooks: nobody else may move them."""
+        if self._offload is not None:
+            raise PpclError("the model is offloaded by blocks, so it is not moved; load it again to move it")
+
+    def _runner(self, gm: GraphModule) -> GraphModule | Pieces:
+        """Return what runs a graph: itself, or its pieces with offloading hooks."""
+        if self._offload is None:
+            return gm
+        kept = self.__dict__.get("_pieces")
+        if kept is None or kept[0] is not gm:
+            kept = self.__dict__["_pieces"] = (gm, offloaded(gm, self._offload))
+        pieces = kept[1]
+        assert isinstance(pieces, Pieces)
+        return pieces
+
+    def _weights_changed(self) -> None:
+        """Forget views of the weights."""
+        raise NotImplementedError

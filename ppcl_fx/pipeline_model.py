@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,25 +10,18 @@ import torch
 from torch import nn
 
 from ppcl_fx import owned
-from ppcl_fx.errors import PpclError
+from ppcl_fx.face import PipelineFace
 from ppcl_fx.lora.methods import LoraModel
-from ppcl_fx.offload import Offload, Pieces, announce, offload, offloaded
+from ppcl_fx.offload import GroupOffload
 from ppcl_fx.retrace import dtypes_of, retraced, sparing_complex
-from ppcl_fx.uncached import Uncached
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from ppcl_fx.plan import Plan
 
-    class _DiffusersModel(nn.Module):
-        """Typed in part only."""
 
-else:
-    from diffusers import ModelMixin as _DiffusersModel
-
-
-class PipelineModel(LoraModel, Uncached, _DiffusersModel):
+class PipelineModel(LoraModel, GroupOffload, PipelineFace):
     """A model of diffusers by its class, so that pipelines take it as ``transformer=`` and call its methods.
 
     Device and dtype moves, LoRA, attention backends, ``torch.compile``, ``enable_model_cpu_offload`` and group
@@ -36,7 +30,6 @@ class PipelineModel(LoraModel, Uncached, _DiffusersModel):
 
     graph: GraphModule
     _plan: Plan
-    _offload: Offload | None = None
 
     @property
     def config(self) -> Any:
@@ -55,6 +48,12 @@ class PipelineModel(LoraModel, Uncached, _DiffusersModel):
         """Where the parameters are."""
         return next(self.graph.parameters()).device
 
+    def _class_config(self) -> Any:
+        return self.graph.meta["ppcl"].get("config", {}) if "graph" in self._modules else None
+
+    def _class_weights(self) -> Mapping[str, torch.Tensor]:
+        return {**dict(self.graph.named_parameters()), **dict(self.graph.named_buffers())}
+
     # ---- moves -------------------------------------------------------------------------------------------------
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
@@ -69,8 +68,7 @@ class PipelineModel(LoraModel, Uncached, _DiffusersModel):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         if "graph" not in self._modules:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._offload is not None:
-            raise PpclError("the model is offloaded by blocks, so it is not moved; load it again to move it")
+        self.require_not_offloaded()
         self._adapters.check_untouched()
         before, dtypes = self._place(), dtypes_of(fn)
         other = {t.dtype for t in self.graph.parameters() if dtypes(t.dtype) != t.dtype}
@@ -83,6 +81,7 @@ class PipelineModel(LoraModel, Uncached, _DiffusersModel):
         if before != self._place():
             self._adapters.moved(self.graph)
             self._weights_changed()
+            self._forget_class()
         return self
 
     def retrace(self, **example: Any) -> Any:
@@ -108,7 +107,7 @@ class PipelineModel(LoraModel, Uncached, _DiffusersModel):
         tensors = [*self.graph.parameters(), *self.graph.buffers()]
         return [(t.device, t.dtype, 0 if t.is_meta else t.data_ptr()) for t in tensors]
 
-    # ---- attention, compilation, offloading --------------------------------------------------------------------
+    # ---- attention ---------------------------------------------------------------------------------------------
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose the kernels of every attention, as on any model of diffusers.
@@ -127,51 +126,6 @@ class PipelineModel(LoraModel, Uncached, _DiffusersModel):
         """Go back to the kernels of torch."""
         super().reset_attention_backend()  # type: ignore[misc]
         self._weights_changed()
-
-    def enable_group_offload(
-        self,
-        onload_device: str | torch.device,
-        offload_device: str | torch.device = "cpu",
-        offload_type: str = "block_level",
-        **options: Any,
-    ) -> None:
-        """Keep the weights on one device and compute block by block on another.
-
-        Args:
-            onload_device: where to compute.
-            offload_device: where the weights rest.
-            offload_type: ``block_level``.
-            options: as diffusers takes them (``num_blocks_per_group``, ``use_stream``, ``non_blocking`` ...).
-
-        Raises:
-            PpclError: offloading by leaves, or the model is offloaded already.
-        """
-        if self._offload is not None:
-            raise PpclError("the model is offloaded already; load it again to offload it in another way")
-        how = offload(onload_device, offload_device, offload_type, options)
-        self.to(how.offload_device)
-        announce(self, how)
-        self._offload = how
-        self._weights_changed()
-
-    def _runner(self, gm: GraphModule) -> GraphModule | Pieces:
-        """Return what runs a mixture: itself, or its pieces with offloading hooks."""
-        if self._offload is None:
-            return gm
-        kept = self.__dict__.get("_pieces")
-        if kept is None or kept[0] is not gm:
-            kept = self.__dict__["_pieces"] = (gm, offloaded(gm, self._offload))
-        pieces = kept[1]
-        assert isinstance(pieces, Pieces)
-        return pieces
-
-    def compile_repeated_blocks(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: the blocks lie open in the graph."""
-        raise PpclError("the blocks of a pluggable model are part of one graph; compile it whole: torch.compile(model)")
-
-    def enable_layerwise_casting(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: weights that change their dtype behind the graph's back."""
-        raise PpclError("layerwise casting changes dtypes that the graph was traced with; use to(torch.bfloat16)")
 
     # ---- saving ------------------------------------------------------------------------------------------------
 

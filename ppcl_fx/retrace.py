@@ -68,6 +68,11 @@ def retraced(
     from ppcl_fx.passes.rewrite import insert_edits
 
     info = graph.meta["ppcl"]
+    if info.get("alone"):
+        raise PpclError(
+            f"{info['alone']} lacks blocks of its teacher, so it cannot be traced again; load it in the dtype that it "
+            "is to compute in: ppcl_fx.load(folder, dtype=torch.bfloat16)"
+        )
     model = _on_meta(info.get("config", {}))
     _take_dtypes(model, graph, dtypes)
     if example is None:

@@ -8,7 +8,6 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppcl_fx.files import read_json, write_json
-from ppcl_fx.reading import INDEX_BYTES
 
 LOSSES = "losses.json"
 
@@ -71,7 +70,7 @@ class Losses(BaseModel):
         """
         kept: list[StageCurves] = []
         if path.is_file():
-            before = Losses.open(path)
+            before = read_json(path, Losses)
             ours = {stage.label for stage in self.stages}
             same = (before.plan, before.calls, before.sequential) == (self.plan, self.calls, self.sequential)
             kept = [stage for stage in before.stages if stage.label not in ours] if same else []
@@ -80,4 +79,4 @@ class Losses(BaseModel):
     @classmethod
     def open(cls, path: Path) -> Losses:
         """Read `losses.json`. Raises PpclError where it is missing or damaged."""
-        return read_json(path, cls, INDEX_BYTES)
+        return read_json(path, cls)

@@ -25,6 +25,7 @@ from ppcl_fx.files import (
     write_safetensors,
 )
 from ppcl_fx.model import CARD as STUDENT_CARD
+from ppcl_fx.model import FINETUNED as CARD
 from ppcl_fx.plan import plan_digest as plan_digest
 from ppcl_fx.train.stages import mixture
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
 
 WEIGHTS = "model.safetensors"
-CARD = "finetuned.json"
 NAME = "finetuned"
 """What its folder's name begins with: ``finetuned``, or ``finetuned-0.7`` for a share."""
 

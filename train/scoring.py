@@ -3,29 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
-
-from torch import nn
-from torch.fx import GraphModule
+from typing import Any
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.tracing import bind
-
-if TYPE_CHECKING:
-    from ppcl_fx.model import PluggableModel
-
-
-class _Plain(nn.Module):
-    """A graph that a pipeline asks for its configuration, dtype and device."""
-
-    def __init__(self, graph: GraphModule, own: Any) -> None:
-        super().__init__()
-        self.graph = graph
-        self.config, self.dtype, self.device = own.config, own.dtype, own.device
-
-    def forward(self, **kwargs: Any) -> Any:
-        """Call the graph with a transformer's keyword arguments."""
-        return self.graph(**bind(self.graph, kwargs))
+from ppcl_fx.model import PluggableModel
+from ppcl_fx.plan import Plan
 
 
 def shapes_score(model: PluggableModel, count: int) -> Callable[[str, Any], float]:
@@ -47,7 +29,7 @@ def shapes_score(model: PluggableModel, count: int) -> Callable[[str, Any], floa
     pipeline.set_progress_bar_config(disable=True)
 
     def scored(stage: str, whole: Any) -> float:
-        pipeline.transformer = _Plain(whole, own) if stage == "finetune" else whole
+        pipeline.transformer = PluggableModel(whole, Plan()) if stage == "finetune" else whole
         try:
             return score(pipeline, count)["overall"]
         finally:

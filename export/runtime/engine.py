@@ -6,26 +6,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.head import Front, check_head, pluggable_graph, read_head
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import AUTO, Choice, Sessions, choose, device_of, export_command
-from ppcl_fx.uncached import Uncached
+from ppcl_fx.face import PipelineFace
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    class _DiffusersModel(nn.Module):
-        """Typed in part only."""
 
-else:
-    from diffusers import ModelMixin as _DiffusersModel
-
-
-class EngineTransformer(Uncached, _DiffusersModel):
+class EngineTransformer(PipelineFace):
     """What ``ppcl-fx export`` wrote, called like the transformer it was made from::
 
         pipeline.transformer = EngineTransformer("ENGINES")
@@ -43,6 +36,8 @@ class EngineTransformer(Uncached, _DiffusersModel):
     Raises:
         PpclError: the folder is not one of an export, the ratio is not in it, or nothing here can run it.
     """
+
+    KIND = "an exported model"
 
     def __init__(
         self,
@@ -74,6 +69,9 @@ class EngineTransformer(Uncached, _DiffusersModel):
         from diffusers.configuration_utils import FrozenDict
 
         return FrozenDict(self._head.config)
+
+    def _class_config(self) -> Any:
+        return self._head.config if "_head" in self.__dict__ else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -107,6 +105,10 @@ class EngineTransformer(Uncached, _DiffusersModel):
             self._device = place
             self._sessions.close()
         return self
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Refuse: there is no attention of diffusers to choose kernels for."""
+        self._refuse("no kernels to choose: how attention is computed is part of its files; leave it out")
 
     def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:
         """Refuse: the exported folder is how it is saved."""
@@ -172,6 +174,7 @@ class EngineTransformer(Uncached, _DiffusersModel):
             GuardError: the call has arguments that the model was not exported with.
             PpclError: a shape is outside of what the file takes, or the file cannot be opened or run.
         """
+        self._check_class()
         choice, front = self._choice, self._front()
         ports = {port.name: port for port in choice.inputs}
         bound = {

@@ -20,16 +20,17 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError, PpclError
+from ppcl_fx.face import PipelineFace
 from ppcl_fx.files import inside, read_json
 from ppcl_fx.folders.layout import LISTS, STACK, Layout, compare, graph_paths
 from ppcl_fx.folders.numbering import Kept, translated
+from ppcl_fx.offload import GroupOffload
 from ppcl_fx.plan import Plan
 from ppcl_fx.room import Room
 from ppcl_fx.shards import Shards
 from ppcl_fx.skeleton import skeleton as weightless
 from ppcl_fx.sources import is_released, transformer_class, transformer_folder
 from ppcl_fx.tracing import bind, trace
-from ppcl_fx.uncached import Uncached
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
@@ -41,7 +42,7 @@ WHOLE = 16
 __all__ = ["ReleasedModel", "is_released", "load", "save_released", "with_teacher"]
 
 
-class ReleasedModel(Uncached, nn.Module):
+class ReleasedModel(GroupOffload, PipelineFace):
     """A pruned model read from the released layout; behaves like the transformer it was made from.
 
     Its ``state_dict`` is the checkpoint's. The graph that computes it is traced at the first call, and again for a call
@@ -53,10 +54,12 @@ class ReleasedModel(Uncached, nn.Module):
         tensors: the checkpoint's tensors by name.
     """
 
+    KIND = "a released checkpoint"
+
     def __init__(self, skeleton: nn.Module, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        for name, tensor in tensors.items():
-            _register(self, name, tensor)
+        for name in sorted(tensors, key=_numbered):
+            _register(self, name, tensors[name])
         self.layout = layout
         kept = [Kept(index, index, f"{STACK}.{index}") for index in range(layout.num_layers)]
         self._paths = graph_paths([], Plan(edits=layout.edits()), kept, layout)
@@ -78,6 +81,13 @@ class ReleasedModel(Uncached, nn.Module):
         lists = {name: getattr(self.layout, name) for name in LISTS}
         return FrozenDict({**self.__dict__["_skeleton"].config, **lists})
 
+    def _class_config(self) -> Any:
+        skeleton = self.__dict__.get("_skeleton")
+        return None if skeleton is None else {**skeleton.config, "_class_name": type(skeleton).__name__}
+
+    def _class_weights(self) -> Mapping[str, torch.Tensor]:
+        return dict(self.named_parameters())
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the floating-point parameters."""
@@ -98,14 +108,16 @@ class ReleasedModel(Uncached, nn.Module):
         Raises:
             PpclError: the call cannot be traced.
         """
+        self._check_class()
         names = list(inspect.signature(self.__dict__["_skeleton"].forward).parameters)
         given = dict(zip(names, args, strict=False)) | kwargs
-        if self.__dict__["_edited"] is None:
-            self._trace(given)
+        if self.__dict__["_view"] is None:
+            self._prepare(given)
         try:
             result = self._call(given)
         except GuardError:
             self._trace(given)
+            self._prepare(given)
             result = self._call(given)
         if not return_dict:
             return result
@@ -123,13 +135,23 @@ class ReleasedModel(Uncached, nn.Module):
 
         self._trace(example_kwargs)
         graph = self._bound()
-        graph.meta["ppcl"]["released"] = True
+        graph.meta["ppcl"]["alone"] = self.KIND
         return PluggableModel(graph, Plan())
 
     def _call(self, given: Mapping[str, Any]) -> Any:
-        gm = self._bound()
-        return gm(**bind(gm, given))
+        view = self.__dict__["_view"]
+        # Only where it differs: a call inside of torch.compile should find nothing to change.
+        gm = view if view.training == self.training else view.train(self.training)
+        return self._runner(gm)(**bind(gm, given))
 
+    @torch.compiler.disable(reason="a released checkpoint is traced at its first call: call it once, then compile it")  # type: ignore[untyped-decorator]
+    def _prepare(self, given: Mapping[str, Any]) -> None:
+        """Trace the call where that is still to be done, and put the weights into the graph."""
+        if self.__dict__["_edited"] is None:
+            self._trace(given)
+        self._bound()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _trace(self, kwargs: Mapping[str, Any]) -> None:
         from ppcl_fx.passes.rewrite import insert_edits
 
@@ -145,6 +167,11 @@ class ReleasedModel(Uncached, nn.Module):
             edits = frozenset(edit.id for edit in self.layout.edits())
             view = plugged(self.__dict__["_edited"], edits)
             own = dict(self.named_parameters())
+            if any(parameter.is_meta for parameter in own.values()):
+                raise PpclError(
+                    "the checkpoint's weights lie on the meta device: accelerate offloads it leaf by leaf, and a graph "
+                    "has other leaves; call pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload()"
+                )
             for name, shape in [(name, parameter.shape) for name, parameter in view.named_parameters()]:
                 wanted = translated(name, self._paths)
                 parent, _, leaf = name.rpartition(".")
@@ -160,10 +187,42 @@ class ReleasedModel(Uncached, nn.Module):
         assert isinstance(view, GraphModule)
         return view.train(self.training)
 
+    # ---- what pipelines do with it -----------------------------------------------------------------------------
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move to a device, to a dtype, or both, as `torch.nn.Module.to`."""
+        return nn.Module.to(self, *args, **kwargs)
+
     def _apply(self, fn: Any, recurse: bool = True) -> ReleasedModel:
+        self.require_not_offloaded()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.__dict__["_view"] = None
+        self._weights_changed()
+        self._forget_class()
         return self
+
+    def _weights_changed(self) -> None:
+        self.__dict__["_view"] = None
+
+    def set_attention_backend(self, backend: str) -> None:
+        """Choose the kernels of every attention, as on any model of diffusers; the next call traces with them."""
+        self.__dict__["_skeleton"].set_attention_backend(backend)
+        self.__dict__["_edited"] = None
+
+    def reset_attention_backend(self) -> None:
+        """Go back to the kernels of torch."""
+        self.__dict__["_skeleton"].reset_attention_backend()
+        self.__dict__["_edited"] = None
+
+    def load_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the blocks of a checkpoint have numbers of their own, and a LoRA has the teacher's."""
+        self._refuse(
+            "no place for a LoRA: its blocks are numbered anew; plug it into its teacher: "
+            "ppcl_fx.folders.released.with_teacher(folder, teacher, example_kwargs)"
+        )
+
+    def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:
+        """Refuse: its own folder is how it is saved."""
+        self._refuse(f"nothing to save, {save_directory} included: copy the folder that it was loaded from")
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ReleasedModel:
@@ -247,12 +306,17 @@ def save_released(model: PluggableModel, folder: str | Path, *, overwrite: bool 
 
 
 def _register(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put a tensor at a dotted name, in plain modules made for it."""
+    """Put a tensor at a dotted name, in plain modules made for it, and in lists where the names are numbers."""
     *path, leaf = name.split(".")
-    for part in path:
+    for part, following in zip(path, [*path[1:], leaf], strict=True):
         if part not in root._modules:
-            root.add_module(part, nn.Module())
+            root.add_module(part, nn.ModuleList() if following.isdigit() else nn.Module())
         child = root._modules[part]
         assert child is not None
         root = child
     root.register_parameter(leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+
+
+def _numbered(name: str) -> list[tuple[bool, int, str]]:
+    """Return a key that sorts ``blocks.2`` before ``blocks.10``."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

@@ -85,6 +85,12 @@ class LoraModel(nn.Module):
             PpclError: the file cannot be read, or is for another model; nothing is changed then.
         """
         del ignored
+        alone = self.graph.meta["ppcl"].get("alone")
+        if alone:
+            raise PpclError(
+                f"{alone} has no place for a LoRA: blocks that it was trained for are gone; load it into the pluggable "
+                "model, fuse it there, and fine-tune or export that"
+            )
         layers = read_lora(pretrained_model_name_or_path_or_dict, prefix, weight_name, metadata, network_alphas)
         if not layers:
             log.warning("the LoRA holds nothing for the transformer")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ModelMixin
+from diffusers import FirstBlockCacheConfig, ModelMixin
 
 import ppcl_fx
 from ppcl_fx import EngineTransformer
@@ -177,6 +177,25 @@ def test_it_has_what_pipelines_ask_for(made: Any, opened: Any) -> None:
         engine.to(torch.bfloat16)
     with pytest.raises(PpclError, match="copy the folder"):
         engine.save_pretrained("anywhere")
+
+
+@pytest.mark.filterwarnings("ignore:Accessing config attribute")
+def test_it_answers_like_the_class_that_was_exported(made: Any, opened: Any) -> None:
+    teacher = load_pipeline().transformer
+    assert (opened.inner_dim, opened.out_channels) == (teacher.inner_dim, teacher.out_channels)
+    assert len(opened.transformer_blocks) == len(teacher.transformer_blocks)
+    assert not opened.is_cache_enabled and not hasattr(opened, "rope")
+    for words, refused in {
+        "load it into the pluggable model, fuse it there": lambda: opened.load_lora_adapter({}),
+        "no weights of its own to offload": lambda: opened.enable_group_offload("cpu"),
+        "no kernels to choose": lambda: opened.set_attention_backend("native"),
+        "no layerwise casting": lambda: opened.enable_layerwise_casting(torch.float8_e4m3fn),
+        "enable_cache.. changes": lambda: opened.enable_cache(FirstBlockCacheConfig(threshold=0.1)),
+    }.items():
+        with pytest.raises(PpclError, match=words):
+            refused()
+    with opened.cache_context("cond", step_index=0, sigma=torch.tensor(1.0)):
+        pass
 
 
 def test_files_are_opened_when_they_are_called(made: Any) -> None:

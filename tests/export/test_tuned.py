@@ -8,11 +8,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
 import ppcl_fx
 from ppcl_fx import EngineTransformer
+from ppcl_fx.errors import PpclError
 from ppcl_fx.export import check_artefacts, export_finetuned
 from ppcl_fx.tracing import bind
 from ppcl_fx.train import load_finetuned
@@ -63,6 +65,45 @@ def answer(out: Path, kwargs: dict[str, Any], backend: str) -> torch.Tensor:
         found = EngineTransformer(out, backend=backend, device="cpu")(**kwargs)[0]
     assert isinstance(found, torch.Tensor)
     return found
+
+
+def test_a_finetuned_student_stands_in_a_pipeline(student: Path, tmp_path: Path) -> None:
+    kwargs, folder = qwen_kwargs(), student / "finetuned"
+    wanted = expected(folder, kwargs)
+
+    def computed(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found = model(**kwargs)[0]
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    model: Any = ppcl_fx.load(folder)
+    assert (model.inner_dim, model.edits) == (32, [])
+    assert model.param_count() == sum(parameter.numel() for parameter in model.parameters())
+    assert torch.equal(computed(torch.compile(model, backend="eager")), wanted)
+    assert ppcl_fx.load(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
+    try:
+        model.set_attention_backend("_native_math")
+        assert torch.allclose(computed(model), wanted, atol=1e-5)
+    finally:
+        model.set_attention_backend("native")
+        model.reset_attention_backend()
+    _, hook = accelerate.cpu_offload_with_hook(model, "cpu")
+    assert torch.equal(computed(model), wanted)
+    hook.remove()
+    for words, refused in {
+        "lacks blocks of its teacher, .* load it in the dtype": lambda: model.to(torch.bfloat16),
+        "a fine-tuned model has no place for a LoRA": lambda: model.load_lora_adapter({}),
+        "has no teacher to save": lambda: model.save(tmp_path / "out"),
+        "compile it whole": lambda: model.compile_repeated_blocks(),
+    }.items():
+        with pytest.raises(PpclError, match=words):
+            refused()
+    model.enable_group_offload("cpu", num_blocks_per_group=1)
+    assert torch.equal(computed(model), wanted)
+    shutil.copytree(folder, tmp_path / "alone")
+    with pytest.raises(PpclError, match="ppcl.json"):
+        ppcl_fx.load(tmp_path / "alone")
 
 
 def test_a_finetuned_student_runs_where_it_was_exported_to(place: Place) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 
@@ -293,8 +294,8 @@ def test_a_whole_pipeline_around_a_released_checkpoint_draws(tmp_path: Path) -> 
     edits: list[Edit] = [DepthEdit(stack=STACK, first=1, last=2), TextStreamEdit(stack=STACK, source=3, last=5)]
     model = rewrite(trace(whole.transformer, calls.examples()), Plan(edits=edits), calls)
     model.plug(students=model.edits)
-    pruned_folder = shutil.copytree(tmp_path / "model", tmp_path / "pruned")
-    released.save_released(model, pruned_folder / "transformer", overwrite=True)
+    pruned_folder = shutil.copytree(tmp_path / "model", tmp_path / "pruned", ignore=lambda *_: {"transformer"})
+    released.save_released(model, pruned_folder / "transformer")
     pipeline = open_source(str(pruned_folder)).pipeline()
     assert isinstance(pipeline.transformer, released.ReleasedModel)
     assert isinstance(ppcl_fx.load(pruned_folder), released.ReleasedModel)
@@ -304,3 +305,72 @@ def test_a_whole_pipeline_around_a_released_checkpoint_draws(tmp_path: Path) -> 
     assert torch.equal(ours[-1].kwargs["hidden_states"], theirs[-1].kwargs["hidden_states"])
     with pytest.raises(PpclError, match="has no transformer blocks|holds no transformer blocks"):
         trace(pipeline.transformer, calls.examples())
+
+
+# ---- in pipelines ----------------------------------------------------------------------------------------------
+
+
+def test_a_released_checkpoint_answers_like_its_class_and_compiles() -> None:
+    kwargs, _ = golden_call()
+    model: Any = ppcl_fx.load(GOLDEN)
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    assert (model.inner_dim, len(model.transformer_blocks), model.is_cache_enabled) == (width, 7, False)
+    assert type(model.pos_embed).__name__ == "QwenEmbedRope"
+    assert model.transformer_blocks[0].attn.to_q.weight is dict(model.named_parameters())[f"{STACK}.0.attn.to_q.weight"]
+    assert not hasattr(model, "rope")
+    expected = answer(ppcl_fx.load(GOLDEN), kwargs)
+    # Before the first call, and for a call that is traced again.
+    compiled = torch.compile(model, backend="eager")
+    assert torch.equal(answer(compiled, kwargs), expected)
+    short = {**kwargs, "encoder_hidden_states_mask": None}
+    assert torch.equal(answer(compiled, short), answer(ppcl_fx.load(GOLDEN), short))
+    assert torch.equal(answer(torch.compile(model, backend="eager", fullgraph=True), short), answer(model, short))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="call it once, then compile it"):
+        answer(torch.compile(ppcl_fx.load(GOLDEN), backend="eager", fullgraph=True), kwargs)
+
+
+def test_a_released_checkpoint_is_offloaded_whole_and_by_blocks() -> None:
+    kwargs, _ = golden_call()
+    expected = answer(ppcl_fx.load(GOLDEN), kwargs)
+    model: Any = ppcl_fx.load(GOLDEN)
+    _, hook = accelerate.cpu_offload_with_hook(model, "cpu")
+    assert torch.equal(answer(model, kwargs), expected)
+    hook.remove()
+    model.enable_group_offload("cpu", num_blocks_per_group=1)
+    for _ in range(2):
+        assert torch.equal(answer(model, kwargs), expected)
+    with pytest.raises(PpclError, match="offloaded by blocks, so it is not moved"):
+        model.to("cpu")
+    leaves = accelerate.cpu_offload(ppcl_fx.load(GOLDEN), execution_device="cpu")
+    with pytest.raises(PpclError, match=r"on the meta device: accelerate offloads it leaf by leaf.*remove_all_hooks"):
+        leaves(**kwargs)
+    assert torch.equal(answer(accelerate.hooks.remove_hook_from_module(leaves, recurse=True), kwargs), expected)
+
+
+def test_attention_backends_of_a_released_checkpoint() -> None:
+    kwargs, _ = golden_call()
+    model: Any = ppcl_fx.load(GOLDEN)
+    expected = answer(model, kwargs)
+    try:
+        model.set_attention_backend("_native_math")
+        found = answer(model, kwargs)
+        assert torch.allclose(found, expected, atol=1e-5) and not torch.equal(found, expected)
+    finally:
+        model.set_attention_backend("native")
+        model.reset_attention_backend()
+    assert torch.equal(answer(model, kwargs), expected)
+
+
+def test_what_a_released_checkpoint_cannot_do_is_one_line(tmp_path: Path) -> None:
+    model: Any = ppcl_fx.load(GOLDEN)
+    for words, refused in {
+        "its blocks are numbered anew; plug it into its teacher": lambda: model.load_lora_adapter({}),
+        "no layerwise casting": lambda: model.enable_layerwise_casting(torch.float8_e4m3fn),
+        "compile it whole": lambda: model.compile_repeated_blocks(),
+        "copy the folder that it was loaded from": lambda: model.save_pretrained(tmp_path / "out"),
+        "use offload_type='block_level'": lambda: model.enable_group_offload("cpu", offload_type="leaf_level"),
+    }.items():
+        with pytest.raises(PpclError, match=words):
+            refused()
+    assert not (tmp_path / "out").exists()
