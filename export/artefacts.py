@@ -13,8 +13,11 @@ from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.samples import sample_of
 from ppcl_fx.export.sidecar import Sidecar, WeightFile
 from ppcl_fx.files import inside, read_json, sha256_of
+from ppcl_fx.reading import read_bytes
 
 AGAIN = "export it again, or copy the whole folder again"
+GRAPH_BYTES = 2**31
+"""A graph may be this large without its weights: protobuf's own bound."""
 
 
 def check_artefacts(
@@ -100,8 +103,9 @@ def external_data(graph: Path) -> list[tuple[str, int, int]]:
         PpclError: it is no ONNX file.
     """
     onnx = need("onnx")
+    data = read_bytes(graph, GRAPH_BYTES)
     try:
-        proto = onnx.load(str(graph), load_external_data=False)
+        proto = onnx.load_model_from_string(data)
     except Exception as error:  # noqa: BLE001 - protobuf's DecodeError has no public home
         reason = " ".join(str(error).split())[:120]
         raise PpclError(f"{graph}: not an ONNX file ({reason}); {AGAIN}") from None

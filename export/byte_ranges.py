@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.reading import open_regular, parse_json
 from ppcl_fx.shards import AGAIN, DTYPES
 
 LONGEST_HEADER = 100 * 10**6
@@ -45,12 +46,12 @@ def byte_ranges(path: Path) -> dict[str, ByteRange]:
         PpclError: the file is missing or truncated, or its header says what cannot be.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(size - 8, LONGEST_HEADER):
                 raise ValueError("its header is longer than the file")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         begin = 8 + length
         return {
             name: _range(path, entry, begin, size) for name, entry in header.items() if name != "__metadata__"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.names import WEIGHTS
+from ppcl_fx.reading import read_text
 
 MARK = ".exporting"
 """Locked by the export that writes to a folder. It lists the graphs that were not there when that export began; where
@@ -26,8 +27,8 @@ _OURS = re.compile(r"(keep-[0-9.]+(\.bf16)?|head)(\.json)?")
 def unfinished(folder: Path) -> frozenset[str]:
     """Return the names of the graphs that an export was to write into a folder when it ended early."""
     try:
-        return frozenset((folder / MARK).read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError):
+        return frozenset(read_text(folder / MARK).splitlines())
+    except PpclError:
         return frozenset()
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.byte_ranges import byte_ranges
+from ppcl_fx.reading import open_regular
 
 SPOT = 256
 """Bytes read at the beginning, in the middle and at the end of each tensor."""
@@ -33,14 +35,15 @@ def sample_of(path: Path) -> str:
 
 
 def _digest(path: Path) -> str:
-    size = path.stat().st_size
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
     if path.suffix == ".safetensors":
         places = sorted((part.offset, part.length) for part in byte_ranges(path).values())
     else:
         step = max(1, -(-size // PIECES))
         places = [(first, min(step, size - first)) for first in range(0, size, step)]
     found = hashlib.sha256(f"{size} {places}".encode())
-    with path.open("rb", buffering=0) as file:
+    with open_regular(path) as file:
         for first, length in places:
             last = first + length
             for at in sorted({first, first + length // 2, max(first, last - SPOT)}):

@@ -28,6 +28,7 @@ from ppcl_fx.export.weight_source import Piece, WeightSource
 from ppcl_fx.files import need_room, sha256_of, sync
 from ppcl_fx.long_files import form_bytes, write_long
 from ppcl_fx.memory import size_words
+from ppcl_fx.reading import open_regular
 
 _FICLONE = 0x40049409
 """The ioctl of Linux that lets two files share their blocks until one is written to."""
@@ -239,7 +240,7 @@ def _copier(file: Path) -> Callable[[Path], None]:
 
 def _clone(source: Path, target: Path) -> None:
     """Copy a file: sharing its blocks where the file system can, within the kernel where it cannot."""
-    with source.open("rb") as old, target.open("wb") as new:
+    with open_regular(source) as old, target.open("wb") as new:
         try:
             import fcntl
 

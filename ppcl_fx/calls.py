@@ -20,6 +20,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, new_folder, read_json, tensor_shapes, write_json, write_safetensors
 from ppcl_fx.fingerprint import tensor_digest
 from ppcl_fx.kinds import Examples, Sizes, kind_of, shapes_of
+from ppcl_fx.reading import INDEX_BYTES
 
 __all__ = ["Call", "Calls", "check_finite", "collate", "map_tensors"]
 
@@ -215,7 +216,7 @@ class Calls(Sequence[Call]):
                 names the file and the call.
         """
         folder = Path(folder)
-        index = read_json(folder / INDEX, Index)
+        index = read_json(folder / INDEX, Index, INDEX_BYTES)
         stored = _StoredCalls(folder, index.calls)
         stored.check_headers()
         if _fingerprint(index.model, index.calls) != index.fingerprint:

@@ -15,14 +15,15 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails, from_json
+from pydantic_core import ErrorDetails
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.memory import size_words
 from ppcl_fx.owned import Kind, check_no_link, check_replaceable
+from ppcl_fx.reading import JSON_BYTES, open_regular, parse_json, read_bytes, without_mark
 
 if TYPE_CHECKING:
     import torch
@@ -75,18 +76,17 @@ def write_safetensors(
         beside.chmod(mode)  # safetensors writes files that their owner alone can read
 
 
-def read_json(path: str | Path, model: type[Model]) -> Model:
-    """Return the JSON file at `path` as a `model`.
+def read_json(path: str | Path, model: type[Model], limit: int = JSON_BYTES) -> Model:
+    """Return the JSON file at `path`, of at most `limit` bytes, as a `model`.
 
     Raises:
-        PpclError: the file is missing, is no JSON, holds NaN, or does not fit the model. The line names the
-            first field at fault.
+        PpclError: the file is missing, is no regular file, too large, no JSON, holds a number that is not finite, or
+            does not fit the model. The line names the first field at fault.
     """
-    path = Path(path)
-    data = _read_bytes(path)
+    data = read_bytes(path, limit)
     try:
-        from_json(data, allow_inf_nan=False)
-        return model.model_validate_json(data)
+        parse_json(data)
+        return model.model_validate_json(without_mark(data))
     except ValidationError as error:
         raise PpclError(f"{path}: {_first_fault(error, model)}; mend the file or write it again") from None
     except ValueError as error:
@@ -113,9 +113,7 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
-    if not path.is_file():
-        _missing(path)
+    open_regular(path).close()  # safetensors would wait for a pipe
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -270,9 +268,12 @@ def _os_errors(path: Path) -> Iterator[None]:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's content, in hexadecimal. Raises OSError where it cannot be read."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Return the SHA-256 of a regular file's content, in hexadecimal. Raises PpclError where it cannot be read."""
+    with open_regular(path) as file:
+        try:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise PpclError(f"{path}: cannot be read ({error.strerror or error}); copy it again") from None
 
 
 def sync(path: Path) -> None:
@@ -303,21 +304,6 @@ def _own_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
         out[name] = plain.clone() if storage in seen else plain
         seen.add(storage)
     return out
-
-
-def _read_bytes(path: Path) -> bytes:
-    if not path.exists():
-        _missing(path)
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PpclError(f"{path}: cannot be read ({reason}); check the path and its permissions") from None
-
-
-def _missing(path: Path) -> NoReturn:
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    raise PpclError(f"{path}: no such file{near(path.name, siblings)}; check the path")
 
 
 def _first_fault(error: ValidationError, model: type[BaseModel]) -> str:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ppcl_fx.errors import PpclError, foreign, near
 from ppcl_fx.files import read_json
+from ppcl_fx.reading import check_model_folder
 
 if TYPE_CHECKING:
     import torch
@@ -183,6 +184,7 @@ def _open_folder(name: str, folder: Path) -> Source:
     for student in STUDENT_FILES:
         if (folder / student).is_file():
             raise PpclError(f"{name}: a model that ppcl-fx saved, not a teacher; open it with ppcl_fx.load")
+    check_model_folder(folder)
     if (folder / "model_index.json").is_file():
         _check_pipeline(folder)
         return Source(name, "pipeline", folder)

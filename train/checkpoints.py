@@ -27,6 +27,7 @@ from ppcl_fx.files import (
     write_safetensors,
     write_text,
 )
+from ppcl_fx.reading import INDEX_BYTES, read_text
 from ppcl_fx.train.curves import StageCurves
 
 KEPT = 2
@@ -183,7 +184,7 @@ def peek(folder: Path) -> State | None:
     for path in reversed(existing(folder)):
         try:
             _check_sum(path, STATE)
-            return read_json(path / STATE, State)
+            return read_json(path / STATE, State, INDEX_BYTES)
         except PpclError as error:
             _log.warning("damaged checkpoint passed over: %s", error)
     return None
@@ -199,7 +200,7 @@ def read(path: Path, *, check: bool = True) -> Checkpoint:
     for name in (STATE, PIECES if shared else TENSORS):
         if check:
             _check_sum(path, name)
-    return Checkpoint(read_json(path / STATE, State), _tensors(path, shared, check), path)
+    return Checkpoint(read_json(path / STATE, State, INDEX_BYTES), _tensors(path, shared, check), path)
 
 
 def _tensors(path: Path, shared: bool, check: bool) -> Mapping[str, Tensor]:
@@ -212,12 +213,8 @@ def _tensors(path: Path, shared: bool, check: bool) -> Mapping[str, Tensor]:
 
 
 def _check_sum(path: Path, name: str) -> None:
-    try:
-        lines = (path / SUMS).read_text(encoding="ascii").splitlines()
-        found = sha256_of(path / name)
-    except (OSError, UnicodeDecodeError) as error:
-        raise PpclError(f"{path}: cannot be read ({error})") from None
-    if f"{found}  {name}" not in lines:
+    lines = read_text(path / SUMS).splitlines()
+    if f"{sha256_of(path / name)}  {name}" not in lines:
         raise PpclError(f"{path / name}: its checksum is not the one in {SUMS}")
 
 

@@ -13,10 +13,13 @@ from pydantic import BaseModel, ValidationError
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import write_text
+from ppcl_fx.reading import read_text
 from ppcl_fx.train.options import Options, TermWeights, plan_stages
 
 CONFIG = "train.toml"
 """The complete config that a run used, in its folder."""
+TOML_BYTES, LONGEST_LINE = 2**16, 4096
+"""Bounds of a config file: what Python's reader of TOML takes grows with the square of a dotted name's length."""
 NONE = "none"
 """TOML has no null; an option that is off is written so."""
 
@@ -56,12 +59,12 @@ def read(path: str | Path) -> dict[str, Any]:
         PpclError: The file is missing or no TOML, or an option is unknown.
     """
     path = Path(path)
+    written = read_text(path, TOML_BYTES)
+    if max(map(len, written.split("\n"))) > LONGEST_LINE:
+        raise PpclError(f"{path}: has a line of more than {LONGEST_LINE} characters; write an option a line")
     try:
-        found = tomllib.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PpclError(f"{path}: cannot be read ({reason}); give a config file with --config") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        found = tomllib.loads(written)
+    except (ValueError, RecursionError) as error:  # numbers of many digits, and lists in lists in lists
         raise PpclError(f"{path}: not valid TOML ({error}); mend the file") from None
     check_names(found, f"{path}: ")
     return {name: _plain(value) for name, value in found.items()}

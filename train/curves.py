@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppcl_fx.files import read_json, write_json
+from ppcl_fx.reading import INDEX_BYTES
 
 LOSSES = "losses.json"
 
@@ -70,7 +71,7 @@ class Losses(BaseModel):
         """
         kept: list[StageCurves] = []
         if path.is_file():
-            before = read_json(path, Losses)
+            before = Losses.open(path)
             ours = {stage.label for stage in self.stages}
             same = (before.plan, before.calls, before.sequential) == (self.plan, self.calls, self.sequential)
             kept = [stage for stage in before.stages if stage.label not in ours] if same else []
@@ -79,4 +80,4 @@ class Losses(BaseModel):
     @classmethod
     def open(cls, path: Path) -> Losses:
         """Read `losses.json`. Raises PpclError where it is missing or damaged."""
-        return read_json(path, cls)
+        return read_json(path, cls, INDEX_BYTES)

@@ -4,10 +4,11 @@ and the options of ``ppcl-fx train``.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
 
 from ppcl_fx.errors import PpclError, near
 
@@ -66,6 +67,12 @@ class Options(BaseModel):
     log_every: int = Field(1, gt=0, description="steps between lines of log.jsonl")
     tensorboard: StrictBool | None = Field(None, description="TensorBoard events; none: where installed")
     weights: TermWeights = Field(TermWeights(), description="weights of the loss terms")
+
+    @field_validator("log")
+    @classmethod
+    def _home(cls, value: str | None) -> str | None:
+        """A path in a file, or in quotes, has met no shell that expands its ``~``."""
+        return None if value is None else os.path.expanduser(value)
 
     def decisive(self) -> dict[str, Any]:
         """Return the options that a resumed run must share, as JSON-able values."""

@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, read_json, write_json
+from ppcl_fx.reading import open_regular
 from ppcl_fx.train.checkpoints import PIECES
 from ppcl_fx.train.ranks import Ranks, together
 
@@ -192,7 +193,7 @@ def like(name: str, tensors: Mapping[str, Tensor], parameter: Tensor | None) -> 
 
 def _piece(path: Path) -> Piece:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
     return Piece(size=path.stat().st_size, sha256=digest.hexdigest())

@@ -22,6 +22,7 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import write_text
+from ppcl_fx.reading import INDEX_BYTES, append_regular, read_bytes
 from ppcl_fx.train.flops import Counter
 
 LOG = "log.jsonl"
@@ -203,8 +204,8 @@ class Watch:
             return
         with self._unless_full():
             self._folder.mkdir(parents=True, exist_ok=True)
-            with (self._folder / LOG).open("a", encoding="utf-8") as file:
-                file.write(_line(row))
+            with append_regular(self._folder / LOG) as file:
+                file.write(_line(row).encode())
         if self._events is not None:
             with self._unless_full():
                 for name, value in _scalars(row):
@@ -258,7 +259,7 @@ def _forget(path: Path, stage: str, done: int) -> None:
     """Drop the lines of `stage` after step `done`, and a line that a killed run left half-written."""
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    lines = read_bytes(path, INDEX_BYTES).decode("utf-8", errors="replace").splitlines(keepends=True)
     kept = [line for line in lines if _stays(line, stage, done)]
     write_text(path, "".join(kept))
 
@@ -267,7 +268,7 @@ def _stays(line: str, stage: str, done: int) -> bool:
     try:
         found = json.loads(line)
         return bool(found["stage"] != stage or found["step"] <= done)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return False
 
 

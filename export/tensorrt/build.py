@@ -18,6 +18,10 @@ from ppcl_fx.export.tensorrt.places import Origin, read_graph
 from ppcl_fx.export.tensorrt.profiles import Profile, shapes_of
 from ppcl_fx.export.tensorrt_api import Api, Gpu, find_gpu
 from ppcl_fx.files import inside, need_room, new_file, write_json
+from ppcl_fx.reading import read_bytes
+
+TIMINGS_BYTES = 2**30
+"""A cache of kernel timings may be this large."""
 
 
 def load_tensorrt(left: str, index: int = 0) -> tuple[Api, Gpu]:
@@ -173,7 +177,7 @@ def _add_profile(
 
 def _attach_cache(api: Api, config: Any, cache: Path) -> None:
     """Give the builder what is known of kernel timings; a cache of another GPU or version starts empty."""
-    for known in ([cache.read_bytes()] if cache.is_file() else []) + [b""]:
+    for known in ([read_bytes(cache, TIMINGS_BYTES)] if cache.is_file() else []) + [b""]:
         timings = api.call("IBuilderConfig.create_timing_cache", config, serialized_timing_cache=known)
         attached = timings is not None and api.call(
             "IBuilderConfig.set_timing_cache", config, cache=timings, ignore_mismatch=False

@@ -14,6 +14,7 @@ from ppcl_fx.export.tensorrt.monitor import Messages
 from ppcl_fx.export.tensorrt.places import rebuild_command
 from ppcl_fx.export.tensorrt_api import Api, Gpu
 from ppcl_fx.files import inside
+from ppcl_fx.reading import open_regular
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def load_engine(
     runtime = api.make("Runtime", logger=logger)
     # It is TensorRT's default: an engine that brings code for the host is refused, as no code of a folder is run.
     api.set("Runtime.engine_host_code_allowed", runtime, False)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         loaded = api.call("Runtime.deserialize_cuda_engine", runtime, serialized_engine=data)
     if loaded is None:
         raise PpclError(f"{path}: TensorRT cannot read it{messages.why()}; build it here: {rebuild_command(path)}")

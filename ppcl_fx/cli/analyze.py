@@ -26,6 +26,7 @@ from ppcl_fx.errors import PpclError, foreign
 from ppcl_fx.memory import parse_size
 from ppcl_fx.owned import ANALYSING, REPORT_MARK, check_file, check_no_link, check_replaceable, discard
 from ppcl_fx.owned import CALLS as RECORDED
+from ppcl_fx.reading import read_text
 
 if TYPE_CHECKING:
     from torch import nn
@@ -130,20 +131,13 @@ def analyze(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the lines of a file that are not empty.
+    """Return the lines of a UTF-8 file that are not empty.
 
     Raises:
         PpclError: the file cannot be read as UTF-8 or holds no prompt.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise PpclError(f"{path}: {error.strerror or error}; give a text file, one prompt a line") from error
-    except UnicodeDecodeError as error:
-        raise PpclError(
-            f"{path}: not UTF-8 text ({error.reason}); give a text file, one prompt a line"
-        ) from error
-    prompts = [line.strip() for line in lines if line.strip()]
+    # Not splitlines: it also cuts at U+2028 and the like, within a prompt.
+    prompts = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
         raise PpclError(f"{path}: holds no prompt; write one a line")
     return prompts

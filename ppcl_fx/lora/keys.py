@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, read_json, read_safetensors
+from ppcl_fx.reading import parse_json
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names that diffusers and PEFT give the file, in the order in which a folder is searched."""
@@ -215,8 +215,8 @@ def _header(path: Path) -> dict[str, Any] | None:
     if text is None:
         return None
     try:
-        values = json.loads(text)
-    except json.JSONDecodeError as error:
+        values = parse_json(text.encode())
+    except ValueError as error:
         raise PpclError(f"{path}: its {METADATA} is no JSON ({error}); save the LoRA again") from None
     return values if isinstance(values, dict) else None
 

@@ -109,7 +109,7 @@ def test_a_full_disk_stops_the_log_and_not_the_run(
 
     watch = Watch(tmp_path, tensorboard=False)
     watch.begin("depth", 0, 3)
-    monkeypatch.setattr(Path, "open", full)
+    monkeypatch.setattr(module, "append_regular", full)
     _steps(watch, Clock(), range(1, 4))
     assert caplog.text.count("the log cannot be written") == 1
     assert "No space left" in caplog.text
