@@ -7,7 +7,7 @@ kept beside the weights as PEFT's layers are, for three reasons. The passes that
 every mixture is right without their knowing of LoRA. Attention modules stay whole in the graph, where no node could
 carry a second path. And a mixture runs, trains, exports and counts as if there were no adapter. What it costs: host
 memory for the weights that are changed, and the rounding of a fused weight in 16 bits, as with diffusers' own
-``fuse_lora``. The arithmetic is PEFT's, so a fused teacher is the same to the bit.
+``fuse_lora``. PEFT's own layers read and merge them (`ppcl_fx.lora.layers`), so a fused teacher is the same to the bit.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.lora.keys import Layer, misfits
+from ppcl_fx.lora.keys import Lora
+from ppcl_fx.lora.layers import Layer, attach, merged, misfits
 from ppcl_fx.plan import DepthEdit, Plan
 
 log = logging.getLogger("ppcl_fx.lora")
@@ -90,18 +92,19 @@ class Adapters:
     _modules: frozenset[str] = field(init=False)
     _kept: dict[str, torch.Tensor] = field(default_factory=dict)
     _written: dict[str, tuple[int, int]] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=count)
 
     def __post_init__(self) -> None:
         self._modules = frozenset(path for path, _ in self.graph.named_modules())
 
     # ---- loading -----------------------------------------------------------------------------------------------
 
-    def load(self, name: str, layers: dict[str, Layer], on_students: bool = True, swap: bool = False) -> None:
+    def load(self, name: str, lora: Lora, on_students: bool = True, swap: bool = False) -> None:
         """Add a LoRA and make it the active one, as diffusers does.
 
         Args:
             name: its name.
-            layers: teacher's module path -> its change.
+            lora: what was read.
             on_students: whether student blocks take the layers of the block that they started from.
             swap: put it in the place of the one of that name.
 
@@ -112,23 +115,22 @@ class Adapters:
             self._known(name)
         elif name in self.loaded:
             raise PpclError(f"a LoRA named {name!r} is loaded already; choose another name, or delete it first")
-        linears = dict(_linears(self.graph))
-        own = {path: linear for path, linear in linears.items() if not _is_student(path)}
-        shapes = {path: (linear.out_features, linear.in_features) for path, linear in own.items()}
-        why = misfits(layers, shapes, dict(self.graph.named_modules()))
+        own = {path: module for path, module in self.graph.named_modules() if not _is_student(path)}
+        why = misfits(lora, own)
         if why:
             raise PpclError(f"the LoRA {name!r} is for another model: {why}; give one that was trained on this teacher")
-        without = [path for path, layer in layers.items() if layer.bias is not None and own[path].bias is None]
-        if without:
-            raise PpclError(
-                f"the LoRA {name!r} is for another model: it changes the bias of {without[0]!r}, which has none"
-            )
-        if any(linear.weight.is_meta for linear in own.values()):
+        if any(parameter.is_meta for parameter in self.graph.parameters()):
             raise PpclError("the weights are on the meta device, offloaded one by one; load the LoRA before offloading")
         self.check_untouched()
-        self.loaded[name] = Adapter(layers, on_students)
-        self.active = [name]
-        self.refresh()
+        adapter = Adapter(attach(lora, own, f"lora_{next(self._numbers)}"), on_students)
+        before = dict(self.loaded), list(self.active)
+        self.loaded[name], self.active = adapter, [name]
+        try:
+            self.refresh()
+        except PpclError:
+            self.loaded, self.active = before
+            self.refresh()
+            raise
 
     def activate(self, names: Sequence[str], strengths: Sequence[float]) -> None:
         """Choose which LoRAs count, in which order they are added, and how strongly.
@@ -168,23 +170,35 @@ class Adapters:
     # ---- weights -----------------------------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Write every weight anew: the kept one plus the active changes, in their order."""
-        wanted = self._changes()
-        parameters = dict(self.graph.named_parameters())
+        """Write every weight anew: the kept one plus the active changes, in their order.
+
+        Raises:
+            PpclError: PEFT cannot merge a change.
+        """
+        wanted, parameters = self._changes(), dict(self.graph.named_parameters())
+        changed = {path: {name for layer, _ in changes for name in layer.changes} for path, changes in wanted.items()}
+        names = {f"{path}.{name}" for path, own in changed.items() for name in own}
         with torch.no_grad():
-            for path in self._kept.keys() | wanted.keys():
-                parameter = parameters[path]
-                if path not in self._kept:
-                    self._kept[path] = parameter.detach().to("cpu", copy=True)
-                parameter.copy_(self._kept[path])
-                for layer, strength in wanted.get(path, ()):
+            for name in names - self._kept.keys():
+                self._kept[name] = parameters[name].detach().to("cpu", copy=True)
+            for name in self._kept.keys() - names:
+                parameters[name].copy_(self._kept[name])
+            for path, changes in wanted.items():
+                module = self.graph.get_submodule(path)
+                kept = {
+                    name: self._kept.get(f"{path}.{name}", tensor).to(tensor.device, copy=True)
+                    for name, tensor in module.named_parameters(recurse=False)
+                }
+                result = merged(module, kept, changes)
+                for name in changed[path]:
                     # In place: layers that `Narrow` cut are views of this memory.
-                    parameter.add_(_change(layer, parameter, strength))
-                if path in wanted or self.fused:
-                    self._written[path] = _state(parameter)
-                else:
-                    del self._kept[path]
-                    self._written.pop(path, None)
+                    parameters[f"{path}.{name}"].copy_(result[name])
+        for name in list(self._kept):
+            if name in names or self.fused:
+                self._written[name] = _state(parameters[name])
+            else:
+                del self._kept[name]
+                self._written.pop(name, None)
 
     def moved(self, graph: GraphModule) -> None:
         """Follow a move to another device or dtype: the kept weights take the dtype, the changes are added in it."""
@@ -201,16 +215,13 @@ class Adapters:
         return self._kept.get(path, tensor)
 
     def _changes(self) -> dict[str, list[tuple[Layer, float]]]:
-        """Return, for each parameter's name, what is added to it."""
+        """Return, for each module's path, what changes it and how strongly."""
         changes: dict[str, list[tuple[Layer, float]]] = {}
         for name in self.active if self.enabled else []:
             adapter = self.loaded[name]
             for path, layer in adapter.layers.items():
                 for target in self._targets(path, adapter):
-                    strength = adapter.strength * self.scale
-                    changes.setdefault(f"{target}.weight", []).append((layer, strength))
-                    if layer.bias is not None:
-                        changes.setdefault(f"{target}.bias", []).append((layer, strength))
+                    changes.setdefault(target, []).append((layer, adapter.strength * self.scale))
         return changes
 
     def _targets(self, path: str, adapter: Adapter) -> Iterator[str]:
@@ -270,19 +281,6 @@ class Adapters:
                 # What would go to the student, but is missing in it, has been replaced by a projector there.
                 return not (adapter.on_students and path.startswith(f"{_source(edit)}."))
         return False
-
-
-def _change(layer: Layer, parameter: torch.Tensor, strength: float) -> torch.Tensor:
-    if parameter.ndim == 2:
-        return layer.delta(parameter, strength)
-    assert layer.bias is not None
-    return layer.bias.to(parameter.device, parameter.dtype) * layer.scaling(strength)
-
-
-def _linears(gm: GraphModule) -> Iterator[tuple[str, nn.Linear]]:
-    for path, module in gm.named_modules():
-        if type(module) is nn.Linear:
-            yield path, module
 
 
 def _is_student(path: str) -> bool:

@@ -1,20 +1,24 @@
-"""Reading a LoRA: the key layouts of diffusers and PEFT, safetensors only."""
+"""Reading a LoRA: its file, its names, which of its tensors are for the transformer; safetensors only."""
 
 from __future__ import annotations
 
-import math
+import logging
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, read_json, read_safetensors
+from ppcl_fx.lora.convert import converted
+from ppcl_fx.lora.settings import of_layers, settings
 from ppcl_fx.reading import parse_json
+
+log = logging.getLogger("ppcl_fx.lora")
 
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 """Names that diffusers and PEFT give the file, in the order in which a folder is searched."""
@@ -24,80 +28,69 @@ METADATA = "lora_adapter_metadata"
 """Where diffusers puts the same settings in the header of the file."""
 PREFIXES = ("transformer.", "base_model.model.", "diffusion_model.")
 """What may stand before a module's path; the first is diffusers', the second PEFT's."""
+FACTORS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora_down": "lora_A", "lora_up": "lora_B"}
+"""What the two factors are called, and what PEFT calls them."""
+LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2")
+"""PEFT's words for the factors of LoKr."""
 PART = re.compile(
-    r"(?P<module>.+?)\.(?P<part>lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up)"
-    r"(?:\.(?!weight$|bias$)[^.]+)?\.(?P<kind>weight|bias)"
+    rf"(?P<module>.+?)\.(?P<part>{'|'.join(FACTORS)}|lora_magnitude_vector|{'|'.join(LOKR)})"
+    r"(?:\.(?!weight$|bias$)[^.]+)?(?P<kind>\.weight|\.bias)?"
 )
-DOWN = ("lora_A", "lora_down", "lora.down")
-
-
-class Settings(BaseModel):
-    """What PEFT's `LoraConfig` says about strengths; the other fields are about training.
-
-    Attributes:
-        r: rank of the layers that no pattern names.
-        lora_alpha: their strength: a layer's change is ``alpha / rank * B A``.
-        rank_pattern: end of a module path (a regular expression) -> rank.
-        alpha_pattern: end of a module path (a regular expression) -> alpha.
-        use_rslora: divide by the root of the rank instead.
-    """
-
-    model_config = ConfigDict(extra="ignore")
-
-    peft_type: str = "LORA"
-    r: int = Field(default=8, ge=1)
-    lora_alpha: float = Field(default=8, allow_inf_nan=False)
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
-    use_rslora: bool = False
-    use_dora: bool = False
-    fan_in_fan_out: bool = False
-
-    def alpha(self, module: str) -> float:
-        """Return the alpha of a module, as PEFT matches its patterns: by the end of the path."""
-        for pattern, value in self.alpha_pattern.items():
-            if re.fullmatch(rf"(.*\.)?({pattern.removeprefix('^')})", module):
-                return value
-        return self.lora_alpha
+KINDS = {"lora_A": (".weight",), "lora_B": (".weight", ".bias")}
+"""What stands behind a factor; behind other parts nothing has to."""
+DROPPED = ".dora_scale"
+"""How others than PEFT write DoRA's magnitudes; diffusers leaves them out, and the rest means something else."""
+LAYOUT = "convert it to diffusers' layout (MODULE.lora_A.weight, MODULE.lora_B.weight)"
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The change of one linear layer: ``strength * alpha / rank * up @ down``.
+class Model:
+    """What is known of the model that a LoRA is read for.
 
     Attributes:
-        down: ``A``, ``[rank, in]``.
-        up: ``B``, ``[out, rank]``.
-        bias: change of the bias, ``[out]``, if the LoRA has one.
-        alpha: numerator of the scaling.
-        rooted: divide by the root of the rank (rank-stabilised LoRA).
+        modules: the paths of its modules.
+        kind: the name of the transformer's class.
     """
 
-    down: torch.Tensor
-    up: torch.Tensor
-    bias: torch.Tensor | None
-    alpha: float
-    rooted: bool = False
+    modules: Collection[str]
+    kind: str
 
-    @property
-    def rank(self) -> int:
-        """The inner width."""
-        return int(self.down.shape[0])
 
-    def scaling(self, strength: float) -> float:
-        """Return the factor of ``up @ down``, rounded as PEFT rounds it."""
-        return strength * self.alpha / (math.sqrt(self.rank) if self.rooted else self.rank)
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA for the transformer.
 
-    def delta(self, like: torch.Tensor, strength: float) -> torch.Tensor:
-        """Return what is added to the weight `like`, by PEFT's own arithmetic, in its dtype and on its device.
+    Attributes:
+        where: what to name in a message.
+        tensors: by PEFT's names, from the module's path on.
+        modules: the paths of the modules that it changes.
+        settings: as PEFT's class takes them; ``None`` where the tensors say all.
+        alphas: alpha by the tensors' own names, as diffusers' loaders give them; empty beside settings.
+        note: why its names were not converted, for a message that they are not the model's.
+    """
 
-        The factors are rounded to the weight's dtype first, as they are when diffusers puts them beside the weight; on
-        a CPU the product of 16-bit factors is taken in float32.
-        """
-        down, up = (t.to(like.device, like.dtype) for t in (self.down, self.up))
-        if like.device.type == "cpu" and like.dtype in (torch.float16, torch.bfloat16):
-            return (up.float() @ down.float() * self.scaling(strength)).to(like.dtype)
-        return up @ down * self.scaling(strength)
+    where: str
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    modules: list[str] = field(default_factory=list)
+    settings: dict[str, Any] | None = None
+    alphas: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass
+class _Names:
+    """The tensors of one component, sorted by what their names say."""
+
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    modules: dict[str, None] = field(default_factory=dict)
+    alphas: dict[str, float] = field(default_factory=dict)
+    unknown: list[str] = field(default_factory=list)
+    others: list[str] = field(default_factory=list)
+    renamed: bool = False
+
+    def fit(self, modules: Collection[str]) -> bool:
+        """Whether every name is understood and is of a module that is there."""
+        return not self.unknown and all(module in modules for module in self.modules)
 
 
 def read_lora(
@@ -105,69 +98,120 @@ def read_lora(
     prefix: str | None = "transformer",
     weight_name: str | None = None,
     metadata: Mapping[str, Any] | None = None,
-    alphas: Mapping[str, float] | None = None,
-) -> dict[str, Layer]:
+    alphas: Mapping[str, Any] | None = None,
+    model: Model | None = None,
+    elsewhere: Collection[str] = (),
+) -> Lora:
     """Read a LoRA for a transformer.
 
     Args:
         source: a safetensors file, a folder with one, or its tensors by name.
         prefix: the component whose tensors are wanted, where names begin with one; others are left out.
         weight_name: which file of the folder.
-        metadata: `LoraConfig` settings, with or without the prefix; by default those of the file.
+        metadata: PEFT's settings, with or without the prefix; by default those of the file.
         alphas: alpha of each layer, as diffusers' loaders give them beside the tensors.
+        model: what it is for: names that are not its own go through diffusers' converters.
+        elsewhere: components that somebody else loads, so that leaving them out needs no word.
 
     Returns:
-        Module path in the transformer -> its change. Empty where the file holds nothing for this component.
+        The LoRA; without modules where the file holds nothing for this component.
 
     Raises:
         PpclError: the file is missing, damaged or of another kind, or a tensor is no part of a LoRA.
     """
     where, tensors, found = _open(source, weight_name)
-    tensors, start = _component(tensors, prefix)
-    settings = _settings(where, metadata if metadata is not None else found, prefix)
-    given = {_bare(name, start): float(value) for name, value in (alphas or {}).items()}
-    downs: dict[str, torch.Tensor] = {}
-    ups: dict[str, torch.Tensor] = {}
-    biases: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        if name.endswith(".alpha") and tensor.numel() == 1:
-            given[name.removesuffix(".alpha")] = float(tensor)
-            continue
+    dropped = [name for name in tensors if name.endswith(DROPPED)]
+    if dropped:
+        raise PpclError(f"{where}: it is a DoRA in a layout that diffusers does not read ({dropped[0]!r}); {LAYOUT}")
+    names, made = _sorted(tensors, prefix), None
+    if model is not None and (names.renamed or not names.fit(model.modules)):
+        made = converted(model.kind, tensors)
+        theirs = _sorted(made.tensors, prefix) if made is not None else names
+        if made is not None and theirs.modules and theirs.fit(model.modules):
+            names, alphas = theirs, made.alphas
+    note = f"{made.by} of diffusers does not convert it{made.fault}" if made is not None else ""
+    if names.unknown:
+        because = f" ({note})" if note else ""
+        raise PpclError(f"{where}: {names.unknown[0]!r} is no part of a LoRA that is known here{because}; {LAYOUT}")
+    left_out = sorted({name.split(".")[0] for name in names.others} - set(elsewhere))
+    if left_out:
+        log.warning("%s: left out, as their names are not the transformer's: %s", where, ", ".join(left_out))
+    if not names.modules:
+        return Lora(where)
+    _check(where, names.tensors, names.modules)
+    mine = settings(where, metadata if metadata is not None else found, prefix)
+    given = _beside(alphas, prefix)
+    if mine is not None and (names.alphas or given):
+        raise PpclError(f"{where}: it has alphas and PEFT's settings, which may differ; remove one of them")
+    of_none = {*names.alphas, *map(_module, given)} - names.modules.keys()
+    if of_none:
+        log.warning("%s: %d of its alphas are of no layer of it, the first of %r", where, len(of_none), min(of_none))
+    if names.alphas:
+        ranks = {path: names.tensors[f"{path}.lora_A.weight"].shape[0] for path in names.modules}
+        mine = of_layers(ranks, names.alphas)
+    return Lora(where, names.tensors, list(names.modules), mine, given, note)
+
+
+def _sorted(tensors: Mapping[str, torch.Tensor], prefix: str | None) -> _Names:
+    """Sort names into parts of layers, alphas, and those that say nothing here."""
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    mine, others = _component(tensors, prefix)
+    names = _Names(others=others)
+    if not any(".lora_A" in name for name in mine):
+        before = mine.keys()
+        mine = convert_unet_state_dict_to_peft(mine)
+        names.renamed = mine.keys() != before
+    for name, tensor in mine.items():
         match = PART.fullmatch(name)
-        if match is None:
-            raise PpclError(
-                f"{where}: {name!r} is no part of a LoRA that is known here; convert it to diffusers' layout "
-                "(MODULE.lora_A.weight, MODULE.lora_B.weight)"
-            )
-        down = match["part"] in DOWN
-        home = (downs if down else ups) if match["kind"] == "weight" else biases
-        if match["kind"] == "bias" and down:
-            raise PpclError(f"{where}: {name!r} is a bias of the first factor, which no LoRA here has; save it again")
-        home[match["module"]] = tensor
-    return _layers(where, downs, ups, biases, settings, given)
+        if name.endswith(".alpha") and tensor.numel() == 1:
+            names.alphas[name.removesuffix(".alpha")] = float(tensor)
+            continue
+        part, kind = ("", None) if match is None else (FACTORS.get(match["part"], match["part"]), match["kind"])
+        if match is None or (kind or "") not in KINDS.get(part, ("", ".weight")):
+            names.unknown.append(name)
+            continue
+        names.renamed |= part != match["part"]
+        names.modules[match["module"]] = None
+        names.tensors[f"{match['module']}.{part}{kind if part in KINDS else ''}"] = tensor
+    names.renamed |= bool(names.alphas)
+    return names
 
 
-def _layers(
-    where: str,
-    downs: Mapping[str, torch.Tensor],
-    ups: Mapping[str, torch.Tensor],
-    biases: Mapping[str, torch.Tensor],
-    settings: Settings | None,
-    alphas: Mapping[str, float],
-) -> dict[str, Layer]:
-    lonely = sorted((downs.keys() ^ ups.keys()) | (biases.keys() - ups.keys()))
-    if lonely:
-        raise PpclError(f"{where}: {lonely[0]} has one of the two factors of a LoRA only; save it again")
-    layers: dict[str, Layer] = {}
-    for module in sorted(downs):
-        down, up = downs[module], ups[module]
-        if down.ndim != 2 or up.ndim != 2 or down.shape[0] != up.shape[1] or not down.is_floating_point():
+def _component(tensors: Mapping[str, torch.Tensor], prefix: str | None) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """Return the tensors of the wanted component with their prefix cut off, and the names of all others."""
+    starts = dict.fromkeys(([f"{prefix}."] if prefix else []) + list(PREFIXES))
+    for start in starts:
+        mine = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+        if mine:
+            return mine, [name for name in tensors if not name.startswith(start)]
+    others = {name.split(".")[0] for name in tensors}
+    # Only other components: a LoRA of a text encoder, for example.
+    if prefix and others and all(other.startswith("text_encoder") for other in others):
+        return {}, list(tensors)
+    return dict(tensors), []
+
+
+def _beside(alphas: Mapping[str, Any] | None, prefix: str | None) -> dict[str, Any]:
+    """Return the alphas that diffusers gives for this component, the prefix cut off."""
+    start = f"{prefix}." if prefix else ""
+    return {name.removeprefix(start): value for name, value in (alphas or {}).items() if name.startswith(start)}
+
+
+def _module(alpha: str) -> str:
+    return alpha.split(".lora_")[0].removesuffix(".alpha")
+
+
+def _check(where: str, tensors: Mapping[str, torch.Tensor], modules: Iterable[str]) -> None:
+    for module in sorted(modules):
+        down, up = (tensors.get(f"{module}.{factor}.weight") for factor in ("lora_A", "lora_B"))
+        if down is None and up is None and any(f"{module}.{part}" in tensors for part in LOKR):
+            continue
+        if down is None or up is None:
+            raise PpclError(f"{where}: {module} has one of the two factors of a LoRA only; save it again")
+        if down.ndim < 2 or up.ndim != down.ndim or down.shape[0] != up.shape[1] or not down.is_floating_point():
             shapes = f"{list(down.shape)} and {list(up.shape)}"
             raise PpclError(f"{where}: the factors of {module} do not fit each other ({shapes}); save it again")
-        alpha = alphas.get(module, settings.alpha(module) if settings is not None else float(down.shape[0]))
-        rooted = settings is not None and settings.use_rslora
-        layers[module] = Layer(down, up, biases.get(module), alpha, rooted)
-    return layers
 
 
 def _open(
@@ -219,66 +263,3 @@ def _header(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise PpclError(f"{path}: its {METADATA} is no JSON ({error}); save the LoRA again") from None
     return values if isinstance(values, dict) else None
-
-
-def _settings(where: str, values: Mapping[str, Any] | None, prefix: str | None) -> Settings | None:
-    if not values:
-        return None
-    start = f"{prefix}." if prefix else ""
-    mine = {name.removeprefix(start): v for name, v in values.items() if name.startswith(start)} or dict(values)
-    try:
-        settings = Settings.model_validate(mine)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        raise PpclError(f"{where}: its setting {fault['loc'][0]!r}: {fault['msg'].lower()}; save it again") from None
-    odd = {"use_dora": settings.use_dora, "fan_in_fan_out": settings.fan_in_fan_out}
-    wrong = [name for name, on in odd.items() if on] + [settings.peft_type] * (settings.peft_type != "LORA")
-    if wrong:
-        raise PpclError(f"{where}: {wrong[0]} is not supported, only plain LoRA is; merge it into the teacher instead")
-    return settings
-
-
-def _component(tensors: dict[str, torch.Tensor], prefix: str | None) -> tuple[dict[str, torch.Tensor], str]:
-    """Return the tensors of the wanted component with their prefix cut off, and that prefix."""
-    starts = dict.fromkeys(([f"{prefix}."] if prefix else []) + list(PREFIXES))
-    for start in starts:
-        mine = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-        if mine:
-            return mine, start
-    others = {name.split(".")[0] for name in tensors}
-    # Only other components: a LoRA of a text encoder, for example.
-    if prefix and others and all(other.startswith("text_encoder") for other in others):
-        return {}, ""
-    return tensors, ""
-
-
-def _bare(name: str, start: str) -> str:
-    return name.removeprefix(start).split(".lora_")[0].removesuffix(".alpha")
-
-
-def misfits(layers: Mapping[str, Layer], shapes: Mapping[str, tuple[int, int]], modules: Iterable[str]) -> str:
-    """Say in words why a LoRA is not for a model, or return an empty string.
-
-    Args:
-        layers: the LoRA.
-        shapes: the model's linear layers: path -> (out, in).
-        modules: the paths of all modules of the model.
-    """
-    missing = [path for path in layers if path not in shapes]
-    if missing:
-        first = missing[0]
-        kind = ", which is no linear layer here" if first in set(modules) else ""
-        return f"{len(missing)} of its {len(layers)} layers do not exist here, the first is {first!r}{kind}"
-    wrong = [
-        path
-        for path, layer in layers.items()
-        if (layer.up.shape[0], layer.down.shape[1]) != shapes[path]
-        or (layer.bias is not None and layer.bias.shape[0] != shapes[path][0])
-    ]
-    if not wrong:
-        return ""
-    layer, (rows, columns) = layers[wrong[0]], shapes[wrong[0]]
-    return (
-        f"{len(wrong)} of its {len(layers)} layers have another shape, the first is {wrong[0]!r}: the LoRA's is "
-        f"{layer.up.shape[0]} x {layer.down.shape[1]}, the model's {rows} x {columns}"
-    )

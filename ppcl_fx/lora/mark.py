@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -18,15 +17,14 @@ def mark(model: LoraModel) -> None:
     """Put the sign on a model that has LoRAs, and take it off one that has none.
 
     It is a module without weights, of PEFT's class. Through it ``pipe.get_active_adapters``, ``pipe.unfuse_lora`` and
-    ``pipe.fused_loras`` find what they look for. Without PEFT there is none: such pipelines then refuse LoRA anyway.
+    ``pipe.fused_loras`` find what they look for.
     """
     model._modules.pop(NAME, None)
     if not model.peft_config:
         return
-    try:
-        base: Any = importlib.import_module("peft.tuners.tuners_utils").BaseTunerLayer
-    except ImportError:
-        return
+    from peft.tuners import tuners_utils
+
+    base: Any = tuners_utils.BaseTunerLayer
 
     class LoraMark(nn.Module, base):  # type: ignore[misc]
         """Speaks for all linear layers of the model at once."""

@@ -12,7 +12,8 @@ from torch import nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.lora.adapters import Adapters, LoraReport, strengths
-from ppcl_fx.lora.keys import read_lora
+from ppcl_fx.lora.keys import Model, read_lora
+from ppcl_fx.lora.layers import need_peft
 from ppcl_fx.lora.mark import mark
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class LoraModel(nn.Module):
 
         Args:
             pretrained_model_name_or_path_or_dict: a safetensors file, a folder with one, or tensors by name, in the
-                layout of diffusers or PEFT. From the hub: ``pipe.load_lora_weights``.
+                layout of diffusers or PEFT, or in one that diffusers converts for this transformer. From the hub:
+                ``pipe.load_lora_weights``.
             prefix: what stands before the names that are for the transformer.
             hotswap: put it in the place of the LoRA of that name.
             adapter_name: its name; ``default_0`` and so on if left out.
@@ -84,20 +86,32 @@ class LoraModel(nn.Module):
         Raises:
             PpclError: the file cannot be read, or is for another model; nothing is changed then.
         """
-        del ignored
         alone = self.graph.meta["ppcl"].get("alone")
         if alone:
             raise PpclError(
                 f"{alone} has no place for a LoRA: blocks that it was trained for are gone; load it into the pluggable "
                 "model, fuse it there, and fine-tune or export that"
             )
-        layers = read_lora(pretrained_model_name_or_path_or_dict, prefix, weight_name, metadata, network_alphas)
-        if not layers:
-            log.warning("the LoRA holds nothing for the transformer")
+        need_peft()
+        pipeline = ignored.get("_pipeline")
+        kind = self.graph.meta["ppcl"].get("config", {}).get("_class_name", "")
+        modules = {path for path, _ in self.graph.named_modules()}
+        lora = read_lora(
+            pretrained_model_name_or_path_or_dict,
+            prefix,
+            weight_name,
+            metadata,
+            network_alphas,
+            # A pipeline has converted it, and loads the other components itself.
+            model=Model(modules, kind) if pipeline is None else None,
+            elsewhere=getattr(pipeline, "_lora_loadable_modules", ()),
+        )
+        if not lora.modules:
+            log.warning("%s: the LoRA holds nothing for the transformer", lora.where)
             return None
         name = adapter_name if adapter_name is not None else f"default_{len(self._adapters.loaded)}"
         onto = self.lora_on_students if on_students is None else on_students
-        self._adapters.load(name, layers, onto, swap=hotswap)
+        self._adapters.load(name, lora, onto, swap=hotswap)
         mark(self)
         self._weights_changed()
         report = self.lora_report(name)

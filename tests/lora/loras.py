@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import QwenImageLoraLoaderMixin
+from diffusers.loaders import FluxLoraLoaderMixin, QwenImageLoraLoaderMixin, SD3LoraLoaderMixin
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
+
+from ppcl_fx.model import PluggableModel
+from tests import models
 
 FILE = "pytorch_lora_weights.safetensors"
 TARGETS = [
@@ -20,6 +26,13 @@ TARGETS = [
     "proj_out",
 ]  # fmt: skip
 """Ends of module paths: parts of every kind of block of the three small models, and the last layer."""
+BUILD: dict[str, Any] = {"qwen": models.tiny_qwen, "flux": models.tiny_flux, "sd3": models.tiny_sd3}
+LOADERS: dict[str, Any] = {
+    "qwen": QwenImageLoraLoaderMixin,
+    "flux": FluxLoraLoaderMixin,
+    "sd3": SD3LoraLoaderMixin,
+}
+Tensors = dict[str, torch.Tensor]
 
 
 def make(teacher: Any, seed: int = 5, **options: Any) -> Any:
@@ -62,3 +75,73 @@ def fused(teacher: Any, folder: Path, name: str = "style", scale: float = 1.0) -
 
 def _is_plain(value: object) -> bool:
     return isinstance(value, (str, int, float, bool, dict, list, set)) and not hasattr(value, "value")
+
+
+def factors(
+    name: str,
+    rank: Callable[[str], int] = lambda path: 4,
+    wanted: Callable[[str], bool] = lambda path: True,
+    words: tuple[str, str] = ("lora_A", "lora_B"),
+    prefix: str = "transformer.",
+) -> Tensors:
+    """Random factors for the linear layers of a small model."""
+    generator = torch.Generator().manual_seed(3)
+    tensors = {}
+    for path, module in BUILD[name]()[0].named_modules():
+        if isinstance(module, nn.Linear) and wanted(path):
+            for word, shape in zip(
+                words, ((rank(path), module.in_features), (module.out_features, rank(path))), strict=True
+            ):
+                tensors[f"{prefix}{path}.{word}.weight"] = 0.1 * torch.randn(shape, generator=generator)
+    return tensors
+
+
+def write(folder: Path, tensors: Tensors, settings: dict[str, Any] | None = None) -> Path:
+    path = folder / FILE
+    head = {} if settings is None else {"lora_adapter_metadata": json.dumps(settings)}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {"format": "pt", **head})
+    return path
+
+
+def by_diffusers(name: str, *paths: Path) -> Any:
+    """The teacher with LoRAs fused, read as `load_lora_weights` of its pipeline reads them."""
+    teacher, loader = BUILD[name]()[0], LOADERS[name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for index, path in enumerate(paths):
+            if name == "flux":
+                state, alphas, metadata = loader.lora_state_dict(
+                    str(path), return_alphas=True, return_lora_metadata=True
+                )
+                more = {"network_alphas": alphas}
+            else:
+                state, metadata = loader.lora_state_dict(str(path), return_lora_metadata=True)
+                more = {}
+            loader.load_lora_into_transformer(
+                state, transformer=teacher, adapter_name=f"lora{index}", metadata=metadata, **more
+            )
+    teacher.set_adapters([f"lora{index}" for index in range(len(paths))])
+    teacher.fuse_lora()
+    return teacher
+
+
+def answer(model: Any, name: str) -> torch.Tensor:
+    with torch.no_grad():
+        result = model(**{**BUILD[name]()[1], "return_dict": False})[0]
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def check(name: str, model: PluggableModel, path: Path) -> None:
+    """A loaded file gives the answer of diffusers' fused teacher to the bit, which is not the bare teacher's."""
+    without = answer(model, name)
+    model.load_lora_adapter(path)
+    expected = answer(by_diffusers(name, path), name)
+    assert torch.equal(answer(model, name), expected)
+    assert not torch.allclose(expected, without, atol=1e-3)
+
+
+def made(name: str, folder: Path, **options: Any) -> Path:
+    """A LoRA made by PEFT with these options, in diffusers' layout."""
+    folder.mkdir(exist_ok=True)
+    return save(BUILD[name]()[0], folder, **options) / FILE
