@@ -162,7 +162,7 @@ def declared(*extras: str) -> set[str]:
 
 
 def test_every_import_is_declared() -> None:
-    assert imported_distributions() <= declared("export", "tensorrt", "train")
+    assert imported_distributions() <= declared("export", "lora", "tensorrt", "train")
 
 
 def test_every_requirement_is_imported() -> None:

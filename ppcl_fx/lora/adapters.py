@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -58,7 +59,7 @@ class LoraReport:
         )
 
 
-@dataclass
+@dataclass(frozen=True)
 class Adapter:
     """One loaded LoRA.
 
@@ -121,40 +122,31 @@ class Adapters:
             raise PpclError(f"the LoRA {name!r} is for another model: {why}; give one that was trained on this teacher")
         if any(parameter.is_meta for parameter in self.graph.parameters()):
             raise PpclError("the weights are on the meta device, offloaded one by one; load the LoRA before offloading")
-        self.check_untouched()
         adapter = Adapter(attach(lora, own, f"lora_{next(self._numbers)}"), on_students)
-        before = dict(self.loaded), list(self.active)
-        self.loaded[name], self.active = adapter, [name]
-        try:
-            self.refresh()
-        except PpclError:
-            self.loaded, self.active = before
-            self.refresh()
-            raise
+        with self.change():
+            self.loaded[name], self.active = adapter, [name]
 
     def activate(self, names: Sequence[str], strengths: Sequence[float]) -> None:
         """Choose which LoRAs count, in which order they are added, and how strongly.
 
         Raises:
-            PpclError: a name is unknown.
+            PpclError: a name is unknown, or weights would not be finite; nothing is changed then.
         """
         for name in names:
             self._known(name)
-        self.check_untouched()
-        self.active = list(names)
-        for name, strength in zip(names, strengths, strict=True):
-            self.loaded[name].strength = strength
-        self.refresh()
+        with self.change():
+            self.active = list(names)
+            for name, strength in zip(names, strengths, strict=True):
+                self.loaded[name] = replace(self.loaded[name], strength=strength)
 
     def delete(self, names: Sequence[str]) -> None:
         """Forget LoRAs; weights that no other one changes are again what they were, to the bit."""
         for name in names:
             self._known(name)
-        self.check_untouched()
-        for name in names:
-            del self.loaded[name]
-        self.active = [name for name in self.active if name in self.loaded]
-        self.refresh()
+        with self.change():
+            for name in names:
+                self.loaded.pop(name, None)
+            self.active = [name for name in self.active if name in self.loaded]
 
     def unload(self) -> None:
         """Forget every LoRA. The weights are what they were, to the bit; where they were fused they stay so."""
@@ -168,6 +160,23 @@ class Adapters:
         self.refresh()
 
     # ---- weights -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def change(self) -> Iterator[None]:
+        """Change what counts and how strongly, then write the weights; all of it is as before where that fails.
+
+        Raises:
+            PpclError: somebody else has changed the weights, or PEFT cannot merge.
+        """
+        self.check_untouched()
+        before = dict(self.loaded), self.active, self.enabled, self.scale
+        yield
+        try:
+            self.refresh()
+        except PpclError:
+            self.loaded, self.active, self.enabled, self.scale = before
+            self.refresh()
+            raise
 
     def refresh(self) -> None:
         """Write every weight anew: the kept one plus the active changes, in their order.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -123,6 +124,7 @@ def read_lora(
     dropped = [name for name in tensors if name.endswith(DROPPED)]
     if dropped:
         raise PpclError(f"{where}: it is a DoRA in a layout that diffusers does not read ({dropped[0]!r}); {LAYOUT}")
+    _check_values(where, tensors, alphas or {})
     names, made = _sorted(tensors, prefix), None
     if model is not None and (names.renamed or not names.fit(model.modules)):
         made = converted(model.kind, tensors)
@@ -146,6 +148,9 @@ def read_lora(
     of_none = {*names.alphas, *map(_module, given)} - names.modules.keys()
     if of_none:
         log.warning("%s: %d of its alphas are of no layer of it, the first of %r", where, len(of_none), min(of_none))
+    other = [path for path in names.alphas if path in names.modules and f"{path}.lora_A.weight" not in names.tensors]
+    if other:
+        raise PpclError(f"{where}: {other[0]} has LoKr's factors and an alpha, which diffusers does not read here")
     if names.alphas:
         ranks = {path: names.tensors[f"{path}.lora_A.weight"].shape[0] for path in names.modules}
         mine = of_layers(ranks, names.alphas)
@@ -173,7 +178,10 @@ def _sorted(tensors: Mapping[str, torch.Tensor], prefix: str | None) -> _Names:
             continue
         names.renamed |= part != match["part"]
         names.modules[match["module"]] = None
-        names.tensors[f"{match['module']}.{part}{kind if part in KINDS else ''}"] = tensor
+        own = f"{match['module']}.{part}{kind if part in KINDS else ''}"
+        if own in names.tensors:
+            names.unknown.append(name)
+        names.tensors[own] = tensor
     names.renamed |= bool(names.alphas)
     return names
 
@@ -200,6 +208,17 @@ def _beside(alphas: Mapping[str, Any] | None, prefix: str | None) -> dict[str, A
 
 def _module(alpha: str) -> str:
     return alpha.split(".lora_")[0].removesuffix(".alpha")
+
+
+def _check_values(where: str, tensors: Mapping[str, torch.Tensor], alphas: Mapping[str, Any]) -> None:
+    """Raise where a number is not finite, or an alpha is negative: diffusers' converters never end on one."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise PpclError(f"{where}: {name} is not finite everywhere; the file is damaged, or training failed")
+    given = {name: tensor for name, tensor in tensors.items() if name.endswith(".alpha")} | dict(alphas)
+    for name, value in given.items():
+        if not all(0 <= alpha < math.inf for alpha in torch.as_tensor(value).flatten().tolist()):
+            raise PpclError(f"{where}: {name} is {value}; an alpha is a finite number, 0 or more")
 
 
 def _check(where: str, tensors: Mapping[str, torch.Tensor], modules: Iterable[str]) -> None:

@@ -116,6 +116,7 @@ def attach(lora: Lora, modules: Mapping[str, nn.Module], name: str) -> dict[str,
         PpclError: they refuse it, or its settings and its tensors differ.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import get_peft_model_state_dict
 
     host = _host(lora, modules)
     if lora.settings is not None:
@@ -132,6 +133,12 @@ def attach(lora: Lora, modules: Mapping[str, nn.Module], name: str) -> dict[str,
             )
     except FAULTS as error:
         raise PpclError(f"{lora.where}: diffusers and PEFT refuse it ({line(error)}); {LAYOUT}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT would warn of what is written, and nothing is
+        taken = get_peft_model_state_dict(host, adapter_name=name)
+    idle = sorted(lora.tensors.keys() - taken.keys())
+    if idle:
+        raise PpclError(f"{lora.where}: its settings or its other tensors leave no place for {idle[0]}; save it again")
     found = {path: module for path, module in host.named_modules() if isinstance(module, BaseTunerLayer)}
     for path, tuner in found.items():
         _complete(lora.where, path, tuner, name)
@@ -230,7 +237,7 @@ def merged(
         The parameters with the changes.
 
     Raises:
-        PpclError: PEFT refuses.
+        PpclError: PEFT refuses: it cannot merge a change, or the result is not finite.
     """
     base = _stand_in(module, tensors)
     for _, run in groupby(changes, key=lambda change: type(change[0].tuner)):
@@ -240,7 +247,7 @@ def merged(
             tuner._move_adapter_to_device_of_base_layer(layer.name)
             tuner.set_scale(layer.name, strength)
         try:
-            tuner.merge(adapter_names=[layer.name for layer, _ in together])
+            tuner.merge(safe_merge=True, adapter_names=[layer.name for layer, _ in together])
         except FAULTS as error:
             raise PpclError(f"PEFT cannot merge the LoRA ({line(error)}); merge it into the teacher instead") from error
     return {name: parameter.detach() for name, parameter in base.named_parameters(recurse=False)}

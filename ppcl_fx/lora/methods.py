@@ -205,16 +205,14 @@ class LoraModel(nn.Module):
         self._scale_lora(1.0)
 
     def _enable(self, enabled: bool) -> None:
-        self._adapters.check_untouched()
-        self._adapters.enabled = enabled
-        self._adapters.refresh()
+        with self._adapters.change():
+            self._adapters.enabled = enabled
         self._weights_changed()
 
     def _scale_lora(self, scale: float) -> None:
         if self._adapters.scale != scale:
-            self._adapters.check_untouched()
-            self._adapters.scale = scale
-            self._adapters.refresh()
+            with self._adapters.change():
+                self._adapters.scale = scale
             self._weights_changed()
 
     def _take_scale(self, given: dict[str, Any]) -> dict[str, Any]:

@@ -172,6 +172,12 @@ def test_a_pipeline_s_other_components_need_no_word(model_of: Any, caplog: pytes
         ({"transformer.norm_out.norm.lora_A.weight": torch.zeros(4, 1),
           "transformer.norm_out.norm.lora_B.weight": torch.zeros(1, 4)},
          r"the first is 'norm_out\.norm', which is no layer that a LoRA changes"),
+        ({"transformer.img_in.lokr_w1": torch.ones(4, 4), "transformer.img_in.lokr_w2": torch.ones(8, 4)},
+         r"leave no place for proj_out\.lora_A\.weight"),
+        ({"transformer.proj_out.lora_down.weight": torch.zeros(4, 32)}, r"'proj_out\.lora_down\.weight' is no part"),
+        ({"transformer.proj_out.lora_A.weight": torch.full((4, 32), float("nan"))}, r"lora_A\.weight is not finite"),
+        # diffusers' converter would never end on it.
+        ({"transformer.proj_out.alpha": torch.tensor(-3.0)}, r"alpha is -3\.0; an alpha is a finite number, 0 or more"),
     ],
 )  # fmt: skip
 def test_what_nobody_reads_is_refused_by_its_reason(model_of: Any, change: Tensors, words: str) -> None:

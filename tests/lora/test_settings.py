@@ -132,6 +132,8 @@ def test_settings_of_a_text_encoder_alone_say_nothing_of_the_transformer(any_mod
         ({"r": 8}, r"proj_out has rank 8 by its settings, 4 by its tensors"),
         ({"r": 4, "alpha_pattern": {"(": 3}}, r"setting 'alpha_pattern\S*': .*'\(' is no regular expression"),
         ({"r": 4, "lora_alpha": "much"}, r"setting 'lora_alpha': .*valid number"),
+        ({"r": 4, "use_dora": True}, r"proj_out lacks lora_magnitude_vector"),
+        ({"r": 4, "lora_alpha": 1e308}, r"PEFT cannot merge the LoRA \(NaNs detected"),
         ({"r": 0}, r"setting 'r': .*greater than 0"),
         ({"r": 4, "init_lora_weights": "pissa_niter_4"}, r"'pissa_niter_4', which changes the teacher's weights too"),
         ({"r": 4, "alora_invocation_tokens": [1]}, r"'alora_invocation_tokens' is not supported: it cannot be fused"),
@@ -156,3 +158,14 @@ def test_settings_about_training_are_not_handed_on(model_of: Any) -> None:
     model.unload_lora()
     model.load_lora_adapter(tensors, metadata={"r": 4, "lora_alpha": 2, **others})
     assert torch.equal(answer(model, "qwen"), expected)
+
+
+def test_a_weight_that_is_too_large_changes_nothing(model_of: Any) -> None:
+    model = model_of("qwen")
+    model.load_lora_adapter(factors("qwen"), adapter_name="style")
+    before = {name: tensor.clone() for name, tensor in model.graph.state_dict().items()}
+    with pytest.raises(PpclError, match="PEFT cannot merge"):
+        model.set_adapters("style", 1e308)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.graph.state_dict().items())
+    model.set_adapters("style", 0.0)
+    assert torch.equal(answer(model, "qwen"), answer(BUILD["qwen"]()[0], "qwen"))
