@@ -12,7 +12,7 @@ from ppcl_fx.export.extras import need
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.samples import sample_of
 from ppcl_fx.export.sidecar import Sidecar, WeightFile
-from ppcl_fx.files import inside, read_json, sha256_of
+from ppcl_fx.files import inside, own_file, read_json, sha256_of
 from ppcl_fx.reading import read_bytes
 
 AGAIN = "export it again, or copy the whole folder again"
@@ -46,7 +46,7 @@ def check_artefacts(
 
 
 def _check(graph: Path, hashes: bool, sha256: Callable[[Path], str]) -> Sidecar:
-    card = read_json(manifest_path(graph), Sidecar)
+    card = read_json(own_file(manifest_path(graph)), Sidecar)
     if card.file != graph.name:
         raise PpclError(f"{manifest_path(graph)}: is about {card.file} and not about {graph.name}; {AGAIN}")
     if not graph.is_file():
@@ -81,12 +81,17 @@ def _check_size(path: Path, size: int) -> None:
 
 
 def _check_places(graph: Path, listed: dict[str, int]) -> None:
-    """Every weight is within a file of the manifest, and every such file a plain one in the folder of the graph."""
+    """Every weight is within a file of the manifest, and every such file one that runtimes take.
+
+    That is a plain one in the folder of the graph, or, where the graph is a link to a hub cache's blobs, another such
+    link: runtimes look for weights beside what the graph's link leads to as well.
+    """
+    own_file(graph)
     for name in listed:
         path = inside(graph.parent, name)
         if not path.is_file():
             raise PpclError(f"{path}: no such file, and {graph.name} needs it: its weights moved; {AGAIN}")
-        if path.is_symlink() or path.stat().st_nlink > 1:
+        if not graph.is_symlink() and (path.is_symlink() or path.stat().st_nlink > 1):
             raise PpclError(f"{path}: is a link, and runtimes refuse weights behind links; put a copy there")
     for name, first, length in external_data(graph):
         inside(graph.parent, name)

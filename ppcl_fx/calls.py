@@ -216,7 +216,7 @@ class Calls(Sequence[Call]):
                 names the file and the call.
         """
         folder = Path(folder)
-        index = read_json(folder / INDEX, Index, INDEX_BYTES)
+        index = read_json(inside(folder, INDEX), Index, INDEX_BYTES)
         stored = _StoredCalls(folder, index.calls)
         stored.check_headers()
         if _fingerprint(index.model, index.calls) != index.fingerprint:

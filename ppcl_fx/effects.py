@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import read_json
+from ppcl_fx.files import own_file, read_json
 from ppcl_fx.fingerprint import state_digest
 from ppcl_fx.plan import Plan, plan_digest
 
@@ -105,7 +105,7 @@ def load_effects(folder: str | Path, plan: Plan, weights: Mapping[str, torch.Ten
     path = Path(folder) / EFFECTS
     if not path.exists():
         return None
-    effects = read_json(path, Effects)
+    effects = read_json(own_file(path), Effects)
     if effects.plan != plan_digest(plan) or [effect.edit for effect in effects.edits] != plan.ids:
         raise PpclError(f"{path}: measured for another plan or model; remove the file, or train with --effects again")
     if effects.students != state_digest(weights):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import uuid
@@ -126,6 +127,9 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 def inside(folder: str | Path, name: str) -> Path:
     """Return ``folder/name``, refusing names that leave the folder (absolute, ``..``, a symbolic link out).
 
+    One kind of link may leave it: in a cache of the Hugging Face hub, ``models--x--y/snapshots/REVISION/`` is made of
+    links to files in ``models--x--y/blobs``.
+
     Raises:
         PpclError: `name` is empty or leads out of `folder`.
     """
@@ -134,9 +138,43 @@ def inside(folder: str | Path, name: str) -> Path:
     plain = bool(candidate.parts) and not candidate.is_absolute() and ".." not in candidate.parts
     if not plain or "\0" in name or "\\" in name:
         raise PpclError(f"{folder}: the file name {name!r} leaves its folder; use a plain relative name")
-    if not (folder / candidate).resolve().is_relative_to(folder.resolve()):
+    try:
+        here, target = folder.resolve(), (folder / candidate).resolve()
+    except (OSError, RuntimeError) as error:  # links in a circle
+        raise PpclError(f"{folder / candidate}: cannot be followed ({error}); put the file itself there") from None
+    if not target.is_relative_to(here) and target.parent != _blobs(here):
         raise PpclError(f"{folder / candidate}: a symbolic link out of {folder}; put the file itself there")
     return folder / candidate
+
+
+def own_file(path: Path) -> Path:
+    """Return a file that belongs to the folder it is in, refusing a link out of that (see `inside`).
+
+    Raises:
+        PpclError: it is such a link.
+    """
+    return inside(path.parent, path.name)
+
+
+def check_links(folder: Path, patterns: Iterable[str] = ("*",)) -> None:
+    """Refuse links out of a folder that other libraries would follow: they open its files by themselves.
+
+    Raises:
+        PpclError: a file or folder directly in it, whose name fits one of the patterns, is such a link.
+    """
+    for pattern in patterns if folder.is_dir() else ():
+        for path in sorted(folder.glob(pattern)):
+            if path.is_symlink():
+                own_file(path)
+
+
+def _blobs(folder: Path) -> Path | None:
+    """Where the files are that a snapshot in a cache of the hub consists of; None for other folders."""
+    for snapshots in folder.parents:
+        repository = snapshots.parent
+        if snapshots.name == "snapshots" and re.match(r"(models|datasets|spaces)--.", repository.name):
+            return repository / "blobs"
+    return None
 
 
 def check_writable(path: str | Path) -> None:

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.files import read_json, tensor_shapes
+from ppcl_fx.files import inside, own_file, read_json, tensor_shapes
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
@@ -96,8 +96,8 @@ class Shards:
                 raise PpclError(
                     f"{folder}: holds neither {one.name} nor {index.name}; give a folder with safetensors weights"
                 )
-            return cls(folder, _headers(one))
-        weight_map = read_json(index, _Index).weight_map
+            return cls(folder, _headers(own_file(one)))
+        weight_map = read_json(own_file(index), _Index).weight_map
         if not weight_map:
             raise PpclError(f"{index}: names no tensor; {AGAIN}")
         stored: dict[str, Stored] = {}
@@ -232,20 +232,11 @@ def _headers(path: Path) -> dict[str, Stored]:
 
 
 def _listed(index: Path, name: str) -> Path:
-    """Return the file that an index names, refusing names and links that leave the folder.
-
-    The hub's cache is made of links from ``snapshots/REVISION/`` to ``blobs/``: those may be followed.
-    """
+    """Return the file that an index names, refusing names and links that leave the folder."""
     folder, parts = index.parent, Path(name).parts
     if len(parts) != 1 or parts[0] in ("..", ".") or Path(name).is_absolute() or "\0" in name or "\\" in name:
         raise PpclError(f"{index}: names the file {name!r}, which is not beside it; {AGAIN}")
-    here = folder.resolve()
-    allowed = [here]
-    if "snapshots" in here.parts:
-        allowed.append(Path(*here.parts[: here.parts.index("snapshots")], "blobs"))
-    if not any((folder / name).resolve().is_relative_to(root) for root in allowed):
-        raise PpclError(f"{folder / name}: a symbolic link out of {folder}; put the file itself there")
-    return folder / name
+    return inside(folder, name)
 
 
 def _misfit(

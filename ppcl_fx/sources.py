@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ppcl_fx.errors import PpclError, foreign, near
-from ppcl_fx.files import read_json
+from ppcl_fx.files import check_links, inside, own_file, read_json
 from ppcl_fx.reading import check_model_folder
 
 if TYPE_CHECKING:
@@ -190,6 +190,7 @@ def _open_folder(name: str, folder: Path) -> Source:
         return Source(name, "pipeline", folder)
     if (folder / "config.json").is_file():
         _refuse_code(folder)
+        check_links(folder, ("*.json", "*.safetensors"))
         transformer_class(folder / "config.json")
         return Source(name, "transformer", folder)
     raise PpclError(f"{name}: holds neither model_index.json nor config.json; give a diffusers folder")
@@ -202,7 +203,8 @@ def _check_pipeline(folder: Path) -> None:
     _refuse_code(folder)
     components = _components(path)
     for name, (library, class_name) in components.items():
-        _refuse_code(folder / name)
+        _refuse_code(inside(folder, name))
+        check_links(folder / name)
         if name == "transformer":
             transformer_class(folder / name / "config.json")
         else:
@@ -247,7 +249,7 @@ def _code(path: Path, what: str) -> PpclError:
 
 
 def _read(path: Path) -> dict[str, JsonValue]:
-    values = read_json(path, _Index).__pydantic_extra__
+    values = read_json(own_file(path), _Index).__pydantic_extra__
     for name in ("trust_remote_code", "custom_pipeline", "auto_map"):
         if values.get(name):
             raise _code(path, f"it asks for {name}")

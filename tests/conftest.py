@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 # Before torch is imported. On some processors MKL's last bits depend on the address of a tensor otherwise, and weights
@@ -29,6 +31,30 @@ def translated_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stitching, "Translations", lambda: known)
         yield
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory, translated_once: None) -> Path:
+    """Every folder that the commands write, of a small random pipeline; to be copied, not changed."""
+    from ppcl_fx.cli.app import main
+    from tests.cli_place import Place
+    from tests.shapes_folder import save_pipeline
+
+    folder = tmp_path_factory.mktemp("written")
+    place = Place(folder)
+    save_pipeline(place.model)
+    (folder / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
+    edit = {"kind": "depth", "stack": "transformer_blocks", "first": 1, "last": 3}
+    place.plan.write_text(json.dumps({"edits": [edit]}), encoding="utf-8")
+    for command in (
+        ["analyze", place.model, "-o", place.run, "--prompts", folder / "prompts.txt", "--steps", 2],
+        ["rewrite", place.model, "--plan", place.plan, "--calls", place.calls, "-o", place.student],
+        ["train", place.student, "--calls", place.calls, "--steps", "2,1,2", "--every", "1", "--effects", "1"],
+        ["export", place.student, "--keep", "1.0", "-o", folder / "engines", "--runs", "1"],
+        ["export", place.student, "--keep", "1.0,0.7", "--format", "diffusers", "-o", folder / "stock"],
+    ):
+        assert main([*map(str, command)]) == 0, command
+    return folder
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -11,38 +10,15 @@ from pathlib import Path
 import pytest
 
 from ppcl_fx import owned
-from ppcl_fx.cli.app import main
 from ppcl_fx.errors import PpclError
 from ppcl_fx.owned import Kind, check_replaceable, foreign
 from tests.cli_place import Place
-from tests.shapes_folder import save_pipeline
-
-PLAN = {"edits": [{"kind": "depth", "stack": "transformer_blocks", "first": 1, "last": 3}]}
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Every folder that the commands write: made once, copied for each test."""
-    folder = tmp_path_factory.mktemp("owned")
-    place = Place(folder)
-    save_pipeline(place.model)
-    (folder / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
-    place.plan.write_text(json.dumps(PLAN), encoding="utf-8")
-    stock = folder / "stock"
-    for command in (
-        ["analyze", place.model, "-o", place.run, "--prompts", folder / "prompts.txt", "--steps", 2],
-        ["rewrite", place.model, "--plan", place.plan, "--calls", place.calls, "-o", place.student],
-        ["train", place.student, "--calls", place.calls, "--steps", "2,1,2", "--every", "1", "--effects", "1"],
-        ["export", place.student, "--keep", "1.0,0.7", "--format", "diffusers", "-o", stock],
-    ):
-        assert main([*map(str, command)]) == 0, command
-    return folder
 
 
 @pytest.fixture
-def place(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Place:
+def place(written: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Place:
     """The folders, copied."""
-    shutil.copytree(made, tmp_path / "copy")
+    shutil.copytree(written, tmp_path / "copy")
     return Place(tmp_path / "copy", capfd)
 
 
@@ -55,17 +31,18 @@ def rewriting(place: Place, out: Path, *more: object) -> tuple[object, ...]:
     return (*given, *more)
 
 
-def test_what_the_commands_write_is_known(made: Path) -> None:
+def test_what_the_commands_write_is_known(written: Path) -> None:
     """A file that is written and not declared would make the next --overwrite refuse."""
     known: dict[str, Kind] = {
         "run/calls": owned.CALLS,
         "student": owned.STUDENT,
         "student/finetuned": owned.FINETUNED,
         "student/checkpoints": owned.CHECKPOINTS,
+        "engines": owned.ENGINES,
         "stock": owned.PRUNED_RATIOS,
     }
-    assert {name: foreign(made / name, kind) for name, kind in known.items()} == dict.fromkeys(known)
-    assert foreign(made / "student", owned.SAVED) == "holds checkpoints, which ppcl-fx did not write there"
+    assert {name: foreign(written / name, kind) for name, kind in known.items()} == dict.fromkeys(known)
+    assert foreign(written / "student", owned.SAVED) == "holds checkpoints, which ppcl-fx did not write there"
 
 
 def test_a_student_is_replaced_with_what_training_wrote(place: Place) -> None:
@@ -211,7 +188,6 @@ def test_export_replaces_graphs_and_folders_of_its_own_alone(place: Place) -> No
     (stock / "keep-0.7" / "holiday.jpg").unlink()
     place.ok(*again, stock)
     assert [path.name for path in stock.iterdir()] == ["keep-1"]
-    graph.parent.mkdir()
     graph.write_bytes(b"mine")
     onnx = ("export", place.student, "--keep", "1.0", "--overwrite", "-o", place.folder / "engines")
     assert "keep-1.onnx: ppcl-fx did not write it" in place.refused(*onnx)

@@ -19,6 +19,7 @@ from torch import Tensor
 from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import (
+    inside,
     new_folder,
     read_json,
     read_safetensors,
@@ -184,7 +185,7 @@ def peek(folder: Path) -> State | None:
     for path in reversed(existing(folder)):
         try:
             _check_sum(path, STATE)
-            return read_json(path / STATE, State, INDEX_BYTES)
+            return read_json(inside(path, STATE), State, INDEX_BYTES)
         except PpclError as error:
             _log.warning("damaged checkpoint passed over: %s", error)
     return None
@@ -200,12 +201,12 @@ def read(path: Path, *, check: bool = True) -> Checkpoint:
     for name in (STATE, PIECES if shared else TENSORS):
         if check:
             _check_sum(path, name)
-    return Checkpoint(read_json(path / STATE, State, INDEX_BYTES), _tensors(path, shared, check), path)
+    return Checkpoint(read_json(inside(path, STATE), State, INDEX_BYTES), _tensors(path, shared, check), path)
 
 
 def _tensors(path: Path, shared: bool, check: bool) -> Mapping[str, Tensor]:
     if not shared:
-        return read_safetensors(path / TENSORS)
+        return read_safetensors(inside(path, TENSORS))
     # Only here: distributed checkpoints are slow to import.
     from ppcl_fx.train.pieces import Pieces
 
@@ -213,8 +214,8 @@ def _tensors(path: Path, shared: bool, check: bool) -> Mapping[str, Tensor]:
 
 
 def _check_sum(path: Path, name: str) -> None:
-    lines = read_text(path / SUMS).splitlines()
-    if f"{sha256_of(path / name)}  {name}" not in lines:
+    lines = read_text(inside(path, SUMS)).splitlines()
+    if f"{sha256_of(inside(path, name))}  {name}" not in lines:
         raise PpclError(f"{path / name}: its checksum is not the one in {SUMS}")
 
 

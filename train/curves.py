@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ppcl_fx.files import read_json, write_json
+from ppcl_fx.files import own_file, read_json, write_json
 from ppcl_fx.reading import INDEX_BYTES
 
 LOSSES = "losses.json"
@@ -71,7 +71,7 @@ class Losses(BaseModel):
         """
         kept: list[StageCurves] = []
         if path.is_file():
-            before = Losses.open(path)
+            before = Losses.open(own_file(path))
             ours = {stage.label for stage in self.stages}
             same = (before.plan, before.calls, before.sequential) == (self.plan, self.calls, self.sequential)
             kept = [stage for stage in before.stages if stage.label not in ours] if same else []

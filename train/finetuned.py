@@ -80,13 +80,13 @@ def load_finetuned(model: PluggableModel, folder: str | Path) -> GraphModule:
         PpclError: The folder is missing or damaged, or belongs to another plan.
     """
     folder = Path(folder)
-    card = read_json(folder / CARD, Card)
+    card = read_json(inside(folder, CARD), Card)
     if card.plan != plan_digest(model.plan):
         raise PpclError(
             f"{folder}: fine-tuned from another plan or model; give the pluggable model it stands beside"
         )
     gm = copy.deepcopy(mixture(model, card.students)).requires_grad_(False)
-    tensors = read_safetensors(folder / WEIGHTS)
+    tensors = read_safetensors(inside(folder, WEIGHTS))
     parameters = dict(gm.named_parameters())
     if tensors.keys() != parameters.keys() or any(tensors[n].shape != p.shape for n, p in parameters.items()):
         raise PpclError(f"{folder / WEIGHTS}: does not fit the model's parameters; fine-tune again")

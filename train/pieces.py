@@ -111,7 +111,7 @@ class Pieces(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, *, check: bool = True) -> None:
         self.folder = folder
-        index = read_json(folder / PIECES, Index)
+        index = read_json(inside(folder, PIECES), Index)
         self._numbers = frozenset(index.numbers)
         for name, piece in index.files.items():
             _check(inside(folder / FOLDER, name), piece, check)

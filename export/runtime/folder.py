@@ -12,7 +12,7 @@ from ppcl_fx.export.names import manifest_path, ratio_of
 from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.export.tensorrt import EngineCard, find_graphs
 from ppcl_fx.export.tensorrt.places import Place
-from ppcl_fx.files import inside, read_json
+from ppcl_fx.files import inside, own_file, read_json
 
 
 class _Kind(BaseModel):
@@ -56,7 +56,7 @@ def artefacts(folder: str | Path) -> dict[float, Artefact]:
     folder = Path(folder)
     graphs: dict[float, tuple[Path, Sidecar]] = {}
     for path in sorted(folder.glob("keep-*.json")) if folder.is_dir() else []:
-        kind = read_json(path, _Kind).kind
+        kind = read_json(own_file(path), _Kind).kind
         if kind == "onnx" and ratio_of(path) is not None:  # not one that is there for an engine alone
             manifest = read_json(path, Sidecar)
             graphs[manifest.keep] = (_there(folder, manifest.file, path), manifest)
@@ -81,7 +81,7 @@ def _engine(place: Place | None, manifest: Sidecar) -> tuple[Path, EngineCard] |
     """
     if place is None or not (place.card.is_file() and manifest_path(place.onnx).is_file()):
         return ()
-    card, made = read_json(place.card, EngineCard), read_json(manifest_path(place.onnx), Sidecar)
+    card, made = read_json(own_file(place.card), EngineCard), read_json(own_file(manifest_path(place.onnx)), Sidecar)
     built_from = (card.onnx, card.graph.bytes, card.graph.sha256)
     same = built_from == (place.onnx.name, made.size, made.sha256)
     if not same or (card.students, card.plan) != (manifest.students, manifest.plan):

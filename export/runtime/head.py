@@ -18,7 +18,7 @@ from ppcl_fx.export.positions import POSITIONS, PositionsAsInputs
 from ppcl_fx.export.runtime.sizes_only import SizesOnly
 from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.export.tuples_apart import TuplesApart
-from ppcl_fx.files import read_json, write_json
+from ppcl_fx.files import inside, read_json, write_json
 from ppcl_fx.graphs import draft
 from ppcl_fx.passes.contract import run
 from ppcl_fx.passes.plug import plugged
@@ -85,7 +85,7 @@ def read_head(folder: Path) -> Head:
             f"{folder / HEAD}: no such file, and the position tables are made by it; copy it there, or export again "
             "(a transformer of no class of diffusers has none)"
         )
-    return read_json(folder / HEAD, Head)
+    return read_json(inside(folder, HEAD), Head)
 
 
 def check_head(head: Head, manifest: Sidecar, folder: Path) -> None:

@@ -16,7 +16,7 @@ from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import rebuild_command
 from ppcl_fx.export.tensorrt.profiles import Profile
 from ppcl_fx.export.tensorrt_api import Gpu
-from ppcl_fx.files import inside, read_json, sha256_of
+from ppcl_fx.files import inside, own_file, read_json, sha256_of
 from ppcl_fx.plan import Plan
 
 NOT_COMPARED = "the engine was not compared with PyTorch: the build does not run it"
@@ -117,7 +117,8 @@ def read_card(engine: Path) -> EngineCard:
         raise PpclError(
             f"{card}: no such file, so nothing says what the engine is for; build it here: {rebuild_command(engine)}"
         )
-    return read_json(card, EngineCard)
+    own_file(engine)
+    return read_json(own_file(card), EngineCard)
 
 
 def check_card(

@@ -15,7 +15,7 @@ from ppcl_fx.export.extras import need
 from ppcl_fx.export.names import engine_manifest_path, engine_path, manifest_path, ratio_of, typed_graph_path
 from ppcl_fx.export.onnx_file import ports
 from ppcl_fx.export.sidecar import Port
-from ppcl_fx.files import inside, read_json
+from ppcl_fx.files import inside, own_file, read_json
 from ppcl_fx.plan import Plan
 
 REQUEST = "build.json"
@@ -70,7 +70,7 @@ def find_graphs(folder: str | Path) -> list[Place]:
         ratio, typed = ratio_of(graph), typed_graph_path(graph)
         if ratio is not None:
             used = typed if typed.is_file() else graph
-            found.append(Place(graph.stem, ratio, root, used, manifest_path(graph)))
+            found.append(Place(graph.stem, ratio, root, own_file(used), manifest_path(graph)))
     if not found:
         raise PpclError(f"{root}: no exported graph (keep-0.7.onnx, for example); give what 'ppcl-fx export' wrote")
     return sorted(found, key=lambda place: -place.ratio)
@@ -138,4 +138,4 @@ def read_origin(place: Place) -> Origin:
     Raises:
         PpclError: the JSON is damaged.
     """
-    return read_json(place.sidecar, Origin) if place.sidecar.is_file() else Origin()
+    return read_json(own_file(place.sidecar), Origin) if place.sidecar.is_file() else Origin()

@@ -11,7 +11,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import REQUEST, GraphFile
 from ppcl_fx.export.tensorrt.profiles import Profile, Spec, default_profile, resolve
-from ppcl_fx.files import read_json, write_json
+from ppcl_fx.files import inside, read_json, write_json
 
 
 class BuildRequest(BaseModel):
@@ -64,4 +64,4 @@ def read_request(folder: Path) -> BuildRequest:
     """
     if not folder.is_dir():
         raise PpclError(f"{folder}: no such folder; give what 'ppcl-fx export' wrote")
-    return read_json(folder / REQUEST, BuildRequest) if (folder / REQUEST).is_file() else BuildRequest()
+    return read_json(inside(folder, REQUEST), BuildRequest) if (folder / REQUEST).is_file() else BuildRequest()

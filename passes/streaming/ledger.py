@@ -93,7 +93,7 @@ class Ledger:
         self.cut = 0
         self.results: list[BlockResult] = []
         if (folder / PROGRESS).is_file():
-            done = read_json(folder / PROGRESS, Done)
+            done = read_json(inside(folder, PROGRESS), Done)
             for name, mine in identity.model_dump().items():
                 theirs = getattr(done.identity, name)
                 if theirs != mine:

@@ -101,10 +101,10 @@ def run_bounded(
             report=report,
         )
     if not limits.dry_run:
-        from ppcl_fx.files import read_json
+        from ppcl_fx.files import inside, read_json
 
         curves = {stage.label: stage.losses for stage in done.stages}
-        plan = read_json(student / "plan.json", Plan)
+        plan = read_json(inside(student, "plan.json"), Plan)
         write_report(student / REPORT, plan=plan, losses=curves, title=f"{student.name}: training")
     return _result(student, done)
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import read_json
+from ppcl_fx.files import inside, read_json
 from ppcl_fx.folders.layout import STACK, Layout, graph_paths, layout_of, teacher_plan
 from ppcl_fx.folders.numbering import Kept, kept_blocks, translated
 from ppcl_fx.folders.pruned import PRUNED, Pruned
@@ -47,7 +47,7 @@ def rejoin(
     gm = trace(teacher, example_kwargs)
     blocks = gm.meta["ppcl"]["blocks"]
     if plan is None and kept is None and (folder / PRUNED).is_file():
-        plan = read_json(folder / PRUNED, Pruned).plan
+        plan = read_json(inside(folder, PRUNED), Pruned).plan
     if plan is None:
         known = list(kept) if kept is not None else find_kept(folder, tensors, teacher, layout)
         plan = teacher_plan(layout, known, len(blocks))

@@ -246,7 +246,7 @@ def _open(
     if path.is_dir():
         path = _file_in(path, weight_name)
         if (path.parent / CONFIG).is_file():
-            config = read_json(path.parent / CONFIG, _Any).model_dump()
+            config = read_json(inside(path.parent, CONFIG), _Any).model_dump()
     if path.suffix != ".safetensors":
         raise PpclError(f"{path}: only safetensors files are read, other kinds may hold code; convert it first")
     tensors = read_safetensors(path)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ppcl_fx import owned
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.files import ROOM, read_json, write_json
+from ppcl_fx.files import ROOM, inside, read_json, write_json
 from ppcl_fx.memory import anonymous
 from ppcl_fx.train.bounded.folder import StudentFolder, dtype_of
 from ppcl_fx.train.bounded.options import STAGES, BoundedOptions, BoundedResult
@@ -191,7 +191,7 @@ def _before(work: Path, identity: Identity, resume: bool) -> _Run | None:
     """Return the run that the work folder holds, where it is to be gone on with."""
     if not (work / RUN).is_file():
         return None
-    run = read_json(work / RUN, _Run)
+    run = read_json(inside(work, RUN), _Run)
     if resume:
         run.identity.check(identity, work)
         return run

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from ppcl_fx import owned
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import new_folder, read_json, write_json
+from ppcl_fx.files import inside, new_folder, read_json, write_json
 from ppcl_fx.fingerprint import tensor_digest
 from ppcl_fx.train.data import signature
 from ppcl_fx.train.ranks import Ranks
@@ -187,7 +187,7 @@ def _find(place: Path) -> Part | None:
     if not place.exists():
         return None
     try:
-        part = Part(place, read_json(place / CARD, Card))
+        part = Part(place, read_json(inside(place, CARD), Card))
         calls = part.calls() if part.card.names else []
         if {len(part.card.names)} != {len(calls), len(part.card.digests), len(part.card.groups), len(part.card.mu)}:
             raise PpclError(f"{place}: its card does not fit its calls")
@@ -206,7 +206,7 @@ def _missing(folder: Path, parts: Sequence[Pairs], ranks: Ranks) -> list[Pairs]:
 
 def _know_template(encoder: Encoder, folder: Path) -> None:
     if encoder.template is None and (folder / TEMPLATE).is_file():
-        encoder.template = read_json(folder / TEMPLATE, Template)
+        encoder.template = read_json(inside(folder, TEMPLATE), Template)
 
 
 def _encode_all(encoder: Encoder, parts: Sequence[Pairs], folder: Path, skips: Skips) -> None:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from ppcl_fx.calls import Call, Calls, collate
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import read_json
+from ppcl_fx.files import inside, read_json
 from ppcl_fx.train.data import moved
 from ppcl_fx.train.ranks import Ranks, current
 from ppcl_fx.train.shares import Share, portion
@@ -227,4 +227,4 @@ def open_images(
 def _read(folder: Path, wanted: Sequence[Pairs], ranks: Ranks) -> tuple[list[Part], Template]:
     parts = find_parts(folder, wanted, ranks)
     wait_for(folder / TEMPLATE, ranks)
-    return parts, read_json(folder / TEMPLATE, Template)
+    return parts, read_json(inside(folder, TEMPLATE), Template)

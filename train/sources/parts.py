@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from ppcl_fx import owned
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import new_folder, read_json, write_json
+from ppcl_fx.files import inside, new_folder, read_json, write_json
 from ppcl_fx.recording import record
 from ppcl_fx.train.data import groups
 from ppcl_fx.train.ranks import Ranks
@@ -83,7 +83,7 @@ class Parts:
         """
         if part not in self._groups:
             folder = self._recorded(part)
-            self._groups[part] = self._ranks.each(lambda: read_json(folder / CARD, _Card)).groups
+            self._groups[part] = self._ranks.each(lambda: read_json(inside(folder, CARD), _Card)).groups
         return self._groups[part]
 
     def calls(self, part: int) -> Calls:
