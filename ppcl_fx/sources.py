@@ -272,9 +272,18 @@ def transformer_class(path: Path) -> Any:
     """Return the class that a transformer's ``config.json`` names: one of diffusers' models.
 
     Raises:
-        PpclError: the file is damaged or asks for code, or there is no such class.
+        PpclError: the file is damaged, asks for code, or says that the weights are quantised; there is no such class.
     """
-    name = _read(path).get("_class_name")
+    values = _read(path)
+    for entry in ("quantization_config", "compression_config"):
+        if values.get(entry):
+            how = values[entry]
+            method = how.get("quant_method") if isinstance(how, dict) else None
+            raise PpclError(
+                f"{path}: {entry} says that the weights are quantised ({method or 'unknown method'}), and only plain "
+                "weights can be pruned; give the model that it was quantised from"
+            )
+    name = values.get("_class_name")
     found = _class("diffusers", name, path)
     if not issubclass(found, _import("diffusers", "ModelMixin")):
         raise PpclError(f"{path}: {name} is not a model; give a transformer's folder")

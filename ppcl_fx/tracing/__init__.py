@@ -18,6 +18,7 @@ from ppcl_fx.examples import describe
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.kinds import Examples, Sizes, filled, is_fixed, ones_in
 from ppcl_fx.room import Room
+from ppcl_fx.tracing.held import check_free
 from ppcl_fx.tracing.leaves import block_lists, inlined_modules
 from ppcl_fx.tracing.tracer import ExampleTracer
 
@@ -45,8 +46,10 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
         returns with ``return_dict=False``.
 
     Raises:
-        PpclError: the model has no blocks, an argument is unknown, or a branch depends on a tensor's values.
+        PpclError: something holds the model (hooks, a wrapper, quantisation), it has no blocks, an argument is
+            unknown, or a branch depends on a tensor's values.
     """
+    check_free(model)
     signature = inspect.signature(model.forward)
     given, ones = _completed(model, example_kwargs)
     if "return_dict" in signature.parameters:

@@ -41,6 +41,7 @@ class ExampleTracer(TracerBase):
         self.node_name_to_scope = {}
         self.model = root
         self.root, self._plain = shadow(root)
+        self.root.eval()  # a branch by `training` is no decision of the call: a graph is what the model computes in use
         self.inlined = inlined
         self.blocks = blocks
         self.paths = {id(module): path for path, module in self.root.named_modules()}
