@@ -17,6 +17,7 @@ from ppcl_fx.tracing import bind, trace
 from ppcl_fx.tracing.guards import guards
 from ppcl_fx.tracing.shadow import to_meta
 from tests import models, toys
+from tests.coverage.table import CASES
 
 BUILD = {"qwen": models.tiny_qwen, "flux": models.tiny_flux, "sd3": models.tiny_sd3}
 Case = tuple[Any, dict[str, Any], GraphModule]
@@ -256,6 +257,17 @@ def test_hooks_are_refused(path: str, words: str) -> None:
     model.get_submodule(path).register_forward_hook(lambda module, args, result: None)
     with pytest.raises(PpclError, match=f"{words} has forward hooks"):
         trace(model, kwargs)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_trace_leaves_torch_compile_as_it_was() -> None:
+    """Flex attention compiles itself in the middle of a trace, while torch's constructors are patched."""
+    torch._dynamo.trace_rules.clear_lru_cache()
+    case = next(case for case in CASES if case.name == "AnyFlowFARTransformer3DModel")
+    trace(case.build(), case.kwargs())
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x: x + torch.arange(3), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(torch.ones(3)), torch.tensor([1.0, 2.0, 3.0]))
 
 
 def test_a_misspelt_argument_is_named_with_its_neighbour() -> None:

@@ -104,12 +104,19 @@ def _model_namespaces(root: nn.Module) -> list[dict[str, Any]]:
     return [vars(sys.modules[name]) for name in names if sys.modules.get(name) is not None]
 
 
+def _dynamo_table() -> int:
+    """Return the size of the table of torch's functions that Dynamo makes at its first use; 0 before."""
+    rules = sys.modules.get("torch._dynamo.trace_rules")
+    return 0 if rules is None else int(rules.get_torch_obj_rule_map.cache_info().currsize)
+
+
 @contextlib.contextmanager
 def patched(tracer: ExampleTracer, root: nn.Module) -> Iterator[None]:
     """Redirect module calls, parameter reads, constructors, contexts, `len` and `int` to the tracer; put all back."""
     # A device context remembers torch's constructors the first time it is used; it must not meet ours.
     with torch.device("meta"):
         torch.empty(0)
+    table = _dynamo_table()
     undo: list[Callable[[], None]] = []
 
     def replace(owner: Any, name: str, value: Any) -> None:
@@ -152,3 +159,6 @@ def patched(tracer: ExampleTracer, root: nn.Module) -> Iterator[None]:
     finally:
         for step in reversed(undo):
             step()
+        if _dynamo_table() > table:
+            # Flex attention compiles itself; what Dynamo then took for torch's constructors were ours.
+            sys.modules["torch._dynamo.trace_rules"].clear_lru_cache()
