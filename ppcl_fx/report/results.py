@@ -214,20 +214,15 @@ def open_picture(image: Any) -> Any:
     Raises:
         PpclError: it is no picture.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    from ppcl_fx import pictures
 
     try:
-        if isinstance(image, bytes):
-            opened = Image.open(io.BytesIO(image))
-        elif isinstance(image, str | Path):
-            opened = Image.open(image)
-        else:
-            opened = image
-        clean = opened.convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise PpclError(
-            f"report: a picture cannot be read ({error}): give PNG files or PIL images"
-        ) from error
+        known = isinstance(image, bytes | str | Path)
+        clean = pictures.open_picture(image) if known else pictures.as_rgb(image)
+    except PpclError as error:
+        raise PpclError(f"report: a picture cannot be read ({error}): give PNG files or PIL images") from None
     return Image.frombytes("RGB", clean.size, clean.tobytes())
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 import json
-import warnings
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from ppcl_fx.calls import Call
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
+from ppcl_fx.pictures import open_picture as _open
 from ppcl_fx.recording import first_call, quiet
 from ppcl_fx.train.sources.probing import Noise, noted_decoding, noted_mu, plain_shape, standing_still
 from ppcl_fx.train.sources.template import (
@@ -28,7 +27,7 @@ from ppcl_fx.train.sources.template import (
     tensors_of,
 )
 
-LAYOUT = 1
+LAYOUT = 2
 """Goes up when the same picture would be encoded differently."""
 CLOSE = 0.02
 """What a latent may lose on the way through a pipeline in 16 bits, relative to its largest value."""
@@ -210,25 +209,6 @@ class Encoder:
     def _arguments(self, pixels: Tensor) -> dict[str, Any]:
         size = {"height": pixels.shape[-2], "width": pixels.shape[-1]} if self._sized else {}
         return {**self._given, **size}
-
-
-def _open(data: bytes) -> Image.Image:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.load()
-                turned = ImageOps.exif_transpose(picture)
-                return turned.convert("RGB")
-    # Pillow's readers raise whatever a damaged file makes them raise.
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        raise PpclError(f"no picture that can be read ({_words(error)})") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise PpclError(f"too many pixels ({_words(error)})") from None
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(error).split())[:120] or type(error).__name__
 
 
 def _config(part: Any) -> dict[str, Any]:
