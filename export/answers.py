@@ -13,7 +13,7 @@ from ppcl_fx.export.graph_run import run_graph
 from ppcl_fx.export.inputs import main_dtype
 from ppcl_fx.export.onnx_file import Prepared, floats_as
 from ppcl_fx.export.parity import run
-from ppcl_fx.tracing import bind
+from ppcl_fx.tracing import bind, with_rows
 
 Answer = Callable[[dict[str, Any]], torch.Tensor]
 """Gives the output for a call that `Answers.call` made."""
@@ -66,4 +66,4 @@ class Answers:
         Raises:
             GuardError: the graph was traced for another kind of call.
         """
-        return floats_as(bind(self.gm, kwargs), self.dtype)
+        return floats_as(bind(self.gm, with_rows(self.gm, kwargs)), self.dtype)

@@ -21,7 +21,7 @@ from ppcl_fx.export.graph_run import run_graph
 from ppcl_fx.export.inputs import in_type, main_dtype
 from ppcl_fx.export.onnx_file import Prepared, floats_as
 from ppcl_fx.export.parity import difference, run, session
-from ppcl_fx.tracing import bind
+from ppcl_fx.tracing import bind, with_rows
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
@@ -143,7 +143,7 @@ def largest_value(
     half, *_ = in_type(gm, calls, torch.float16)
     count = min(CALLS, len(calls))
     chosen = (calls[index * len(calls) // count] for index in range(count))
-    return check_range(half, (floats_as(bind(half, call.kwargs), torch.float16) for call in chosen))
+    return check_range(half, (floats_as(bind(half, with_rows(half, call.kwargs)), torch.float16) for call in chosen))
 
 
 # ---- the check of a file that no runtime here runs ---------------------------------------------------------------

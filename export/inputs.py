@@ -72,7 +72,10 @@ def example(gm: GraphModule, calls: Calls | None) -> tuple[dict[str, Any], int]:
     if calls is not None:
         if len(calls) == 0:
             raise PpclError("there are no calls to take an example from; record some")
-        return bind(gm, calls[0].kwargs), calls[0].batch
+        wanted = set(gm.meta["ppcl"]["inputs"])
+        # One that has every argument by itself, where there is one.
+        call = next((call for call in calls if wanted <= call.kwargs.keys()), calls[0])
+        return bind(gm, call.kwargs), call.batch
     generator = torch.Generator().manual_seed(0)
     kwargs: dict[str, Any] = {}
     for node in gm.graph.nodes:

@@ -120,6 +120,7 @@ def run(passes: Iterable[Pass], gm: GraphModule, *, debug: bool = False) -> Resu
             info = gm.meta.setdefault("ppcl", {})
             record = {"name": pass_.name, "options": options(pass_), "version": __version__}
             info["passes"] = [*info.get("passes", []), record]
+            info.pop("kinds", None)  # the graphs for other kinds of call were not changed
     return Result(gm, modified, tuple(refused), names)
 
 

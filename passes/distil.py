@@ -74,6 +74,7 @@ def distil(
     sequential: bool = False,
     attention: bool = False,
     only: Collection[str] | None = None,
+    graph: GraphModule | None = None,
 ) -> GraphModule:
     """Return the graph that trains one stage's edits.
 
@@ -89,13 +90,14 @@ def distil(
             as well: terms ``attention.<number of the attention>.<number of the output>``. Not in the paper's loss.
         only: the ids of the edits to train, some of the stage's; all of them if left out. The teacher is computed
             as far as these need it.
+        graph: the model's pluggable graph for another kind of call (`PluggableModel.graph_for`).
 
     Raises:
         PpclError: the stage is unknown, or the plan has no edit for it.
     """
     if stage not in STAGES:
         raise PpclError(f"no distillation stage {stage!r}{near(stage, STAGES)}; choose depth or width")
-    gm = model.graph
+    gm = model.graph if graph is None else graph
     edits = [edit for edit in model.plan.edits if isinstance(edit, DepthEdit) == (stage == "depth")]
     if not edits:
         raise PpclError(f"the plan has no edit for stage {stage}; train another stage")
@@ -117,9 +119,9 @@ def distil(
         path = student_path(edit) if isinstance(edit, DepthEdit) else projector_path(edit.id)
         builder.emit_pairs(edit.id, terms).meta[TRAINED] = path
     builder.graph.output(None)
-    graph = GraphModule(gm, builder.graph, class_name=f"{type(gm).__name__}Distil")
-    graph.meta = dict(gm.meta)
-    return graph
+    made = GraphModule(gm, builder.graph, class_name=f"{type(gm).__name__}Distil")
+    made.meta = dict(gm.meta)
+    return made
 
 
 def _terms(gm: GraphModule, edit: Edit, upstream: frozenset[Node]) -> list[_Term]:

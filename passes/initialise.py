@@ -14,6 +14,7 @@ from ppcl_fx.passes.probes import NormalEquations, Projector
 from ppcl_fx.passes.streaming.cuts import closure, reads
 from ppcl_fx.passes.switches import host, is_switch, student_end
 from ppcl_fx.passes.watch import Watch, Watcher
+from ppcl_fx.tracing import graph_for
 
 RIDGE = 1e-4
 
@@ -74,17 +75,26 @@ def fit_projectors(
     sites = [site for site in projector_sites(gm) if site.in_student or not in_students]
     if not sites:
         return []
+    sums = {site.path: NormalEquations(bias=True) for site in sites}
+    watchers: dict[GraphModule, Watcher] = {}
+    for kwargs in calls:
+        graph = graph_for(gm, kwargs)
+        if graph not in watchers:
+            watchers[graph] = _watcher(graph, sums, device)
+        watchers[graph].watch(kwargs)
+    for path, equations in sums.items():
+        set_projector(gm.get_submodule(path), equations.solve(RIDGE))
+    return list(sums)
+
+
+def _watcher(gm: GraphModule, sums: Mapping[str, NormalEquations], device: torch.device | None) -> Watcher:
+    """Return what runs the part of a graph that some projectors need, and adds to their sums."""
+    sites = [site for site in projector_sites(gm) if site.path in sums]
     part, mine = _part(gm, [node for site in sites for node in site.nodes])
     sites = [ProjectorSite(s.path, tuple(mine[node] for node in s.nodes), s.in_student) for s in sites]
     if device is not None:
         part.to(device)
-    sums = {site.path: NormalEquations(bias=True) for site in sites}
-    watcher = Watcher(part, [site.watch(sums[site.path]) for site in sites])
-    for kwargs in calls:
-        watcher.watch(kwargs)
-    for path, equations in sums.items():
-        set_projector(gm.get_submodule(path), equations.solve(RIDGE))
-    return list(sums)
+    return Watcher(part, [site.watch(sums[site.path]) for site in sites])
 
 
 def set_projector(linear: nn.Module, fitted: Projector) -> None:

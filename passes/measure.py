@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ppcl_fx.passes.similarity import Curves
 from ppcl_fx.passes.watch import Watch, Watcher
 from ppcl_fx.sites import FfnSite, ffn_sites
 from ppcl_fx.stacks import Block, Stack, stacks
+from ppcl_fx.tracing import graph_for
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Call
@@ -29,6 +30,12 @@ Progress = Callable[[int, int], None]
 
 SAMPLES = 160
 """Sample-timesteps that CKA averages over: the size of the paper's calibration set."""
+
+SEVERAL = (
+    "the calls are of several kinds, and some go through other blocks than the rest (a guidance that skips blocks, "
+    "perhaps); record without it"
+)
+"""What to say of calls whose sums cannot be added."""
 
 MEMORY = 4 * 2**30
 """Bytes of activations kept at most."""
@@ -205,10 +212,14 @@ def measure(
     sites, found = tuple(stream_sites(gm)), all_ffn_sites(gm)
     measured = Measured(gm, sites, found, Reservoir(max_samples, memory))
     collector = _Collector(measured)
-    watcher = Watcher(gm, collector.watches())
+    watches = collector.watches()
+    watchers: dict[GraphModule, Watcher] = {}
     for position, call in enumerate(calls):
-        collector.begin(position)
-        watcher.watch(call.kwargs)
+        graph = graph_for(gm, call.kwargs)
+        if graph not in watchers:
+            watchers[graph] = Watcher(graph, mirrored(watches, gm, graph))
+        collector.begin(position, call.batch)
+        watchers[graph].watch(call.kwargs)
         collector.end()
         if progress is not None:
             progress(position + 1, len(calls))
@@ -229,7 +240,7 @@ class _Collector:
 
     def __init__(self, measured: Measured) -> None:
         self._measured = measured
-        self._call = 0
+        self._call = self._batch = 0
         self._ranks: list[float] | None = None
         self._rows: dict[int, dict[Key, list[Tensor]]] = {}
 
@@ -249,9 +260,9 @@ class _Collector:
             out.append(Watch((ffn.before, ffn.after), equations.add))
         return out
 
-    def begin(self, position: int) -> None:
-        """A call starts."""
-        self._call, self._ranks, self._rows = position, None, {}
+    def begin(self, position: int, batch: int) -> None:
+        """A call of so many samples starts."""
+        self._call, self._batch, self._ranks, self._rows = position, batch, None, {}
 
     def end(self) -> None:
         """A call is over: hand its chosen samples to the reservoir."""
@@ -261,11 +272,43 @@ class _Collector:
 
     def _keep(self, key: Key, state: Tensor) -> None:
         check_state(key, state)
+        state = rows_of(state, self._batch)
         if self._ranks is None:
             self._ranks = ranks(self._call, len(state))
             self._rows = {row: {} for row, rank in enumerate(self._ranks) if self._measured.kept.wants(rank)}
         for row, activations in self._rows.items():
             activations.setdefault(key, []).append(state[row].to("cpu", copy=True))
+
+
+def rows_of(state: Tensor, batch: int) -> Tensor:
+    """Return a stream's state with a row for each sample: before the first block one may stand for all of them."""
+    return state.expand(batch, *state.shape[1:]) if len(state) == 1 else state
+
+
+def mirrored(watches: Sequence[Watch], gm: GraphModule, other: GraphModule) -> list[Watch]:
+    """Return watches of a graph as watches of the same model's graph for another kind of call; observers are shared.
+
+    Raises:
+        PpclError: calls of that kind go through other blocks.
+    """
+    if other is gm:
+        return list(watches)
+    mine, theirs = _ends(gm), _ends(other)
+    if mine.keys() != theirs.keys():
+        raise PpclError(SEVERAL)
+    twin = {node: theirs[name] for name, node in mine.items()}
+    return [Watch(tuple(twin[node] for node in watch.nodes), watch.observer) for watch in watches]
+
+
+def _ends(gm: GraphModule) -> dict[Any, Node]:
+    """Return the nodes that are looked at, by what they are."""
+    found: dict[Any, Node] = {}
+    for site in stream_sites(gm):
+        for block, before, after in zip(site.stack.blocks, site.inputs, site.outputs, strict=True):
+            found[block.path, site.stream, "in"], found[block.path, site.stream, "out"] = before, after
+    for number, (block, ffn) in enumerate(all_ffn_sites(gm)):
+        found[block.path, number, "in"], found[block.path, number, "out"] = ffn.before, ffn.after
+    return found
 
 
 def check_state(key: Key, state: Tensor) -> None:

@@ -51,5 +51,6 @@ def plugged(gm: GraphModule, students: frozenset[str]) -> GraphModule:
 def mixture_draft(gm: GraphModule, students: frozenset[str]) -> Draft:
     """Return what `plugged` returns, as a draft: enough to look at or to count."""
     view = draft(gm)
+    view.meta.get("ppcl", {}).pop("kinds", None)  # they are plugged one by one
     run([Plug(students), DeadCode(), Expand(), DeadCode(), Narrow(), DeadCode()], view)
     return view

@@ -63,6 +63,8 @@ class NormalEquations:
         Raises:
             PpclError: a value is NaN or infinite.
         """
+        if x.ndim == y.ndim and len(x) == 1:
+            x = x.expand(len(y), *x.shape[1:])  # one text for all samples, which goes into the first block as one
         if x.shape != y.shape:
             raise RuntimeError(
                 f"a residual map needs equal shapes, got {tuple(x.shape)} and {tuple(y.shape)}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import replace
 
+from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.calls import Calls
@@ -21,6 +23,7 @@ from ppcl_fx.passes.residuals import bare
 from ppcl_fx.passes.switches import surface, switches
 from ppcl_fx.passes.text_stream import TextStream
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.retrace import over
 from ppcl_fx.stacks import Block, Stack, stacks
 
 
@@ -63,7 +66,19 @@ def insert_edits(gm: GraphModule, plan: Plan) -> GraphModule:
         PpclError: the plan contradicts itself.
         Refusal: an edit does not fit the model; the message says why.
     """
-    return finished(edited(gm, plan))
+    made = finished(edited(gm, plan))
+    kinds = made.meta["ppcl"].get("kinds") or {}
+    # The edits are made without weights, and then put over the students that are there.
+    made.meta["ppcl"]["kinds"] = {
+        kind: over(made, finished(edited(_weightless(other), plan))) for kind, other in kinds.items()
+    }
+    return made
+
+
+def _weightless(gm: GraphModule) -> GraphModule:
+    """Return a copy whose parameters are on the meta device."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in gm.parameters()}
+    return copy.deepcopy(gm, dict(empty))
 
 
 def edited(gm: GraphModule, plan: Plan) -> Draft:

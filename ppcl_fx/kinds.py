@@ -35,9 +35,40 @@ def is_fixed(value: Any) -> bool:
 
 
 def kind_of(kwargs: Mapping[str, Any]) -> Hashable:
-    """Return what the calls of one kind have in common: the arguments given, and the values of fixed ones."""
+    """Return what the calls of one kind have in common.
+
+    It is the arguments given, the values of fixed ones, and which tensors have one row for all samples.
+    """
     given = {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
-    return frozenset((name, repr(value) if is_fixed(value) else "") for name, value in given.items())
+    single = one_row(given)
+    return frozenset(
+        (name, repr(value) if is_fixed(value) else "one row" if name in single else "") for name, value in given.items()
+    )
+
+
+def one_row(kwargs: Mapping[str, Any]) -> set[str]:
+    """Return the tensors that have one row where others have one a sample, as the text of one prompt for all has."""
+    shapes = shapes_of(kwargs)
+    rows = _rows(shapes)
+    return {name for name, shape in shapes.items() if rows > 1 and len(shape) > 1 and shape[0] == 1}
+
+
+def repeated(kwargs: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call whose tensors have a row for each sample.
+
+    Args:
+        kwargs: the call.
+        like: another one; what has a row for each sample there gets them here.
+    """
+    shapes, rows = shapes_of(like), _rows(shapes_of(kwargs))
+    many = {name for name, shape in shapes.items() if shape and shape[0] == _rows(shapes) > 1}
+    wanted = one_row(kwargs) & many
+    return {name: v.expand(rows, *v.shape[1:]) if name in wanted else v for name, v in kwargs.items()}
+
+
+def _rows(shapes: Shapes) -> int:
+    """Return the samples of a call; the first tensor is the noisy sample."""
+    return next((shape[0] for shape in shapes.values() if shape), 1)
 
 
 class Examples(dict[str, Any]):
@@ -80,8 +111,12 @@ def filled(kwargs: Mapping[str, Any], ones: Mapping[str, tuple[Sizes, torch.dtyp
         ones: shape and dtype of the ones, by the arguments' names.
     """
     given = dict(kwargs)
-    for name, (sizes, dtype) in ones.items():
-        shape = ones_shape(sizes, kwargs) if given.get(name) is None else None
+    missing = {name: of for name, of in ones.items() if given.get(name) is None}
+    single = one_row(kwargs) if missing else set()
+    for name, (sizes, dtype) in missing.items():
+        # One row for all samples says nothing of their number.
+        told = not any(size == (other, 0) for other in single for size in sizes)
+        shape = ones_shape(sizes, kwargs) if told else None
         if shape is not None:
             device = next(kwargs[size[0]].device for size in sizes if not isinstance(size, int))
             given[name] = torch.ones(shape, dtype=dtype, device=device)
@@ -113,7 +148,7 @@ def ones_in(examples: Examples, model: nn.Module) -> dict[str, Sizes]:
     """
     if getattr(model, "is_cache_enabled", False):
         return {}  # it answers by what it was asked before
-    kinds = [examples, *examples.others]
+    kinds = [repeated(kwargs, examples) for kwargs in (examples, *examples.others)]
     found = _candidates(kinds, examples.shapes)
     device = next((tensor.device for tensor in model.parameters() if not tensor.is_meta), torch.device("cpu"))
     for kwargs in kinds:
@@ -133,7 +168,7 @@ def _candidates(
     found = {}
     for name in dict.fromkeys(name for kwargs in kinds for name in kwargs):
         given = [kwargs[name] for kwargs in kinds if kwargs.get(name) is not None]
-        if len(given) < len(kinds) and all(_is_mask(value) for value in given):
+        if 0 < len(given) < len(kinds) and all(_is_mask(value) for value in given):
             others = set.intersection(*(set(shapes_of(kwargs)) for kwargs in kinds)) - {name}
             sizes = _sizes(name, [known for known in (*shapes, *map(shapes_of, kinds)) if name in known], others)
             if sizes is not None:

@@ -31,7 +31,7 @@ from ppcl_fx.model_card import NAME as MODEL_CARD
 from ppcl_fx.model_card import model_card
 from ppcl_fx.pipeline_model import PipelineModel
 from ppcl_fx.plan import Plan, known
-from ppcl_fx.tracing import bind, trace_saved
+from ppcl_fx.tracing import trace_saved
 
 if TYPE_CHECKING:
     from ppcl_fx.folders.released import ReleasedModel
@@ -73,7 +73,7 @@ class PluggableModel(PipelineModel):
     """
 
     effects: Effects | None
-    _views: dict[frozenset[str], GraphModule]
+    _views: dict[tuple[frozenset[str], GraphModule], GraphModule]
     _counts: dict[frozenset[str], int]
 
     def __init__(self, graph: GraphModule, plan: Plan) -> None:
@@ -156,32 +156,33 @@ class PluggableModel(PipelineModel):
 
     def graph_module(self) -> GraphModule:
         """Return the current mixture as a plain graph module: parameters shared, nothing unused left in it."""
-        return self._view(frozenset(self.students))
+        return self._view(frozenset(self.students), self.graph)
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         """Run the current mixture on the transformer's own arguments.
 
         Raises:
-            GuardError: the call lies outside of what was traced.
+            GuardError: the call lies outside of what was traced, and the model cannot be traced again for it.
         """
         self._check_class()
-        gm = self.graph_module()
         given = self._take_scale(dict(zip(self.graph.meta["ppcl"]["signature"], args, strict=False)) | kwargs)
-        result = self._runner(gm)(**bind(gm, given))
+        graph, bound = self._bound(given)
+        result = self._runner(self._view(frozenset(self.students), graph))(**bound)
         if not return_dict:
             return result
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
 
         return Transformer2DModelOutput(sample=result[0])
 
-    def _view(self, students: frozenset[str]) -> GraphModule:
+    def _view(self, students: frozenset[str], graph: GraphModule) -> GraphModule:
         from ppcl_fx.passes.plug import plugged
 
-        if students not in self._views:
+        if (students, graph) not in self._views:
             # One mixture at a time: narrowed layers are views of weights that training or a move may replace.
-            self._views.clear()
-            self._views[students] = plugged(self.graph, students)
-        view = self._views[students]
+            for key in [key for key in self._views if key[0] != students]:
+                del self._views[key]
+            self._views[students, graph] = plugged(graph, students)
+        view = self._views[students, graph]
         # Only where it differs: a call inside of torch.compile should find nothing to change.
         return view if view.training == self.training else view.train(self.training)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -189,12 +190,11 @@ class GroupOffload(nn.Module):
         """Return what runs a graph: itself, or its pieces with offloading hooks."""
         if self._offload is None:
             return gm
-        kept = self.__dict__.get("_pieces")
-        if kept is None or kept[0] is not gm:
-            kept = self.__dict__["_pieces"] = (gm, offloaded(gm, self._offload))
-        pieces = kept[1]
-        assert isinstance(pieces, Pieces)
-        return pieces
+        # One for each kind of call, as long as its graph is there.
+        kept: WeakKeyDictionary[GraphModule, Pieces] = self.__dict__.setdefault("_pieces", WeakKeyDictionary())
+        if gm not in kept:
+            kept[gm] = offloaded(gm, self._offload)
+        return kept[gm]
 
     def _weights_changed(self) -> None:
         """Forget views of the weights."""

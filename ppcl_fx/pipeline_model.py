@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 from ppcl_fx import owned
+from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.face import PipelineFace
+from ppcl_fx.kinds import REFUSALS, kind_of
 from ppcl_fx.lora.methods import LoraModel
 from ppcl_fx.offload import GroupOffload
 from ppcl_fx.retrace import dtypes_of, retraced, sparing_complex
+from ppcl_fx.tracing import bind, graph_for
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -77,6 +80,8 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
         super()._apply(sparing_complex(fn), recurse)  # type: ignore[no-untyped-call]
         if graph is not None:
             self.graph = graph
+        for kind in (self.graph.meta["ppcl"].get("kinds") or {}).values():
+            kind._apply(sparing_complex(fn))  # the same modules; but it holds tensors between them by itself
         # Offloading hooks move a model before each call, mostly to where it is.
         if before != self._place():
             self._adapters.moved(self.graph)
@@ -87,12 +92,15 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
     def retrace(self, **example: Any) -> Any:
         """Trace the model again for another kind of call, with the weights and edits that it has.
 
+        A call of a kind that is new is traced by itself. This chooses the kind that is saved with the model, and that
+        it is exported for.
+
         Args:
             example: the arguments of such a call: one with a ControlNet's residuals, with other inputs in another
                 dtype, with a mask. Only shapes and dtypes of tensors count.
 
         Returns:
-            The model itself, which now takes calls like this one, and no others.
+            The model itself.
 
         Raises:
             PpclError: the teacher is no model of diffusers, or such a call cannot be traced; nothing is changed then.
@@ -101,6 +109,31 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
         self._adapters.moved(self.graph)
         self._weights_changed()
         return self
+
+    def graph_for(self, kwargs: Mapping[str, Any]) -> GraphModule:
+        """Return the pluggable graph for calls of one kind. One that is new is traced, with the weights there are.
+
+        Raises:
+            GuardError: the teacher is no model of diffusers, or such a call cannot be traced.
+        """
+        return self._bound(kwargs)[0]
+
+    def _bound(self, kwargs: Mapping[str, Any]) -> tuple[GraphModule, dict[str, Any]]:
+        """Return the pluggable graph for a call, and the call's arguments by the names of the graph's inputs."""
+        graph = graph_for(self.graph, kwargs)
+        try:
+            return graph, bind(graph, kwargs)
+        except GuardError as outside:
+            reason = str(outside).rpartition("; ")[0]
+            try:
+                graph = retraced(self.graph, self._plan, example=kwargs)
+            except PpclError as error:
+                raise GuardError(f"{reason}; {error}") from error
+            except REFUSALS as error:
+                words = " ".join(str(error).split())[:200]
+                raise GuardError(f"{reason}; nor does the model itself take such a call: {words}") from error
+        self.graph.meta["ppcl"].setdefault("kinds", {})[kind_of(kwargs)] = graph
+        return graph, bind(graph, kwargs)
 
     def _place(self) -> list[tuple[torch.device, torch.dtype, int]]:
         """Return where the weights lie: what views of them depend on."""

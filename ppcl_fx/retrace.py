@@ -79,13 +79,21 @@ def retraced(
         kinds = {t.dtype for t in graph.parameters() if t.is_floating_point()}
         changed = {kind: dtypes(kind) for kind in kinds}
         example = build_call(info["example"], changed)
-    fresh = insert_edits(trace(model, example), plan)
+    return over(graph, insert_edits(trace(model, example), plan))
+
+
+def over(graph: GraphModule, fresh: GraphModule) -> GraphModule:
+    """Return the graph of `fresh`, over the modules and parameters of `graph`.
+
+    Raises:
+        PpclError: it needs one that `graph` has not.
+    """
     lost = [name for name in _attributes(fresh) if not _has(graph, name)]
     if lost:
         raise PpclError(f"the model cannot be traced again: it has no {lost[0]!r}, which this call needs; {ADVICE}")
     made = GraphModule(graph, fresh.graph, class_name=graph.__class__.__name__)
-    # The fingerprint is that of the weights, which the model on the meta device does not have.
-    made.meta = {**fresh.meta, "ppcl": {**fresh.meta["ppcl"], "model": info["model"]}}
+    # The fingerprint is that of the weights, which a model on the meta device does not have.
+    made.meta = {**fresh.meta, "ppcl": {**fresh.meta["ppcl"], "model": graph.meta["ppcl"]["model"]}}
     made.train(graph.training)
     return made
 

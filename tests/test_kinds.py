@@ -101,6 +101,8 @@ def test_what_the_model_tells_apart_is_not_filled_in() -> None:
     examples = kinds(plain, masked)
     assert ones_in(examples, toys.build(NeedsAMask)) == {}
     assert ones_in(examples, toys.build(TakesOnes)) == {"mask": [("x", 0), ("x", 1)]}
+    none = {**plain, "mask": None, "scale": None}
+    assert ones_in(kinds(none, masked), toys.build(TakesOnes)) == {"mask": [("x", 0), ("x", 1)]}, "None is missing"
     half = {**plain, "mask": torch.full((3, 6), 0.5)}
     assert ones_in(kinds(plain, half), toys.build(TakesOnes)) == {}, "not a mask"
     added = {**masked, "scale": torch.ones(3)}

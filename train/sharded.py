@@ -20,7 +20,7 @@ from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from ppcl_fx.errors import Refusal
+from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.passes.liveness import owner
 from ppcl_fx.passes.outline import outline
 from ppcl_fx.train.executor import Groups, casting, inputs
@@ -88,11 +88,25 @@ class ShardedFineTuning(FineTuning):
         """Return the teacher's output for this rank's share of a batch."""
         return super().target(moved(kwargs, self._device))
 
+    def _teacher_for(self, kwargs: Mapping[str, Any]) -> GraphModule:
+        """Return the teacher, whose parameters are cut for one graph.
+
+        Raises:
+            PpclError: the call is of another kind than that graph is for.
+        """
+        if self._model.graph_for(kwargs) is not self._model.graph:
+            raise PpclError(
+                "the calls are of several kinds, and on several processes a fine-tuning takes those of one; fine-tune "
+                "on one process, or on calls recorded with a batch size of 1"
+            )
+        return self._teacher
+
     def _loss(self, kwargs: Mapping[str, Any], target: Tensor | None) -> Tensor:
         """The share's part of the loss: the mean over the batch is the sum of the shares' means by their samples."""
         if not isinstance(kwargs, Share):
             raise RuntimeError("several ranks need a share of the batch each")
         given = moved(kwargs, self._device)
+        self._teacher_for(given)
         wanted = super().target(given) if target is None else target.to(self._device)
         with casting(self._device, self._autocast):
             velocity = prediction(self.student(*inputs(self.student, given)))

@@ -19,6 +19,8 @@ from ppcl_fx.graphs import module_paths
 from ppcl_fx.passes.distil import distil, pairs
 from ppcl_fx.passes.liveness import owner
 from ppcl_fx.passes.outline import outline
+from ppcl_fx.passes.plug import plugged
+from ppcl_fx.retrace import over
 from ppcl_fx.train.executor import Distiller, Groups, Saving, casting, inputs, without_edit
 from ppcl_fx.train.losses import Weights, output_loss
 
@@ -89,35 +91,50 @@ class Distillation:
         autocast: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
-        self._graph = distil(
-            model, name, sequential=sequential, attention=weights.attention != 0.0, only=only
-        )
-        compared = any(term.startswith("attention.") for term in terms(self._graph))
-        if name == "depth" and weights.attention and not compared:
-            raise PpclError("the distillation graph compares no attention outputs: leave their weight at 0")
-        blocks = outline_students(self._graph) if (checkpointing or backend) and name == "depth" else []
-        for block in blocks if backend else []:
-            block.compile(backend=backend)
+        self._model, self._name, self._backend = model, name, backend
+        self._how: dict[str, Any] = {
+            "sequential": sequential, "attention": weights.attention != 0.0, "only": only,
+        }  # fmt: skip
         self._weights = weights
         self._options: dict[str, Any] = {
             "joint": sequential, "checkpointing": checkpointing, "autocast": autocast,
         }  # fmt: skip
         self.separate = not sequential
-        self._build()
+        self._stopped: list[str] = []
+        self._graphs: dict[GraphModule, GraphModule] = {}
+        self._distillers: dict[GraphModule, Distiller] = {}
+        self.groups = self._distiller(model.graph).groups
+        compared = any(term.startswith("attention.") for term in terms(self._graph))
+        if name == "depth" and weights.attention and not compared:
+            raise PpclError("the distillation graph compares no attention outputs: leave their weight at 0")
 
-    def _build(self) -> None:
-        self._distiller = Distiller(self._graph, self._weights, **self._options)
-        self.groups = self._distiller.groups
+    @property
+    def _graph(self) -> GraphModule:
+        return self._graphs[self._model.graph]
+
+    def _distiller(self, kind: GraphModule) -> Distiller:
+        """Return what runs the distillation graph for one kind of call."""
+        if kind not in self._graphs:
+            graph = self._graphs[kind] = distil(self._model, self._name, graph=kind, **self._how)
+            outlined = (self._options["checkpointing"] or self._backend) and self._name == "depth"
+            blocks = outline_students(graph) if outlined else []
+            for block in blocks if self._backend else []:
+                block.compile(backend=self._backend)
+            for edit in self._stopped:
+                without_edit(graph, edit)
+        if kind not in self._distillers:
+            self._distillers[kind] = Distiller(self._graphs[kind], self._weights, **self._options)
+        return self._distillers[kind]
 
     def step(
         self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0
     ) -> dict[str, Tensor]:
         """See `Stage`; the students' targets are the teacher's states, computed on the way."""
-        return self._distiller.step(kwargs, scale)
+        return self._distiller(self._model.graph_for(kwargs)).step(kwargs, scale)
 
     def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
         """See `Stage`."""
-        return self._distiller.evaluate(kwargs)
+        return self._distiller(self._model.graph_for(kwargs)).evaluate(kwargs)
 
     def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Stage`: all are this process's."""
@@ -128,12 +145,16 @@ class Distillation:
         for parameter in self.groups[edit]:
             parameter.requires_grad_(False)
             parameter.grad = None
-        without_edit(self._graph, edit)
-        self._build()
+        self._stopped.append(edit)
+        for graph in self._graphs.values():
+            without_edit(graph, edit)
+        self._distillers.clear()
+        self.groups = self._distiller(self._model.graph).groups
 
     def move(self, device: torch.device) -> None:
         """Move what the stage computes with, of the teacher and of the students, to `device`."""
-        self._graph.to(device)
+        for graph in self._graphs.values():
+            graph.to(device)
 
     def tensors(self) -> dict[str, Tensor]:
         """Nothing: the students are in every checkpoint."""
@@ -168,14 +189,10 @@ class FineTuning:
         autocast: torch.dtype | None = None,
         backend: str | None = None,
     ) -> None:
-        self._teacher = mixture(model, ())
+        self._model, self._students, self._backend = model, list(students), backend
         self.student = copy.deepcopy(mixture(model, students)).requires_grad_(True)
-        # The blocks as modules of their own, over the same parameters: what gradient checkpointing works on.
-        view = segmented(self.student) if checkpointing or backend else self.student
-        if backend:
-            for block in view.children():
-                block.compile(backend=backend)
-        self._runner = Saving(view, checkpointing=checkpointing)
+        self._checkpointing = checkpointing
+        self._runners: dict[GraphModule, tuple[GraphModule, Saving, GraphModule]] = {}
         self._autocast = autocast
         self._device = model.device
         self.groups: Groups = {WHOLE: list(self.student.parameters())}
@@ -203,13 +220,35 @@ class FineTuning:
 
     def target(self, kwargs: Mapping[str, Any]) -> Tensor:
         """Return the teacher's output for a batch, as this stage computes it."""
+        teacher = self._teacher_for(kwargs)
         with casting(self._device, self._autocast), torch.no_grad():
-            return prediction(self._teacher(*inputs(self._teacher, kwargs)))
+            return prediction(teacher(*inputs(teacher, kwargs)))
+
+    def _teacher_for(self, kwargs: Mapping[str, Any]) -> GraphModule:
+        """Return the teacher for one kind of call."""
+        return self._for(kwargs)[2]
+
+    def _for(self, kwargs: Mapping[str, Any]) -> tuple[GraphModule, Saving, GraphModule]:
+        """Return the student for one kind of call, what runs it, and the teacher."""
+        kind = self._model.graph_for(kwargs)
+        if kind not in self._runners:
+            student = self.student
+            if kind is not self._model.graph:
+                student = over(self.student, plugged(kind, frozenset(self._students)))
+            # The blocks as modules of their own, over the same parameters: what gradient checkpointing works on.
+            view = segmented(student) if self._checkpointing or self._backend else student
+            if self._backend:
+                for block in view.children():
+                    block.compile(backend=self._backend)
+            runner = Saving(view, checkpointing=self._checkpointing)
+            self._runners[kind] = (student, runner, plugged(kind, frozenset()))
+        return self._runners[kind]
 
     def _loss(self, kwargs: Mapping[str, Any], target: Tensor | None) -> Tensor:
         wanted = self.target(kwargs) if target is None else target
+        student, runner, _ = self._for(kwargs)
         with casting(self._device, self._autocast):
-            velocity = prediction(self._runner.run(*inputs(self.student, kwargs)))
+            velocity = prediction(runner.run(*inputs(student, kwargs)))
         return output_loss(velocity, wanted)
 
     def result(self) -> GraphModule | None:

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue
 from torch.fx import GraphModule
 
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.examples import build_call
 from ppcl_fx.export.onnx_file import floats_as
 from ppcl_fx.export.positions import POSITIONS, PositionsAsInputs
@@ -27,7 +27,7 @@ from ppcl_fx.plan import Plan, plan_digest
 from ppcl_fx.room import Room
 from ppcl_fx.skeleton import skeleton
 from ppcl_fx.sources import diffusers_class
-from ppcl_fx.tracing import bind, trace_saved
+from ppcl_fx.tracing import bind, trace_saved, with_rows
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
@@ -146,7 +146,13 @@ class Front:
             GuardError: the call has an argument that the exported graph does not know, or lacks one.
         """
         named = dict(zip(self.gm.meta["ppcl"]["signature"], args, strict=False))
-        return bind(self.gm, named | dict(kwargs))
+        try:
+            return bind(self.gm, with_rows(self.gm, named | dict(kwargs)))
+        except GuardError as error:
+            reason = str(error).rpartition("; ")[0]
+            raise GuardError(
+                f"{reason}; for such calls trace the student anew, model.retrace(**call).save(FOLDER), and export that"
+            ) from error
 
     def tables(self, bound: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the position tables of a call by name, on the CPU.

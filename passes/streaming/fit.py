@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,18 +50,21 @@ def fit_streamed(
     Returns:
         The projectors' weights and biases by name, memory-mapped.
     """
-    sums: dict[Watch, tuple[str, NormalEquations]] = {}
-    for site in projector_sites(gm):
-        if site.in_student or not in_students:
-            equations = NormalEquations(bias=True)
-            sums[site.watch(equations)] = (site.path, equations)
+    wanted = [site for site in projector_sites(gm) if site.in_student or not in_students]
+    sums = {site.path: NormalEquations(bias=True) for site in wanted}
     if not sums:
         return {}
-    needed = closure(gm, [node for watch in sums for node in watch.nodes])
     where = torch.device(device)
-    runner = Streamer(
-        gm, list(sums), read, States(work, room, where), where, skip=lambda node: node not in needed
-    )
+    states = States(work, room, where)
+    paths: dict[Watch, str] = {}
+
+    def runner_of(graph: GraphModule, others: Mapping[GraphModule, Streamer]) -> Streamer:
+        watches = {site.watch(sums[site.path]): site.path for site in projector_sites(graph) if site.path in sums}
+        paths.update(watches)
+        needed = closure(graph, [node for watch in watches for node in watch.nodes])
+        return Streamer(graph, list(watches), read, states, where, lambda node: node not in needed, others)
+
+    runner = runner_of(gm, {other: runner_of(other, {}) for other in (gm.meta["ppcl"].get("kinds") or {}).values()})
     last = max(number for number, segment in enumerate(runner.segments) if segment.due)
     fitted: dict[str, Tensor] = {}
     for number in range(last + 1):
@@ -72,7 +75,8 @@ def fit_streamed(
         runner.run_segment(number, calls, end=shown)
         release()
         for watch in (watch for watches in runner.segments[number].due.values() for watch in watches):
-            path, equations = sums[watch]
+            path = paths[watch]
+            equations = sums[path]
             solved = equations.solve(RIDGE)
             equations.clear()
             assert solved.bias is not None

@@ -13,10 +13,19 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ppcl_fx.calls import Calls
 from ppcl_fx.files import need_room, read_safetensors, write_safetensors
 from ppcl_fx.passes.curves import CurveSums
 from ppcl_fx.passes.ffn_fit import RIDGE as FFN_RIDGE
-from ppcl_fx.passes.measure import Measurement, StreamSite, all_ffn_sites, check_state, stream_sites
+from ppcl_fx.passes.measure import (
+    Measurement,
+    StreamSite,
+    all_ffn_sites,
+    check_state,
+    mirrored,
+    rows_of,
+    stream_sites,
+)
 from ppcl_fx.passes.probes import Fit, NormalEquations, Projector
 from ppcl_fx.passes.reservoir import Choice, groups
 from ppcl_fx.passes.similarity import Curves
@@ -79,7 +88,13 @@ class StreamedMeasurement(Measurement):
         self._report = report
         self._collector = _Collector(self, ledger, device)
         self._calls = calls
-        self._streamer = Streamer(gm, self._collector.watches(), read, states, device)
+        self._batches = [call.batch for call in (calls.heads() if isinstance(calls, Calls) else calls)]
+        watches = self._collector.watches()
+        others = {
+            graph: Streamer(graph, mirrored(watches, gm, graph), read, states, device)
+            for graph in (gm.meta["ppcl"].get("kinds") or {}).values()
+        }
+        self._streamer = Streamer(gm, watches, read, states, device, others=others)
         self._release = release
         self._every = CHECKPOINT_SECONDS if checkpoint_seconds is None else checkpoint_seconds
 
@@ -111,13 +126,16 @@ class StreamedMeasurement(Measurement):
         total = self.segments * (len(self._calls) + 1)
         label = segment.label or "the first layers"
 
+        def begin(position: int) -> None:
+            self._collector.begin(position, self._batches[position])
+
         def shown(call: int, result: Any) -> None:
             self._report(number * (len(self._calls) + 1) + call + 1, total, label)
 
         with self._collector.segment(
             [watch for watches in segment.due.values() for watch in watches]
         ) as collected:
-            self._streamer.run_segment(number, self._calls, begin=self._collector.begin, end=shown)
+            self._streamer.run_segment(number, self._calls, begin=begin, end=shown)
             self._release()
             result, probes = collected()
         self.ledger.add(result, probes)
@@ -214,7 +232,7 @@ class _Collector:
         for result in ledger.results:
             for note in result.notes:
                 self.choice.note(note.call, note.batch, note.nbytes)
-        self._call = 0
+        self._call = self._batch = 0
         self._probes: dict[Watch, tuple[str, NormalEquations]] = {}
         self._projectors: dict[Watch, tuple[int, NormalEquations]] = {}
         self._keeps: dict[Watch, _Shelving] = {}
@@ -236,14 +254,19 @@ class _Collector:
             self._projectors[Watch((ffn.before, ffn.after), sums.add)] = (number, sums)
         return [*self._keeps, *self._probes, *self._projectors]
 
-    def begin(self, position: int) -> None:
-        """A call starts."""
-        self._call = position
+    def begin(self, position: int, batch: int) -> None:
+        """A call of so many samples starts."""
+        self._call, self._batch = position, batch
 
     @property
     def call(self) -> int:
         """Position of the call that runs."""
         return self._call
+
+    @property
+    def batch(self) -> int:
+        """Samples of the call that runs."""
+        return self._batch
 
     def shelf_path(self, name: str) -> Path:
         """The file that a shelf is written to."""
@@ -321,6 +344,7 @@ class _Shelving:
         """Keep those samples of a call's state that are chosen by what is known so far."""
         assert self._file is not None
         check_state(self._site.key, state)
+        state = rows_of(state, self._collector.batch)
         call, choice = self._collector.call, self._collector.choice
         if self._sizes:
             nbytes = self._sizes * state[0].nbytes

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
+from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.measure import SEVERAL
 from ppcl_fx.passes.streaming.cuts import Segment, cut
 from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.passes.switches import is_switch
 from ppcl_fx.passes.watch import Watch, bound, moved_to
+from ppcl_fx.tracing import graph_for
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Call
@@ -34,6 +37,10 @@ class Streamer(Interpreter):
         states: where the calls' values are kept between segments.
         device: where to compute.
         skip: nodes that are not run.
+        others: what runs the graphs for other kinds of call (`ppcl_fx.tracing.graph_for`), with watches of their own.
+
+    Raises:
+        PpclError: calls of another kind go through other blocks.
     """
 
     def __init__(
@@ -44,13 +51,18 @@ class Streamer(Interpreter):
         states: States,
         device: torch.device,
         skip: Callable[[Node], bool] = lambda node: False,
+        others: Mapping[GraphModule, Streamer] | None = None,
     ) -> None:
         super().__init__(gm)
+        self._others = dict(others or {})
         self._gm = gm
         self._read = read
         self._states = states
         self._device = device
+        self._constants: dict[Node, Any] = {}
         self.segments = cut(gm, watches, skip)
+        if any(len(other.segments) != len(self.segments) for other in self._others.values()):
+            raise PpclError(SEVERAL)
 
     def run_segment(
         self,
@@ -70,23 +82,33 @@ class Streamer(Interpreter):
         Raises:
             PpclError: a call lacks an argument; `GuardError` where the trace does not cover it.
         """
-        segment = self.segments[number]
-        with torch.no_grad(), loaded(self._gm, segment.tensors, self._read, self._device):
-            constants = {node: self.run_node(node) for node in segment.constants}
+        with torch.no_grad(), ExitStack() as stack:
+            for runner in (self, *self._others.values()):
+                runner._open(number, stack)
             for position, call in enumerate(calls):
                 begin(position)
-                self.env = dict(constants)
-                if number == 0:
-                    self._bind(call)
-                else:
-                    self.env.update(
-                        zip(self.segments[number - 1].leaving, self._take(number, position), strict=True)
-                    )
-                result = self._run(segment)
-                if number + 1 < len(self.segments):
-                    self._states.put(number + 1, position, [self.env[node] for node in segment.leaving])
-                self.env = {}
-                end(position, result)
+                runner = self._others.get(graph_for(self._gm, call.kwargs), self) if self._others else self
+                end(position, runner._one(number, position, call))
+
+    def _open(self, number: int, stack: ExitStack) -> None:
+        """Load what a segment needs, until the stack is left."""
+        segment = self.segments[number]
+        stack.enter_context(loaded(self._gm, segment.tensors, self._read, self._device))
+        self._constants = {node: self.run_node(node) for node in segment.constants}
+
+    def _one(self, number: int, position: int, call: Call) -> Any:
+        """Run one call through a segment that is open."""
+        segment = self.segments[number]
+        self.env = dict(self._constants)
+        if number == 0:
+            self._bind(call)
+        else:
+            self.env.update(zip(self.segments[number - 1].leaving, self._take(number, position), strict=True))
+        result = self._run(segment)
+        if number + 1 < len(self.segments):
+            self._states.put(number + 1, position, [self.env[node] for node in segment.leaving])
+        self.env = {}
+        return result
 
     def run_node(self, n: Node) -> Any:
         # The graph computes what the teacher computes: a student is run only where somebody looks at it.

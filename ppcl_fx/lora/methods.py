@@ -126,7 +126,7 @@ class LoraModel(nn.Module):
         """
         if name is None:
             name = next(iter(reversed(self.active_adapters())), "")
-        return self._adapters.report(name, self._view(frozenset(self.students)), self.students)
+        return self._adapters.report(name, self._view(frozenset(self.students), self.graph), self.students)
 
     def set_adapters(self, adapter_names: str | Sequence[str], weights: Any = None) -> None:
         """Choose which LoRAs count and how strongly, 1 if not said; all others count for nothing."""
@@ -232,5 +232,5 @@ class LoraModel(nn.Module):
         """Forget views of the weights: some hold copies of rows."""
         raise NotImplementedError
 
-    def _view(self, students: frozenset[str]) -> GraphModule:
+    def _view(self, students: frozenset[str], graph: GraphModule) -> GraphModule:
         raise NotImplementedError

@@ -16,13 +16,13 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import GuardError, PpclError, foreign, near
 from ppcl_fx.examples import describe
 from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.kinds import Examples, Sizes, filled, is_fixed, ones_in
+from ppcl_fx.kinds import Examples, Sizes, filled, is_fixed, kind_of, ones_in, repeated
 from ppcl_fx.room import Room
 from ppcl_fx.tracing.held import check_free
 from ppcl_fx.tracing.leaves import block_lists, inlined_modules
 from ppcl_fx.tracing.tracer import ExampleTracer
 
-__all__ = ["bind", "trace", "trace_inside", "trace_saved"]
+__all__ = ["bind", "graph_for", "trace", "trace_inside", "trace_saved", "with_rows"]
 
 
 def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
@@ -33,8 +33,9 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
     where some calls of a recording lack a mask: the model is then run on one of them, once as it is and once with a
     mask of ones. If that is the same to the bit the trace serves both kinds of call.
     ``gm.meta["ppcl"]`` holds ``inputs`` (the placeholders), ``fixed`` (arguments that are part of the trace),
-    ``ones`` (inputs that are ones where a call lacks them, with shape and dtype), ``blocks`` (the blocks' paths),
-    ``example`` (the shapes of the traced call), ``config`` (the model's) and ``model`` (its fingerprint).
+    ``ones`` (inputs that are ones where a call lacks them, with shape and dtype), ``kinds`` (graphs over the same
+    modules for the recording's other kinds of call, see `graph_for`), ``blocks`` (the blocks' paths), ``example`` (the
+    shapes of the traced call), ``config`` (the model's) and ``model`` (its fingerprint).
 
     Args:
         model: the transformer, in evaluation mode, on any device, the meta device included.
@@ -84,8 +85,37 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
         },
         "config": _config(model),
         "model": fingerprint(model),
+        "kinds": {},
     }
+    for other in example_kwargs.others if isinstance(example_kwargs, Examples) else ():
+        if not _takes(gm, other):
+            gm.meta["ppcl"]["kinds"][kind_of(other)] = trace(model, other)
     return gm
+
+
+def with_rows(gm: GraphModule, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a call whose tensors have a row for each sample where the traced call's have: one text is repeated.
+
+    That is the same but for rounding: it is for files whose sizes are tied, and for training that promises no more.
+    """
+    return repeated(kwargs, {str(node.target): node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")})
+
+
+def graph_for(gm: GraphModule, kwargs: Mapping[str, Any]) -> GraphModule:
+    """Return the graph that takes calls of a kind: a trace, or a pluggable graph, may have several."""
+    kinds = gm.meta["ppcl"].get("kinds")
+    found = kinds.get(kind_of(kwargs), gm) if kinds else gm
+    assert isinstance(found, GraphModule)
+    return found
+
+
+def _takes(gm: GraphModule, kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a graph has the inputs of a call."""
+    try:
+        bind(gm, kwargs)
+    except GuardError:
+        return False
+    return True
 
 
 def _completed(

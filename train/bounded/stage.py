@@ -72,7 +72,7 @@ class Context:
             return
         found = load_finished(done, FITTED) if self.resume else None
         if found is None:
-            calls = Prepared(self.batches(1), self.used)
+            calls = Prepared(opened.model.graph, self.batches(1), self.used)
             scale = max(elements(self.calls[i].kwargs) for i in self.used) / max(1, opened.traced_size)
             fitted = fit_streamed(
                 opened.model.graph,

@@ -19,6 +19,7 @@ from ppcl_fx.passes.streaming.cuts import closure, parts
 from ppcl_fx.passes.streaming.runner import Read, Streamer
 from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.passes.watch import Watch
+from ppcl_fx.tracing import with_rows
 from ppcl_fx.train.bounded.cache import Cache, Damaged
 from ppcl_fx.train.bounded.problems import Problem
 from ppcl_fx.train.data import Batches
@@ -138,7 +139,7 @@ class Teacher:
                 self._report(number * len(missing) + position + 1, total, "running the teacher")
 
             # Later segments take the calls' states, and of the calls only their number.
-            given = Prepared(self._batches, missing if number == 0 else missing[:1] * len(missing))
+            given = Prepared(self._route.gm, self._batches, missing if number == 0 else missing[:1] * len(missing))
             self._runner.run_segment(number, given, begin=begin, end=end)
             self._states.forget_all_but(number + 1)
             self._release()
@@ -176,8 +177,8 @@ def states_room(limit: int | None, block: int, aside: int = 0) -> int:
 class Prepared(Sequence[Call]):
     """Calls in the model's dtype, each made when it is asked for."""
 
-    def __init__(self, batches: Batches, positions: Sequence[int]) -> None:
-        self._batches, self._positions = batches, positions
+    def __init__(self, gm: GraphModule, batches: Batches, positions: Sequence[int]) -> None:
+        self._gm, self._batches, self._positions = gm, batches, positions
         self._last: tuple[int, Call] | None = None
 
     def __len__(self) -> int:
@@ -189,10 +190,11 @@ class Prepared(Sequence[Call]):
     def __getitem__(self, index: slice) -> Sequence[Call]: ...
     def __getitem__(self, index: int | slice) -> Call | Sequence[Call]:
         if isinstance(index, slice):
-            return Prepared(self._batches, self._positions[index])
+            return Prepared(self._gm, self._batches, self._positions[index])
         position = self._positions[index]
         if self._last is None or self._last[0] != position:
-            self._last = (position, Call(self._batches.one(position), (), 0.0, position, 1))
+            kwargs = with_rows(self._gm, self._batches.one(position))
+            self._last = (position, Call(kwargs, (), 0.0, position, 1))
         return self._last[1]
 
     def __iter__(self) -> Iterator[Call]:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 from pydantic import BaseModel, ConfigDict
+from torch.fx import GraphModule
 
 from ppcl_fx import owned
-from ppcl_fx.errors import PpclError, near
+from ppcl_fx.errors import GuardError, PpclError, near
 from ppcl_fx.files import ROOM, inside, read_json, write_json
 from ppcl_fx.memory import anonymous
+from ppcl_fx.tracing import bind, with_rows
 from ppcl_fx.train.bounded.folder import StudentFolder, dtype_of
 from ppcl_fx.train.bounded.options import STAGES, BoundedOptions, BoundedResult
 from ppcl_fx.train.bounded.schedule import Limits, Speeds
@@ -108,6 +110,7 @@ def train_bounded(
     opened = StudentFolder.open(folder, teacher)
     if calls.model and opened.model.plan.model and calls.model != opened.model.plan.model:
         raise PpclError(f"{folder}: the calls were recorded from another model; record calls of its teacher")
+    _check_kinds(opened.model.graph, calls)
     identity = Identity(
         plan=plan_digest(opened.model.plan), calls=calls.fingerprint, options=options.decisive()
     )
@@ -185,6 +188,20 @@ def _check(options: BoundedOptions, device: torch.device) -> None:
         raise PpclError("training option patience: needs held-out calls to see a gain; give held_out a share")
     if options.optimizer == "adamw8bit":
         try_eight_bit(device)
+
+
+def _check_kinds(graph: GraphModule, calls: Calls) -> None:
+    """Raise `PpclError` where a call is of a kind that the student was not traced with."""
+    examples = calls.examples()
+    for kwargs in (examples, *examples.others):
+        try:
+            bind(graph, with_rows(graph, kwargs))
+        except GuardError as error:
+            reason = str(error).rpartition("; ")[0]
+            raise PpclError(
+                f"in bounded memory all calls are of the kind that the student was traced with, and {reason}; train "
+                "without --memory-limit, or leave such calls out"
+            ) from error
 
 
 def _before(work: Path, identity: Identity, resume: bool) -> _Run | None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ppcl_fx.calls import Call, Calls
-from ppcl_fx.errors import GuardError, PpclError
+from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.passes.analyze import analyze
 from ppcl_fx.passes.reservoir import Choice, Reservoir, ranks
@@ -200,12 +200,14 @@ def test_calls_of_another_model_are_refused(folders: dict[str, Path], tmp_path: 
         analyze_streamed(checkpoint(folders["qwen"]), teacher("flux")[1], tmp_path / "work")
 
 
-def test_a_call_of_another_kind_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
-    _, calls = teacher("qwen")
+def test_calls_of_several_kinds_give_what_one_graph_for_both_gives(folders: dict[str, Path], tmp_path: Path) -> None:
+    model, calls = teacher("qwen")
     masked = models.qwen_kwargs(mask=True)
-    other = Calls([*calls, Call(masked, ("x",), 0.5, 4, 2)])
-    with pytest.raises(GuardError, match="encoder_hidden_states_mask"):
-        analyze_streamed(checkpoint(folders["qwen"]), other, tmp_path / "work")
+    both = Calls([*calls, Call(masked, ("x",), 0.5, 4, 2)], calls.model)
+    streamed = analyze_streamed(checkpoint(folders["qwen"]), both, tmp_path / "work")
+    gm = trace(model, both.examples())
+    assert gm.meta["ppcl"]["ones"] and not gm.meta["ppcl"]["kinds"]
+    assert alike(streamed, analyze(gm, both)) and not alike(streamed, analyze(gm, calls))
 
 
 def test_nan_is_refused_and_names_no_result(folders: dict[str, Path], tmp_path: Path) -> None:
