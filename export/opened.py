@@ -69,7 +69,7 @@ class Opened:
             assert isinstance(loaded, PluggableModel)
             return cls(loaded, WeightSource.files(model, loaded.graph), None)
         if (model.folder / EFFECTS).exists():
-            students = {name: model.students.tensor(name) for name in model.students.stored}  # memory-mapped
+            students = {name: model.students.checked(name) for name in model.students.stored}  # memory-mapped
             model.model.effects = load_effects(model.folder, model.model.plan, students)
             model.release()
         return cls(model.model, weights, why)

@@ -126,7 +126,7 @@ def _opened(tuned: TunedFolder, limit: int, dtype: torch.dtype | None) -> tuple[
     dtypes = {name: parameter.dtype for name, parameter in graph.named_parameters()}
 
     def read(name: str) -> Tensor:
-        return shards.tensor(first[name]).to(dtypes[first[name]])
+        return shards.checked(first[name]).to(dtypes[first[name]])
 
     places = byte_ranges(tuned.file)
     ranges = {name: places[first[name]] for name in first}

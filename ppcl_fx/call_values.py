@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.shards import is_finite
 
 AGAIN = "record the calls again"
 
@@ -40,7 +41,5 @@ def map_tensors(value: Any, change: Callable[[str, torch.Tensor], Any], path: st
 
 def check_finite(tensor: torch.Tensor, where: str) -> None:
     """Raise a PpclError that begins with `where` when a floating-point tensor holds NaN or infinity."""
-    # 8-bit floats have no isfinite of their own.
-    plain = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
-    if not bool(torch.isfinite(plain).all()):
+    if not is_finite(tensor):
         raise PpclError(f"{where} holds NaN or infinity; {AGAIN} (a float16 model may need bfloat16)")

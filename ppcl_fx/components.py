@@ -16,7 +16,7 @@ from ppcl_fx.configurations import check_config, check_numbers
 from ppcl_fx.errors import PpclError, foreign
 from ppcl_fx.reading import JSON_BYTES, read_bytes, without_mark
 from ppcl_fx.room import Room
-from ppcl_fx.shards import Shards
+from ppcl_fx.shards import Shards, check_weight
 from ppcl_fx.skeleton import skeleton
 
 AGAIN = "download or save it again"
@@ -47,6 +47,8 @@ def load_model(kind: Any, folder: Path, options: Mapping[str, Any]) -> nn.Module
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     _check_loaded(kind, folder, info, set(model.state_dict()))
     loaded: nn.Module = model.eval()
+    for name, parameter in loaded.named_parameters():
+        check_weight(parameter, name, folder)
     return loaded
 
 

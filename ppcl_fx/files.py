@@ -57,24 +57,29 @@ def write_json(path: str | Path, obj: BaseModel | Mapping[str, Any] | list[Any])
 
 
 def write_safetensors(
-    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    path: str | Path,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    *,
+    digests: bool = False,
 ) -> None:
     """Write tensors (any device, views and shared storage allowed) to a safetensors file, atomically.
+
+    Args:
+        path: the file.
+        tensors: name -> tensor.
+        metadata: what the header says beside them.
+        digests: let the header hold the digest of each tensor, for `ppcl-fx verify`.
 
     Raises:
         PpclError: the place cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from ppcl_fx.long_files import write_long
 
+    forms = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with _replacing(Path(path)) as beside:
         beside.touch()  # an unwritable place fails here, with an OSError that says why
-        mode = beside.stat().st_mode
-        try:
-            save_file(_own_storage(tensors), beside, metadata=dict(metadata or {}))
-        except SafetensorError as error:
-            raise PpclError(f"{path}: cannot be written ({error}); choose a place with room") from error
-        beside.chmod(mode)  # safetensors writes files that their owner alone can read
+        write_long(beside, forms, tensors.__getitem__, metadata=metadata, digests=digests)
 
 
 def read_json(path: str | Path, model: type[Model], limit: int = JSON_BYTES) -> Model:
@@ -332,16 +337,6 @@ def _sync_tree(folder: Path) -> None:
         sync(Path(root))
 
 
-def _own_storage(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors as safetensors wants them: contiguous, on the CPU, no two in one storage."""
-    seen: set[int] = set()
-    out: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors.items():
-        plain = tensor.detach().cpu().contiguous()
-        storage = plain.untyped_storage().data_ptr()
-        out[name] = plain.clone() if storage in seen else plain
-        seen.add(storage)
-    return out
 
 
 def _first_fault(error: ValidationError, model: type[BaseModel]) -> str:

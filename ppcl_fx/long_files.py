@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.shards import DTYPES
+from ppcl_fx.fingerprint import tensor_digest
+from ppcl_fx.shards import DIGESTS, DTYPES
 
 Form = tuple[torch.dtype, tuple[int, ...]]
 """A tensor's dtype and shape."""
@@ -29,6 +30,9 @@ def write_long(
     forms: Mapping[str, Form],
     read: Callable[[str], Tensor],
     tick: Callable[[int], None] = lambda n: None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    digests: bool = False,
 ) -> None:
     """Write tensors to a safetensors file in a folder that is not final yet, holding one at a time.
 
@@ -37,6 +41,8 @@ def write_long(
         forms: dtype and shape of each tensor by name.
         read: gives each tensor; a memory-mapped one goes from file to file.
         tick: told the number of bytes after each tensor.
+        metadata: what the header says beside the tensors.
+        digests: let the header hold the digest of each tensor (`ppcl_fx.shards.Shards.digests`), for `ppcl-fx verify`.
 
     Raises:
         PpclError: the disk is full, or the place cannot be written.
@@ -50,16 +56,21 @@ def write_long(
         dtype, shape = forms[name]
         header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
         at += size
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    found = dict.fromkeys(names, "0" * 64) if digests else {}
+    begin = _header(header, metadata or {}, found)
     try:
         with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(begin)
             for name in names:
-                tensor = read(name).detach()
+                tensor = read(name).detach().cpu().contiguous()
                 assert (tensor.dtype, tuple(tensor.shape)) == forms[name], name
-                file.write(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                if digests:
+                    found[name] = tensor_digest(tensor)
                 tick(tensor.nbytes)
+            if digests:
+                file.seek(0)
+                file.write(_header(header, metadata or {}, found))  # as long as before
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
@@ -67,3 +78,11 @@ def write_long(
         raise PpclError(
             f"{path.name}: cannot be written ({reason}); make room, or choose another place"
         ) from error
+
+
+def _header(entries: Mapping[str, object], metadata: Mapping[str, str], digests: Mapping[str, str]) -> bytes:
+    said = {**metadata, **({DIGESTS: json.dumps(digests, sort_keys=True)} if digests else {})}
+    whole = {"__metadata__": dict(sorted(said.items())), **entries} if said else entries
+    text = json.dumps(whole, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -31,10 +31,12 @@ from ppcl_fx.model_card import NAME as MODEL_CARD
 from ppcl_fx.model_card import model_card
 from ppcl_fx.pipeline_model import PipelineModel
 from ppcl_fx.plan import Plan, known
+from ppcl_fx.shards import ONE_FILE, check_kind, check_weight
 from ppcl_fx.tracing import trace_saved
 
 if TYPE_CHECKING:
     from ppcl_fx.folders.released import ReleasedModel
+    from ppcl_fx.skeleton import Checkpoint
 
 CARD = "ppcl.json"
 PLAN = "plan.json"
@@ -216,8 +218,8 @@ class PluggableModel(PipelineModel):
         with new_folder(folder, replaces=replaces) as beside:
             self.save_head(beside, scores)
             teacher, students = self._split()
-            write_safetensors(beside / TEACHER / "diffusion_pytorch_model.safetensors", teacher, {"format": "pt"})
-            write_safetensors(beside / STUDENTS, students)
+            write_safetensors(beside / TEACHER / ONE_FILE, teacher, {"format": "pt"}, digests=True)
+            write_safetensors(beside / STUDENTS, students, digests=True)
         return folder
 
     def save_head(self, folder: Path, scores: Mapping[str, float] | None = None) -> None:
@@ -249,7 +251,7 @@ class PluggableModel(PipelineModel):
         """Replace the students' weights, and their measured effects, in a folder that `save` wrote."""
         read_json(inside(folder, CARD), Card)
         # In this order: effects of other weights are not used, whenever this is killed.
-        write_safetensors(inside(folder, STUDENTS), self._split()[1])
+        write_safetensors(inside(folder, STUDENTS), self._split()[1], digests=True)
         if self.effects is not None:
             write_json(inside(folder, EFFECTS), self.effects)
         else:
@@ -292,7 +294,9 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
     plan = read_json(inside(folder, PLAN), Plan)
     weights = read_safetensors(inside(folder, STUDENTS))
     kept = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
-    teacher = open_source(str(inside(folder, TEACHER))).transformer(dtype=dtype or kept)
+    source = open_source(str(inside(folder, TEACHER)))
+    check_teacher(folder, source.checkpoint(), plan)
+    teacher = source.transformer(dtype=dtype or kept)
     dtypes = {kept: dtype} if kept is not None and dtype is not None else {}
     example = build_call(card.example, dtypes, str(folder / CARD))
     graph = insert_edits(trace_saved(teacher, example, folder / CARD), plan)
@@ -303,6 +307,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
             raise PpclError(
                 f"{folder / STUDENTS} does not fit the plan: {name} is missing or of another shape; save again"
             )
+        check_kind(weights[name].dtype, tensor, name, folder / STUDENTS)
+        check_weight(weights[name], name, folder / STUDENTS)
     extra = sorted(set(weights) - set(wanted))
     if extra:
         raise PpclError(
@@ -324,6 +330,19 @@ def _finetuned(folder: Path, dtype: torch.dtype | None) -> PluggableModel:
     model = PluggableModel(graph, Plan()).eval()
     model.graph_module()  # its one mixture, made before torch.compile looks
     return model
+
+
+def check_teacher(folder: Path, teacher: Checkpoint, plan: Plan) -> None:
+    """Refuse a teacher that is not the one that a saved model's plan was made for.
+
+    Raises:
+        PpclError: its weights or its configuration are others.
+    """
+    if plan.model and teacher.known_as(plan.model) is None:
+        raise PpclError(
+            f"{folder / TEACHER}: not the model that {PLAN} was made for (its fingerprint is {plan.model[:12]}): "
+            "weights or config.json were exchanged; copy the whole folder again"
+        )
 
 
 __all__ = ["Card", "PluggableModel", "describe", "load"]

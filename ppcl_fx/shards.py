@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, RootModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -37,6 +37,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+DIGESTS = "ppcl-fx sha256"
+"""What a header's metadata calls the digests of its file's tensors."""
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What a floating-point weight may be stored as. Eight-bit floats mean nothing without their scales."""
 
@@ -47,6 +49,10 @@ class _Index(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     weight_map: dict[str, str]
+
+
+class _Digests(RootModel[dict[str, str]]):
+    """Tensor -> digest."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +82,7 @@ class Shards:
         self.folder = folder
         self.stored = dict(stored)
         self._files: dict[Path, Any] = {}
+        self._finite: set[str] = set()
 
     @classmethod
     def open(cls, folder: str | Path, stem: str = STEM) -> Shards:
@@ -144,6 +151,36 @@ class Shards:
         """Shape of every tensor."""
         return {name: entry.shape for name, entry in self.stored.items()}
 
+    def digests(self) -> dict[str, str]:
+        """Return the digests that were stored with the tensors (`ppcl_fx.fingerprint.tensor_digest`), where they were.
+
+        Raises:
+            PpclError: what is stored is no digests.
+        """
+        found: dict[str, str] = {}
+        for path in self.files:
+            with safe_open(path, framework="pt") as file:
+                text = (file.metadata() or {}).get(DIGESTS)
+            if text is None:
+                continue
+            try:
+                found |= _Digests.model_validate_json(text).root
+            except ValueError as error:
+                raise PpclError(f"{path}: its stored digests are damaged; {AGAIN}") from error
+        return found
+
+    def checked(self, name: str) -> Tensor:
+        """Return one tensor as `tensor` does, after it was read once to see that every value is finite.
+
+        Raises:
+            PpclError: it holds NaN or infinity, or the file was cut or removed after it was opened.
+        """
+        tensor = self.tensor(name)
+        if name not in self._finite:
+            check_weight(tensor, name, self.stored[name].file)
+            self._finite.add(name)
+        return tensor
+
     def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Return every tensor, floating-point ones in `dtype` (as stored when None).
 
@@ -152,7 +189,7 @@ class Shards:
         """
         found = {}
         for name in self.stored:
-            tensor = self.tensor(name)
+            tensor = self.checked(name)
             found[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
         self.close()
         return found
@@ -196,16 +233,7 @@ class Shards:
                     f"{entry.file}: {name} is {list(entry.shape)} here and {list(tensor.shape)} in "
                     f"{type(model).__name__} by config.json; {AGAIN}"
                 )
-            fits = (
-                entry.dtype in WEIGHT_DTYPES
-                if tensor.is_floating_point()
-                else not entry.dtype.is_floating_point
-            )
-            if not fits:
-                raise PpclError(
-                    f"{entry.file}: {name} is stored as {_plain(entry.dtype)}, which cannot hold this weight; "
-                    "give a checkpoint in float32, float16 or bfloat16"
-                )
+            check_kind(entry.dtype, tensor, name, entry.file)
         self._check_alike()
 
     def _check_alike(self) -> None:
@@ -218,6 +246,39 @@ class Shards:
                     f"{entry.file}: {name} is stored as {_plain(entry.dtype)} and {first} as {_plain(dtype)}; "
                     f"the shards are not of one checkpoint, {AGAIN}"
                 )
+
+
+def check_kind(stored: torch.dtype, wanted: Tensor, name: str, file: Path) -> None:
+    """Refuse a tensor that is stored as a kind of number that its place in the model does not take.
+
+    Raises:
+        PpclError: whole numbers are stored for a floating-point weight, or the reverse.
+    """
+    if not (stored in WEIGHT_DTYPES if wanted.is_floating_point() else not stored.is_floating_point):
+        raise PpclError(
+            f"{file}: {name} is stored as {_plain(stored)}, which cannot hold this weight; "
+            "give a checkpoint in float32, float16 or bfloat16"
+        )
+
+
+def check_weight(tensor: Tensor, name: str, file: Path) -> None:
+    """Refuse a weight that is not finite.
+
+    Raises:
+        PpclError: it holds NaN or infinity; the line names the file and the tensor.
+    """
+    if not is_finite(tensor):
+        raise PpclError(f"{file}: {name} holds NaN or infinity, which no weight may; {AGAIN}")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether every value of a tensor is a finite number; whole numbers are."""
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # One pass, without a mask as large as the tensor. Eight-bit floats have no order of their own.
+    low, high = torch.aminmax(plain.float() if plain.element_size() == 1 else plain)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
 def _headers(path: Path) -> dict[str, Stored]:

@@ -60,7 +60,7 @@ class Checkpoint:
 
     def tensor(self, name: str) -> Tensor:
         """Return one tensor of the state dict in the model's dtype: memory-mapped where it is stored so."""
-        return self.shards.tensor(name).to(self._wanted[name])
+        return self.shards.checked(name).to(self._wanted[name])
 
     @property
     def dtype(self) -> torch.dtype:

@@ -27,6 +27,7 @@ from ppcl_fx.files import (
 from ppcl_fx.model import CARD as STUDENT_CARD
 from ppcl_fx.model import FINETUNED as CARD
 from ppcl_fx.plan import plan_digest as plan_digest
+from ppcl_fx.shards import Shards, check_kind, check_weight
 from ppcl_fx.train.stages import mixture
 
 if TYPE_CHECKING:
@@ -64,7 +65,8 @@ def save_finetuned(gm: GraphModule, model: PluggableModel, students: list[str], 
         plan=plan_digest(model.plan), students=students, params=params, keep=params / model.teacher_params
     )
     with new_folder(folder, replaces=owned.FINETUNED) as beside:
-        write_safetensors(beside / WEIGHTS, {name: p.to(model.dtype) for name, p in gm.named_parameters()})
+        tensors = {name: p.to(model.dtype) for name, p in gm.named_parameters()}
+        write_safetensors(beside / WEIGHTS, tensors, digests=True)
         write_json(beside / CARD, card)
 
 
@@ -90,6 +92,9 @@ def load_finetuned(model: PluggableModel, folder: str | Path) -> GraphModule:
     parameters = dict(gm.named_parameters())
     if tensors.keys() != parameters.keys() or any(tensors[n].shape != p.shape for n, p in parameters.items()):
         raise PpclError(f"{folder / WEIGHTS}: does not fit the model's parameters; fine-tune again")
+    for name, tensor in tensors.items():
+        check_kind(tensor.dtype, parameters[name], name, folder / WEIGHTS)
+        check_weight(tensor, name, folder / WEIGHTS)
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
@@ -145,6 +150,8 @@ class FinetunedFolder:
         wanted = {name: tuple(parameter.shape) for name, parameter in graph.named_parameters()}
         if {name: shape for name, (_, shape) in tensor_shapes(file).items()} != wanted:
             raise PpclError(f"{file}: does not fit the model's parameters; fine-tune again")
+        for name, entry in Shards.one_file(file).stored.items():
+            check_kind(entry.dtype, graph.get_parameter(name), name, file)
         return cls(student, opened.model, graph, file, card.students, card.keep)
 
 

@@ -138,7 +138,7 @@ def write_students(
         report(done >> 20, total >> 20, "writing students, MiB")
 
     try:
-        write_long(path, forms, tensor, tick)
+        write_long(path, forms, tensor, tick, digests=True)
     finally:
         checkpoint.shards.close()
 

@@ -6,13 +6,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Annotated
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.folders.numbering import Kept, renumbered
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.shards import Shards
+from ppcl_fx.shards import Shards, check_kind
 from ppcl_fx.sources import RELEASED_LISTS
 
 STACK = "transformer_blocks"
@@ -165,6 +166,8 @@ def compare(weights: Shards, model: nn.Module, layout: Layout) -> None:
     if wrong:
         shapes = f"{list(have[wrong[0]])} and not {list((must | may)[wrong[0]])}"
         raise PpclError(f"{where}: the lists disagree with the weights: {wrong[0]} is {shapes}; {advice}")
+    for name in both:
+        check_kind(weights.stored[name].dtype, torch.empty(0), name, weights.stored[name].file)
 
 
 def graph_paths(blocks: Sequence[str], plan: Plan, kept: Sequence[Kept], layout: Layout) -> dict[str, str]:

@@ -37,7 +37,7 @@ def release(model: PluggableModel, folder: Path, *, overwrite: bool) -> Path:
     with new_folder(folder, replaces=owned.PRUNED if overwrite else None) as beside:
         write_json(beside / "config.json", config)
         write_json(beside / PRUNED, pruned(model, kept))
-        write_safetensors(beside / ONE_FILE, tensors, {"format": "pt"})
+        write_safetensors(beside / ONE_FILE, tensors, {"format": "pt"}, digests=True)
     return folder
 
 

@@ -55,7 +55,7 @@ def save_stock(model: PluggableModel, folder: str | Path, *, overwrite: bool = F
     with new_folder(folder, replaces=owned.PRUNED if overwrite else None) as beside:
         write_json(beside / "config.json", config)
         write_json(beside / PRUNED, pruned(model, kept))
-        write_safetensors(beside / ONE_FILE, tensors, {"format": "pt"})
+        write_safetensors(beside / ONE_FILE, tensors, {"format": "pt"}, digests=True)
     return Path(folder)
 
 

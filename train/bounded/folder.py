@@ -24,12 +24,12 @@ from ppcl_fx.files import (
     write_safetensors,
 )
 from ppcl_fx.long_files import Form, form_bytes, write_long
-from ppcl_fx.model import CARD, PLAN, STUDENTS, TEACHER, Card, PluggableModel
+from ppcl_fx.model import CARD, PLAN, STUDENTS, TEACHER, Card, PluggableModel, check_teacher
 from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.passes.streaming.footprint import elements
 from ppcl_fx.passes.streaming.rewrite import student_forms
 from ppcl_fx.plan import Plan
-from ppcl_fx.shards import Shards
+from ppcl_fx.shards import Shards, check_kind
 from ppcl_fx.skeleton import Checkpoint
 from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import trace_saved
@@ -88,6 +88,7 @@ class StudentFolder:
         students = Shards.one_file(inside(folder, STUDENTS))
         if teacher is None:
             source = open_source(str(inside(folder, TEACHER)))
+            check_teacher(folder, source.checkpoint(), plan)
             teacher = source.checkpoint(dtype=students.dtype if students.stored else None)
         example = build_call(card.example, where=str(folder / CARD))
         gm = trace_saved(teacher.model, example, folder / CARD)
@@ -106,7 +107,7 @@ class StudentFolder:
         if name in self.trained:
             return self.trained[name]
         if name in self.students.stored:
-            return self.students.tensor(name)
+            return self.students.checked(name)
         return self.teacher.tensor(name)
 
     def release(self) -> None:
@@ -124,7 +125,7 @@ class StudentFolder:
         need_room(self.folder, form_bytes(forms))
         beside = self.folder / f".{STUDENTS}.partial"
         try:
-            write_long(beside, forms, self.read, lambda _: self.release())
+            write_long(beside, forms, self.read, lambda _: self.release(), digests=True)
             os.replace(beside, self.folder / STUDENTS)
         finally:
             beside.unlink(missing_ok=True)
@@ -135,11 +136,12 @@ class StudentFolder:
     def _check(self, wanted: Mapping[str, Form]) -> None:
         """The students' file has the plan's tensors and no others."""
         path = self.folder / STUDENTS
-        for name, (_, shape) in wanted.items():
+        for name, (dtype, shape) in wanted.items():
             if name not in self.students.stored or self.students.stored[name].shape != shape:
                 raise PpclError(
                     f"{path} does not fit the plan: {name} is missing or of another shape; save again"
                 )
+            check_kind(self.students.stored[name].dtype, torch.empty(0, dtype=dtype), name, path)
         extra = sorted(set(self.students.stored) - set(wanted))
         if extra:
             raise PpclError(
