@@ -11,21 +11,48 @@ import torch
 from diffusers import ModelMixin
 from pydantic_core import from_json
 from torch import nn
+from transformers import PreTrainedModel
 
 from ppcl_fx.configurations import check_config, check_numbers
 from ppcl_fx.errors import PpclError, foreign
 from ppcl_fx.reading import JSON_BYTES, read_bytes, without_mark
 from ppcl_fx.room import Room
-from ppcl_fx.shards import Shards, check_weight
+from ppcl_fx.shards import STEM, Shards, check_weight
 from ppcl_fx.skeleton import skeleton
 
 AGAIN = "download or save it again"
 
 
-def load_model(kind: Any, folder: Path, options: Mapping[str, Any]) -> nn.Module:
-    """Load a model of diffusers or transformers, in evaluation mode; nothing in it is left random.
+def is_model(kind: type[Any]) -> bool:
+    """Tell whether a part of a pipeline is a model with weights."""
+    return issubclass(kind, (ModelMixin, PreTrainedModel))
 
-    It is built without weights first, within what the headers of its weights say.
+
+def open_weights(kind: Any, folder: Path) -> Shards:
+    """Open the weights of a model of diffusers or transformers, and build it without them.
+
+    It is built within what the headers of the weights say, so a number too much costs neither memory nor time.
+
+    Args:
+        kind: its class.
+        folder: its folder.
+
+    Raises:
+        PpclError: a file is missing or damaged, or the class refuses the configuration.
+    """
+    path = folder / "config.json"
+    is_diffusers = issubclass(kind, ModelMixin)
+    shards = Shards.open(folder, STEM if is_diffusers else "model")
+    room = Room.of(shards.shapes)
+    if is_diffusers:
+        skeleton(kind, _object(path), torch.float32, room=room, where=str(path))
+    else:
+        _check_size(kind, path, room)
+    return shards
+
+
+def load_model(kind: Any, folder: Path, options: Mapping[str, Any]) -> nn.Module:
+    """Load a model of diffusers or transformers, in evaluation mode; nothing in it is left random, or is not finite.
 
     Args:
         kind: its class.
@@ -35,14 +62,7 @@ def load_model(kind: Any, folder: Path, options: Mapping[str, Any]) -> nn.Module
     Raises:
         PpclError: a file is missing or damaged, or the weights do not fit the class.
     """
-    path = folder / "config.json"
-    is_diffusers = issubclass(kind, ModelMixin)
-    shards = Shards.open(folder, "diffusion_pytorch_model" if is_diffusers else "model")
-    room = Room.of(shards.shapes)
-    if is_diffusers:
-        skeleton(kind, _object(path), torch.float32, room=room, where=str(path))
-    else:
-        _check_size(kind, path, room)
+    open_weights(kind, folder)
     with foreign(f"{folder}: cannot be loaded", AGAIN):
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
     _check_loaded(kind, folder, info, set(model.state_dict()))

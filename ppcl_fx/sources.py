@@ -78,19 +78,21 @@ class Source:
 
     def _parts(self, dtype: torch.dtype | None) -> dict[str, Any]:
         """Load the other models of a pipeline, and check what its parts without weights are configured by."""
-        from ppcl_fx.components import check_component, load_model
+        from ppcl_fx.components import check_component, is_model, load_model
 
-        path = self.folder / "model_index.json"
         found = {}
-        for name, (library, class_name) in _components(path).items():
-            if name == "transformer":
-                continue
-            kind = _class(library, class_name, path)
-            if issubclass(kind, (_import("diffusers", "ModelMixin"), _import("transformers", "PreTrainedModel"))):
+        for name, kind in self.parts().items():
+            if is_model(kind):
                 found[name] = load_model(kind, self.folder / name, _options(dtype))
             else:
                 check_component(kind, self.folder / name)
         return found
+
+    def parts(self) -> dict[str, type[Any]]:
+        """Return the parts of a pipeline beside its transformer, with their classes; nothing is loaded."""
+        path = self.folder / "model_index.json"
+        named = _components(path) if self.kind == "pipeline" else {}
+        return {name: _class(*place, path) for name, place in named.items() if name != "transformer"}
 
     def transformer(self, dtype: torch.dtype | None = None) -> nn.Module:
         """Load the transformer alone, with its weights in `dtype` (float32 when None), in evaluation mode.

@@ -201,18 +201,14 @@ class EngineTransformer(PipelineFace):
 
         return Transformer2DModelOutput(sample=result)
 
-    def _weights(self) -> int:
-        """Bytes of the files that hold weights."""
-        files = {weight.file: weight.size for one in self._found.values() for weight in one.manifest.weights}
-        return sum(files.values()) + sum(one.manifest.size for one in self._found.values())
-
     def _front(self) -> Front:
         fronts: dict[Any, Front] = self.__dict__["_fronts"]
         graphs: dict[torch.dtype, GraphModule] = self.__dict__["_graphs"]
         key = (self.dtype, self.students)
         if key not in fronts:
             if self.dtype not in graphs:
-                graphs[self.dtype] = pluggable_graph(self._head, self.dtype, self.folder, self._weights())
+                manifests = [one.manifest for one in self._found.values()]
+                graphs[self.dtype] = pluggable_graph(self._head, self.dtype, self.folder, manifests)
             fronts[key] = Front(graphs[self.dtype], self.students)
         return fronts[key]
 

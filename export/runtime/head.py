@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,19 +101,22 @@ def check_head(head: Head, manifest: Sidecar, folder: Path) -> None:
         )
 
 
-def pluggable_graph(head: Head, dtype: torch.dtype, folder: Path, weights: int) -> GraphModule:
+def pluggable_graph(head: Head, dtype: torch.dtype, folder: Path, manifests: Iterable[Sidecar]) -> GraphModule:
     """Trace the model again, on the meta device, with all its edits.
 
     Args:
         head: what `read_head` read.
         dtype: of weights and floating-point inputs.
         folder: where it was read.
-        weights: bytes of all files of the folder that hold weights, which bound the model's size.
+        manifests: of the graphs there; the files of their weights bound the model's size.
 
     Raises:
         PpclError: the class is unknown or refuses the configuration, or the plan does not fit it.
     """
-    where, room = str(folder / HEAD), Room(MOST_TENSORS, WHOLE * weights)
+    sizes: dict[str, int] = {}
+    for manifest in manifests:
+        sizes |= {manifest.file: manifest.size} | {weight.file: weight.size for weight in manifest.weights}
+    where, room = str(folder / HEAD), Room(MOST_TENSORS, WHOLE * sum(sizes.values()))
     model = skeleton(diffusers_class(str(head.config.get("_class_name"))), head.config, dtype, room=room, where=where)
     example = build_call(head.example, where=where)
     return insert_edits(trace_saved(model, example.over(floats_as(example, dtype)), folder / HEAD), head.plan)

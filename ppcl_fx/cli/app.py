@@ -15,6 +15,7 @@ from ppcl_fx.cli.build import build
 from ppcl_fx.cli.export import export
 from ppcl_fx.cli.rewrite import rewrite
 from ppcl_fx.cli.train import train
+from ppcl_fx.cli.verify import verify
 
 app = typer.Typer(
     name="ppcl-fx",
@@ -24,7 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (analyze, rewrite, train, export, build):
+for command in (analyze, rewrite, train, export, build, verify):
     app.command(command.__name__)(command)
 
 
