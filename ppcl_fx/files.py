@@ -35,6 +35,21 @@ ROOM = 64 * 2**20
 """Bytes of a disk that are left free."""
 
 
+class Sealed(BaseModel):
+    """A JSON file that only this package writes: it holds the hash of all else in it, so a changed field is seen.
+
+    Attributes:
+        sha256: that hash while the file is on disk; empty in files of older versions, and where it was read.
+    """
+
+    sha256: str = ""
+
+    def seal(self) -> str:
+        """Return the hash of all other fields."""
+        plain = self.model_dump(mode="json", exclude={"sha256"})
+        return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`, replacing a file of that name at once or not at all.
 
@@ -52,6 +67,8 @@ def write_json(path: str | Path, obj: BaseModel | Mapping[str, Any] | list[Any])
         PpclError: the place cannot be written.
         ValueError: `obj` holds NaN or infinity, which JSON does not know.
     """
+    if isinstance(obj, Sealed):
+        obj = obj.model_copy(update={"sha256": obj.seal()})
     plain = obj.model_dump(mode="json") if isinstance(obj, BaseModel) else obj
     write_text(path, json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -92,11 +109,16 @@ def read_json(path: str | Path, model: type[Model], limit: int = JSON_BYTES) -> 
     data = read_bytes(path, limit)
     try:
         parse_json(data)
-        return model.model_validate_json(without_mark(data))
+        found = model.model_validate_json(without_mark(data))
     except ValidationError as error:
         raise PpclError(f"{path}: {_first_fault(error, model)}; mend the file or write it again") from None
     except ValueError as error:
         raise PpclError(f"{path}: not valid JSON ({error}); mend the file or write it again") from None
+    if isinstance(found, Sealed) and found.sha256:
+        if found.sha256 != found.seal():
+            raise PpclError(f"{path}: was changed after it was written (sha256); make it again, or copy it again")
+        return found.model_copy(update={"sha256": ""})
+    return found
 
 
 def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:

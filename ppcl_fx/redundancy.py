@@ -163,7 +163,7 @@ class StackAnalysis(_Record):
         )
 
 
-class Redundancy(_Record):
+class Redundancy(_Record, files.Sealed):
     """The result of `ppcl_fx.analyze`, saved as ``analysis.json``.
 
     model and calls are fingerprints; teacher_params counts the transformer's parameters; calls_used counts

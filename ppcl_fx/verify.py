@@ -87,7 +87,8 @@ def _student(folder: Path) -> Iterator[Checked]:
     if (folder / EFFECTS).exists():
         weights = {name: opened.students.tensor(name) for name in opened.students.stored}
         same = load_effects(folder, opened.model.plan, weights) is not None
-        yield Checked(folder / EFFECTS, "effects", "plan, students" if same else "plan; measured before the last training")
+        stale = "plan; they were measured before the last training"
+        yield Checked(folder / EFFECTS, "effects", "plan, students" if same else stale)
     opened.release()
 
 

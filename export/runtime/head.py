@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import ConfigDict, JsonValue
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError, PpclError
@@ -18,7 +18,7 @@ from ppcl_fx.export.positions import POSITIONS, PositionsAsInputs
 from ppcl_fx.export.runtime.sizes_only import SizesOnly
 from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.export.tuples_apart import TuplesApart
-from ppcl_fx.files import inside, read_json, write_json
+from ppcl_fx.files import Sealed, inside, read_json, write_json
 from ppcl_fx.graphs import draft
 from ppcl_fx.passes.contract import run
 from ppcl_fx.passes.plug import plugged
@@ -39,7 +39,7 @@ REMEMBERED = 8
 """For how many kinds of call the position tables are kept."""
 
 
-class Head(BaseModel):
+class Head(Sealed):
     """The model without its weights.
 
     Attributes:

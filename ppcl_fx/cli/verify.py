@@ -17,7 +17,7 @@ def verify(
         Path,
         typer.Argument(
             metavar="FOLDER",
-            help="A student, exported engines, calls, checkpoints, a RUN, a model; or a folder that holds some of them.",
+            help="A student, engines, calls, checkpoints, a RUN, a model; or a folder that holds some of them.",
         ),
     ],
     verbose: Verbose = False,
