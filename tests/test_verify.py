@@ -107,7 +107,11 @@ READERS: dict[str, tuple[str, str, Callable[[Path], list[Callable[[], Any]]]]] =
         "students.transformer_blocks_1_2.attn.to_q.weight",
         lambda f: [lambda: load_finetuned(ppcl_fx.load(f / "student"), f / "student" / "finetuned")],  # type: ignore[arg-type]
     ),
-    "released": (f"released/{WEIGHTS}", "transformer_blocks.1.attn.to_q.weight", lambda f: [lambda: ppcl_fx.load(f / "released")]),
+    "released": (
+        f"released/{WEIGHTS}",
+        "transformer_blocks.1.attn.to_q.weight",
+        lambda f: [lambda: ppcl_fx.load(f / "released")],
+    ),
 }  # fmt: skip
 
 
@@ -196,7 +200,8 @@ def test_everything_is_whole(whole: Path, capsys: pytest.CaptureFixture[str]) ->
     digested = {path for path, one in checked.items() if one["compared"].endswith("all finite, sha256 of each")}
     assert digested == {"student/teacher", "student/students.safetensors", "student/finetuned", "stock", "released"}
     tensors = len(load_file(whole / "pipeline" / "transformer" / WEIGHTS))
-    assert checked["pipeline/transformer"]["compared"] == f"{tensors} tensors, all finite; no digest stored for {tensors} of them"  # fmt: skip
+    words = f"{tensors} tensors, all finite; no digest stored for {tensors} of them"
+    assert checked["pipeline/transformer"]["compared"] == words
 
 
 @pytest.mark.parametrize(
@@ -241,7 +246,8 @@ def test_other_faults(folder: Path, tmp_path: Path) -> None:
 
 def test_files_are_the_same_bytes_each_time_and_safetensors_reads_them(tmp_path: Path) -> None:
     shared = torch.arange(6.0).reshape(2, 3)
-    tensors = {"b": shared, "a": shared.T, "n": torch.tensor(3), "h": torch.ones(2, dtype=torch.bfloat16), "e": torch.ones(0)}
+    tensors = {"b": shared, "a": shared.T, "n": torch.tensor(3), "e": torch.ones(0)}
+    tensors["h"] = torch.ones(2, dtype=torch.bfloat16)
     for number in range(3):
         write_safetensors(tmp_path / f"{number}", tensors, {"format": "pt", "z": "1"}, digests=True)
     assert len({(tmp_path / f"{number}").read_bytes() for number in range(3)}) == 1

@@ -22,9 +22,10 @@ from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import check_artefacts, export, onnx_file
 from ppcl_fx.export.claim import MARK, claimed
+from ppcl_fx.export.runtime.head import Head
 from ppcl_fx.export.samples import sample_of
 from ppcl_fx.export.tensorrt import folder as build_folder
-from ppcl_fx.files import write_safetensors
+from ppcl_fx.files import write_json, write_safetensors
 from ppcl_fx.train.bounded.folder import StudentFolder
 from tests.cli_place import Place
 from tests.export.fake_trt import GPU, working
@@ -55,7 +56,7 @@ def place(made: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Plac
 
 def trained(file: Path) -> None:
     """Every value is another one; the size stays."""
-    write_safetensors(file, {name: tensor * 1.01 for name, tensor in load_file(file).items()})
+    write_safetensors(file, {name: tensor * 1.01 for name, tensor in load_file(file).items()}, digests=True)
 
 
 def damage(out: Path, how: str) -> None:
@@ -166,6 +167,9 @@ def test_a_head_of_another_model_is_refused(place: Place) -> None:
     head = json.loads((out / "head.json").read_text())
     head["plan"]["model"] = "another"
     (out / "head.json").write_text(json.dumps(head))
+    with pytest.raises(PpclError, match=r"head.json: was changed after it was written"):
+        EngineTransformer(out, device="cpu")
+    write_json(out / "head.json", Head.model_validate({**head, "sha256": ""}))
     with pytest.raises(PpclError, match=r"head.json: of another model or plan than keep-1.onnx; export .* --keep 1 -o"):
         EngineTransformer(out, device="cpu")
 
