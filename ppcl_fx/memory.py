@@ -17,7 +17,10 @@ UNITS = {
     "KB": 10**3,
     "MB": 10**6,
     "GB": 10**9,
+    "TB": 10**12,
 }
+MOST = 2**50
+"""Bytes that a size may be."""
 
 
 def parse_size(option: str, text: str) -> int:
@@ -26,15 +29,18 @@ def parse_size(option: str, text: str) -> int:
     Raises:
         PpclError: it is no size, or not above zero. The line begins with `option`.
     """
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     unit = (
         {"K": "KIB", "M": "MIB", "G": "GIB", "T": "TIB"}.get(found[2].upper(), found[2].upper())
         if found
         else ""
     )
-    if not found or unit not in UNITS or float(found[1]) <= 0:
+    if not found or unit not in UNITS:
         raise PpclError(f"{option} {text}: not a size; give for example 12GiB or 900MB")
-    return int(float(found[1]) * UNITS[unit])
+    size = float(found[1]) * UNITS[unit]
+    if not 1 <= size <= MOST:
+        raise PpclError(f"{option} {text}: a size is at least one byte and at most 1024 TiB; give for example 12GiB")
+    return int(size)
 
 
 def size_words(size: int) -> str:

@@ -85,9 +85,10 @@ def validated(options: Mapping[str, Any], where: str = "") -> Options:
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         name = ".".join(str(part) for part in fault["loc"])
-        raise PpclError(
-            f"{where}training option {name}: {fault['msg'].lower()}, not {fault['input']!r}"
-        ) from None
+        option = f"training option {name}: " if name else "training options: "
+        if fault["type"] == "value_error":
+            raise PpclError(f"{where}{option}{fault['ctx']['error']}; leave it out, or give another") from None
+        raise PpclError(f"{where}{option}{fault['msg'].lower()}, not {fault['input']!r}") from None
 
 
 def save(options: Options, path: str | Path) -> None:

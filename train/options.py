@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator, model_validator
 
 from ppcl_fx.errors import PpclError, near
 
@@ -19,15 +19,32 @@ INDIFFERENT = frozenset({"checkpointing", "every", "tensorboard", "log", "log_ev
 """Options that do not change the numbers that come out: a resumed run may have others."""
 
 
+Count = Annotated[int, Field(gt=0, le=10**9)]
+"""How many of something: steps, calls, evaluations."""
+Rate = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]
+"""A learning rate. AdamW moves each weight by about as much in a step."""
+Weight = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Clip = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+Decay = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+
+
 class TermWeights(BaseModel):
     """Weights of the loss terms as they are stored; `ppcl_fx.train.losses.Weights` explains each."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    image: float = Field(1.0, ge=0, allow_inf_nan=False, description="image stream's direction (Eq. 6, 11)")
-    text: float = Field(1.0, ge=0, allow_inf_nan=False, description="text stream's direction (Eq. 6, 11)")
-    linear: float = Field(1.0, ge=0, allow_inf_nan=False, description="projectors' plain errors (Eq. 12)")
-    attention: float = Field(0.0, ge=0, allow_inf_nan=False, description="attention outputs' direction")
-    relative: float = Field(0.0, ge=0, allow_inf_nan=False, description="streams' relative squared error")
+    image: Weight = Field(1.0, description="image stream's direction (Eq. 6, 11)")
+    text: Weight = Field(1.0, description="text stream's direction (Eq. 6, 11)")
+    linear: Weight = Field(1.0, description="projectors' plain errors (Eq. 12)")
+    attention: Weight = Field(0.0, description="attention outputs' direction")
+    relative: Weight = Field(0.0, description="streams' relative squared error")
+
+    @model_validator(mode="after")
+    def _some(self) -> TermWeights:
+        if not any(self.model_dump().values()):
+            raise ValueError("all of them are 0, so there is nothing to learn")
+        return self
 
 
 class Options(BaseModel):
@@ -35,18 +52,18 @@ class Options(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     stages: tuple[str, ...] = Field(STAGES, description="some of depth, width, finetune, in that order")
-    steps: tuple[int, ...] = Field((600, 200, 100), description="steps of each stage, in the same order")
-    batch: int = Field(2, gt=0, description="calls in one forward pass")
-    accumulate: int = Field(1, gt=0, description="forward and backward passes in one step")
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="peak learning rate of depth and width")
-    finetune_lr: float = Field(3e-4, gt=0, allow_inf_nan=False, description="peak learning rate of finetune")
-    warmup: int | None = Field(None, ge=0, description="warm-up steps; none: a twentieth, at most 100")
+    steps: tuple[Count, ...] = Field((600, 200, 100), description="steps of each stage, in the same order")
+    batch: Count = Field(2, description="calls in one forward pass")
+    accumulate: Count = Field(1, description="forward and backward passes in one step")
+    lr: Rate = Field(1e-3, description="peak learning rate of depth and width")
+    finetune_lr: Rate = Field(3e-4, description="peak learning rate of finetune")
+    warmup: int | None = Field(None, ge=0, le=10**9, description="warm-up steps; none: a twentieth, at most 100")
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs bitsandbytes")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas (Sec. 4.1)")
-    weight_decay: float = Field(0.02, ge=0, allow_inf_nan=False, description="AdamW's decay (Sec. 4.1)")
-    clip: float | None = Field(1.0, gt=0, description="largest gradient norm of one edit; none: no limit")
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's betas (Sec. 4.1)")
+    weight_decay: Decay = Field(0.02, description="AdamW's decay (Sec. 4.1)")
+    clip: Clip | None = Field(1.0, description="largest gradient norm of one edit; none: no limit")
     ema: float | None = Field(None, ge=0, lt=1, description="decay of an average of the weights, the result")
-    seed: int = Field(42, description="seed of everything random")
+    seed: Seed = Field(42, description="seed of everything random")
     sequential: StrictBool = Field(False, description="feed each student the one before it (a control)")
     keep: float | None = Field(None, gt=0, le=1, description="share of the mixture to fine-tune; none: least")
     autocast: StrictBool | None = Field(None, description="bf16 matrix products; none: float32 on CUDA only")
@@ -57,14 +74,14 @@ class Options(BaseModel):
         "exact", description="use the teacher's recorded outputs in finetune: where equal to the bit, or not"
     )
     held_out: float = Field(0.0, ge=0, lt=1, description="share of the calls that is never trained on")
-    evaluate_every: int = Field(100, gt=0, description="steps between evaluations on the held-out calls")
-    patience: int | None = Field(None, gt=0, description="evaluations without gain until a student stops")
+    evaluate_every: Count = Field(100, description="steps between evaluations on the held-out calls")
+    patience: Count | None = Field(None, description="evaluations without gain until a student stops")
     min_gain: float = Field(0.005, ge=0, lt=1, description="share of the best loss that counts as a gain")
-    score_prompts: int = Field(0, ge=0, description="pictures a category scored at evaluations ('shapes')")
-    effects: int = Field(0, ge=0, description="calls to measure each student's effect on the output on, afterwards")
-    every: int = Field(100, gt=0, description="steps between checkpoints")
-    log: str | None = Field(None, description="folder of the logs; none: RUN/logs")
-    log_every: int = Field(1, gt=0, description="steps between lines of log.jsonl")
+    score_prompts: int = Field(0, ge=0, le=10**6, description="pictures a category scored at evaluations ('shapes')")
+    effects: int = Field(0, ge=0, le=10**9, description="calls to measure students' effects on afterwards")
+    every: Count = Field(100, description="steps between checkpoints")
+    log: str | None = Field(None, min_length=1, description="folder of the logs; none: RUN/logs")
+    log_every: Count = Field(1, description="steps between lines of log.jsonl")
     tensorboard: StrictBool | None = Field(None, description="TensorBoard events; none: where installed")
     weights: TermWeights = Field(TermWeights(), description="weights of the loss terms")
 
@@ -73,6 +90,12 @@ class Options(BaseModel):
     def _home(cls, value: str | None) -> str | None:
         """A path in a file, or in quotes, has met no shell that expands its ``~``."""
         return None if value is None else os.path.expanduser(value)
+
+    @model_validator(mode="after")
+    def _used(self) -> Options:
+        if self.compile_backend != "inductor" and not self.compile:
+            raise ValueError(f"compile_backend {self.compile_backend!r} has no use without compile")
+        return self
 
     def decisive(self) -> dict[str, Any]:
         """Return the options that a resumed run must share, as JSON-able values."""

@@ -10,13 +10,17 @@ import typer
 
 from ppcl_fx.cli.boundary import Result
 from ppcl_fx.cli.options import (
+    MOST,
+    MOST_STEPS,
     Device,
     Json,
     MemoryLimit,
     Overwrite,
     Seed,
     Verbose,
+    check_folder,
     check_output,
+    finite,
     given,
     parse_device,
 )
@@ -51,20 +55,24 @@ def analyze(
     calls: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Use these recorded calls instead of recording.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Prompts in one run of the pipeline.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Prompts in one run of the pipeline.")] = 8,
     steps: Annotated[
-        int | None, typer.Option(min=1, help="Denoising steps; the pipeline's own number if left out.")
+        int | None,
+        typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; the pipeline's own number if left out."),
     ] = None,
     seed: Seed = 42,
     stream: Annotated[str, typer.Option(help="Stream whose curves decide the intervals.")] = "image",
     ridge: Annotated[
-        float | None, typer.Option(min=0.0, help="Ridge of the probes, relative to the mean squared channel.")
+        float | None,
+        typer.Option(
+            min=0.0, max=1e6, callback=finite, help="Ridge of the probes, relative to the mean squared channel."
+        ),
     ] = None,
     refine_steps: Annotated[
-        int, typer.Option(min=0, help="Gradient steps on the probes after the closed form.")
+        int, typer.Option(min=0, max=10**6, help="Gradient steps on the probes after the closed form.")
     ] = 0,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Samples that CKA averages over, at most.")
+        int | None, typer.Option(min=1, max=MOST, help="Samples that CKA averages over, at most.")
     ] = None,
     memory_limit: MemoryLimit = None,
     device: Device = "cpu",
@@ -81,6 +89,7 @@ def analyze(
         raise PpclError("--prompts, --calls: recorded calls need no prompts; give one of the two")
     limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
     where = parse_device(device, memory_limit)
+    check_folder(calls, "what 'ppcl_fx.record(...).save' or 'ppcl-fx analyze' wrote")
     if limit is not None and calls is None:
         raise PpclError("--memory-limit: the model is never loaded, so nothing can be recorded; give --calls FOLDER")
     _check_out(out, calls is None, overwrite, [model, prompts, calls])

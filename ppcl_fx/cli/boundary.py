@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from ppcl_fx.errors import PpclError, Stopped
 INTERRUPTED = 130
 TERMINATED = 143
 USER_ERROR = 2
+_HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def guarded(run: Callable[[list[str]], object], argv: Sequence[str]) -> int:
     as_json = "--json" in arguments and "--help" not in arguments
     with _sigterm_unwinds(), _only_json(as_json) as stdout:
         try:
+            _check_arguments(arguments)
             outcome = run(arguments)
         except Stopped as error:
             return _fail(_line(error), error.code, stdout if as_json else None)
@@ -71,7 +74,7 @@ def _show(result: Result, as_json: bool, stdout: TextIO) -> None:
         _print_json(result.data, stdout)
         return
     for line in result.lines:
-        print(line, file=stdout)
+        print(printable(line), file=stdout)
 
 
 def _fail(line: str, code: int, stdout: TextIO | None) -> int:
@@ -82,7 +85,31 @@ def _fail(line: str, code: int, stdout: TextIO | None) -> int:
 
 
 def _print_json(data: dict[str, Any], stdout: TextIO) -> None:
-    print(json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False), file=stdout, flush=True)
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    # JSON's own escapes, which are the same to a program: half a character cannot be written as UTF-8.
+    print(_HALVES.sub(lambda found: f"\\u{ord(found[0]):04x}", text), file=stdout, flush=True)
+
+
+def printable(text: str) -> str:
+    """Return one line for a terminal: whatever would move its cursor or cannot be written is shown as an escape."""
+    return "".join(
+        char if char.isprintable() or char == "\t" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def _check_arguments(arguments: Sequence[str]) -> None:
+    """Refuse what no option has a use for: nothing, and bytes that are no text, which no result could be written with.
+
+    Raises:
+        PpclError: there is such an argument.
+    """
+    for before, argument in zip(["", *arguments], arguments, strict=False):
+        if _HALVES.search(argument):
+            raise PpclError(f"{argument}: holds bytes that are not UTF-8; give another name")
+        name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        if not value.strip() and (equals or not name):
+            where = name or before
+            raise PpclError(f"{where}: an empty value; give one, or leave {where} out" if where else "empty argument")
 
 
 def _line(error: Exception) -> str:
@@ -96,7 +123,7 @@ def _line(error: Exception) -> str:
         text = f"{where}{error.strerror or error}; check the path, its permissions and the room left"
     else:
         text = str(error)
-    return " ".join(text.split())
+    return printable(" ".join(text.split()))
 
 
 @contextmanager

@@ -44,7 +44,12 @@ Size = Annotated[
 ]
 PixelsPerToken = Annotated[
     int | None,
-    typer.Option(min=1, rich_help_panel=PANEL, help="Pixels along a side of a token (of a latent cell): often 16 (8)."),
+    typer.Option(
+        min=1,
+        max=4096,
+        rich_help_panel=PANEL,
+        help="Pixels along a side of a token (of a latent cell): often 16 (8).",
+    ),
 ]
 Workspace = Annotated[
     str | None,

@@ -10,7 +10,17 @@ import typer
 from ppcl_fx.cli import engine_options as on
 from ppcl_fx.cli import gate_options as against
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import Json, MemoryLimit, Overwrite, Verbose, check_output, choice, parse_keeps
+from ppcl_fx.cli.options import (
+    MOST,
+    Json,
+    MemoryLimit,
+    Overwrite,
+    Verbose,
+    check_folder,
+    check_output,
+    choice,
+    parse_keeps,
+)
 from ppcl_fx.cli.teacher import Recorded, open_calls, open_student
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
@@ -85,7 +95,7 @@ def export(
     samples: against.Samples = None,
     sample_steps: against.SampleSteps = None,
     sampling_tolerance: against.SamplingTolerance = 1e-3,
-    runs: Annotated[int, typer.Option(min=1, help="Runs timed for the latency.")] = 10,
+    runs: Annotated[int, typer.Option(min=1, max=MOST, help="Runs timed for the latency.")] = 10,
     onnx_only: Annotated[
         bool,
         typer.Option(
@@ -134,6 +144,10 @@ def export(
     }
     request = _request(format, onnx_only, wanted)
     against.check_sampling(pipeline, samples, sample_steps, format not in FOLDERS)
+    if format not in FOLDERS:
+        check_output(out)  # other ratios may be there: what is refused is a graph of the same name
+    check_folder(student, "what 'ppcl-fx rewrite' wrote")
+    check_folder(calls, "recorded calls: RUN/calls")
 
     tuned = _finetuned(student, keep, format, terminal)
 
@@ -147,7 +161,6 @@ def export(
     from ppcl_fx.export.opened import MEMORY, stays_on_disk
     from ppcl_fx.export.tuned import export_finetuned
 
-    check_output(out)  # other ratios may be there: what is refused is a graph of the same name
     recorded = open_calls(calls, terminal) if calls is not None else None
     notes: list[str] = []
     how: dict[str, Any] = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ppcl_fx.cli.analyze import shipped_prompts
+from ppcl_fx.cli.options import MOST, MOST_STEPS, finite
 from ppcl_fx.cli.teacher import Recorded, open_pipeline
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
@@ -26,13 +27,17 @@ Tolerance = Annotated[
     float,
     typer.Option(
         min=0.0,
+        max=1e6,
+        callback=finite,
         rich_help_panel=PANEL,
         help="Largest difference on the shapes and largest relative error on a recorded call that are allowed.",
     ),
 ]
 CheckCalls = Annotated[
     int,
-    typer.Option("--check-calls", min=0, metavar="N", rich_help_panel=PANEL, help="Recorded calls to compare."),
+    typer.Option(
+        "--check-calls", min=0, max=MOST, metavar="N", rich_help_panel=PANEL, help="Recorded calls to compare."
+    ),
 ]
 Pipeline = Annotated[
     str | None,
@@ -45,13 +50,16 @@ Pipeline = Annotated[
 ]
 Samples = Annotated[
     int | None,
-    typer.Option("--samples", min=1, metavar="N", rich_help_panel=PANEL, help=f"Pictures of that run; {SAMPLES}."),
+    typer.Option(
+        "--samples", min=1, max=MOST, metavar="N", rich_help_panel=PANEL, help=f"Pictures of that run; {SAMPLES}."
+    ),
 ]
 SampleSteps = Annotated[
     int | None,
     typer.Option(
         "--sample-steps",
         min=1,
+        max=MOST_STEPS,
         metavar="N",
         rich_help_panel=PANEL,
         help="Denoising steps of that run; the pipeline's own number if left out.",
@@ -60,7 +68,12 @@ SampleSteps = Annotated[
 SamplingTolerance = Annotated[
     float,
     typer.Option(
-        "--sampling-tolerance", min=0.0, rich_help_panel=PANEL, help="Largest relative error of that run's results."
+        "--sampling-tolerance",
+        min=0.0,
+        max=1e6,
+        callback=finite,
+        rich_help_panel=PANEL,
+        help="Largest relative error of that run's results.",
     ),
 ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +18,12 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout, and nothing else there.")
 ]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+MOST = 10**9
+"""The largest count of anything that is counted: steps, calls, runs."""
+MOST_STEPS = 10_000
+"""The most denoising steps of one picture."""
+MOST_SEED = 2**63 - 1
+Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 MemoryLimit = Annotated[
     str | None,
@@ -28,6 +35,32 @@ MemoryLimit = Annotated[
 Device = Annotated[str, typer.Option(help="Where --memory-limit computes: 'cpu', 'cuda'.")]
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
+MOST_PARAMS = 10**15
+DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def finite(param: typer.CallbackParam, value: float | None) -> float | None:
+    """Refuse what is no number, or infinite: no range holds it, and every comparison with it is false."""
+    if value is not None and not math.isfinite(value):
+        raise PpclError(f"--{(param.name or '').replace('_', '-')} {value}: not a number; give a finite one")
+    return value
+
+
+def check_folder(folder: Path | None, what: str) -> None:
+    """Refuse a folder that is not there, before anything slow is imported.
+
+    Args:
+        folder: the folder; None passes.
+        what: what to give instead, for the line.
+
+    Raises:
+        PpclError: there is no such folder.
+    """
+    if folder is None:
+        return
+    if not folder.is_dir():
+        beside = [str(folder.parent / p.name) for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
+        raise PpclError(f"{folder}: no such folder{near(str(folder), beside)}; give {what}")
 
 
 def parse_device(text: str, limit: str | None) -> str:
@@ -36,6 +69,9 @@ def parse_device(text: str, limit: str | None) -> str:
     Raises:
         PpclError: there is no such device, or it is given without ``--memory-limit``.
     """
+    kind, colon, index = text.partition(":")
+    if kind not in DEVICES or (colon and not (index.isascii() and index.isdecimal() and len(index) < 4)):
+        raise PpclError(f"--device {text}: no device{near(kind, DEVICES)}; give one such as 'cpu', 'cuda' or 'cuda:1'")
     if text == "cpu":
         return text
     if limit is None:
@@ -71,7 +107,7 @@ def parse_params(text: str) -> int:
         number = float(digits) * unit
     except ValueError:
         number = 0.0
-    if not 1.0 <= number < float("inf"):  # NaN fails too
+    if not 1.0 <= number <= MOST_PARAMS:  # NaN fails too
         raise PpclError(f"--params {text}: not a number of parameters; give one such as 12B, 500M or 2705371")
     return round(number)
 
@@ -88,9 +124,9 @@ def parse_keeps(text: str) -> list[float]:
 def parse_counts(option: str, text: str) -> list[int]:
     """Return the positive integers of a list such as ``600,200,100``."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(re.fullmatch("[0-9]{1,10}", part) and 0 < int(part) <= MOST for part in parts):
         raise PpclError(
-            f"{option} {text}: give positive whole numbers with commas between them, such as 600,200,100"
+            f"{option} {text}: give whole numbers from 1 to {MOST} with commas between them, such as 600,200,100"
         )
     return [int(part) for part in parts]
 

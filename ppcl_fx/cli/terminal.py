@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from ppcl_fx.cli.boundary import printable
+
 
 class Report(Protocol):
     """Called with the steps done, the steps in all, and what to call them now if not what they were called."""
@@ -37,7 +39,7 @@ class Terminal:
     def note(self, line: str) -> None:
         """Say something that only `-v` wants to know."""
         if self.verbose:
-            print(line, file=sys.stderr, flush=True)  # noqa: T201
+            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
     @contextmanager
     def step(self, label: str) -> Iterator[Report]:
@@ -115,7 +117,7 @@ def _lines(label: str) -> Iterator[Report]:
             due = now + LINE_SECONDS
             left = (now - started) / (done - first) * (total - done) if done > first else 0.0
             more = f", about {time_words(left)} left" if left else ""
-            print(f"{label}: {done} of {total}{more}", file=sys.stderr, flush=True)  # noqa: T201
+            print(printable(f"{label}: {done} of {total}{more}"), file=sys.stderr, flush=True)  # noqa: T201
 
     yield report
 
@@ -128,13 +130,22 @@ def time_words(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
+class _Lines(logging.Formatter):
+    """Log lines as a terminal may show them: a path in one may hold anything."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(printable(line) for line in super().format(record).split("\n"))
+
+
 def _set_up_libraries(verbose: bool) -> None:
     """Libraries keep quiet unless asked; must come before they are imported."""
     level = "warning" if verbose else "error"
     os.environ.setdefault("DIFFUSERS_VERBOSITY", level)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", level)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if verbose else "1")
-    logging.basicConfig(level=logging.WARNING if verbose else logging.ERROR, format="%(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING if verbose else logging.ERROR)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(_Lines("%(name)s: %(message)s"))
     logging.getLogger("ppcl_fx").setLevel(logging.INFO if verbose else logging.WARNING)
     if not verbose and not sys.warnoptions:
         warnings.simplefilter("ignore")

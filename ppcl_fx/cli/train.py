@@ -10,7 +10,17 @@ import typer
 
 from ppcl_fx.cli.boundary import Result
 from ppcl_fx.cli.bounded import Limits, bounded_options, run_bounded
-from ppcl_fx.cli.options import Device, Json, MemoryLimit, Verbose, choices, given, parse_counts, parse_keep
+from ppcl_fx.cli.options import (
+    Device,
+    Json,
+    MemoryLimit,
+    Verbose,
+    check_folder,
+    choices,
+    given,
+    parse_counts,
+    parse_keep,
+)
 from ppcl_fx.cli.stage_words import stage_lines, stage_rows
 from ppcl_fx.cli.teacher import open_student
 from ppcl_fx.cli.terminal import Terminal
@@ -158,6 +168,8 @@ def train(
         log_every=log_every, tensorboard=tensorboard,
         weights=_terms(weights) if weights is not None else None,
     )  # fmt: skip
+    check_folder(student, "what 'ppcl-fx rewrite' wrote")
+    check_folder(calls, "recorded calls: RUN/calls")
 
     from ppcl_fx.train.config import resolve
 

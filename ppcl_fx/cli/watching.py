@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from ppcl_fx.cli.boundary import printable
 from ppcl_fx.cli.terminal import time_words
 from ppcl_fx.memory import size_words
 
@@ -68,7 +69,7 @@ def _lines(clock: Callable[[], float]) -> Callable[[Row], None]:
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)  # noqa: T201
+    print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
 
 @contextmanager
@@ -89,7 +90,7 @@ def _bar() -> Iterator[Callable[[Row], None]]:
 
         def show(row: Row) -> None:
             for edit, reason in row.stopped.items():
-                bars.console.print(f"{row.stage}: {edit} stopped, {reason}", markup=False)
+                bars.console.print(printable(f"{row.stage}: {edit} stopped, {reason}"), markup=False)
             facts = words(row).partition(", ")[2]
             bars.update(task, completed=row.step, total=row.steps, description=row.stage, facts=facts)
 

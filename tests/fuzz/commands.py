@@ -12,13 +12,18 @@ from pathlib import Path
 from ppcl_fx.cli.app import main
 
 WORDS = [
-    "", " ", "0", "-1", "1", "2", "0.5", "1.5", "nan", "inf", "-inf", "1e20", "1e308", "99999999999999999999", "abc", "none",
-    "null", "1,1", "1,2,3", ",", "[]", "{}", "GiB", "1e20GiB", "-5GiB", "0GiB", "../x", "~", "cpu", "cuda", "paper:none", "--help",
-    "é", "\u202ered", "\x1b[31mred", "a\nb", "\udcff", "x" * 5000, "shapes", "depth", "depth,width", "/dev/zero", "/", ".",
+    "", " ", "0", "-1", "1", "2", "0.5", "1.5", "nan", "inf", "-inf", "1e20", "1e308", "99999999999999999999", "abc",
+    "none",
+    "null", "1,1", "1,2,3", ",", "[]", "{}", "GiB", "1e20GiB", "-5GiB", "0GiB", "../x", "~", "cpu", "cuda",
+    "paper:none", "--help",
+    "é", "\u202ered", "\x1b[31mred", "a\nb", "\udcff", "x" * 5000, "shapes", "depth", "depth,width", "/dev/zero",
+    "/", ".",
 ]  # fmt: skip
 """What an option is given."""
-PLACES = ["", "gone", "gone/deeper", "files/plan.json", "model", "pipe", "/dev/zero", "/dev/null", "loop", "a\x1b[31mb",
-          "\udcff", "x" * 300, "/" + "x/" * 3000, ".", "..", "/", "~", "org/name/more", "s:hapes", "run", "student"]  # fmt: skip
+PLACES = ["", "gone", "gone/deeper", "files/plan.json", "model", "pipe", "/dev/zero", "/dev/null", "loop",
+    "a\x1b[31mb",
+          "\udcff", "x" * 300, "/" + "x/" * 3000, ".", "..", "/", "~", "org/name/more", "s:hapes", "run",
+          "student"]  # fmt: skip
 """What a path is given, within a folder that holds the undamaged inputs."""
 
 COMMANDS: dict[str, tuple[list[str], list[str], list[str]]] = {
@@ -36,8 +41,10 @@ COMMANDS: dict[str, tuple[list[str], list[str], list[str]]] = {
     ),
     "train": (
         ["train", "student", "--calls", "run/calls", "--dry-run"],
-        ["--calls", "--out", "--stage", "--steps", "--lr", "--batch-size", "--seed", "--config", "--memory-limit", "--device",
-         "--effects", "--prompts", "--pipeline", "--images", "--cache", "--log", "--log-every", "--compile-backend", "--weights",
+        ["--calls", "--out", "--stage", "--steps", "--lr", "--batch-size", "--seed", "--config", "--memory-limit",
+        "--device",
+         "--effects", "--prompts", "--pipeline", "--images", "--cache", "--log", "--log-every", "--compile-backend",
+         "--weights",
          "--optimizer", "--keep", "--warmup", "--ema"],
         ["student", "run/calls"],
     ),
@@ -47,7 +54,8 @@ COMMANDS: dict[str, tuple[list[str], list[str], list[str]]] = {
          "--samples", "--sample-steps", "--runs", "--tokens", "--batch", "--text", "--shapes", "--workspace", "-o"],
         ["student", "out"],
     ),
-    "build": (["build", "engines"], ["--shapes", "--tokens", "--batch", "--size", "--workspace", "--level"], ["engines"]),
+    "build": (["build", "engines"], ["--shapes", "--tokens", "--batch", "--size", "--workspace", "--level"],
+    ["engines"]),
     "verify": (["verify", "student"], ["--json"], ["student"]),
 }  # fmt: skip
 """A command line, the options that it is given, and which of its words are paths."""

@@ -106,3 +106,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_unknown_keywords_are_refused() -> None:
     with pytest.raises(PpclError, match="did you mean 'evaluate_every'"):
         config.resolve(evaluate_evry=3)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ({"lr": 1e308}, "training option lr: .*less than or equal to 10, not 1e\\+308"),
+        ({"steps": [10**20]}, "training option steps.0: .*1000000000"),
+        ({"seed": -1}, "training option seed: .*greater than or equal to 0"),
+        ({"compile_backend": "abc"}, "compile_backend 'abc' has no use without compile"),
+        ({"weights": {"image": 0, "text": 0, "linear": 0}}, "weights: all of them are 0, so there is nothing to learn"),
+        ({"log": ""}, "training option log: .*at least 1 character"),
+        ({"clip": float("inf")}, "training option clip: .*finite"),
+    ],
+)
+def test_options_out_of_their_range(option: dict[str, Any], reason: str) -> None:
+    with pytest.raises(PpclError, match=reason):
+        resolve(None, **option)

@@ -204,8 +204,17 @@ def test_an_update_that_overflows_is_never_saved(tmp_path: Path) -> None:
 
 def test_an_update_that_overflows_before_any_checkpoint_ends_the_run(tmp_path: Path) -> None:
     model, calls = build()
-    with pytest.raises(PpclError, match="step 1: .* not finite; train again with a smaller lr"):
-        _run(model, calls, tmp_path / "run", lr=1e39, every=1, warmup=0)
+
+    def overflow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].fill_(float("inf"))
+
+    hook = register_optimizer_step_post_hook(overflow)
+    try:
+        with pytest.raises(PpclError, match="step 1: .* not finite; train again with a smaller lr"):
+            _run(model, calls, tmp_path / "run", every=1, warmup=0)
+    finally:
+        hook.remove()
     assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 

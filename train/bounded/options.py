@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost
 from ppcl_fx.train.bounded.schedule import Schedule
 from ppcl_fx.train.curves import StageCurves
-from ppcl_fx.train.options import TermWeights
+from ppcl_fx.train.options import Beta, Clip, Count, Decay, Rate, Seed, TermWeights
 from ppcl_fx.train.schedule import BETAS, WEIGHT_DECAY
 
 STAGES = ("depth", "width")
@@ -48,25 +48,25 @@ class BoundedOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     stages: tuple[str, ...]
-    steps: tuple[int, ...]
-    batch: int = Field(2, gt=0)
-    accumulate: int = Field(1, gt=0)
-    lr: float = Field(1e-3, gt=0)
-    warmup: int | None = Field(None, ge=0)
+    steps: tuple[Count, ...]
+    batch: Count = 2
+    accumulate: Count = 1
+    lr: Rate = 1e-3
+    warmup: int | None = Field(None, ge=0, le=10**9)
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    betas: tuple[float, float] = BETAS
-    weight_decay: float = Field(WEIGHT_DECAY, ge=0)
-    seed: int = 42
+    betas: tuple[Beta, Beta] = BETAS
+    weight_decay: Decay = WEIGHT_DECAY
+    seed: Seed = 42
     weights: TermWeights = TermWeights()
-    clip: float | None = Field(1.0, gt=0)
+    clip: Clip | None = 1.0
     ema: float | None = Field(None, ge=0, lt=1)
     held_out: float = Field(0.0, ge=0, lt=1)
-    evaluate_every: int = Field(100, gt=0)
-    patience: int | None = Field(None, gt=0)
+    evaluate_every: Count = 100
+    patience: Count | None = None
     min_gain: float = Field(0.005, ge=0, lt=1)
     autocast: Literal["bfloat16", "float16"] | None = None
     checkpointing: bool = False
-    every: int = Field(100, gt=0)
+    every: Count = 100
 
     def decisive(self) -> dict[str, Any]:
         """Return the options that a resumed run must share, as JSON-able values."""
