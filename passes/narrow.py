@@ -14,6 +14,7 @@ from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.liveness import SINK
 
 _ROWS = "_ppcl_rows"
+_VERSIONS = "_ppcl_versions"
 
 
 def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -22,12 +23,26 @@ def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return found
 
 
+def is_copied(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a copy of rows that lie apart in an original weight, and not a view of it."""
+    return hasattr(tensor, _ROWS)
+
+
+def is_outdated(copied: torch.Tensor) -> bool:
+    """Whether the weight that a tensor was copied from has been written to since."""
+    return bool(getattr(copied, _VERSIONS) != _versions(rows_of(copied)))
+
+
+def _versions(tensors: tuple[torch.Tensor, ...]) -> list[int]:
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
+
+
 @dataclass(frozen=True)
 class Narrow(Pass):
     """Shrink linear layers whose output is cut into equal chunks of which some are unused.
 
-    The rows that stay are views of the original weight, so nothing is copied. In real arithmetic the result is the
-    same; a smaller matrix product may round differently, so the pass calls itself approximate.
+    Rows that stay and lie together are a view of the original weight; others are copied. In real arithmetic the result
+    is the same; a smaller matrix product may round differently, so the pass calls itself approximate.
     """
 
     name: ClassVar[str] = "narrow"
@@ -84,6 +99,7 @@ def _shrink(gm: GraphModule, linear: Node, chunk: Node, used: list[int]) -> None
         views = tuple(tensor.detach()[row] for row in rows)
         whole = nn.Parameter(torch.cat(views), requires_grad=tensor.requires_grad)
         setattr(whole, _ROWS, views)  # an export refers to the rows where they lie
+        setattr(whole, _VERSIONS, _versions(views))
         return whole
 
     with torch.device("meta"):

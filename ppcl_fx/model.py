@@ -77,6 +77,7 @@ class PluggableModel(PipelineModel):
     effects: Effects | None
     _views: dict[tuple[frozenset[str], GraphModule], GraphModule]
     _counts: dict[frozenset[str], int]
+    _copied: list[torch.Tensor]
 
     def __init__(self, graph: GraphModule, plan: Plan) -> None:
         super().__init__()
@@ -85,7 +86,7 @@ class PluggableModel(PipelineModel):
         self._plan_counted = False
         self.effects = None
         self.students: tuple[str, ...] = ()
-        self._forget()
+        self.weights_changed()
 
     # ---- what it is --------------------------------------------------------------------------------------------
 
@@ -150,10 +151,13 @@ class PluggableModel(PipelineModel):
             raise PpclError("plug takes either keep=... or students=[...]; give one of them")
         if students is None:
             assert keep is not None
-            self.students = choose(self, keep)
+            students = choose(self, keep)
         else:
             known(self.edits, students)
-            self.students = tuple(edit for edit in self.edits if edit in set(students))
+        chosen = tuple(edit for edit in self.edits if edit in set(students))
+        # Before it is the choice: a mixture that cannot be made is no choice.
+        self._view(frozenset(chosen), self.graph)
+        self.students = chosen
         return self
 
     def graph_module(self) -> GraphModule:
@@ -177,24 +181,33 @@ class PluggableModel(PipelineModel):
         return Transformer2DModelOutput(sample=result[0])
 
     def _view(self, students: frozenset[str], graph: GraphModule) -> GraphModule:
+        from ppcl_fx.passes.narrow import is_copied, is_outdated
         from ppcl_fx.passes.plug import plugged
 
+        if not torch.compiler.is_compiling() and any(map(is_outdated, self._copied)):
+            self.__dict__.update(_views={}, _copied=[])
         if (students, graph) not in self._views:
-            # One mixture at a time: narrowed layers are views of weights that training or a move may replace.
+            # One mixture at a time: narrowed layers are views of weights that a move may replace.
             for key in [key for key in self._views if key[0] != students]:
                 del self._views[key]
-            self._views[students, graph] = plugged(graph, students)
-        view = self._views[students, graph]
-        # Only where it differs: a call inside of torch.compile should find nothing to change.
-        return view if view.training == self.training else view.train(self.training)
+            self._views[students, graph] = plugged(graph, students).train(self.training)
+            copied = [tensor for view in self._views.values() for tensor in view.parameters() if is_copied(tensor)]
+            self.__dict__["_copied"] = copied
+        return self._views[students, graph]
 
-    def _forget(self) -> None:
-        # Plain dictionaries, so that torch does not take the views for submodules of their own.
-        self.__dict__["_views"] = {}
-        self.__dict__["_counts"] = {}
+    def weights_changed(self) -> None:
+        """Make the present mixture anew; for whoever puts other tensors in the place of weights."""
+        # Plain containers, so that torch does not take what is in them for its own.
+        self.__dict__.update(_views={}, _counts={}, _copied=[])
+        # Now, and not at the next call: inside of torch.compile nothing can be made.
+        self.graph_module()
 
-    def _weights_changed(self) -> None:
-        self._forget()
+    def train(self, mode: bool = True) -> PluggableModel:
+        """Set the mode of the model and of its present mixture, as `torch.nn.Module.train`."""
+        super().train(mode)
+        for view in self._views.values():
+            view.train(mode)
+        return self
 
     # ---- saving ------------------------------------------------------------------------------------------------
 
@@ -327,9 +340,7 @@ def _finetuned(folder: Path, dtype: torch.dtype | None) -> PluggableModel:
         raise PpclError(f"{folder}: stands beside no pluggable model; put it back into the folder that it was made in")
     graph = load_finetuned(student, folder)
     graph.meta["ppcl"]["alone"] = "a fine-tuned model"
-    model = PluggableModel(graph, Plan()).eval()
-    model.graph_module()  # its one mixture, made before torch.compile looks
-    return model
+    return PluggableModel(graph, Plan()).eval()
 
 
 def check_teacher(folder: Path, teacher: Checkpoint, plan: Plan) -> None:

@@ -179,7 +179,7 @@ class GroupOffload(nn.Module):
         self.to(how.offload_device)
         announce(self, how)
         self._offload = how
-        self._weights_changed()
+        self.weights_changed()
 
     def require_not_offloaded(self) -> None:
         """Raise `PpclError` where the weights are in the hands of diffusers' hooks: nobody else may move them."""
@@ -196,6 +196,6 @@ class GroupOffload(nn.Module):
             kept[gm] = offloaded(gm, self._offload)
         return kept[gm]
 
-    def _weights_changed(self) -> None:
+    def weights_changed(self) -> None:
         """Forget views of the weights."""
         raise NotImplementedError

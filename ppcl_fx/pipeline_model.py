@@ -85,7 +85,7 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
         # Offloading hooks move a model before each call, mostly to where it is.
         if before != self._place():
             self._adapters.moved(self.graph)
-            self._weights_changed()
+            self.weights_changed()
             self._forget_class()
         return self
 
@@ -107,7 +107,7 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
         """
         self.graph = retraced(self.graph, self._plan, example=example)
         self._adapters.moved(self.graph)
-        self._weights_changed()
+        self.weights_changed()
         return self
 
     def graph_for(self, kwargs: Mapping[str, Any]) -> GraphModule:
@@ -153,12 +153,12 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
             RuntimeError: its package is not installed.
         """
         super().set_attention_backend(backend)  # type: ignore[misc]
-        self._weights_changed()
+        self.weights_changed()
 
     def reset_attention_backend(self) -> None:
         """Go back to the kernels of torch."""
         super().reset_attention_backend()  # type: ignore[misc]
-        self._weights_changed()
+        self.weights_changed()
 
     # ---- saving ------------------------------------------------------------------------------------------------
 

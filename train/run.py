@@ -213,7 +213,7 @@ class _Runner:
                 self.journal.curves.append(StageCurves(name=name, label=self._label(name)))
             else:
                 self.journal.restore(students_alone(self._ranks, resumed, self.journal.students))
-                _forget_mixtures(self._model)
+                self._model.weights_changed()
             train_only(self._model, name)
             stage = self._stage(name)
             resumed = share_checkpoints(self._ranks, stage, self.journal, resumed)
@@ -234,7 +234,7 @@ class _Runner:
                 stage.share()
             if name == "depth":
                 fit_again(self._model, data.each(self._model), self._ranks)
-            _forget_mixtures(self._model)
+            self._model.weights_changed()
             if isinstance(stage, FineTuning):
                 finetuned = stage.result()
                 if finetuned is not None:
@@ -256,7 +256,7 @@ class _Runner:
             return None
 
         def scored() -> float:
-            _forget_mixtures(model)
+            model.weights_changed()
             before = tuple(model.students)
             try:
                 whole = stage.student if isinstance(stage, FineTuning) else model.plug(students=list(model.edits))
@@ -264,7 +264,7 @@ class _Runner:
                     return float(ask(name, whole))
             finally:
                 model.plug(students=list(before))
-                _forget_mixtures(model)
+                model.weights_changed()
 
         return scored
 
@@ -385,8 +385,3 @@ def _training(model: PluggableModel, seed: int) -> Iterator[None]:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
                 parameter.grad = None
-
-
-def _forget_mixtures(model: PluggableModel) -> None:
-    """Drop the mixtures that were built before: they may hold what the students' weights were."""
-    model.to(model.device)  # a move, even to where it is, drops them

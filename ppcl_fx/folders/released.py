@@ -196,11 +196,11 @@ class ReleasedModel(GroupOffload, PipelineFace):
     def _apply(self, fn: Any, recurse: bool = True) -> ReleasedModel:
         self.require_not_offloaded()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._weights_changed()
+        self.weights_changed()
         self._forget_class()
         return self
 
-    def _weights_changed(self) -> None:
+    def weights_changed(self) -> None:
         self.__dict__["_view"] = None
 
     def set_attention_backend(self, backend: str) -> None:

@@ -113,7 +113,7 @@ class LoraModel(nn.Module):
         onto = self.lora_on_students if on_students is None else on_students
         self._adapters.load(name, lora, onto, swap=hotswap)
         mark(self)
-        self._weights_changed()
+        self.weights_changed()
         report = self.lora_report(name)
         log.log(logging.WARNING if report.removed + report.projectors else logging.INFO, "%s", report)
         return report
@@ -132,7 +132,7 @@ class LoraModel(nn.Module):
         """Choose which LoRAs count and how strongly, 1 if not said; all others count for nothing."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._adapters.activate(names, strengths(names, weights))
-        self._weights_changed()
+        self.weights_changed()
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Choose which LoRAs count."""
@@ -142,13 +142,13 @@ class LoraModel(nn.Module):
         """Forget LoRAs; the weights are what they were without them, to the bit."""
         self._adapters.delete([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
         mark(self)
-        self._weights_changed()
+        self.weights_changed()
 
     def unload_lora(self) -> None:
         """Forget every LoRA; the weights are what they were, to the bit. Where they were fused they stay so."""
         self._adapters.unload()
         mark(self)
-        self._weights_changed()
+        self.weights_changed()
 
     def active_adapters(self) -> list[str]:
         """Return the names of the LoRAs that count, in the order in which they are added."""
@@ -207,13 +207,13 @@ class LoraModel(nn.Module):
     def _enable(self, enabled: bool) -> None:
         with self._adapters.change():
             self._adapters.enabled = enabled
-        self._weights_changed()
+        self.weights_changed()
 
     def _scale_lora(self, scale: float) -> None:
         if self._adapters.scale != scale:
             with self._adapters.change():
                 self._adapters.scale = scale
-            self._weights_changed()
+            self.weights_changed()
 
     def _take_scale(self, given: dict[str, Any]) -> dict[str, Any]:
         """Take ``scale`` out of a call's ``attention_kwargs``, whatever they are called, as diffusers' models do."""
@@ -228,7 +228,7 @@ class LoraModel(nn.Module):
         }
         return given | rest
 
-    def _weights_changed(self) -> None:
+    def weights_changed(self) -> None:
         """Forget views of the weights: some hold copies of rows."""
         raise NotImplementedError
 
