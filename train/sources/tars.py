@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from pathlib import Path, PurePosixPath
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.sources.pairs import IMAGE_BYTES, Pair, caption_of
+from ppcl_fx.reading import open_regular
+from ppcl_fx.train.sources.pairs import CAPTION_BYTES, IMAGE_BYTES, PICTURES, Pair, caption_in, hidden
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
-CAPTION_BYTES = 2**20
-"""A caption's file may be this large."""
 _AGAIN = "write the shard again with plain files under relative names"
 
 
 def open_tar(path: Path) -> list[Pair]:
     """Return the pairs of a shard, in its order: files with one stem are one sample.
 
-    A sample is ``STEM.jpg`` (or jpeg, png, webp) with ``STEM.txt``, or with ``STEM.json`` that holds the caption.
+    A sample is ``STEM.jpg`` (or jpeg, png, webp) with ``STEM.txt``, or with ``STEM.json`` that holds the caption. A
+    stem ends at its first dot, so ``STEM.1.0.jpg``, as the paper's shards have it, is a picture of STEM.
 
     Raises:
         PpclError: The archive is damaged or compressed, or a member is a link, a device, or under a name that is
@@ -27,10 +25,10 @@ def open_tar(path: Path) -> list[Pair]:
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     twice: set[str] = set()
     try:
-        with tarfile.open(path, "r:") as tar:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 _check(path, member)
-                if member.isdir():
+                if member.isdir() or hidden(member.name):
                     continue
                 stem, _, kind = _stem(member.name)
                 if kind in samples.setdefault(stem, {}):
@@ -60,34 +58,30 @@ def _stem(name: str) -> tuple[str, str, str]:
 
 def _pair(path: Path, stem: str, members: dict[str, tarfile.TarInfo], twice: bool) -> Pair:
     name = f"{path.name}:{stem}"
-    picture = next((members[kind] for kind in PICTURES if kind in members), None)
+    pictures = [kind for kind in members if kind.rpartition(".")[2] in PICTURES]
     if twice:
         return Pair(name, problem="has two files of one kind")
-    if picture is None:
+    if not pictures:
         return Pair(name, problem=f"has no picture ({', '.join(PICTURES)})")
-    caption, problem = _caption(path, members)
-    return Pair(name, caption, lambda: _read(path, picture, IMAGE_BYTES), problem)
-
-
-def _caption(path: Path, members: dict[str, tarfile.TarInfo]) -> tuple[str, str | None]:
+    # Of a.jpg and a.mask.png the first is the picture; of a.1.jpg and a.2.jpg nobody can tell.
+    plain = [kind for kind in pictures if kind in PICTURES] or pictures
+    if len(plain) > 1 and not set(plain) <= set(PICTURES):
+        return Pair(name, problem=f"has several pictures ({', '.join(plain)})")
+    picture = members[min(plain, key=lambda kind: PICTURES.index(kind.rpartition(".")[2]))]
     kind = next((kind for kind in ("txt", "json") if kind in members), None)
     if kind is None:
-        return "", "has no caption (txt, json)"
+        return Pair(name, problem="has no caption (txt, json)")
     try:
-        text = _read(path, members[kind], CAPTION_BYTES).decode("utf-8")
-        if kind == "txt":
-            return text.strip(), None
-        entry = json.loads(text)
-    except (OSError, ValueError, RecursionError):
-        return "", f"its caption ({kind}) cannot be read"
-    caption = caption_of(entry) if isinstance(entry, dict) else None
-    return (caption, None) if caption is not None else ("", "its json holds no caption")
+        caption, problem = caption_in(kind, _read(path, members[kind], CAPTION_BYTES))
+    except OSError:
+        caption, problem = "", f"its caption ({kind}) cannot be read"
+    return Pair(name, caption, lambda: _read(path, picture, IMAGE_BYTES), problem)
 
 
 def _read(path: Path, member: tarfile.TarInfo, limit: int) -> bytes:
     if member.size > limit:
         raise OSError(f"larger than {limit} bytes")
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(member.offset_data)
         data = file.read(member.size)
     if len(data) != member.size:

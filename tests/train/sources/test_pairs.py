@@ -52,7 +52,7 @@ def test_lines_that_say_nothing_are_corrupt_samples(tmp_path: Path) -> None:
     folder = write_metadata(tmp_path, "{", "[" * 10**5, {"text": "x"}, {"file_name": "a.png"}, [1], "", '"x"')
     problems = [pair.problem for pair in open_pairs(folder)]
     no_name = "has no 'file_name'"
-    no_caption = "has no caption under text, caption, prompt"
+    no_caption = "has no caption under text, caption, prompt, prompt_en, caption_en"
     assert problems == ["not valid JSON", "not valid JSON", no_name, no_caption, no_name, no_name]
 
 
@@ -145,3 +145,66 @@ def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
         open_pairs(tmp_path / "picture")
     with pytest.raises(PpclError, match="holds no pictures"):
         open_pairs(write_metadata(tmp_path / "empty"))
+
+
+def json_of(**entry: Any) -> bytes:
+    return json.dumps(entry).encode()
+
+
+@pytest.mark.parametrize(
+    ("members", "found"),
+    [
+        ({"0.1.0.jpg": b"x", "0.json": json_of(prompt_zh="x", prompt_en="a cat")}, ("s.tar:0", "a cat", None)),
+        ({"0.jpg": b"x", "0.json": json_of(prompt_en="a cat", caption_en="y")}, ("s.tar:0", "a cat", None)),
+        ({"0.jpg": b"x", "0.json": json_of(text=None, caption="a cat")}, ("s.tar:0", "a cat", None)),
+        ({"._0.jpg": b"m", "0.jpg": b"x", "._0.txt": b"m", "0.txt": b"a cat"}, ("s.tar:0", "a cat", None)),
+        ({"__MACOSX/0.jpg": b"m", ".DS_Store": b"m", "0.jpg": b"x", "0.txt": b"a cat"}, ("s.tar:0", "a cat", None)),
+        ({"0.mask.png": b"m", "0.jpg": b"x", "0.txt": b"\xef\xbb\xbfa cat\r\n"}, ("s.tar:0", "a cat", None)),
+        (
+            {"0.1.jpg": b"x", "0.2.jpg": b"y", "0.txt": b"a cat"},
+            ("s.tar:0", "", "has several pictures (1.jpg, 2.jpg)"),
+        ),
+        ({"0.jpg": b"x", "0.txt": b" \r\n"}, ("s.tar:0", "", "its caption is empty")),
+    ],
+)
+def test_shards_of_others(tmp_path: Path, members: dict[str, Any], found: tuple[str, str, str | None]) -> None:
+    (pair,) = open_pairs(write_tar(tmp_path / "s.tar", members))
+    assert (pair.name, pair.caption, pair.problem) == found
+    if pair.problem is None:
+        assert pair.read() == b"x"
+
+
+def test_captions_beside_pictures(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    files = {"a.PNG": b"x", "a.txt": b"a cat\r\n", "._a.PNG": b"m", ".DS_Store": b"m", "b.jpg": b"y",
+        "c.txt": b"no picture"}
+    for name, content in {**files, "deep/d.webp": b"z", "deep/d.json": json_of(caption="a dog")}.items():
+        (tmp_path / name).write_bytes(content)
+    pairs = open_pairs(tmp_path)
+    assert [(pair.name, pair.caption, pair.problem) for pair in pairs] == [
+        ("a.PNG", "a cat", None),
+        ("b.jpg", "", "has no caption (txt, json)"),
+        ("deep/d.webp", "a dog", None),
+    ]
+    assert [pairs[0].read(), pairs[2].read()] == [b"x", b"z"]
+
+
+def test_a_table_and_names_of_windows(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.jpg").write_bytes(b"x")
+    table = b'\xef\xbb\xbffile_name,text\r\nimages\\0.jpg,"a cat, sitting"\r\n0.jpg,\r\n'
+    (tmp_path / "metadata.csv").write_bytes(table)
+    first, second = open_pairs(tmp_path)
+    assert (first.caption, first.problem, first.read()) == ("a cat, sitting", None, b"x")
+    assert second.problem == "its caption is empty"
+
+
+def test_pipes_and_sparse_files_are_no_pictures(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt").write_text("a cat")
+    os.mkfifo(tmp_path / "a.jpg")
+    with (tmp_path / "b.jpg").open("wb") as file:
+        file.truncate(2**40)
+    for pair in open_pairs(tmp_path):
+        with pytest.raises(OSError, match=r"is a pipe|larger than|has \d+ bytes|at most"):
+            pair.read()
