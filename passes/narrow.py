@@ -33,6 +33,14 @@ def is_outdated(copied: torch.Tensor) -> bool:
     return bool(getattr(copied, _VERSIONS) != _versions(rows_of(copied)))
 
 
+def copy_again(copied: torch.Tensor) -> None:
+    """Copy the rows that a tensor is made of into it once more."""
+    rows = rows_of(copied)
+    with torch.no_grad():
+        copied.copy_(torch.cat(rows))
+    setattr(copied, _VERSIONS, _versions(rows))
+
+
 def _versions(tensors: tuple[torch.Tensor, ...]) -> list[int]:
     return [0 if tensor.is_inference() else tensor._version for tensor in tensors]
 

@@ -181,11 +181,9 @@ class PluggableModel(PipelineModel):
         return Transformer2DModelOutput(sample=result[0])
 
     def _view(self, students: frozenset[str], graph: GraphModule) -> GraphModule:
-        from ppcl_fx.passes.narrow import is_copied, is_outdated
+        from ppcl_fx.passes.narrow import copy_again, is_copied, is_outdated
         from ppcl_fx.passes.plug import plugged
 
-        if not torch.compiler.is_compiling() and any(map(is_outdated, self._copied)):
-            self.__dict__.update(_views={}, _copied=[])
         if (students, graph) not in self._views:
             # One mixture at a time: narrowed layers are views of weights that a move may replace.
             for key in [key for key in self._views if key[0] != students]:
@@ -193,6 +191,9 @@ class PluggableModel(PipelineModel):
             self._views[students, graph] = plugged(graph, students).train(self.training)
             copied = [tensor for view in self._views.values() for tensor in view.parameters() if is_copied(tensor)]
             self.__dict__["_copied"] = copied
+        if not torch.compiler.is_compiling():
+            for tensor in filter(is_outdated, self._copied):
+                copy_again(tensor)
         return self._views[students, graph]
 
     def weights_changed(self) -> None:
@@ -201,6 +202,14 @@ class PluggableModel(PipelineModel):
         self.__dict__.update(_views={}, _counts={}, _copied=[])
         # Now, and not at the next call: inside of torch.compile nothing can be made.
         self.graph_module()
+
+    def _weights_written(self) -> None:
+        from ppcl_fx.passes.narrow import copy_again
+
+        if self._offload is not None:  # diffusers' hooks may hold weights of their own
+            self.weights_changed()
+        for tensor in self._copied:
+            copy_again(tensor)
 
     def train(self, mode: bool = True) -> PluggableModel:
         """Set the mode of the model and of its present mixture, as `torch.nn.Module.train`."""

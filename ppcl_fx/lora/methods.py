@@ -113,7 +113,7 @@ class LoraModel(nn.Module):
         onto = self.lora_on_students if on_students is None else on_students
         self._adapters.load(name, lora, onto, swap=hotswap)
         mark(self)
-        self.weights_changed()
+        self._weights_written()
         report = self.lora_report(name)
         log.log(logging.WARNING if report.removed + report.projectors else logging.INFO, "%s", report)
         return report
@@ -132,7 +132,7 @@ class LoraModel(nn.Module):
         """Choose which LoRAs count and how strongly, 1 if not said; all others count for nothing."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self._adapters.activate(names, strengths(names, weights))
-        self.weights_changed()
+        self._weights_written()
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Choose which LoRAs count."""
@@ -142,13 +142,13 @@ class LoraModel(nn.Module):
         """Forget LoRAs; the weights are what they were without them, to the bit."""
         self._adapters.delete([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
         mark(self)
-        self.weights_changed()
+        self._weights_written()
 
     def unload_lora(self) -> None:
         """Forget every LoRA; the weights are what they were, to the bit. Where they were fused they stay so."""
         self._adapters.unload()
         mark(self)
-        self.weights_changed()
+        self._weights_written()
 
     def active_adapters(self) -> list[str]:
         """Return the names of the LoRAs that count, in the order in which they are added."""
@@ -207,13 +207,13 @@ class LoraModel(nn.Module):
     def _enable(self, enabled: bool) -> None:
         with self._adapters.change():
             self._adapters.enabled = enabled
-        self.weights_changed()
+        self._weights_written()
 
     def _scale_lora(self, scale: float) -> None:
         if self._adapters.scale != scale:
             with self._adapters.change():
                 self._adapters.scale = scale
-            self.weights_changed()
+            self._weights_written()
 
     def _take_scale(self, given: dict[str, Any]) -> dict[str, Any]:
         """Take ``scale`` out of a call's ``attention_kwargs``, whatever they are called, as diffusers' models do."""
@@ -228,8 +228,8 @@ class LoraModel(nn.Module):
         }
         return given | rest
 
-    def weights_changed(self) -> None:
-        """Forget views of the weights: some hold copies of rows."""
+    def _weights_written(self) -> None:
+        """Follow what was written into weights: a mixture may hold copies of rows of them."""
         raise NotImplementedError
 
     def _view(self, students: frozenset[str], graph: GraphModule) -> GraphModule:
