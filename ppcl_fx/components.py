@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from pydantic_core import from_json
 from torch import nn
 from transformers import PreTrainedModel
 
 from ppcl_fx.configurations import check_config, check_numbers
 from ppcl_fx.errors import PpclError, foreign
-from ppcl_fx.reading import JSON_BYTES, read_bytes, without_mark
+from ppcl_fx.reading import JSON_BYTES, parse_json, read_bytes
 from ppcl_fx.room import Room
 from ppcl_fx.shards import STEM, Shards, check_weight
 from ppcl_fx.skeleton import skeleton
@@ -108,7 +107,7 @@ def _check_loaded(kind: Any, folder: Path, info: Mapping[str, Collection[Any]], 
 def _object(path: Path) -> dict[str, Any]:
     """Return what a JSON file holds. Configurations of schedulers may hold infinities."""
     try:
-        found = from_json(without_mark(read_bytes(path, JSON_BYTES)))
+        found = parse_json(read_bytes(path, JSON_BYTES), finite=False)
     except ValueError as error:
         raise PpclError(f"{path}: not valid JSON ({error}); {AGAIN}") from None
     if not isinstance(found, dict):

@@ -121,14 +121,14 @@ def text_of(data: bytes) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n").replace("\n\ufeff", "\n")
 
 
-def parse_json(data: bytes) -> Any:
-    """Return what JSON text holds: numbers are finite, of at most 4300 digits, lists at most 200 deep.
+def parse_json(data: bytes, *, finite: bool = True) -> Any:
+    """Return what JSON text holds: numbers are finite unless told otherwise, of 4300 digits, lists 200 deep at most.
 
     Raises:
         ValueError: it is no such JSON.
     """
-    found = from_json(_plain(data), allow_inf_nan=False)
-    waiting = [found]
+    found = from_json(_plain(data), allow_inf_nan=not finite)
+    waiting = [found] if finite else []
     while waiting:
         match waiting.pop():
             case float() as number if not math.isfinite(number):

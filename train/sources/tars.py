@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import tarfile
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import BinaryIO
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.pictures import PICTURE_BYTES
 from ppcl_fx.reading import open_regular
-from ppcl_fx.train.sources.pairs import CAPTION_BYTES, IMAGE_BYTES, PICTURES, Pair, caption_in, hidden
+from ppcl_fx.train.sources.pairs import PICTURES, TEXTS, Pair, caption_among, hidden, plain_name
 
+HEADER_BYTES = 2**20
+"""What describes one member may be this large."""
 _AGAIN = "write the shard again with plain files under relative names"
 
 
-def open_tar(path: Path) -> list[Pair]:
+def open_tar(path: Path, name: str) -> list[Pair]:
     """Return the pairs of a shard, in its order: files with one stem are one sample.
 
-    A sample is ``STEM.jpg`` (or jpeg, png, webp) with ``STEM.txt``, or with ``STEM.json`` that holds the caption. A
-    stem ends at its first dot, so ``STEM.1.0.jpg``, as the paper's shards have it, is a picture of STEM.
+    A sample is ``STEM.jpg`` (or another ending of `PICTURES`) with ``STEM.txt``, or with ``STEM.json`` that holds the
+    caption. A stem ends at its first dot, so ``STEM.1.0.jpg``, as the paper's shards have it, is a picture of STEM.
+
+    Args:
+        path: The shard.
+        name: Of the shard, for messages.
 
     Raises:
         PpclError: The archive is damaged or compressed, or a member is a link, a device, or under a name that is
@@ -25,39 +34,55 @@ def open_tar(path: Path) -> list[Pair]:
     samples: dict[str, dict[str, tarfile.TarInfo]] = {}
     twice: set[str] = set()
     try:
-        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_regular(path) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
             for member in tar:
-                _check(path, member)
-                if member.isdir() or hidden(member.name):
+                inner = _checked(path, member)
+                if member.isdir() or hidden(inner):
                     continue
-                stem, _, kind = _stem(member.name)
+                stem, kind = _stem(inner)
+                if kind.rpartition(".")[2] not in (*PICTURES, *TEXTS):
+                    continue
                 if kind in samples.setdefault(stem, {}):
                     twice.add(stem)
                 samples[stem][kind] = member
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise PpclError(f"{path}: not a whole uncompressed tar archive ({reason}); copy it again") from None
-    return [_pair(path, stem, members, stem in twice) for stem, members in samples.items()]
+    return [_pair(path, f"{name}:{stem}", members, stem in twice) for stem, members in samples.items()]
 
 
-def _check(path: Path, member: tarfile.TarInfo) -> None:
-    name = PurePosixPath(member.name)
-    if name.is_absolute() or ".." in name.parts or "\\" in member.name or "\0" in member.name:
+class _Headers:
+    """A shard's file as `tarfile` reads it for the headers: a damaged one cannot ask for gigabytes at once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._read(size)
+
+
+def _checked(path: Path, member: tarfile.TarInfo) -> str:
+    """The name of a member that can be read, with the slashes of this system."""
+    plain = plain_name(member.name)
+    name = PurePosixPath(plain)
+    if name.is_absolute() or ".." in name.parts or "\\" in plain or "\0" in plain:
         raise PpclError(f"{path}: the member {member.name!r} leaves the archive; {_AGAIN}")
-    if member.issparse() or not (member.isreg() or member.isdir()):
+    if member.size < 0 or member.issparse() or not (member.isreg() or member.isdir()):
         what = "a link" if member.issym() or member.islnk() else "no plain file"
         raise PpclError(f"{path}: the member {member.name!r} is {what}; {_AGAIN}")
+    return plain
 
 
-def _stem(name: str) -> tuple[str, str, str]:
+def _stem(name: str) -> tuple[str, str]:
     """A WebDataset name: the stem ends at the first dot of the last part."""
     folder, slash, last = name.rpartition("/")
-    stem, dot, kind = last.partition(".")
-    return folder + slash + stem, dot, kind.lower()
+    stem, _, kind = last.partition(".")
+    return folder + slash + stem, kind.lower()
 
 
-def _pair(path: Path, stem: str, members: dict[str, tarfile.TarInfo], twice: bool) -> Pair:
-    name = f"{path.name}:{stem}"
+def _pair(path: Path, name: str, members: dict[str, tarfile.TarInfo], twice: bool) -> Pair:
     pictures = [kind for kind in members if kind.rpartition(".")[2] in PICTURES]
     if twice:
         return Pair(name, problem="has two files of one kind")
@@ -68,14 +93,8 @@ def _pair(path: Path, stem: str, members: dict[str, tarfile.TarInfo], twice: boo
     if len(plain) > 1 and not set(plain) <= set(PICTURES):
         return Pair(name, problem=f"has several pictures ({', '.join(plain)})")
     picture = members[min(plain, key=lambda kind: PICTURES.index(kind.rpartition(".")[2]))]
-    kind = next((kind for kind in ("txt", "json") if kind in members), None)
-    if kind is None:
-        return Pair(name, problem="has no caption (txt, json)")
-    try:
-        caption, problem = caption_in(kind, _read(path, members[kind], CAPTION_BYTES))
-    except OSError:
-        caption, problem = "", f"its caption ({kind}) cannot be read"
-    return Pair(name, caption, lambda: _read(path, picture, IMAGE_BYTES), problem)
+    caption, problem = caption_among({kind: partial(_read, path, member) for kind, member in members.items()})
+    return Pair(name, caption, partial(_read, path, picture, PICTURE_BYTES), problem)
 
 
 def _read(path: Path, member: tarfile.TarInfo, limit: int) -> bytes:
