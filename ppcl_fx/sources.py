@@ -144,21 +144,37 @@ def open_source(name: str) -> Source:
     Raises:
         PpclError: there is no such model, it cannot be downloaded, or it asks for code of its own.
     """
+    check_source(name)
     if name == SHAPES:
         return _open_folder(name, _shapes_folder())
     folder = Path(name)
-    if folder.is_dir():
-        return _open_folder(name, folder)
+    return _open_folder(name, folder if folder.is_dir() else _download(name))
+
+
+def check_source(name: str) -> None:
+    """Check that a model may be there, by its name alone and without importing anything: a folder, or a hub id.
+
+    Raises:
+        PpclError: there is no such model.
+    """
+    folder = Path(name)
+    if name == SHAPES or folder.is_dir():
+        return
     if folder.exists():
         raise PpclError(f"{name}: is a file; give the diffusers folder that it is in")
     # RUN/studnet with a folder RUN is a slip of the finger, not an organisation.
     if HUB_NAME.fullmatch(name) and not folder.parent.is_dir():
-        return _open_folder(name, _download(name))
+        return
     beside = [str(folder.parent / p.name) for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
     guess = near(str(folder), [*beside, SHAPES])
     raise PpclError(
         f"{name}: no such model{guess}; give a diffusers folder, a hub id (org/name) or {SHAPES!r}"
     )
+
+
+def holds_config(folder: Path) -> bool:
+    """Tell whether a folder is one of diffusers' layout, by its files' names alone."""
+    return any((folder / name).exists() for name in ("config.json", "model_index.json"))
 
 
 def is_released(folder: Path) -> bool:

@@ -140,10 +140,10 @@ def test_bad_budgets_of_time(arguments: list[str], part: str, program: Program, 
     ("arguments", "part"),
     [
         (["--memory-limit", "much"], "--memory-limit much: not a size; give for example 12GiB"),
-        (["--memory-limit", "0"], "--memory-limit 0: not a size"),
+        (["--memory-limit", "0"], "--memory-limit 0: a size is at least one byte"),
         (["--memory-limit", "12GiB"], "so nothing can be recorded; give --calls FOLDER"),
         (["--device", "cuda"], "--device cuda: only block by block; give --memory-limit too"),
-        (["--device", "nowhere", "--memory-limit", "12GiB"], "--device nowhere: not here"),
+        (["--device", "nowhere", "--memory-limit", "12GiB"], "--device nowhere: no device"),
     ],
 )
 def test_bad_options(arguments: list[str], part: str, folder: Path, program: Program, tmp_path: Path) -> None:

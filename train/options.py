@@ -80,7 +80,7 @@ class Options(BaseModel):
     score_prompts: int = Field(0, ge=0, le=10**6, description="pictures a category scored at evaluations ('shapes')")
     effects: int = Field(0, ge=0, le=10**9, description="calls to measure students' effects on afterwards")
     every: Count = Field(100, description="steps between checkpoints")
-    log: str | None = Field(None, min_length=1, description="folder of the logs; none: RUN/logs")
+    log: str | None = Field(None, min_length=1, pattern=r"^[^\x00]*$", description="folder of the logs; none: RUN/logs")
     log_every: Count = Field(1, description="steps between lines of log.jsonl")
     tensorboard: StrictBool | None = Field(None, description="TensorBoard events; none: where installed")
     weights: TermWeights = Field(TermWeights(), description="weights of the loss terms")

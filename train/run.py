@@ -318,16 +318,22 @@ def _check_extras(options: Options, data: Data, device: torch.device) -> None:
         schedule.try_eight_bit(device)
     if options.patience is not None and not data.holds_out:
         raise PpclError("training option patience: needs held-out calls to see a gain; give held_out a share")
-    if options.compile:
-        from torch._dynamo import list_backends
+    check_backend(options)
 
-        backends = list_backends(None)
-        if options.compile_backend not in backends:
-            hint = near(options.compile_backend, backends)
-            raise PpclError(
-                f"training option compile_backend: no backend {options.compile_backend!r}{hint}; "
-                f"there are {', '.join(backends)}"
-            )
+
+def check_backend(options: Options) -> None:
+    """Raise `PpclError` where blocks are to be compiled and the backend is not here."""
+    if not options.compile:
+        return
+    from torch._dynamo import list_backends
+
+    backends = list_backends(None)
+    if options.compile_backend not in backends:
+        hint = near(options.compile_backend, backends)
+        raise PpclError(
+            f"training option compile_backend: no backend {options.compile_backend!r}{hint}; "
+            f"there are {', '.join(backends)}"
+        )
 
 
 def _mixture(model: PluggableModel, keep: float | None) -> tuple[str, ...]:

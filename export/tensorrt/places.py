@@ -6,17 +6,18 @@ import shlex
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.names import engine_manifest_path, engine_path, manifest_path, ratio_of, typed_graph_path
-from ppcl_fx.export.onnx_file import ports
-from ppcl_fx.export.sidecar import Port
 from ppcl_fx.files import inside, own_file, read_json
 from ppcl_fx.plan import Plan
+
+if TYPE_CHECKING:
+    from ppcl_fx.export.sidecar import Port
 
 REQUEST = "build.json"
 SCRIPT = "build.sh"
@@ -101,6 +102,8 @@ def read_graph(onnx: Path) -> GraphFile:
     """
     if not onnx.is_file():
         raise PpclError(f"{onnx}: no such file; export the model again")
+    from ppcl_fx.export.onnx_file import ports  # slow to import
+
     ir = need("onnx_ir")
     try:
         model: Any = ir.load(onnx)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.export.sidecar import Port
+
+if TYPE_CHECKING:
+    from ppcl_fx.export.sidecar import Port
 
 BATCH = "batch"
 Kind = Literal["min", "opt", "max"]

@@ -20,9 +20,9 @@ from ppcl_fx.cli.options import (
     Verbose,
     check_folder,
     check_output,
-    finite,
     given,
     parse_device,
+    refuse_given,
 )
 from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
@@ -31,6 +31,7 @@ from ppcl_fx.memory import parse_size
 from ppcl_fx.owned import ANALYSING, REPORT_MARK, check_file, check_no_link, check_replaceable, discard
 from ppcl_fx.owned import CALLS as RECORDED
 from ppcl_fx.reading import read_text
+from ppcl_fx.sources import check_source
 
 if TYPE_CHECKING:
     from torch import nn
@@ -45,6 +46,7 @@ SHIPPED_PROMPTS = 8
 
 
 def analyze(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or 'shapes'.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="RUN", help="Folder for calls, analysis and report.")
@@ -57,16 +59,13 @@ def analyze(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Prompts in one run of the pipeline.")] = 8,
     steps: Annotated[
-        int | None,
-        typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; the pipeline's own number if left out."),
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; the pipeline's own number if left out.")
     ] = None,
     seed: Seed = 42,
     stream: Annotated[str, typer.Option(help="Stream whose curves decide the intervals.")] = "image",
     ridge: Annotated[
         float | None,
-        typer.Option(
-            min=0.0, max=1e6, callback=finite, help="Ridge of the probes, relative to the mean squared channel."
-        ),
+        typer.Option(min=0.0, max=1e6, help="Ridge of the probes, relative to the mean squared channel."),
     ] = None,
     refine_steps: Annotated[
         int, typer.Option(min=0, max=10**6, help="Gradient steps on the probes after the closed form.")
@@ -87,12 +86,15 @@ def analyze(
     """
     if prompts is not None and calls is not None:
         raise PpclError("--prompts, --calls: recorded calls need no prompts; give one of the two")
+    if calls is not None:
+        refuse_given(context, ("batch_size", "steps", "seed"), "nothing is recorded with --calls; leave it out")
     limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
     where = parse_device(device, memory_limit)
-    check_folder(calls, "what 'ppcl_fx.record(...).save' or 'ppcl-fx analyze' wrote")
     if limit is not None and calls is None:
         raise PpclError("--memory-limit: the model is never loaded, so nothing can be recorded; give --calls FOLDER")
     _check_out(out, calls is None, overwrite, [model, prompts, calls])
+    check_source(model)
+    check_folder(calls, "recorded calls", "index.json")
     texts = read_prompts(prompts) if prompts is not None else None
     terminal = Terminal(verbose)
 

@@ -9,7 +9,7 @@ import typer
 
 from ppcl_fx.cli import engine_options as on
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import Json, Overwrite, Verbose
+from ppcl_fx.cli.options import Json, Overwrite, Verbose, check_folder
 from ppcl_fx.cli.terminal import Terminal
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ def build(
 
     What is not said here is taken from ENGINES/build.json, which 'ppcl-fx export --onnx-only' wrote.
     """
+    check_folder(folder, "what 'ppcl-fx export' wrote")
     from ppcl_fx.export.tensorrt.request import read_request
 
     request = on.request_from(

@@ -20,12 +20,14 @@ from ppcl_fx.cli.options import (
     check_output,
     choice,
     parse_keeps,
+    refuse_given,
 )
 from ppcl_fx.cli.teacher import Recorded, open_calls, open_student
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
 from ppcl_fx.memory import parse_size
 from ppcl_fx.owned import PRUNED_RATIOS
+from ppcl_fx.sources import check_source
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
@@ -42,10 +44,12 @@ FOLDERS = ("diffusers", "released")
 """Formats that are model folders; they need neither onnxruntime nor calls."""
 
 DTYPES = ("stored", "fp32", "bf16", "fp16")
+COMPARING = ("tolerance", "check_calls", "sampling_tolerance", "runs")
 KEEPS = "1.0,0.7,0.6,0.5"
 
 
 def export(
+    context: typer.Context,
     student: Annotated[
         Path,
         typer.Argument(
@@ -144,15 +148,25 @@ def export(
     }
     request = _request(format, onnx_only, wanted)
     against.check_sampling(pipeline, samples, sample_steps, format not in FOLDERS)
-    if format not in FOLDERS:
+    if format in FOLDERS:
+        refuse_given(context, COMPARING, "model folders are not compared with PyTorch; leave it out, or export onnx")
+        refuse_given(context, ("dtype", "embed", "memory_limit"), f"not for --format {format}; leave it out")
+    if calls is None:
+        refuse_given(context, ("check_calls",), "there are no recorded calls; give --calls, or leave it out")
+    if pipeline is None:
+        refuse_given(context, ("sampling_tolerance",), "there is no sampling run; give --pipeline, or leave it out")
+    if format in FOLDERS:
+        check_output(out, kind=PRUNED_RATIOS, overwrite=overwrite, reads=[student])
+    else:
         check_output(out)  # other ratios may be there: what is refused is a graph of the same name
+    if pipeline is not None:
+        check_source(pipeline)
     check_folder(student, "what 'ppcl-fx rewrite' wrote")
-    check_folder(calls, "recorded calls: RUN/calls")
+    check_folder(calls, "recorded calls", "index.json")
 
     tuned = _finetuned(student, keep, format, terminal)
 
     if format in FOLDERS:
-        check_output(out, kind=PRUNED_RATIOS, overwrite=overwrite, reads=[student])
         return _folders(open_student(student, terminal), keeps, out, format, overwrite, terminal)
 
     from ppcl_fx.export.exporting import DTYPES as types

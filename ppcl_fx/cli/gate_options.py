@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ppcl_fx.cli.analyze import shipped_prompts
-from ppcl_fx.cli.options import MOST, MOST_STEPS, finite
+from ppcl_fx.cli.options import MOST, MOST_STEPS
 from ppcl_fx.cli.teacher import Recorded, open_pipeline
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
@@ -28,7 +28,6 @@ Tolerance = Annotated[
     typer.Option(
         min=0.0,
         max=1e6,
-        callback=finite,
         rich_help_panel=PANEL,
         help="Largest difference on the shapes and largest relative error on a recorded call that are allowed.",
     ),
@@ -71,7 +70,6 @@ SamplingTolerance = Annotated[
         "--sampling-tolerance",
         min=0.0,
         max=1e6,
-        callback=finite,
         rich_help_panel=PANEL,
         help="Largest relative error of that run's results.",
     ),

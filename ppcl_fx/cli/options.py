@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stde
 MOST = 10**9
 """The largest count of anything that is counted: steps, calls, runs."""
 MOST_STEPS = 10_000
-"""The most denoising steps of one picture."""
+"""The most denoising steps of one picture: ten times what schedulers are trained with."""
 MOST_SEED = 2**63 - 1
 Seed = Annotated[int, typer.Option(min=0, max=MOST_SEED, help="Seed of everything random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
@@ -39,28 +38,52 @@ MOST_PARAMS = 10**15
 DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
-def finite(param: typer.CallbackParam, value: float | None) -> float | None:
-    """Refuse what is no number, or infinite: no range holds it, and every comparison with it is false."""
-    if value is not None and not math.isfinite(value):
-        raise PpclError(f"--{(param.name or '').replace('_', '-')} {value}: not a number; give a finite one")
-    return value
+def refuse_given(context: typer.Context, names: Iterable[str], why: str) -> None:
+    """Refuse options that were typed and have no use.
+
+    Args:
+        context: of the command.
+        names: the names of its parameters.
+        why: the reason, and what to do.
+
+    Raises:
+        PpclError: one of them was typed.
+    """
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise PpclError(f"--{name.replace('_', '-')}: {why}")
 
 
-def check_folder(folder: Path | None, what: str) -> None:
-    """Refuse a folder that is not there, before anything slow is imported.
+def check_folder(folder: Path | None, what: str, manifest: str | None = None) -> None:
+    """Refuse a folder that is not there, or lacks the file that tells it, before anything slow is imported.
 
     Args:
         folder: the folder; None passes.
         what: what to give instead, for the line.
+        manifest: the name of a file in it; None for any folder.
 
     Raises:
-        PpclError: there is no such folder.
+        PpclError: there is no such folder or file.
     """
     if folder is None:
         return
     if not folder.is_dir():
         beside = [str(folder.parent / p.name) for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
         raise PpclError(f"{folder}: no such folder{near(str(folder), beside)}; give {what}")
+    if manifest is not None and not (folder / manifest).exists():
+        raise PpclError(f"{folder / manifest}: no such file; give {what}")
+
+
+def check_file(path: Path | None, what: str) -> None:
+    """Refuse a file that is not there, before anything slow is imported.
+
+    Raises:
+        PpclError: there is no such file.
+    """
+    if path is not None and not path.exists():
+        beside = [str(path.parent / p.name) for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise PpclError(f"{path}: no such file{near(str(path), beside)}; give {what}")
 
 
 def parse_device(text: str, limit: str | None) -> str:

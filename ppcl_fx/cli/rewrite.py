@@ -15,18 +15,22 @@ from ppcl_fx.cli.options import (
     MemoryLimit,
     Overwrite,
     Verbose,
+    check_file,
+    check_folder,
     check_output,
     choice,
     given,
     parse_device,
     parse_keep,
     parse_params,
+    refuse_given,
 )
 from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
 from ppcl_fx.memory import parse_size
 from ppcl_fx.owned import STUDENT
+from ppcl_fx.sources import check_source
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -37,9 +41,11 @@ if TYPE_CHECKING:
     from ppcl_fx.plans import NamedPlan
 
 INITS = ("first", "middle")
+RULES = ("budget", "paper", "uniform")
 
 
 def rewrite(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or 'shapes'.")],
     out: Annotated[
         Path, typer.Option("--out", "-o", metavar="STUDENT", help="Folder of the pluggable model.")
@@ -111,6 +117,8 @@ def rewrite(
     With --memory-limit the model is never loaded: weights go from its files to STUDENT's, tensor by tensor.
     """
     choice("--init", init, INITS)
+    if select is not None:
+        choice("--select", select, RULES)
     wish = Wish(analysis, plan, released, _init(init))
     wish.check(keep, params, latency)
     budget = given(
@@ -125,7 +133,14 @@ def rewrite(
     where = parse_device(device, memory_limit)
     folder = calls or wish.calls_beside()
     reads = [model, analysis, plan, released, folder, costs]
+    if analysis is None:
+        why = "an analysis chooses by it, and there is none; leave it out, or give --analysis"
+        refuse_given(context, ("select", "stream", "width"), why)
     check_output(out, kind=STUDENT, overwrite=overwrite, reads=reads)
+    check_source(model)
+    check_file(analysis, "what 'ppcl-fx analyze' wrote")
+    check_folder(released, "a checkpoint of the released layout")
+    check_folder(folder, "recorded calls with --calls", "index.json")
     terminal = Terminal(verbose)
 
     import ppcl_fx

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.bounded import Limits, bounded_options, run_bounded
+from ppcl_fx.cli.bounded import LOGGING, Limits, bounded_options, run_bounded
 from ppcl_fx.cli.options import (
     Device,
     Json,
@@ -20,6 +20,7 @@ from ppcl_fx.cli.options import (
     given,
     parse_counts,
     parse_keep,
+    refuse_given,
 )
 from ppcl_fx.cli.stage_words import stage_lines, stage_rows
 from ppcl_fx.cli.teacher import open_student
@@ -29,6 +30,7 @@ from ppcl_fx.cli.watching import watching
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import check_writable
 from ppcl_fx.owned import REPORT_MARK, check_file
+from ppcl_fx.sources import holds_config
 
 if TYPE_CHECKING:
     from ppcl_fx.effects import Effects
@@ -41,6 +43,7 @@ REPORT = "report.html"
 
 
 def train(
+    context: typer.Context,
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="What 'ppcl-fx rewrite' wrote.")],
     calls: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Recorded calls of the teacher: RUN/calls.")
@@ -137,7 +140,8 @@ def train(
     ] = False,
     device: Device = "cpu",
     rank_timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="How long ranks (torchrun) wait for each other.")
+        float,
+        typer.Option(min=1, max=1e7, metavar="SECONDS", help="How long ranks (torchrun) wait for each other."),
     ] = 600.0,
     verbose: Verbose = False,
     json: Json = False,
@@ -168,12 +172,15 @@ def train(
         log_every=log_every, tensorboard=tensorboard,
         weights=_terms(weights) if weights is not None else None,
     )  # fmt: skip
-    check_folder(student, "what 'ppcl-fx rewrite' wrote")
-    check_folder(calls, "recorded calls: RUN/calls")
 
     from ppcl_fx.train.config import resolve
 
     chosen = resolve(config, **options)
+    # A checkpoint of the released layout has a line of its own, when it is opened.
+    check_folder(student, "what 'ppcl-fx rewrite' wrote", None if holds_config(student) else "ppcl.json")
+    data.check_there()
+    if limits is not None:
+        refuse_given(context, sorted(LOGGING), "not with --memory-limit or --dry-run; leave it out")
     check_writable(student)
     check_file(student / REPORT, mark=REPORT_MARK)
     if limits is not None:
@@ -194,7 +201,9 @@ def _run(
     """Train; on the first rank write the results and return them."""
     from ppcl_fx.report import write_report
     from ppcl_fx.train import train as run
+    from ppcl_fx.train.run import check_backend
 
+    check_backend(chosen)
     model = open_student(student, terminal)
     drawn = data.open(student, model, chosen, terminal, ranks)
     with ExitStack() as stack:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ppcl_fx.cli.analyze import read_prompts
+from ppcl_fx.cli.options import check_file, check_folder
 from ppcl_fx.cli.teacher import open_calls, open_pipeline
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
+from ppcl_fx.sources import check_source
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
@@ -49,6 +51,14 @@ class Given:
             raise PpclError(f"{named[0]}: needs the teacher's pipeline; give --pipeline MODEL")
         if self.calls is not None and self.pipeline is not None:
             raise PpclError("--pipeline: recorded calls need none; leave it out")
+
+    def check_there(self) -> None:
+        """Raise `PpclError` where what is named is not there, before anything slow is imported."""
+        check_folder(self.calls, "recorded calls", "index.json")
+        check_file(self.prompts, "a text file, one prompt a line")
+        check_file(self.images, "a folder of pictures, or a shard")
+        if self.pipeline is not None:
+            check_source(self.pipeline)
 
     def open(
         self, student: Path, model: PluggableModel, options: Options, terminal: Terminal, ranks: Ranks

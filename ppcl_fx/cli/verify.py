@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import Json, Verbose
+from ppcl_fx.cli.options import Json, Verbose, check_folder
 from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
 
 
@@ -27,6 +27,7 @@ def verify(
 
     Loading compares samples of the weights, which is quick at any size; this finds a single changed bit.
     """
+    check_folder(folder, "a folder that ppcl-fx or diffusers wrote")
     from ppcl_fx.verify import verify as run
 
     terminal = Terminal(verbose)

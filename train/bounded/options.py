@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost
 from ppcl_fx.train.bounded.schedule import Schedule
 from ppcl_fx.train.curves import StageCurves
-from ppcl_fx.train.options import Beta, Clip, Count, Decay, Rate, Seed, TermWeights
+from ppcl_fx.train.options import Beta, Clip, Count, Decay, Seed, TermWeights
 from ppcl_fx.train.schedule import BETAS, WEIGHT_DECAY
 
 STAGES = ("depth", "width")
@@ -51,7 +51,7 @@ class BoundedOptions(BaseModel):
     steps: tuple[Count, ...]
     batch: Count = 2
     accumulate: Count = 1
-    lr: Rate = 1e-3
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False)
     warmup: int | None = Field(None, ge=0, le=10**9)
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     betas: tuple[Beta, Beta] = BETAS
