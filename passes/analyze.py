@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ from ppcl_fx.stacks import Stack, stacks
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
+
+_log = logging.getLogger("ppcl_fx")
 
 
 def analyze(
@@ -55,7 +58,8 @@ def analyze(
         memory: bytes of activations kept for CKA.
 
     Raises:
-        PpclError: no stack of blocks, no such stream, no calls, or NaN in calls or weights.
+        PpclError: no stack of blocks, no such stream, no calls or too few (no more tokens than channels), or NaN in
+            calls or weights.
     """
     check_stream(gm, stream)
     traced = gm.meta.get("ppcl", {}).get("model")
@@ -74,6 +78,9 @@ def conclude(
         PpclError: a probe or a curve cannot be computed from the measurement.
     """
     gm = measured.gm
+    few = [words for words in map(measured.few, measured.streams) if words]
+    for words in few:
+        _log.warning("%s", words)
     with torch.no_grad():
         passes = [
             LinearProbes(measured, ridge, refine_steps),
@@ -91,6 +98,8 @@ def conclude(
         teacher_params=parameters(gm),
         calls_used=measured.calls_used,
         samples_used=measured.samples_used,
+        held_out=measured.held_out,
+        few=few,
         stream=stream,
         stacks=[_stack_analysis(gm, stack, measured.streams, savings[stack.name]) for stack in found],
     )

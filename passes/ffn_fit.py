@@ -17,11 +17,11 @@ RIDGE = 1e-6
 
 @dataclass(frozen=True)
 class FfnFits(Pass):
-    """Fit ``h + W h + b`` to each feed-forward by least squares over all tokens of all calls.
+    """Fit ``h + W h + b`` to each feed-forward by least squares, over the tokens that are not held out.
 
     Annotates the node after the gated feed-forward with ``node.meta["ppcl"]["ffn"]``, a
     `ppcl_fx.redundancy.FfnFit`: the squared error relative to what the feed-forward adds, and the cosine of
-    the states after it, real and projected.
+    the states after it, real and projected, on the held-out tokens.
     """
 
     measured: Measurement

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule, Node
 
+from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.held_out import enough
 from ppcl_fx.passes.probes import NormalEquations, Projector
 from ppcl_fx.passes.streaming.cuts import closure, reads
 from ppcl_fx.passes.switches import host, is_switch, student_end
@@ -17,6 +20,7 @@ from ppcl_fx.passes.watch import Watch, Watcher
 from ppcl_fx.tracing import graph_for
 
 RIDGE = 1e-4
+_log = logging.getLogger("ppcl_fx")
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,20 +74,28 @@ def fit_projectors(
         The module paths of the projectors that were fitted.
 
     Raises:
-        PpclError: the calls hold NaN, or do not fit the graph.
+        PpclError: the calls hold NaN, do not fit the graph, or are too few for a first fit.
     """
     sites = [site for site in projector_sites(gm) if site.in_student or not in_students]
     if not sites:
         return []
     sums = {site.path: NormalEquations(bias=True) for site in sites}
     watchers: dict[GraphModule, Watcher] = {}
+    count = 0
     for kwargs in calls:
         graph = graph_for(gm, kwargs)
         if graph not in watchers:
             watchers[graph] = _watcher(graph, sums, device)
         watchers[graph].watch(kwargs)
-    for path, equations in sums.items():
-        set_projector(gm.get_submodule(path), equations.solve(RIDGE))
+        count += 1
+    fitted = {path: solved(path, equations, count, in_students) for path, equations in sums.items()}
+    for path, projector in fitted.items():
+        linear = gm.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        if projector is not None and projector.bias is not None:
+            with torch.no_grad():
+                linear.weight.copy_(projector.weight)
+                linear.bias.copy_(projector.bias)
     return list(sums)
 
 
@@ -97,12 +109,23 @@ def _watcher(gm: GraphModule, sums: Mapping[str, NormalEquations], device: torch
     return Watcher(part, [site.watch(sums[site.path]) for site in sites])
 
 
-def set_projector(linear: nn.Module, fitted: Projector) -> None:
-    """Give a projector's module the weights of a solved map."""
-    assert isinstance(linear, nn.Linear) and fitted.bias is not None
-    with torch.no_grad():
-        linear.weight.copy_(fitted.weight)
-        linear.bias.copy_(fitted.bias)
+def solved(path: str, sums: NormalEquations, calls: int, in_students: bool) -> Projector | None:
+    """Return the map of a projector; None for one that is to be fitted again and stays as it is, for want of tokens.
+
+    Raises:
+        PpclError: there are too few tokens for a first fit; the line says how many calls would do.
+    """
+    try:
+        few = enough(path, sums, calls, sums.samples)
+    except PpclError as error:
+        if not in_students:
+            raise
+        # A training that is done is not to be lost for it.
+        _log.warning("%s; it stays as it was before its student was trained", error)
+        return None
+    if few:
+        _log.warning("%s", few)
+    return sums.solve(RIDGE)
 
 
 def projector_sites(gm: GraphModule) -> list[ProjectorSite]:

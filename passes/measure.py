@@ -14,7 +14,8 @@ from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.curves import curves
-from ppcl_fx.passes.probes import Fit, NormalEquations, Projector
+from ppcl_fx.passes.held_out import Division, HeldOutFit, Kind
+from ppcl_fx.passes.probes import Fit, Projector
 from ppcl_fx.passes.reservoir import Key, Reservoir, ranks
 from ppcl_fx.passes.similarity import Curves
 from ppcl_fx.passes.watch import Watch, Watcher
@@ -55,6 +56,11 @@ class StreamSite:
         """Stack name and stream."""
         return self.stack.name, self.stream
 
+    @property
+    def title(self) -> str:
+        """Stack and stream in words."""
+        return f"stack {self.stack.name}, {self.stream} stream"
+
 
 @dataclass(eq=False)
 class Measurement(abc.ABC):
@@ -65,12 +71,14 @@ class Measurement(abc.ABC):
         streams: every stream of every stack.
         ffn: every feed-forward with its block.
         calls_used: how many calls ran.
+        held_out: what of them fits are judged on.
     """
 
     gm: GraphModule
     streams: tuple[StreamSite, ...]
     ffn: tuple[tuple[Block, FfnSite], ...]
     calls_used: int = field(default=0, kw_only=True)
+    held_out: Kind | None = field(default=None, kw_only=True)
 
     def require(self, gm: GraphModule) -> None:
         """Check that `gm` is the graph that was measured.
@@ -88,7 +96,11 @@ class Measurement(abc.ABC):
 
     @abc.abstractmethod
     def fits(self, site: StreamSite, ridge: float, refine_steps: int) -> list[float]:
-        """Relative squared error of each block's probe over all calls."""
+        """Relative squared error of each block's probe on what was held out."""
+
+    @abc.abstractmethod
+    def few(self, site: StreamSite) -> str:
+        """What to say where the probes of a stream were solved from few tokens; else nothing."""
 
     @abc.abstractmethod
     def energies(self, site: StreamSite) -> list[float]:
@@ -113,8 +125,8 @@ class Measured(Measurement):
     asked for."""
 
     kept: Reservoir
-    probe_sums: dict[Key, list[NormalEquations]] = field(default_factory=dict)
-    ffn_sums: list[NormalEquations] = field(default_factory=list)
+    probe_sums: dict[Key, list[HeldOutFit]] = field(default_factory=dict)
+    ffn_sums: list[HeldOutFit] = field(default_factory=list)
     _probes: dict[tuple[Key, float, int], list[Projector]] = field(default_factory=dict)
     _curves: dict[tuple[Key, float, int], Curves] = field(default_factory=dict)
 
@@ -131,7 +143,7 @@ class Measured(Measurement):
         return self._probes[key]
 
     def fits(self, site: StreamSite, ridge: float, refine_steps: int) -> list[float]:
-        """Relative squared error of each block's probe over all calls."""
+        """Relative squared error of each block's probe on what was held out."""
         solved = self.probes(site, ridge, refine_steps)
         return [sums.error(probe) for sums, probe in zip(self.probe_sums[site.key], solved, strict=True)]
 
@@ -139,9 +151,13 @@ class Measured(Measurement):
         """Mean squared length of a token of each block's output."""
         return [sums.energy for sums in self.probe_sums[site.key]]
 
+    def few(self, site: StreamSite) -> str:
+        """What to say where the probes of a stream were solved from few tokens; else nothing."""
+        return self.probe_sums[site.key][0].few
+
     def ffn_fits(self, ridge: float) -> list[Fit]:
         """How well a projector stands in for each feed-forward of `ffn`."""
-        return [sums.ridge_fit(ridge) for sums in self.ffn_sums]
+        return [sums.fit(sums.solve(ridge)) for sums in self.ffn_sums]
 
     def batches(self, site: StreamSite) -> Iterator[list[Tensor]]:
         """The kept samples of a stream in batches of one shape: ``[B, T, D]`` before the stack and after each block."""
@@ -181,6 +197,11 @@ def stream_sites(gm: GraphModule) -> list[StreamSite]:
     return sites
 
 
+def ffn_title(site: FfnSite) -> str:
+    """Return what a feed-forward is called in messages."""
+    return f"{site.block}, {site.stream} feed-forward"
+
+
 def all_ffn_sites(gm: GraphModule) -> tuple[tuple[Block, FfnSite], ...]:
     """Every feed-forward of every block of `gm`, with its block."""
     blocks = [block for stack in stacks(gm) for block in stack.blocks]
@@ -211,7 +232,8 @@ def measure(
     check_request(calls, max_samples)
     sites, found = tuple(stream_sites(gm)), all_ffn_sites(gm)
     measured = Measured(gm, sites, found, Reservoir(max_samples, memory))
-    collector = _Collector(measured)
+    division = Division(calls)
+    collector = _Collector(measured, division)
     watches = collector.watches()
     watchers: dict[GraphModule, Watcher] = {}
     for position, call in enumerate(calls):
@@ -223,7 +245,7 @@ def measure(
         collector.end()
         if progress is not None:
             progress(position + 1, len(calls))
-    measured.calls_used = len(calls)
+    measured.calls_used, measured.held_out = len(calls), division.kind
     return measured
 
 
@@ -238,8 +260,9 @@ def check_request(calls: Sequence[Call], max_samples: int) -> None:
 class _Collector:
     """Observers that feed one `Measured`."""
 
-    def __init__(self, measured: Measured) -> None:
+    def __init__(self, measured: Measured, division: Division) -> None:
         self._measured = measured
+        self._division = division
         self._call = self._batch = 0
         self._ranks: list[float] | None = None
         self._rows: dict[int, dict[Key, list[Tensor]]] = {}
@@ -250,18 +273,20 @@ class _Collector:
         out = []
         for site in self._measured.streams:
             out.append(Watch((site.inputs[0],), partial(self._keep, site.key)))
-            sums = self._measured.probe_sums[site.key] = [NormalEquations() for _ in site.outputs]
+            sums = [HeldOutFit(site.title, self._division) for _ in site.outputs]
+            self._measured.probe_sums[site.key] = sums
             for before, after, equations in zip(site.inputs, site.outputs, sums, strict=True):
                 out.append(Watch((before, after), equations.add))
                 out.append(Watch((after,), partial(self._keep, site.key)))
         for _, ffn in self._measured.ffn:
-            equations = NormalEquations(bias=True)
+            equations = HeldOutFit(ffn_title(ffn), self._division, bias=True)
             self._measured.ffn_sums.append(equations)
             out.append(Watch((ffn.before, ffn.after), equations.add))
         return out
 
     def begin(self, position: int, batch: int) -> None:
         """A call of so many samples starts."""
+        self._division.begin(position)
         self._call, self._batch, self._ranks, self._rows = position, batch, None, {}
 
     def end(self) -> None:

@@ -80,11 +80,8 @@ class Tokens:
         self._pairs, self.count = [], 0
         return x, y
 
-    def solve(self, shrink: float, map_wanted: bool) -> tuple[Solution | None, Dots]:
+    def solve(self, shrink: float) -> Solution:
         """Solve with `shrink` on the diagonal.
-
-        Returns:
-            The map, None where it is not wanted; and its inner products.
 
         Raises:
             Singular: the matrix is not positive definite.
@@ -97,11 +94,9 @@ class Tokens:
             raise Singular
         dual = torch.cholesky_solve(r, factor)
         dots = self._dots(r - shrink * dual + mean_r)
-        if not map_wanted:
-            return None, dots
         weight = dual.mT @ x
         bias = (mean_r - mean_x @ weight.mT)[0].float() if self.bias else None
-        return Solution(weight.float(), bias, dots), dots
+        return Solution(weight.float(), bias, dots)
 
     def dots(self, weight: Tensor, bias: Tensor | None) -> Dots:
         """Inner products of any map."""

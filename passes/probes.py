@@ -92,6 +92,11 @@ class NormalEquations:
         if self._tokens.count > self._width // 2:
             self._flush()
 
+    @property
+    def width(self) -> int:
+        """Channels of the samples; 0 before the first."""
+        return self._width
+
     def clear(self) -> None:
         """Forget all samples."""
         self.samples = 0
@@ -113,20 +118,10 @@ class NormalEquations:
         Raises:
             PpclError: the regularised Gram matrix is singular (all activations are zero).
         """
-        solution, dots = self._solve(ridge, refine_steps, map_wanted=True)
-        assert solution is not None
+        solution = self._solve(ridge, refine_steps)
         projector = Projector(solution.weight, solution.bias)
-        self._known = (projector, dots)
+        self._known = (projector, solution.dots)
         return projector
-
-    def ridge_fit(self, ridge: float = 1e-6) -> Fit:
-        """Both measures of what `solve` gives, without the map itself where it is not needed for them.
-
-        Raises:
-            PpclError: as `solve`; or all outputs are zero.
-        """
-        _, dots = self._solve(ridge, 0, map_wanted=False)
-        return Fit(self._error(dots), self._cosine(dots))
 
     def fit(self, projector: Projector) -> Fit:
         """Both measures of a projector.
@@ -171,19 +166,18 @@ class NormalEquations:
             )
         return min(1.0, dot / math.sqrt(made * self._target))
 
-    def _solve(self, ridge: float, refine_steps: int, map_wanted: bool) -> tuple[Solution | None, Dots]:
+    def _solve(self, ridge: float, refine_steps: int) -> Solution:
         if not self.samples:
             raise RuntimeError("no samples were added")
         shrink = ridge_of(ridge, self._inputs, self._width, self.bias, self._precision)
         try:
             if self._sums is None and not refine_steps:
-                return self._tokens.solve(shrink, map_wanted)
-            solution = self._flush().solve(shrink, refine_steps)
+                return self._tokens.solve(shrink)
+            return self._flush().solve(shrink, refine_steps)
         except Singular:
             raise PpclError(
                 f"the Gram matrix of a probe is singular at ridge {ridge:g}: its inputs are all zero; check the model"
             ) from None
-        return solution, solution.dots
 
     def _dots(self, projector: Projector) -> Dots:
         """What the measures of a projector are made of; for the one solved last it is known already."""

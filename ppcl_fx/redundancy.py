@@ -43,7 +43,7 @@ class Interval(_Record):
 class StreamCurves(_Record):
     """The probe statistics of one stream ("image", "text") of one stack.
 
-    fit: per block, ``||l(T_{i-1}) + T_{i-1} - T_i||^2 / ||T_i - T_{i-1}||^2`` over all tokens of all calls
+    fit: per block, ``||l(T_{i-1}) + T_{i-1} - T_i||^2 / ||T_i - T_{i-1}||^2`` over all tokens held out
         (Eq. 2, relative): 0 where the block is linear, 1 where a probe says nothing.
     cka: ``cka(u, k)`` of Eq. 3, averaged over samples and timesteps; 1 on the diagonal.
     delta: ``Delta(u, k)`` of Eq. 4, for k > u.
@@ -80,7 +80,7 @@ class FfnFit(_Record):
     """How well ``h + W h + b`` stands in for one feed-forward (appendix 6).
 
     error: squared error relative to the squared norm of what the feed-forward adds. similarity: cosine
-    between the block's state after the feed-forward and after the projector, over all tokens of all calls.
+    between the block's state after the feed-forward and after the projector, over all tokens held out.
     """
 
     block: int = Field(ge=0)
@@ -168,15 +168,19 @@ class Redundancy(_Record, files.Sealed):
 
     model and calls are fingerprints; teacher_params counts the transformer's parameters; calls_used counts
     the recorded calls that were run and samples_used the sample-timesteps whose activations the CKA curves
-    average over.
+    average over. held_out is what fits are judged on: calls that their maps were not solved from, or samples or
+    tokens of the only call; None in files of version 1, whose fits are of the tokens that they were solved from. few
+    has a line for each stream whose maps were solved from few tokens.
     """
 
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 2
     model: str
     calls: str
     teacher_params: int
     calls_used: int
     samples_used: int
+    held_out: Literal["calls", "samples", "tokens"] | None = None
+    few: list[str] = Field(default_factory=list)
     stream: str = "image"
     stacks: list[StackAnalysis]
 

@@ -43,7 +43,8 @@ def written(tmp_path_factory: pytest.TempPathFactory, translated_once: None) -> 
     folder = tmp_path_factory.mktemp("written")
     place = Place(folder)
     save_pipeline(place.model)
-    (folder / "prompts.txt").write_text("a red circle\n", encoding="utf-8")
+    prompts = [f"{count} {colour} circles" for count in ("two", "three") for colour in ("red", "green", "blue")]
+    (folder / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
     edit = {"kind": "depth", "stack": "transformer_blocks", "first": 1, "last": 3}
     place.plan.write_text(json.dumps({"edits": [edit]}), encoding="utf-8")
     for command in (

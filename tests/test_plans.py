@@ -160,7 +160,8 @@ def test_the_program_follows_a_plan_by_its_name(tmp_path: Path, capfd: pytest.Ca
     """As many blocks as Qwen-Image has, each of them tiny."""
     save_pipeline(tmp_path / "model", blocks=60)
     pipeline = open_source(str(tmp_path / "model")).pipeline()
-    ppcl_fx.record(pipeline, ["a red circle"], num_inference_steps=1, seed=0).save(tmp_path / "calls")
+    prompts = [f"a {colour} circle" for colour in ("red", "green", "blue", "yellow")]
+    ppcl_fx.record(pipeline, prompts, num_inference_steps=2, seed=0).save(tmp_path / "calls")
     capfd.readouterr()
     command = ["rewrite", tmp_path / "model", "--calls", tmp_path / "calls", "-o", tmp_path / "student"]
     code = main([*map(str, command), "--plan", "paper:qwen-image-10b", "--json"])

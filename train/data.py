@@ -4,7 +4,6 @@ iterator's state.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch import Tensor
 from ppcl_fx.calls import Call, Calls, check_finite, collate, map_tensors
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import tensor_digest
+from ppcl_fx.held_out import hold_out
 from ppcl_fx.train.ranks import Ranks
 from ppcl_fx.train.sources.order import Order, Ordered
 from ppcl_fx.train.sources.skips import Skips
@@ -188,8 +188,7 @@ def _mark(value: Any, batch: int) -> Any:
 def split(calls: Calls, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Return the positions of the calls to train on and of those to hold out, each in order.
 
-    A function of the calls, the share and the seed alone. Calls of the same prompts stay on one side where there
-    are prompts enough: what they share would make the held-out loss too good.
+    See `ppcl_fx.held_out.hold_out`.
 
     Raises:
         PpclError: A share is to be held out, and there are fewer than two calls.
@@ -198,14 +197,7 @@ def split(calls: Calls, share: float, seed: int) -> tuple[list[int], list[int]]:
         return list(range(len(calls))), []
     if len(calls) < 2:
         raise PpclError("training option held_out: one call cannot be split; record more, or hold out none")
-    together: dict[Any, list[int]] = {}
-    for index in range(len(calls)):
-        together.setdefault(calls[index].prompts, []).append(index)
-    if len(together) * share < 1:
-        together = {index: [index] for index in range(len(calls))}
-    parts = random.Random(f"ppcl-fx held out {seed}").sample(list(together.values()), len(together))
-    count = min(len(parts) - 1, max(1, round(len(parts) * share)))
-    held = sorted(index for part in parts[:count] for index in part)
+    held = hold_out(calls, share, seed)
     return sorted(set(range(len(calls))) - set(held)), held
 
 

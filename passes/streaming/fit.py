@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ppcl_fx.files import read_safetensors, write_safetensors
-from ppcl_fx.passes.initialise import RIDGE, projector_sites
+from ppcl_fx.passes.initialise import projector_sites, solved
 from ppcl_fx.passes.probes import NormalEquations
 from ppcl_fx.passes.streaming.cuts import closure
 from ppcl_fx.passes.streaming.measure import Report
@@ -77,10 +77,11 @@ def fit_streamed(
         for watch in (watch for watches in runner.segments[number].due.values() for watch in watches):
             path = paths[watch]
             equations = sums[path]
-            solved = equations.solve(RIDGE)
+            projector = solved(path, equations, len(calls), in_students)
             equations.clear()
-            assert solved.bias is not None
+            if projector is None or projector.bias is None:
+                continue
             file = work / f"{path}.safetensors"
-            write_safetensors(file, {f"{path}.weight": solved.weight, f"{path}.bias": solved.bias})
+            write_safetensors(file, {f"{path}.weight": projector.weight, f"{path}.bias": projector.bias})
             fitted |= read_safetensors(file)
     return fitted

@@ -38,8 +38,8 @@ def state_budget(gm: GraphModule, calls: Sequence[Call], sites: Sequence[StreamS
     """
     scale = _largest(calls) / max(1, elements(calls[0].kwargs)) if len(calls) else 1.0
     width = max((int(site.outputs[0].meta["val"].shape[-1]) for site in sites), default=0)
-    # A block's sums with the tokens not yet in them, and one of them being solved in float64.
-    sums = width**2 * (8 * (8 if width <= WIDE else 4) + 4 * 4 + 6 * 8)
+    # A block's sums, of held-out calls too, with the tokens not yet in them, and one of them being solved in float64.
+    sums = width**2 * (16 * (8 if width <= WIDE else 4) + 8 * 4 + 6 * 8)
     block = block_bytes(gm, scale) + sums
     need = anonymous() + max(block, max((_curves(site, scale) for site in sites), default=0))
     if need > limit:

@@ -22,7 +22,7 @@ class _Record(BaseModel):
 class Identity(_Record):
     """What an analysis is of: a run goes on from another's results only where all of this is the same."""
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     model: str
     calls: str
     dtype: str
@@ -61,13 +61,15 @@ class Note(_Record):
 class BlockResult(_Record):
     """What one segment gave.
 
-    fits: error of each probe, by the probe's name. energies: of the states that probes imitate, by the same name.
+    fits: error of each probe, by the probe's name. energies: of the states that probes imitate, and few: what to say of
+    the tokens that they were solved from, by the same name.
     ffn: error and cosine of each feed-forward, by its position. shelves: what was kept, by the shelf's name.
     notes: sizes that the segment made known.
     """
 
     fits: dict[str, float]
     energies: dict[str, float]
+    few: dict[str, str]
     ffn: dict[int, tuple[float, float]]
     shelves: dict[str, Shelf]
     notes: list[Note]
@@ -132,6 +134,10 @@ class Ledger:
     def energy(self, name: str) -> float:
         """Return the mean squared length of a token of the state that a probe imitates."""
         return next(result.energies[name] for result in self.results if name in result.energies)
+
+    def few(self, name: str) -> str:
+        """Return what to say of the tokens that a probe was solved from."""
+        return next(result.few[name] for result in self.results if name in result.few)
 
     def ffn(self, position: int) -> Fit:
         """Return how well a feed-forward is fitted."""

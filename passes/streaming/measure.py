@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -17,16 +17,18 @@ from ppcl_fx.calls import Calls
 from ppcl_fx.files import need_room, read_safetensors, write_safetensors
 from ppcl_fx.passes.curves import CurveSums
 from ppcl_fx.passes.ffn_fit import RIDGE as FFN_RIDGE
+from ppcl_fx.passes.held_out import Division, HeldOutFit
 from ppcl_fx.passes.measure import (
     Measurement,
     StreamSite,
     all_ffn_sites,
     check_state,
+    ffn_title,
     mirrored,
     rows_of,
     stream_sites,
 )
-from ppcl_fx.passes.probes import Fit, NormalEquations, Projector
+from ppcl_fx.passes.probes import Fit, Projector
 from ppcl_fx.passes.reservoir import Choice, groups
 from ppcl_fx.passes.similarity import Curves
 from ppcl_fx.passes.streaming.ledger import BlockResult, Ledger, Note, Shelf, read_shelf
@@ -81,7 +83,10 @@ class StreamedMeasurement(Measurement):
         report: Report = silent,
         checkpoint_seconds: float | None = None,
     ) -> None:
-        super().__init__(gm, tuple(stream_sites(gm)), all_ffn_sites(gm), calls_used=len(calls))
+        self.division = Division(calls)
+        super().__init__(
+            gm, tuple(stream_sites(gm)), all_ffn_sites(gm), calls_used=len(calls), held_out=self.division.kind
+        )
         self.ledger = ledger
         self._states = states
         self._device = device
@@ -154,6 +159,9 @@ class StreamedMeasurement(Measurement):
     def energies(self, site: StreamSite) -> list[float]:
         return [self.ledger.energy(name) for name in self._names(site)]
 
+    def few(self, site: StreamSite) -> str:
+        return self.ledger.few(self._names(site)[0])
+
     def ffn_fits(self, ridge: float) -> list[Fit]:
         assert ridge == FFN_RIDGE, "feed-forwards were fitted with this ridge"
         return [self.ledger.ffn(position) for position in range(len(self.ffn))]
@@ -218,8 +226,15 @@ def _shelf_name(site: int, state: int) -> str:
     return f"{site}-{state}"
 
 
-Solved = tuple[dict[str, float], dict[str, float], dict[int, tuple[float, float]], dict[str, Projector]]
-"""Errors and energies of probes by name, error and cosine of feed-forwards by position, probes by name."""
+class _Solved(NamedTuple):
+    """Errors, energies and words on few tokens of probes by name, error and cosine of feed-forwards by position, and
+    the probes by name."""
+
+    fits: dict[str, float]
+    energies: dict[str, float]
+    few: dict[str, str]
+    ffn: dict[int, tuple[float, float]]
+    probes: dict[str, Projector]
 
 
 class _Collector:
@@ -233,8 +248,9 @@ class _Collector:
             for note in result.notes:
                 self.choice.note(note.call, note.batch, note.nbytes)
         self._call = self._batch = 0
-        self._probes: dict[Watch, tuple[str, NormalEquations]] = {}
-        self._projectors: dict[Watch, tuple[int, NormalEquations]] = {}
+        self._division = measurement.division
+        self._probes: dict[Watch, tuple[str, HeldOutFit]] = {}
+        self._projectors: dict[Watch, tuple[int, HeldOutFit]] = {}
         self._keeps: dict[Watch, _Shelving] = {}
 
     def watches(self) -> list[Watch]:
@@ -247,16 +263,17 @@ class _Collector:
                 shelving = _Shelving(self, _shelf_name(number, position), site, sizes)
                 self._keeps[Watch((node,), shelving.see)] = shelving
             for position, (before, after) in enumerate(zip(site.inputs, site.outputs, strict=True)):
-                sums = NormalEquations()
+                sums = HeldOutFit(site.title, self._division)
                 self._probes[Watch((before, after), sums.add)] = (_probe_name(number, position), sums)
         for number, (_, ffn) in enumerate(self._ffn):
-            sums = NormalEquations(bias=True)
+            sums = HeldOutFit(ffn_title(ffn), self._division, bias=True)
             self._projectors[Watch((ffn.before, ffn.after), sums.add)] = (number, sums)
         return [*self._keeps, *self._probes, *self._projectors]
 
     def begin(self, position: int, batch: int) -> None:
         """A call of so many samples starts."""
         self._call, self._batch = position, batch
+        self._division.begin(position)
 
     @property
     def call(self) -> int:
@@ -278,30 +295,30 @@ class _Collector:
             self, [self._keeps[watch] for watch in due if watch in self._keeps], partial(self._solve, due)
         )
 
-    def _solve(self, due: Sequence[Watch]) -> Solved:
+    def _solve(self, due: Sequence[Watch]) -> _Solved:
         """Solve what the segment summed, and drop the sums."""
         identity = self._ledger.identity
-        fits, energies, ffn, probes = {}, {}, {}, {}
+        found = _Solved({}, {}, {}, {}, {})
         for watch in due:
             if watch in self._probes:
                 name, sums = self._probes[watch]
                 solved = sums.solve(identity.ridge, identity.refine_steps)
-                fits[name], energies[name] = sums.error(solved), sums.energy
-                probes[name] = solved
+                found.fits[name], found.energies[name] = sums.error(solved), sums.energy
+                found.few[name], found.probes[name] = sums.few, solved
                 sums.clear()
             elif watch in self._projectors:
                 number, sums = self._projectors[watch]
-                fit = sums.ridge_fit(FFN_RIDGE)
-                ffn[number] = (fit.error, fit.cosine)
+                fit = sums.fit(sums.solve(FFN_RIDGE))
+                found.ffn[number] = (fit.error, fit.cosine)
                 sums.clear()
-        return fits, energies, ffn, probes
+        return found
 
 
 class _Segment:
     """The shelves of one segment, open while it runs."""
 
     def __init__(
-        self, collector: _Collector, shelvings: Sequence[_Shelving], solve: Callable[[], Solved]
+        self, collector: _Collector, shelvings: Sequence[_Shelving], solve: Callable[[], _Solved]
     ) -> None:
         self._shelvings = shelvings
         self._solve = solve
@@ -316,10 +333,11 @@ class _Segment:
             shelving.close()
 
     def _result(self) -> tuple[BlockResult, dict[str, Projector]]:
-        fits, energies, ffn, probes = self._solve()
+        found = self._solve()
         shelves = {shelving.name: shelving.shelf() for shelving in self._shelvings}
         notes = [note for shelving in self._shelvings for note in shelving.notes]
-        return BlockResult(fits=fits, energies=energies, ffn=ffn, shelves=shelves, notes=notes), probes
+        numbers = {name: value for name, value in found._asdict().items() if name != "probes"}
+        return BlockResult(**numbers, shelves=shelves, notes=notes), found.probes
 
 
 class _Shelving:

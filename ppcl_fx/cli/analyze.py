@@ -232,6 +232,8 @@ def _result(out: Path, calls: Path, analysis: Redundancy) -> Result:
         "params": analysis.teacher_params,
         "blocks": blocks,
         "calls_used": analysis.calls_used,
+        "held_out": analysis.held_out,
+        "few": analysis.few,
         "stream": analysis.stream,
         "candidates": found,
     }

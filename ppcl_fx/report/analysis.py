@@ -25,7 +25,13 @@ def analysis_section(redundancy: Redundancy, plan: Plan | None) -> Html:
         "counted from 0.",
         class_="lead",
     )
-    return tag("section", tag("h2", "What the analysis found"), opening, stacks, id="analysis")
+    judged = {
+        None: "what they were solved from, so a good one may only mean few tokens",
+        "calls": "calls that were held out",
+    }.get(redundancy.held_out, f"{redundancy.held_out} of the only call that were held out")
+    fits = [tag("p", f"Fits of probes and projectors are judged on {judged}.", class_="note")]
+    fits += [tag("p", words, class_="note") for words in redundancy.few]
+    return tag("section", tag("h2", "What the analysis found"), opening, fits, stacks, id="analysis")
 
 
 def _stack(stack: StackAnalysis, edits: StackEdits, stream: str) -> Html:

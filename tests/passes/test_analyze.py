@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch.fx import GraphModule
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.fingerprint import fingerprint
+from ppcl_fx.held_out import hold_out
 from ppcl_fx.passes.analyze import analyze
 from ppcl_fx.passes.ffn_fit import FfnFits
+from ppcl_fx.passes.held_out import SHARE
 from ppcl_fx.passes.intervals import CandidateIntervals
 from ppcl_fx.passes.measure import measure
 from ppcl_fx.passes.probes import LinearProbes
@@ -44,15 +47,15 @@ def _call(kwargs: Kwargs, index: int) -> Call:
 
 
 def _calls(model: nn.Module, kwargs: Kwargs) -> Calls:
-    """Three calls of two shapes."""
-    scaled = {**kwargs, "hidden_states": 0.5 * kwargs["hidden_states"]}
-    every = [kwargs, models.other_kwargs(model), scaled]
+    """Four calls of two shapes: of each stream more tokens than channels, one call held out."""
+    other = models.other_kwargs(model)
+    every = [given | {"hidden_states": by * given["hidden_states"]} for by in (1.0, 0.5) for given in (kwargs, other)]
     return Calls([_call(k, i) for i, k in enumerate(every)], fingerprint(model))
 
 
 @functools.cache
 def _analysed(name: str) -> tuple[nn.Module, GraphModule, Calls, Redundancy]:
-    """One of the small models, its graph, three calls and the analysis of all of their samples."""
+    """One of the small models, its graph, four calls and the analysis of all of their samples."""
     model, kwargs = {"qwen": models.tiny_qwen, "flux": models.tiny_flux, "sd3": models.tiny_sd3}[name]()
     gm, calls = trace(model, kwargs), _calls(model, kwargs)
     return model, gm, calls, analyze(gm, calls)
@@ -130,7 +133,7 @@ def test_probe_fit_and_curves_are_those_of_the_eager_model(tiny_qwen: tuple[nn.M
     gm = trace(model, kwargs)
     calls = _calls(model, kwargs)
     measured = measure(gm, calls)
-    assert len(measured.kept) == 2 + 3 + 2
+    assert len(measured.kept) == 2 + 3 + 2 + 3
     LinearProbes(measured, ridge=1e-5)(gm)
     Similarity(measured, ridge=1e-5)(gm)
     TextSimilarity(measured)(gm)
@@ -138,13 +141,18 @@ def test_probe_fit_and_curves_are_those_of_the_eager_model(tiny_qwen: tuple[nn.M
     outputs = [_eager_outputs(model, call.kwargs, "transformer_blocks") for call in calls]
     blocks = stacks(gm)[0].blocks
     for stream in ("image", "text"):
-        rows = [torch.cat([o[i][stream].flatten(0, 1) for o in outputs]).double() for i in range(len(blocks))]
+        parts = []
+        for held in (False, True):
+            part = [o for n, o in enumerate(outputs) if (n in hold_out(calls, SHARE, 0)) == held]
+            parts.append([torch.cat([o[i][stream].flatten(0, 1) for o in part]).double() for i in range(len(blocks))])
+        rows, apart = parts
         weights = []
         for i in range(1, len(blocks)):
             x, r = rows[i - 1], rows[i] - rows[i - 1]
             ridge = 1e-5 * float((x.T @ x).diagonal().mean())
             weight = torch.linalg.solve(x.T @ x + ridge * torch.eye(x.shape[1]).double(), x.T @ r)
             weights.append(weight)
+            x, r = apart[i - 1], apart[i] - apart[i - 1]
             fit = float((x @ weight - r).square().sum() / r.square().sum())
             assert blocks[i].outputs[stream].meta["ppcl"]["fit"] == pytest.approx(fit, rel=1e-2, abs=1e-6)
         u = 1
@@ -178,10 +186,17 @@ def test_ffn_fit_is_that_of_plain_least_squares(tiny_qwen: tuple[nn.Module, Kwar
     watcher = Watcher(gm, [Watch((site.before, site.after), lambda *values: pairs.append(values))])
     for call in calls:
         watcher.watch(call.kwargs)
-    x = torch.cat([before.flatten(0, 1) for before, _ in pairs]).double()
-    y = torch.cat([after.flatten(0, 1) for _, after in pairs]).double()
-    rows = torch.cat([x, torch.ones(len(x), 1).double()], dim=1)
-    made = x + rows @ torch.linalg.lstsq(rows, y - x).solution
+    (held,) = hold_out(calls, SHARE, 0)
+    apart = pairs.pop(held)
+
+    def given(some: list[tuple[Tensor, ...]]) -> tuple[Tensor, Tensor, Tensor]:
+        x, y = (torch.cat([pair[i].flatten(0, 1) for pair in some]).double() for i in (0, 1))
+        return x, y, torch.cat([x, torch.ones(len(x), 1).double()], dim=1)
+
+    x, y, rows = given(pairs)
+    solution = torch.linalg.lstsq(rows, y - x).solution
+    x, y, rows = given([apart])
+    made = x + rows @ solution
     FfnFits(measure(gm, calls), ridge=1e-6)(gm)
     fit = site.after.meta["ppcl"]["ffn"]
     assert (fit.block, fit.stream) == (2, site.stream)
@@ -218,7 +233,8 @@ def test_measurements_of_another_graph_are_refused(tiny_qwen: tuple[nn.Module, K
 def test_analysis_has_every_stack_and_stream(name: str, tmp_path: Path) -> None:
     model, gm, _, found = _analysed(name)
     assert found.teacher_params == sum(p.numel() for p in model.parameters())
-    assert (found.calls_used, found.samples_used) == (3, 7)
+    assert (found.calls_used, found.samples_used, found.held_out) == (4, 10, "calls")
+    assert found.few and all("a map of 32 channels from" in words for words in found.few)
     for stack, analysis in zip(stacks(gm), found.stacks, strict=True):
         assert analysis.name == stack.name
         assert analysis.blocks == [block.path for block in stack.blocks]
@@ -226,7 +242,7 @@ def test_analysis_has_every_stack_and_stream(name: str, tmp_path: Path) -> None:
         for block, size in zip(stack.blocks, analysis.block_params, strict=True):
             assert size == sum(p.numel() for p in model.get_submodule(block.path).parameters())
         for curves in analysis.streams.values():
-            assert all(0.0 <= value <= 1.0 + 1e-6 for value in curves.fit)
+            assert all(0.0 <= value < math.inf for value in curves.fit)  # over 1: worse than no probe
             assert curves.cka[0][0] == 1.0
             for interval in curves.candidates:
                 assert analysis.first <= interval.first < interval.last <= analysis.last
