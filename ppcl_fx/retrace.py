@@ -8,7 +8,7 @@ are there: weights, hooks and processors stay the very same objects.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ from ppcl_fx.plan import Plan
 from ppcl_fx.tracing import trace
 
 Dtypes = Callable[[torch.dtype], torch.dtype]
+Mixture = tuple[Plan, Sequence[str]]
+"""A plan and those of its edits that are plugged: what a fine-tuned graph was made by."""
 
 
 def same(dtype: torch.dtype) -> torch.dtype:
@@ -65,10 +67,12 @@ def retraced(
     Raises:
         PpclError: the model's class is not known, or cannot be built on the meta device.
     """
+    from ppcl_fx.passes.plug import plugged
     from ppcl_fx.passes.rewrite import insert_edits
 
     info = graph.meta["ppcl"]
-    if info.get("alone"):
+    mixture: Mixture | None = info.get("mixture")
+    if info.get("alone") and (mixture is None or example is None):
         raise PpclError(
             f"{info['alone']} lacks blocks of its teacher, so it cannot be traced again; load it in the dtype that it "
             "is to compute in: ppcl_fx.load(folder, dtype=torch.bfloat16)"
@@ -79,6 +83,8 @@ def retraced(
         kinds = {t.dtype for t in graph.parameters() if t.is_floating_point()}
         changed = {kind: dtypes(kind) for kind in kinds}
         example = build_call(info["example"], changed)
+    if mixture is not None:
+        return over(graph, plugged(insert_edits(trace(model, example), mixture[0]), frozenset(mixture[1])))
     return over(graph, insert_edits(trace(model, example), plan))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from ppcl_fx.passes.streaming.analyze import analyze_streamed
 from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.sources import open_source
-from ppcl_fx.tracing import bind, graph_for, trace
+from ppcl_fx.tracing import bind, graph_for, trace, with_rows
 from ppcl_fx.train import train
 from ppcl_fx.train.bounded.options import BoundedOptions
 from ppcl_fx.train.bounded.trainer import train_bounded
@@ -94,6 +95,14 @@ def test_one_negative_text_for_a_batch(tmp_path: Path) -> None:
     mixture = [answer(model, call.kwargs) for call in calls]
     model.save(tmp_path / "trained")
     again = ppcl_fx.load(tmp_path / "trained")
+    tuned = result.finetuned_model
+    assert tuned is not None
+    shutil.copytree(tmp_path / "run" / "finetuned", tmp_path / "trained" / "finetuned")
+    opened = ppcl_fx.load(tmp_path / "trained" / "finetuned")
+    padded, single = calls[0].kwargs, calls[1].kwargs
+    torch.testing.assert_close(answer(opened, padded), answer(tuned, bind(tuned, padded)), rtol=0, atol=1e-6)
+    repeated = with_rows(tuned, single)
+    torch.testing.assert_close(answer(opened, single), answer(tuned, bind(tuned, repeated)), rtol=0, atol=1e-6)
     for call, expected in zip(calls, mixture, strict=True):
         torch.testing.assert_close(answer(again, call.kwargs), expected, rtol=0, atol=1e-6)
     bounded = train_bounded(

@@ -98,6 +98,7 @@ def load_finetuned(model: PluggableModel, folder: str | Path) -> GraphModule:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
+    gm.meta["ppcl"]["mixture"] = (model.plan, card.students)  # for calls of other kinds
     return gm
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from ppcl_fx.face import PipelineFace
 from ppcl_fx.files import inside, read_json
 from ppcl_fx.folders.layout import LISTS, STACK, Layout, compare, graph_paths
 from ppcl_fx.folders.numbering import Kept, translated
+from ppcl_fx.kinds import kind_of
 from ppcl_fx.offload import GroupOffload
 from ppcl_fx.plan import Plan
 from ppcl_fx.room import Room
@@ -66,7 +68,8 @@ class ReleasedModel(GroupOffload, PipelineFace):
         # Plain attributes, so that torch does not take what has no weights for submodules.
         self.__dict__["_skeleton"] = skeleton
         self.__dict__["_edited"] = None
-        self.__dict__["_view"] = None
+        self.__dict__["_view"] = self.__dict__["_kind"] = None
+        self.__dict__["_others"] = {}
 
     @property
     def plan(self) -> Plan:
@@ -116,9 +119,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
         try:
             result = self._call(given)
         except GuardError:
-            self._trace(given)
-            self._prepare(given)
-            result = self._call(given)
+            result = self._call_other(given)
         if not return_dict:
             return result
         from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -137,6 +138,18 @@ class ReleasedModel(GroupOffload, PipelineFace):
         graph = self._bound()
         graph.meta["ppcl"]["alone"] = self.KIND
         return PluggableModel(graph, Plan())
+
+    def _call_other(self, given: Mapping[str, Any]) -> Any:
+        """Run a call that is not of the last one's kind: by the graph of its own kind, if it has been met before."""
+        self.__dict__["_others"][self.__dict__["_kind"]] = self.__dict__["_view"]
+        known = self.__dict__["_others"].pop(kind_of(given), None)
+        if known is not None:
+            self.__dict__["_view"], self.__dict__["_kind"] = known, kind_of(given)
+            with suppress(GuardError):
+                return self._call(given)
+        self._trace(given)
+        self._prepare(given)
+        return self._call(given)
 
     def _call(self, given: Mapping[str, Any]) -> Any:
         view = self.__dict__["_view"]
@@ -157,7 +170,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
 
         skeleton = nn.Module.to(self.__dict__["_skeleton"], self.dtype)
         self.__dict__["_edited"] = insert_edits(trace(skeleton, kwargs), Plan(edits=self.layout.edits()))
-        self.__dict__["_view"] = None
+        self.__dict__["_view"], self.__dict__["_kind"] = None, kind_of(kwargs)
 
     def _bound(self) -> GraphModule:
         """Return the graph with this module's parameters in it."""
@@ -202,16 +215,21 @@ class ReleasedModel(GroupOffload, PipelineFace):
 
     def weights_changed(self) -> None:
         self.__dict__["_view"] = None
+        self.__dict__["_others"] = {}
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose the kernels of every attention, as on any model of diffusers; the next call traces with them."""
         self.__dict__["_skeleton"].set_attention_backend(backend)
-        self.__dict__["_edited"] = None
+        self._trace_anew()
 
     def reset_attention_backend(self) -> None:
         """Go back to the kernels of torch."""
         self.__dict__["_skeleton"].reset_attention_backend()
+        self._trace_anew()
+
+    def _trace_anew(self) -> None:
         self.__dict__["_edited"] = None
+        self.weights_changed()
 
     def load_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the blocks of a checkpoint have numbers of their own, and a LoRA has the teacher's."""

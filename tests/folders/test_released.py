@@ -108,6 +108,20 @@ def test_the_golden_checkpoint_opens_as_a_source_and_traces_again_where_it_must(
     agrees(answer(model, one), expected[:1])
 
 
+def test_kinds_of_call_that_come_in_turns_are_traced_once_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    kwargs, expected = golden_call()
+    model = ppcl_fx.load(GOLDEN)
+    traced: list[Any] = []
+    monkeypatch.setattr(released, "trace", lambda *call: traced.append(call) or trace(*call))
+    for _ in range(3):
+        for mask in (kwargs["encoder_hidden_states_mask"], None):
+            agrees(answer(model, {**kwargs, "encoder_hidden_states_mask": mask}), expected)
+    assert len(traced) == 2
+    model.to(torch.float64).to(torch.float32)
+    agrees(answer(model, {**kwargs, "encoder_hidden_states_mask": None}), expected)
+    agrees(answer(model, kwargs), expected)
+
+
 def test_a_released_checkpoint_moves_and_trains() -> None:
     kwargs, expected = golden_call()
     model = released.load(GOLDEN, dtype=torch.float64)
