@@ -85,6 +85,7 @@ TRANSFORMER: dict[str, tuple[dict[str, Any], str]] = {
     "wide": ({"attention_head_dim": 10**6}, "asks for a tensor of"),
     "a table of gigabytes": ({"axes_dims_rope": [4, 6, 10**6]}, "asks for a tensor of"),
     "negative": ({"attention_head_dim": -16}, "refuses this configuration"),
+    "an axis more": ({"axes_dims_rope": [4, 6, 6, 6]}, "QwenImageTransformer2DModel takes 3 numbers"),
     "another width": ({"attention_head_dim": 8}, "is [32, 256] here and [16, 256]"),
     "odd axes": ({"axes_dims_rope": [4, 6, 8]}, "does not draw"),
 }
@@ -197,8 +198,8 @@ def test_a_students_folder(student: Path, tmp_path: Path) -> None:
         ({"hidden_states": {"tensor": {**tokens, "shape": [2, True, 16]}}}, "example.hidden_states"),
         ({"hidden_states": {"tensor": {**tokens, "shape": [2**20, 2**20]}}}, "example.hidden_states"),
         ({"hidden_states": {"tensor": {**tokens, "dtype": "float33"}}}, "did you mean 'float32'"),
-        ({"hidden_states": {"tensor": {**tokens, "shape": [2, 15, 16]}}}, "does not take the call in it"),
-        ({"hidden_states": {"value": 7}}, "does not take the call in it"),
+        ({"hidden_states": {"tensor": {**tokens, "shape": [2, 15, 16]}}}, "does not take this call"),
+        ({"hidden_states": {"value": 7}}, "does not take this call"),
         ({"img_shapes": {"list": [{"list": [{"tuple": [{"value": n} for n in (3000, 3000, 3000)]}]}] * 2}}, "asks for"),
         ({"img_shapes": {"list": [{"list": [{"tuple": [{"value": n} for n in (1, 10**9, 4)]}]}] * 2}}, "beyond all"),
         ({"hidden_state": {"value": 7}}, "takes no argument 'hidden_state' (did you mean 'hidden_states'?)"),

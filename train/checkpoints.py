@@ -24,6 +24,7 @@ from ppcl_fx.files import (
     read_json,
     read_safetensors,
     sha256_of,
+    tensor_shapes,
     write_json,
     write_safetensors,
     write_text,
@@ -215,6 +216,10 @@ def _tensors(path: Path, shared: bool, check: bool) -> Mapping[str, Tensor]:
 
 def _check_sum(path: Path, name: str) -> None:
     lines = read_text(inside(path, SUMS)).splitlines()
+    if name == TENSORS:
+        tensor_shapes(inside(path, name))  # the file is as long as its header says, and not endless
+    elif (path / name).is_file() and (path / name).stat().st_size > INDEX_BYTES:
+        raise PpclError(f"{path / name}: larger than such a file may be; it is damaged")
     if f"{sha256_of(inside(path, name))}  {name}" not in lines:
         raise PpclError(f"{path / name}: its checksum is not the one in {SUMS}")
 

@@ -71,7 +71,8 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
     blocks = {f"{path}.{i}" for path in lists for i in range(len(model.get_submodule(path)))}  # type: ignore[arg-type]
     symbolic = {name: value for name, value in given.items() if not is_fixed(value)}
     fixed = {name: copy.copy(value) for name, value in given.items() if is_fixed(value)}
-    gm = _graph_module(model, inlined_modules(model), blocks, symbolic, fixed)
+    with foreign(f"{type(model).__name__} does not take this call", "give one that was recorded with this model"):
+        gm = _graph_module(model, inlined_modules(model), blocks, symbolic, fixed)
     gm.meta["ppcl"] = {
         "inputs": list(symbolic),
         "fixed": {name: value for name, value in fixed.items() if value is not None},
@@ -142,9 +143,12 @@ def trace_saved(model: nn.Module, example_kwargs: Mapping[str, Any], where: Path
         PpclError: the model does not take the call, or needs more memory for it than a model of its size can.
     """
     room = Room.of({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
-    refused = foreign(f"{where}: {type(model).__name__} does not take the call in it", "mend the file, or make it anew")
-    with refused, room.kept(str(where)):
-        return trace(model, example_kwargs)
+    try:
+        with room.kept(str(where)):
+            return trace(model, example_kwargs)
+    except PpclError as error:
+        line = str(error).removeprefix(f"{where}: ")
+        raise PpclError(f"{where}: the call in it is damaged, or of another model: {line}") from error
 
 
 def trace_inside(module: nn.Module, args: Mapping[str, Any]) -> GraphModule:

@@ -124,9 +124,9 @@ def _readers(call: dict[str, Any], gm: Any) -> dict[str, Reader]:
                              {"finetuned/finetuned.json": m.JSON, "finetuned/model.safetensors": m.SAFETENSORS}),
         "engines": Reader("engines", lambda f: _run_engines(f, call), engine_files | onnx_files | weight_files),
         "engines in torch": Reader("engines", lambda f: _run_engines(f, call, "torch"), engine_files | onnx_files),
-        "released": Reader("released", lambda f: _output(ppcl_fx.load(f), call),
+        "released": Reader("released", lambda f: _answer(ppcl_fx.load(f), call),
         folder_files | {"pruned.json": m.JSON}, free=True),
-        "stock": Reader("stock", lambda f: _output(open_source(str(f)).transformer(), call), folder_files, free=True,
+        "stock": Reader("stock", lambda f: _answer(open_source(str(f)).transformer(), call), folder_files, free=True,
         theirs=lambda f: _stock_by_diffusers(f, call)),
         "calls": Reader("run", lambda f: _calls(f / "calls"),
                         {"calls/index.json": m.JSON, "calls/calls-00000.safetensors": m.SAFETENSORS}),
@@ -150,6 +150,14 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
 def _output(model: Any, call: dict[str, Any]) -> str:
     with torch.no_grad():
         return tensor_digest(model(**call)[0])
+
+
+def _answer(model: Any, call: dict[str, Any]) -> str:
+    """Return the output, or what a model's class raises where only a call shows that the configuration is wrong."""
+    try:
+        return _output(model, call)
+    except (RuntimeError, ValueError, TypeError, IndexError, ppcl_fx.PpclError) as error:
+        return type(error).__name__
 
 
 def _recorded(folder: Path) -> str:
@@ -193,7 +201,7 @@ def _clip_by_transformers(folder: Path) -> str:
 def _stock_by_diffusers(folder: Path, call: dict[str, Any]) -> str:
     from diffusers import QwenImageTransformer2DModel
 
-    return _output(QwenImageTransformer2DModel.from_pretrained(folder, dtype=torch.float32), call)
+    return _answer(QwenImageTransformer2DModel.from_pretrained(folder, dtype=torch.float32), call)
 
 
 def _student(folder: Path, call: dict[str, Any]) -> list[str]:
@@ -249,8 +257,10 @@ def _pictures(folder: Path) -> list[Any]:
     for pair in open_pairs(folder):
         try:
             found.append(open_picture(pair.read()).size)
-        except ppcl_fx.PpclError as error:  # a bad picture is left out of a training, with this line
-            found.append("left out in several lines" if "\n" in str(error) else "left out")
+        except (ppcl_fx.PpclError, OSError) as error:  # a bad picture is left out of a training, with this line
+            if "\n" in str(error):
+                raise RuntimeError(f"several lines: {error}") from error
+            found.append("left out")
     return found
 
 
