@@ -26,7 +26,7 @@ from ppcl_fx.cli.teacher import Recorded, open_calls, open_student
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
 from ppcl_fx.memory import parse_size
-from ppcl_fx.owned import PRUNED_RATIOS
+from ppcl_fx.owned import PRUNED_RATIOS, SAVED
 from ppcl_fx.sources import check_source
 
 if TYPE_CHECKING:
@@ -161,7 +161,8 @@ def export(
         check_output(out)  # other ratios may be there: what is refused is a graph of the same name
     if pipeline is not None:
         check_source(pipeline)
-    check_folder(student, "what 'ppcl-fx rewrite' wrote")
+    if not (student.parent / SAVED.manifest).is_file():  # in a student only fine-tuned models are, with their own line
+        check_folder(student, "what 'ppcl-fx rewrite' wrote")
     check_folder(calls, "recorded calls", "index.json")
 
     tuned = _finetuned(student, keep, format, terminal)
