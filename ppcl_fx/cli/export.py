@@ -161,7 +161,8 @@ def export(
         check_output(out)  # other ratios may be there: what is refused is a graph of the same name
     if pipeline is not None:
         check_source(pipeline)
-    if not (student.parent / SAVED.manifest).is_file():  # in a student only fine-tuned models are, with their own line
+    # In a student there are fine-tuned models alone, and a missing one has a line of its own.
+    if not (student.parent / str(SAVED.manifest)).is_file():
         check_folder(student, "what 'ppcl-fx rewrite' wrote")
     check_folder(calls, "recorded calls", "index.json")
 

@@ -157,6 +157,11 @@ def test_what_cannot_be_exported_is_one_line(place: Place) -> None:
     shutil.copy(place.student / "finetuned-0.9" / "model.safetensors", tuned)
     assert "does not fit the model's parameters" in place.refused("export", tuned, "-o", out)
     plan = place.student / "plan.json"
-    plan.write_text(json.dumps(json.loads(plan.read_text()) | {"model": "another"}))
+    whole = plan.read_text()
+    plan.write_text(json.dumps(json.loads(whole) | {"model": "another"}))
+    assert "not the model that plan.json was made for" in place.refused("export", tuned, "-o", out)
+    plan.write_text(whole)
+    card = json.loads((tuned / "finetuned.json").read_text())
+    (tuned / "finetuned.json").write_text(json.dumps(card | {"plan": "another"}))
     assert "fine-tuned from another plan or model" in place.refused("export", tuned, "-o", out)
     assert not out.exists()
