@@ -1,7 +1,7 @@
 """Analysis and rewriting of a full-size Qwen-Image (20.43 B parameters in bf16) with one block in memory at a time.
 
     python -m benchmarks.streaming
-    python -m benchmarks.streaming --size 1024 --calls 2 --batch 1 --samples 1 --parts forward,analyze
+    python -m benchmarks.streaming --size 1024 --calls 2 --batch 1 --text 4096 --samples 1 --parts forward,analyze
 
 Nothing is downloaded. The checkpoint is synthetic: one block of random weights in a file, hard-linked sixty times, and
 a file with the layers outside of the blocks. So the disk holds 0.8 GB, and after the first block the weights come from
@@ -325,7 +325,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--size", type=int, default=None, help="the same in pixels, 16 to a token: 1024 is --side 64"
     )
-    parser.add_argument("--text", type=int, default=64, help="text tokens (default: 64)")
+    parser.add_argument("--text", type=int, default=256, help="text tokens (default: 256)")
     parser.add_argument(
         "--samples", type=int, default=2, help="samples that the curves average over (default: 2)"
     )
