@@ -52,6 +52,8 @@ class Card(BaseModel):
         plugged: the edits that were plugged when it was saved.
         example: the arguments that it was traced with, as `ppcl_fx.examples.describe` writes them.
         made: how it was made: the passes with their options, the version.
+        teacher: the fingerprint of the teacher as it was saved, where that is not the one that the plan was made for:
+            the model was moved to another dtype. Empty otherwise.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -61,6 +63,7 @@ class Card(BaseModel):
     plugged: list[str]
     example: dict[str, JsonValue]
     made: dict[str, JsonValue]
+    teacher: str = ""
 
 
 class PluggableModel(PipelineModel):
@@ -237,11 +240,17 @@ class PluggableModel(PipelineModel):
         return self._save(Path(folder), owned.STUDENT if overwrite else None, scores)
 
     def _save(self, folder: Path, replaces: owned.Kind | None, scores: Mapping[str, float] | None = None) -> Path:
+        from ppcl_fx.sources import open_source
+
         with new_folder(folder, replaces=replaces) as beside:
             self.save_head(beside, scores)
             teacher, students = self._split()
             write_safetensors(beside / TEACHER / ONE_FILE, teacher, {"format": "pt"}, digests=True)
             write_safetensors(beside / STUDENTS, students, digests=True)
+            stored = open_source(str(beside / TEACHER)).checkpoint()
+            if self.plan.model and stored.known_as(self.plan.model) is None:
+                card = read_json(beside / CARD, Card)
+                write_json(beside / CARD, card.model_copy(update={"teacher": stored.fingerprint}))
         return folder
 
     def save_head(self, folder: Path, scores: Mapping[str, float] | None = None) -> None:
@@ -317,7 +326,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
     weights = read_safetensors(inside(folder, STUDENTS))
     kept = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
     source = open_source(str(inside(folder, TEACHER)))
-    check_teacher(folder, source.checkpoint(), plan)
+    check_teacher(folder, source.checkpoint(), card, plan)
     teacher = source.transformer(dtype=dtype or kept)
     dtypes = {kept: dtype} if kept is not None and dtype is not None else {}
     example = build_call(card.example, dtypes, str(folder / CARD))
@@ -352,15 +361,16 @@ def _finetuned(folder: Path, dtype: torch.dtype | None) -> PluggableModel:
     return PluggableModel(graph, Plan()).eval()
 
 
-def check_teacher(folder: Path, teacher: Checkpoint, plan: Plan) -> None:
+def check_teacher(folder: Path, teacher: Checkpoint, card: Card, plan: Plan) -> None:
     """Refuse a teacher that is not the one that a saved model's plan was made for.
 
     Raises:
         PpclError: its weights or its configuration are others.
     """
-    if plan.model and teacher.known_as(plan.model) is None:
+    wanted = card.teacher or plan.model
+    if wanted and teacher.known_as(wanted) is None:
         raise PpclError(
-            f"{folder / TEACHER}: not the model that {PLAN} was made for (its fingerprint is {plan.model[:12]}): "
+            f"{folder / TEACHER}: not the model that {PLAN} was made for (its fingerprint is {wanted[:12]}): "
             "weights or config.json were exchanged; copy the whole folder again"
         )
 

@@ -12,7 +12,8 @@ import torch
 
 import ppcl_fx
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.model import PluggableModel
+from ppcl_fx.files import read_safetensors, write_safetensors
+from ppcl_fx.model import PluggableModel, load
 from ppcl_fx.passes.rewrite import rewrite
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
@@ -225,3 +226,22 @@ def test_a_model_without_a_configuration_cannot_be_saved(tmp_path: Path) -> None
     with pytest.raises(PpclError, match="no diffusers configuration"):
         model.save(tmp_path / "toy")
     assert not (tmp_path / "toy").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_moved_to_another_dtype_is_saved_and_loaded(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Its teacher has another fingerprint then; exchanged weights are still seen."""
+    teacher, kwargs = models.tiny_qwen(blocks=4)
+    plan = Plan(edits=[DepthEdit(stack="transformer_blocks", first=0, last=1)])
+    model = rewrite(trace(teacher, kwargs), plan).to(dtype)
+    model.save(tmp_path / "moved")
+    loaded = load(tmp_path / "moved")
+    assert loaded.dtype == dtype
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    weights = tmp_path / "moved" / "teacher" / "diffusion_pytorch_model.safetensors"
+    tensors = read_safetensors(weights)
+    one, other = "transformer_blocks.0.attn.to_q.weight", "transformer_blocks.0.attn.to_k.weight"
+    write_safetensors(weights, {**tensors, one: tensors[other].clone(), other: tensors[one].clone()})
+    with pytest.raises(PpclError, match="not the model that plan.json was made for"):
+        load(tmp_path / "moved")

@@ -88,7 +88,7 @@ class StudentFolder:
         students = Shards.one_file(inside(folder, STUDENTS))
         if teacher is None:
             source = open_source(str(inside(folder, TEACHER)))
-            check_teacher(folder, source.checkpoint(), plan)
+            check_teacher(folder, source.checkpoint(), card, plan)
             teacher = source.checkpoint(dtype=students.dtype if students.stored else None)
         example = build_call(card.example, where=str(folder / CARD))
         gm = trace_saved(teacher.model, example, folder / CARD)
