@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from ppcl_fx.dtypes import main_dtype
 from ppcl_fx.export.graph_run import run_graph
-from ppcl_fx.export.inputs import main_dtype
 from ppcl_fx.export.onnx_file import Prepared, floats_as
 from ppcl_fx.export.parity import run
 from ppcl_fx.tracing import bind, with_rows

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter, defaultdict
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
 
+from ppcl_fx.dtypes import main_dtype
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.graph_run import refresh_examples
 from ppcl_fx.export.onnx_file import floats_as
@@ -48,15 +49,6 @@ def in_type(
     converted.meta = dict(gm.meta)
     refresh_examples(converted, kwargs)
     return converted, kwargs, batch
-
-
-def main_dtype(gm: GraphModule) -> torch.dtype:
-    """Return the floating-point dtype of most parameters."""
-    sizes: dict[torch.dtype, int] = defaultdict(int)
-    for parameter in gm.parameters():
-        if parameter.is_floating_point():
-            sizes[parameter.dtype] += parameter.numel()
-    return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
 
 def example(gm: GraphModule, calls: Calls | None) -> tuple[dict[str, Any], int]:

@@ -12,13 +12,14 @@ import torch
 from torch.fx import GraphModule
 
 from ppcl_fx._version import __version__
+from ppcl_fx.dtypes import main_dtype
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.agreement import Gate
 from ppcl_fx.export.answers import Answers
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.gate import GateOptions, gated
 from ppcl_fx.export.half import HALF, compare_in_float32, largest_value, rounding
-from ppcl_fx.export.inputs import in_type, main_dtype
+from ppcl_fx.export.inputs import in_type
 from ppcl_fx.export.onnx_file import Prepared, compare, parameters_in, ports, prepare, save, translated
 from ppcl_fx.export.parity import latency
 from ppcl_fx.export.publish import beside, publish

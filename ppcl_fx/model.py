@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from ppcl_fx import owned
 from ppcl_fx._version import __version__
 from ppcl_fx.budget import choose
+from ppcl_fx.dtypes import NAMES, DtypeName, dtype_name, kept_in_float32, other_dtypes, set_dtypes
 from ppcl_fx.effects import EFFECTS, Effects, load_effects
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build_call, describe
@@ -31,7 +32,7 @@ from ppcl_fx.model_card import NAME as MODEL_CARD
 from ppcl_fx.model_card import model_card
 from ppcl_fx.pipeline_model import PipelineModel
 from ppcl_fx.plan import Plan, known
-from ppcl_fx.shards import ONE_FILE, check_kind, check_weight
+from ppcl_fx.shards import ONE_FILE, Shards, check_kind, check_weight
 from ppcl_fx.tracing import trace_saved
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ class Card(BaseModel):
         made: how it was made: the passes with their options, the version.
         teacher: the fingerprint of the teacher as it was saved, where that is not the one that the plan was made for:
             the model was moved to another dtype. Empty otherwise.
+        dtype: the teacher's main dtype (`ppcl_fx.dtypes.main_dtype`); empty in folders of older versions.
+        dtypes: the dtypes of its tensors that loading it in that dtype would not give (`ppcl_fx.dtypes.other_dtypes`).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -64,6 +67,12 @@ class Card(BaseModel):
     example: dict[str, JsonValue]
     made: dict[str, JsonValue]
     teacher: str = ""
+    dtype: DtypeName | Literal[""] = ""
+    dtypes: dict[str, DtypeName] = {}
+
+    def teacher_dtypes(self) -> dict[str, torch.dtype]:
+        """Return `dtypes` as dtypes."""
+        return {name: NAMES[dtype] for name, dtype in self.dtypes.items()}
 
 
 class PluggableModel(PipelineModel):
@@ -259,15 +268,22 @@ class PluggableModel(PipelineModel):
         Raises:
             PpclError: the teacher is not a diffusers model.
         """
+        import diffusers
+
         info = self.graph.meta["ppcl"]
         if info.get("alone"):
             raise PpclError(f"{info['alone']} has no teacher to save; its own folder is all there is")
         if not info.get("config", {}).get("_class_name"):
             raise PpclError("the teacher has no diffusers configuration, so it cannot be saved; save its graph instead")
+        name = info["config"]["_class_name"]
+        if not hasattr(diffusers, name):
+            raise PpclError(f"the teacher's class {name} is none of diffusers, so it cannot be saved; save its graph")
         card = Card(
             plugged=list(self.students),
             example=info["example"],
             made={"version": __version__, "passes": info.get("passes", [])},
+            dtype=dtype_name(self.dtype),
+            dtypes={n: dtype for n, dtype in other_dtypes(self.graph, info["unused"]).items() if not _is_students(n)},
         )
         write_json(folder / CARD, card)
         write_json(folder / PLAN, self.plan)
@@ -291,8 +307,9 @@ class PluggableModel(PipelineModel):
     def _split(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         self.require_no_lora("saving")
         state = self.graph.state_dict()
-        mine = {name: tensor for name, tensor in state.items() if name.split(".")[0] in ("students", "projectors")}
-        return {name: tensor for name, tensor in state.items() if name not in mine}, mine
+        mine = {name: tensor for name, tensor in state.items() if _is_students(name)}
+        teacher = {name: tensor for name, tensor in state.items() if name not in mine}
+        return {**teacher, **self.graph.meta["ppcl"]["unused"]}, mine
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableModel | ReleasedModel:
@@ -302,7 +319,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
 
     Args:
         folder: the folder.
-        dtype: dtype of the weights; by default as saved.
+        dtype: dtype of the weights, but for those that the model's class keeps in float32, as diffusers loads it; by
+            default each weight has the dtype that it was saved with.
 
     Returns:
         A pluggable model; of a fine-tuned one, a pluggable model without edits; of a released checkpoint, which has no
@@ -324,12 +342,13 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
     card = read_json(inside(folder, CARD), Card)
     plan = read_json(inside(folder, PLAN), Plan)
     weights = read_safetensors(inside(folder, STUDENTS))
-    kept = next((t.dtype for t in weights.values() if t.is_floating_point()), None)
+    saved = saved_dtype(folder, card)
     source = open_source(str(inside(folder, TEACHER)))
     check_teacher(folder, source.checkpoint(), card, plan)
-    teacher = source.transformer(dtype=dtype or kept)
-    dtypes = {kept: dtype} if kept is not None and dtype is not None else {}
-    example = build_call(card.example, dtypes, str(folder / CARD))
+    teacher = source.transformer(dtype=dtype or saved)
+    if dtype is None and card.dtypes:
+        set_dtypes(teacher, card.teacher_dtypes(), Shards.open(inside(folder, TEACHER)).tensor)
+    example = build_call(card.example, {saved: dtype or saved}, str(folder / CARD))
     graph = insert_edits(trace_saved(teacher, example, folder / CARD), plan)
     model = PluggableModel(graph, plan)
     wanted = dict(model.students_module.state_dict())
@@ -345,6 +364,8 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
         raise PpclError(
             f"{folder / STUDENTS} does not fit the plan: it holds {extra[0]}, which no edit has; save again"
         )
+    if dtype is None:
+        set_dtypes(model.students_module, {name: tensor.dtype for name, tensor in weights.items()})
     model.students_module.load_state_dict(weights)
     model.effects = load_effects(folder, model.plan, weights) if (folder / EFFECTS).exists() else None
     return model.plug(students=card.plugged).eval()
@@ -373,6 +394,21 @@ def check_teacher(folder: Path, teacher: Checkpoint, card: Card, plan: Plan) -> 
             f"{folder / TEACHER}: not the model that {PLAN} was made for (its fingerprint is {wanted[:12]}): "
             "weights or config.json were exchanged; copy the whole folder again"
         )
+
+
+def saved_dtype(folder: Path, card: Card) -> torch.dtype:
+    """Return the main dtype of a saved model; older versions did not write it down, and it is that of the students."""
+    from ppcl_fx.sources import transformer_class
+
+    if card.dtype:
+        return NAMES[card.dtype]
+    kept = kept_in_float32(transformer_class(inside(folder, TEACHER) / "config.json"))
+    students = Shards.one_file(inside(folder, STUDENTS))
+    return (students if students.stored else Shards.open(inside(folder, TEACHER))).dtype(kept)
+
+
+def _is_students(name: str) -> bool:
+    return name.split(".")[0] in ("students", "projectors")
 
 
 __all__ = ["Card", "PluggableModel", "describe", "load"]

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from ppcl_fx import owned
+from ppcl_fx.dtypes import main_dtype
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.face import PipelineFace
 from ppcl_fx.kinds import REFUSALS, kind_of
 from ppcl_fx.lora.methods import LoraModel
 from ppcl_fx.offload import GroupOffload
 from ppcl_fx.retrace import dtypes_of, retraced, sparing_complex
-from ppcl_fx.tracing import bind, graph_for
+from ppcl_fx.tracing import Unused, bind, graph_for
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -43,8 +44,8 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the floating-point parameters."""
-        return next(p.dtype for p in self.graph.parameters() if p.is_floating_point())
+        """The dtype that the teacher answers: of the parameters that its class does not keep in float32."""
+        return main_dtype(self.graph)
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +83,8 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
             self.graph = graph
         for kind in (self.graph.meta["ppcl"].get("kinds") or {}).values():
             kind._apply(sparing_complex(fn))  # the same modules; but it holds tensors between them by itself
+        info = self.graph.meta["ppcl"]
+        info["unused"] = Unused({name: sparing_complex(fn)(tensor) for name, tensor in info["unused"].items()})
         # Offloading hooks move a model before each call, mostly to where it is.
         if before != self._place():
             self._adapters.moved(self.graph)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from ppcl_fx.dtypes import main_dtype, set_dtypes
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build_call
 from ppcl_fx.plan import Plan
@@ -78,11 +79,11 @@ def retraced(
             "is to compute in: ppcl_fx.load(folder, dtype=torch.bfloat16)"
         )
     model = _on_meta(info.get("config", {}))
-    _take_dtypes(model, graph, dtypes)
+    take_dtypes(model, graph, dtypes)
     if example is None:
-        kinds = {t.dtype for t in graph.parameters() if t.is_floating_point()}
-        changed = {kind: dtypes(kind) for kind in kinds}
-        example = build_call(info["example"], changed)
+        # What a pipeline passes in another dtype than the model's, a timestep in float32, stays as it is.
+        main = main_dtype(graph)
+        example = build_call(info["example"], {main: dtypes(main)})
     if mixture is not None:
         return over(graph, plugged(insert_edits(trace(model, example), mixture[0]), frozenset(mixture[1])))
     return over(graph, insert_edits(trace(model, example), plan))
@@ -98,8 +99,9 @@ def over(graph: GraphModule, fresh: GraphModule) -> GraphModule:
     if lost:
         raise PpclError(f"the model cannot be traced again: it has no {lost[0]!r}, which this call needs; {ADVICE}")
     made = GraphModule(graph, fresh.graph, class_name=graph.__class__.__name__)
-    # The fingerprint is that of the weights, which a model on the meta device does not have.
-    made.meta = {**fresh.meta, "ppcl": {**fresh.meta["ppcl"], "model": graph.meta["ppcl"]["model"]}}
+    # Both are of the weights, which a model on the meta device does not have.
+    kept = {name: graph.meta["ppcl"][name] for name in ("model", "unused")}
+    made.meta = {**fresh.meta, "ppcl": {**fresh.meta["ppcl"], **kept}}
     made.train(graph.training)
     return made
 
@@ -124,12 +126,10 @@ def _on_meta(config: Mapping[str, Any]) -> nn.Module:
     return made.eval()
 
 
-def _take_dtypes(model: nn.Module, graph: GraphModule, dtypes: Dtypes) -> None:
-    """Give every parameter and buffer of `model` the dtype that its namesake has, or will have."""
-    there = {**dict(graph.named_parameters()), **dict(graph.named_buffers())}
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name in there:
-            tensor.data = tensor.data.to(dtypes(there[name].dtype))
+def take_dtypes(model: nn.Module, like: nn.Module, dtypes: Dtypes = same) -> None:
+    """Give every parameter and buffer of `model` the dtype that its namesake in `like` has, or will have."""
+    there = [*like.named_parameters(), *like.named_buffers()]
+    set_dtypes(model, {name: dtypes(tensor.dtype) for name, tensor in there})
 
 
 def _attributes(graph: GraphModule) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, RootModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ppcl_fx.dtypes import loaded_dtype
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import inside, own_file, read_json, tensor_shapes
 
@@ -137,13 +138,16 @@ class Shards:
         """The safetensors files, in order."""
         return sorted({entry.file for entry in self.stored.values()})
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The floating-point dtype that most bytes are stored in."""
+    def dtype(self, kept: Sequence[str]) -> torch.dtype:
+        """Return the floating-point dtype of most stored elements, what the class keeps in float32 aside.
+
+        Args:
+            kept: what `ppcl_fx.dtypes.kept_in_float32` says of the model's class.
+        """
         sizes: dict[torch.dtype, int] = defaultdict(int)
-        for entry in self.stored.values():
-            if entry.dtype.is_floating_point:
-                sizes[entry.dtype] += entry.nbytes
+        for name, entry in self.stored.items():
+            if entry.dtype.is_floating_point and not set(kept) & set(name.split(".")):
+                sizes[entry.dtype] += torch.Size(entry.shape).numel()
         return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
 
     @property
@@ -181,8 +185,12 @@ class Shards:
             self._finite.add(name)
         return tensor
 
-    def tensors(self, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def tensors(self, dtype: torch.dtype | None = None, kept: Sequence[str] = ()) -> dict[str, Tensor]:
         """Return every tensor, floating-point ones in `dtype` (as stored when None).
+
+        Args:
+            dtype: the dtype.
+            kept: what stays in float32 then, see `ppcl_fx.dtypes.kept_in_float32`.
 
         Raises:
             PpclError: a file was cut or removed after it was opened.
@@ -190,7 +198,9 @@ class Shards:
         found = {}
         for name in self.stored:
             tensor = self.checked(name)
-            found[name] = tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(loaded_dtype(name, dtype, kept))
+            found[name] = tensor
         self.close()
         return found
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_fx.configurations import check_config
+from ppcl_fx.dtypes import kept_in_float32, loaded_dtype, main_dtype, set_dtypes
 from ppcl_fx.errors import foreign
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.room import Room, on_register
@@ -64,12 +65,17 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the floating-point parameters."""
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        """The dtype that the model answers: of the parameters that its class does not keep in float32."""
+        return main_dtype(self.model)
 
 
 def skeleton(
-    kind: type[Any], config: Mapping[str, Any], dtype: torch.dtype, *, room: Room | None = None, where: str = ""
+    kind: type[Any],
+    config: Mapping[str, Any],
+    dtype: torch.dtype = torch.float32,
+    *,
+    room: Room | None = None,
+    where: str = "",
 ) -> nn.Module:
     """Build a diffusers model without weights, in evaluation mode, with the dtypes that `from_pretrained` gives.
 
@@ -88,13 +94,11 @@ def skeleton(
     refused = foreign(f"{where}: {kind.__name__} refuses this configuration", "mend config.json")
     with refused, room.kept(where) if room is not None else nullcontext(), _weightless(dtype):
         model: nn.Module = kind.from_config(dict(config))
-    kept = tuple(getattr(kind, "_keep_in_fp32_modules", None) or ())
-    if not kept:
-        return nn.Module.to(model, dtype).eval()  # diffusers' own `to` warns of what is no matter here
-    for name, parameter in model.named_parameters():
-        wanted = torch.float32 if set(kept) & set(name.split(".")) else dtype
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(wanted)
+    kept = kept_in_float32(kind)
+    stored = model.state_dict(keep_vars=True)
+    floating = [name for name, tensor in stored.items() if tensor.is_floating_point()]
+    # Buffers that no file holds stay as the class made them.
+    set_dtypes(model, {name: loaded_dtype(name, dtype, kept) for name in floating})
     return model.eval()
 
 

@@ -121,6 +121,7 @@ class Source:
         Raises:
             PpclError: a file is missing or damaged, or the weights do not fit the class.
         """
+        from ppcl_fx.dtypes import kept_in_float32
         from ppcl_fx.room import Room
         from ppcl_fx.shards import Shards
         from ppcl_fx.skeleton import Checkpoint, skeleton
@@ -130,7 +131,8 @@ class Source:
         found = transformer_class(path)
         shards = Shards.open(folder)
         room = Room.of(shards.shapes)
-        model = skeleton(found, _read(path), dtype or shards.dtype, room=room, where=str(path))
+        wanted = dtype or shards.dtype(kept_in_float32(found))
+        model = skeleton(found, _read(path), wanted, room=room, where=str(path))
         shards.check(model)
         return Checkpoint(model, shards)
 

@@ -74,7 +74,7 @@ def test_a_checkpoint_is_the_loaded_model(
     real, mine = dict(loaded.named_buffers()), dict(checkpoint.model.named_buffers())
     assert real.keys() == mine.keys()
     assert all(torch.equal(mine[name], buffer) for name, buffer in real.items())
-    assert checkpoint.shards.dtype == torch.float32
+    assert checkpoint.shards.dtype(()) == torch.float32
 
 
 def test_a_tensor_is_mapped_and_not_copied(sharded: Path) -> None:

@@ -61,11 +61,12 @@ def save_finetuned(gm: GraphModule, model: PluggableModel, students: list[str], 
     there.
     """
     params = sum(p.numel() for p in gm.parameters())
+    dtypes = {name: p.dtype for name, p in mixture(model, students).named_parameters()}
     card = Card(
         plan=plan_digest(model.plan), students=students, params=params, keep=params / model.teacher_params
     )
     with new_folder(folder, replaces=owned.FINETUNED) as beside:
-        tensors = {name: p.to(model.dtype) for name, p in gm.named_parameters()}
+        tensors = {name: p.to(dtypes[name]) for name, p in gm.named_parameters()}
         write_safetensors(beside / WEIGHTS, tensors, digests=True)
         write_json(beside / CARD, card)
 

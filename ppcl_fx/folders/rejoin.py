@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ppcl_fx.dtypes import kept_in_float32, main_dtype
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, read_json
 from ppcl_fx.folders.layout import STACK, Layout, graph_paths, layout_of, teacher_plan
@@ -42,8 +43,7 @@ def rejoin(
     layout, skeleton = open_layout(folder)
     if type(skeleton) is not type(teacher):
         raise PpclError(f"{folder}: of a {type(skeleton).__name__}, and the teacher is a {type(teacher).__name__}")
-    dtype = next(p.dtype for p in teacher.parameters() if p.is_floating_point())
-    tensors = Shards.open(folder).tensors(dtype)
+    tensors = Shards.open(folder).tensors(main_dtype(teacher), kept_in_float32(teacher))
     gm = trace(teacher, example_kwargs)
     blocks = gm.meta["ppcl"]["blocks"]
     if plan is None and kept is None and (folder / PRUNED).is_file():

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from ppcl_fx.dtypes import kept_in_float32, main_dtype
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.face import PipelineFace
 from ppcl_fx.files import inside, read_json
@@ -28,6 +29,7 @@ from ppcl_fx.folders.numbering import Kept, translated
 from ppcl_fx.kinds import kind_of
 from ppcl_fx.offload import GroupOffload
 from ppcl_fx.plan import Plan
+from ppcl_fx.retrace import dtypes_of, take_dtypes
 from ppcl_fx.room import Room
 from ppcl_fx.shards import Shards
 from ppcl_fx.skeleton import skeleton as weightless
@@ -66,6 +68,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
         kept = [Kept(index, index, f"{STACK}.{index}") for index in range(layout.num_layers)]
         self._paths = graph_paths([], Plan(edits=layout.edits()), kept, layout)
         # Plain attributes, so that torch does not take what has no weights for submodules.
+        take_dtypes(skeleton, self)
         self.__dict__["_skeleton"] = skeleton
         self.__dict__["_edited"] = None
         self.__dict__["_view"] = self.__dict__["_kind"] = None
@@ -93,8 +96,8 @@ class ReleasedModel(GroupOffload, PipelineFace):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the floating-point parameters."""
-        return next(p.dtype for p in self.parameters() if p.is_floating_point())
+        """The dtype that the unpruned model answers: of the parameters that its class does not keep in float32."""
+        return main_dtype(self.__dict__["_skeleton"])
 
     @property
     def device(self) -> torch.device:
@@ -168,8 +171,8 @@ class ReleasedModel(GroupOffload, PipelineFace):
     def _trace(self, kwargs: Mapping[str, Any]) -> None:
         from ppcl_fx.passes.rewrite import insert_edits
 
-        skeleton = nn.Module.to(self.__dict__["_skeleton"], self.dtype)
-        self.__dict__["_edited"] = insert_edits(trace(skeleton, kwargs), Plan(edits=self.layout.edits()))
+        traced = trace(self.__dict__["_skeleton"], kwargs)
+        self.__dict__["_edited"] = insert_edits(traced, Plan(edits=self.layout.edits()))
         self.__dict__["_view"], self.__dict__["_kind"] = None, kind_of(kwargs)
 
     def _bound(self) -> GraphModule:
@@ -208,7 +211,10 @@ class ReleasedModel(GroupOffload, PipelineFace):
 
     def _apply(self, fn: Any, recurse: bool = True) -> ReleasedModel:
         self.require_not_offloaded()
+        dtypes = dtypes_of(fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        skeleton = self.__dict__["_skeleton"]
+        take_dtypes(skeleton, skeleton, dtypes)  # where parts were replaced it has more than the checkpoint
         self.weights_changed()
         self._forget_class()
         return self
@@ -255,7 +261,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ReleasedMod
     """
     folder = transformer_folder(Path(folder))
     layout, skeleton = open_layout(folder, dtype)
-    return ReleasedModel(skeleton, layout, Shards.open(folder).tensors(dtype)).eval()
+    return ReleasedModel(skeleton, layout, Shards.open(folder).tensors(dtype, kept_in_float32(skeleton))).eval()
 
 
 def open_layout(folder: Path, dtype: torch.dtype | None = None) -> tuple[Layout, nn.Module]:
@@ -270,7 +276,8 @@ def open_layout(folder: Path, dtype: torch.dtype | None = None) -> tuple[Layout,
     kind = transformer_class(path)
     weights = Shards.open(folder)
     room = Room.of(weights.shapes, times=WHOLE)
-    skeleton = weightless(kind, layout.config, dtype or weights.dtype, room=room, where=str(path))
+    stored = weights.dtype(kept_in_float32(kind))
+    skeleton = weightless(kind, layout.config, dtype or stored, room=room, where=str(path))
     if len(getattr(skeleton, STACK, ())) != layout.num_layers:
         raise PpclError(f"{path}: {kind.__name__} has no {STACK} that num_layers counts; not of the released layout")
     compare(weights, skeleton, layout)

@@ -113,7 +113,7 @@ def _fitting(
 ) -> tuple[nn.Module, dict[str, Any], dict[str, torch.Tensor]]:
     """Return the class without weights, its configuration, and the weights of the blocks that are left by its names."""
     back = {f"{stack}.{place}": block.path for stack, blocks in kept.items() for place, block in enumerate(blocks)}
-    held = model.graph.state_dict()
+    held = {**model.graph.meta["ppcl"]["unused"], **model.graph.state_dict()}
     apart = "no entry of its configuration counts the blocks"
     for tried in itertools.islice(_configurations(config, kept), MOST_TRIES):
         try:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ppcl_fx.dtypes import kept_in_float32
 from ppcl_fx.errors import GuardError, PpclError, foreign, near
 from ppcl_fx.examples import describe
 from ppcl_fx.fingerprint import fingerprint
@@ -20,9 +21,17 @@ from ppcl_fx.kinds import Examples, Sizes, filled, is_fixed, kind_of, ones_in, r
 from ppcl_fx.room import Room
 from ppcl_fx.tracing.held import check_free
 from ppcl_fx.tracing.leaves import block_lists, inlined_modules
+from ppcl_fx.tracing.loadable import check_loadable
 from ppcl_fx.tracing.tracer import ExampleTracer
 
-__all__ = ["bind", "graph_for", "trace", "trace_inside", "trace_saved", "with_rows"]
+__all__ = ["Unused", "bind", "graph_for", "trace", "trace_inside", "trace_saved", "with_rows"]
+
+
+class Unused(dict[str, Tensor]):
+    """Weights of a model that a traced call does not need, by name: they are saved with it. Copies share them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unused:
+        return self
 
 
 def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
@@ -35,7 +44,8 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
     ``gm.meta["ppcl"]`` holds ``inputs`` (the placeholders), ``fixed`` (arguments that are part of the trace),
     ``ones`` (inputs that are ones where a call lacks them, with shape and dtype), ``kinds`` (graphs over the same
     modules for the recording's other kinds of call, see `graph_for`), ``blocks`` (the blocks' paths), ``example`` (the
-    shapes of the traced call), ``config`` (the model's) and ``model`` (its fingerprint).
+    shapes of the traced call), ``config`` (the model's), ``kept`` (what its class keeps in float32), ``unused``
+    (weights that such a call does not need) and ``model`` (its fingerprint).
 
     Args:
         model: the transformer, in evaluation mode, on any device, the meta device included.
@@ -47,10 +57,11 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
         returns with ``return_dict=False``.
 
     Raises:
-        PpclError: something holds the model (hooks, a wrapper, quantisation), it has no blocks, an argument is
-            unknown, or a branch depends on a tensor's values.
+        PpclError: something holds the model (hooks, a wrapper, quantisation), it could not be loaded again
+            (`check_loadable`), it has no blocks, an argument is unknown, or a branch depends on a tensor's values.
     """
     check_free(model)
+    check_loadable(model)
     signature = inspect.signature(model.forward)
     given, ones = _completed(model, example_kwargs)
     if "return_dict" in signature.parameters:
@@ -73,6 +84,7 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
     fixed = {name: copy.copy(value) for name, value in given.items() if is_fixed(value)}
     with foreign(f"{type(model).__name__} does not take this call", "give one that was recorded with this model"):
         gm = _graph_module(model, inlined_modules(model), blocks, symbolic, fixed)
+    used = gm.state_dict()
     gm.meta["ppcl"] = {
         "inputs": list(symbolic),
         "fixed": {name: value for name, value in fixed.items() if value is not None},
@@ -85,6 +97,8 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
             if value is not None
         },
         "config": _config(model),
+        "kept": list(kept_in_float32(model)),
+        "unused": Unused({name: t for name, t in model.state_dict().items() if name not in used}),
         "model": fingerprint(model),
         "kinds": {},
     }

@@ -63,6 +63,8 @@ def _autocast_made(tracer: ExampleTracer, original: Callable[..., None]) -> Call
         if tracer.recording:
             context.asked = (device_type, enabled)
             device_type, dtype, enabled = "cpu", None, False  # the context itself does nothing to a trace
+        elif device_type == "meta" and not enabled:
+            device_type = "cpu"  # an example without values; torch knows no autocast for it
         original(context, device_type, dtype, enabled, cache_enabled)
 
     return make

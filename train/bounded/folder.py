@@ -12,6 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from ppcl_fx.dtypes import set_dtypes
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build_call
 from ppcl_fx.files import (
@@ -24,7 +25,7 @@ from ppcl_fx.files import (
     write_safetensors,
 )
 from ppcl_fx.long_files import Form, form_bytes, write_long
-from ppcl_fx.model import CARD, PLAN, STUDENTS, TEACHER, Card, PluggableModel, check_teacher
+from ppcl_fx.model import CARD, PLAN, STUDENTS, TEACHER, Card, PluggableModel, check_teacher, saved_dtype
 from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.passes.streaming.footprint import elements
 from ppcl_fx.passes.streaming.rewrite import student_forms
@@ -89,7 +90,8 @@ class StudentFolder:
         if teacher is None:
             source = open_source(str(inside(folder, TEACHER)))
             check_teacher(folder, source.checkpoint(), card, plan)
-            teacher = source.checkpoint(dtype=students.dtype if students.stored else None)
+            teacher = source.checkpoint(dtype=saved_dtype(folder, card))
+            set_dtypes(teacher.model, card.teacher_dtypes())
         example = build_call(card.example, where=str(folder / CARD))
         gm = trace_saved(teacher.model, example, folder / CARD)
         gm.meta["ppcl"]["model"] = plan.model
@@ -174,8 +176,3 @@ def load_finished(folder: Path, name: str) -> tuple[dict[str, Tensor], Finished]
     return None
 
 
-
-
-def dtype_of(model: PluggableModel) -> torch.dtype:
-    """Return the dtype of the model's floating-point parameters."""
-    return next(p.dtype for p in model.graph.parameters() if p.is_floating_point())

@@ -20,7 +20,7 @@ from ppcl_fx.passes.streaming.footprint import block_bytes, elements
 from ppcl_fx.train import checkpoints
 from ppcl_fx.train.bounded.cache import Cache
 from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost, problem_cost, teacher_cost
-from ppcl_fx.train.bounded.folder import StudentFolder, dtype_of, load_finished, save_finished
+from ppcl_fx.train.bounded.folder import StudentFolder, load_finished, save_finished
 from ppcl_fx.train.bounded.options import BoundedOptions, StageSchedule
 from ppcl_fx.train.bounded.problems import Problem, problems
 from ppcl_fx.train.bounded.schedule import Limits, Schedule, Speeds, Sweep, Work, cache_room, plan_schedule
@@ -85,7 +85,7 @@ class Context:
                 self.device,
                 in_students=True,
             )
-            dtype = dtype_of(opened.model)
+            dtype = opened.model.dtype
             fitted = {name: tensor.to(dtype) for name, tensor in fitted.items()}
             save_finished(done, FITTED, fitted, StageCurves(name="depth", label="depth"))
             shutil.rmtree(self.work / FITTED, ignore_errors=True)
@@ -96,7 +96,7 @@ class Context:
 
     def batches(self, batch: int, only: Sequence[int] | None = None) -> Batches:
         """Return the batches of some calls, or of all; tensors on the CPU."""
-        return Batches(self.calls, batch, self.options.seed, dtype=dtype_of(self.opened.model), only=only)
+        return Batches(self.calls, batch, self.options.seed, dtype=self.opened.model.dtype, only=only)
 
 
 class Stage:

@@ -17,7 +17,7 @@ from ppcl_fx.errors import GuardError, PpclError, near
 from ppcl_fx.files import ROOM, inside, read_json, write_json
 from ppcl_fx.memory import anonymous
 from ppcl_fx.tracing import bind, with_rows
-from ppcl_fx.train.bounded.folder import StudentFolder, dtype_of
+from ppcl_fx.train.bounded.folder import StudentFolder
 from ppcl_fx.train.bounded.options import STAGES, BoundedOptions, BoundedResult
 from ppcl_fx.train.bounded.schedule import Limits, Speeds
 from ppcl_fx.train.bounded.speeds import measure_speeds
@@ -126,7 +126,7 @@ def train_bounded(
     if not resume and not dry_run:
         owned.discard(work, owned.BOUNDED)
     base = anonymous()
-    speeds = speeds or measure_speeds(opened.folder, options.cast or dtype_of(opened.model), where)
+    speeds = speeds or measure_speeds(opened.folder, options.cast or opened.model.dtype, where)
     limits = Limits(
         memory=NO_LIMIT if memory_limit is None else memory_limit - base,
         disk=_disk(work, disk_limit),
