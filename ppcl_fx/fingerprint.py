@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping
@@ -20,8 +21,9 @@ def fingerprint(model: nn.Module, read: Callable[[str], torch.Tensor] | None = N
 
     Of each tensor the name, shape, dtype and `SAMPLES` values count, so that a trained model differs from
     the one it was trained from, while a model of 20 B parameters is read in seconds. Tensors on the meta
-    device have no values: the same model with and without weights has two fingerprints. Where the model was
-    loaded from, and by which version of diffusers, does not count.
+    device have no values: the same model with and without weights has two fingerprints. Of weights that accelerate
+    offloads one by one those count that its hooks hold. Where the model was loaded from, and by which version of
+    diffusers, does not count.
 
     Args:
         model: the model.
@@ -33,10 +35,27 @@ def fingerprint(model: nn.Module, read: Callable[[str], torch.Tensor] | None = N
     """
     digest = hashlib.sha256()
     digest.update(json.dumps([type(model).__name__, _config(model)], sort_keys=True, default=_plain).encode())
+    offloaded = {} if read is not None else _offloaded(model)
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        digest.update(_sample(tensor if read is None else read(name), tensor.dtype))
+        held = read(name) if read is not None else offloaded[name]() if name in offloaded else tensor
+        digest.update(_sample(held, tensor.dtype))
     return digest.hexdigest()
+
+
+def _offloaded(model: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+    """Return what reads the tensors that accelerate took out of a model (`cpu_offload`, `disk_offload`), by name."""
+    found: dict[str, Callable[[], torch.Tensor]] = {}
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        for one in getattr(hook, "hooks", (hook,)):
+            held = getattr(one, "weights_map", None)
+            if held is None:
+                continue
+            for name, tensor in module.named_parameters(recurse=False):
+                if tensor.is_meta:
+                    found[f"{path}.{name}" if path else name] = functools.partial(held.__getitem__, name)
+    return found
 
 
 def state_digest(tensors: Mapping[str, torch.Tensor]) -> str:

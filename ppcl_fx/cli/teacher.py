@@ -28,10 +28,20 @@ class Recorded:
 
     def check(self, student: Path, model: str) -> None:
         """Raise `PpclError` where a pluggable model has another teacher (fingerprint `model`) than these calls."""
-        if model and self.calls.model and model != self.calls.model:
+        if not model or not self.calls.model or model == self.calls.model:
+            return
+        from ppcl_fx.model import TEACHER
+        from ppcl_fx.sources import open_source
+
+        teacher = open_source(str(student / TEACHER)).checkpoint() if (student / TEACHER).is_dir() else None
+        known = teacher.known_as(self.calls.model) if teacher is not None else None
+        if known is not None:
+            dtype = str(known.dtype).removeprefix("torch.")
             raise PpclError(
-                f"{self.folder}: recorded from another model than the teacher of {student}; record its calls"
+                f"{self.folder}: recorded in {dtype}, and {student} was made from the same model in another dtype; "
+                "rewrite the model with these calls, or record it in the student's dtype"
             )
+        raise PpclError(f"{self.folder}: recorded from another model than the teacher of {student}; record its calls")
 
 
 def open_calls(folder: Path, terminal: Terminal) -> Recorded:
@@ -49,27 +59,21 @@ def open_calls(folder: Path, terminal: Terminal) -> Recorded:
 
 
 def open_teacher(name: str, terminal: Terminal, fingerprints: Mapping[Path, str]) -> nn.Module:
-    """Load a transformer that certain files were made for.
+    """Load a transformer that certain files were made for, in the dtype that their fingerprint names.
 
     Args:
         name: MODEL, as it was typed.
-        fingerprints: file -> the fingerprint of the model that it names; empty where it names none.
+        fingerprints: file -> the fingerprint of the model that it names; empty where it names none. Where none does, it
+            is loaded in float32.
 
     Raises:
         PpclError: there is no such model, or a file belongs to another one.
     """
-    from ppcl_fx.fingerprint import fingerprint
     from ppcl_fx.sources import open_source
 
+    dtype = open_checkpoint(name, terminal, fingerprints).dtype if any(fingerprints.values()) else None
     with terminal.step("loading the transformer"):
-        transformer = open_source(name).transformer()
-        mine = fingerprint(transformer)
-    for file, other in fingerprints.items():
-        if other and other != mine:
-            raise PpclError(
-                f"{file}: made for another model than {name}; give that model, or make it again for this one"
-            )
-    return transformer
+        return open_source(name).transformer(dtype)
 
 
 def open_pipeline(option: str, source: Source, student: Path, model: str, terminal: Terminal) -> Any:
@@ -85,15 +89,13 @@ def open_pipeline(option: str, source: Source, student: Path, model: str, termin
     Raises:
         PpclError: it is a bare transformer, is damaged, or is another model's.
     """
-    from ppcl_fx.fingerprint import fingerprint
-
     if source.kind != "pipeline":
         raise PpclError(f"{source.name}: a bare transformer draws nothing; give the teacher's whole pipeline")
     with terminal.step("loading the pipeline"), quiet_diffusers():
-        pipeline = source.pipeline()
-        mine = fingerprint(pipeline.transformer)
-    if model and mine != model:
-        raise PpclError(f"{option} {source.name}: not the teacher of {student}; give the pipeline it came from")
+        known = source.checkpoint().known_as(model) if model else None
+        if model and known is None:
+            raise PpclError(f"{option} {source.name}: not the teacher of {student}; give the pipeline it came from")
+        pipeline = source.pipeline(known.dtype if known is not None else None)
     if hasattr(pipeline, "set_progress_bar_config"):
         pipeline.set_progress_bar_config(disable=True)
     return pipeline
