@@ -42,9 +42,6 @@ def check_config(kind: type[Any], config: Mapping[str, Any], where: str) -> None
                 raise PpclError(f"{where}: {kind.__name__} takes no {name!r}{guess}; {ADVICE}")
             continue
         wanted, default = hints.get(name, Any), known[name].default
-        long = _length(wanted, default)
-        if long is not None and isinstance(value, list | tuple) and len(value) != long:
-            raise PpclError(f"{where}: {name} is {_short(value)}, and {kind.__name__} takes {long} numbers; {ADVICE}")
         if not _fits(value, wanted) and not _like(value, default):
             raise PpclError(f"{where}: {name} is {_short(value)}, and {kind.__name__} takes {_words(wanted)}; {ADVICE}")
         big = _too_large(value)
@@ -99,13 +96,6 @@ def _fits(value: object, wanted: Any) -> bool:
             not items or all(any(_fits(v, one) for one in items) for v in value)
         )
     return True
-
-
-def _length(wanted: Any, default: object) -> int | None:
-    """Return how many items a tuple has, where annotation and default agree; an annotation alone is often wrong."""
-    inner = get_args(wanted)
-    fixed = get_origin(wanted) is tuple and Ellipsis not in inner
-    return len(inner) if fixed and isinstance(default, list | tuple) and len(default) == len(inner) > 1 else None
 
 
 def _like(value: object, default: object) -> bool:

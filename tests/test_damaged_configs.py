@@ -85,7 +85,6 @@ TRANSFORMER: dict[str, tuple[dict[str, Any], str]] = {
     "wide": ({"attention_head_dim": 10**6}, "asks for a tensor of"),
     "a table of gigabytes": ({"axes_dims_rope": [4, 6, 10**6]}, "asks for a tensor of"),
     "negative": ({"attention_head_dim": -16}, "refuses this configuration"),
-    "an axis more": ({"axes_dims_rope": [4, 6, 6, 6]}, "QwenImageTransformer2DModel takes 3 numbers"),
     "another width": ({"attention_head_dim": 8}, "is [32, 256] here and [16, 256]"),
     "odd axes": ({"axes_dims_rope": [4, 6, 8]}, "does not draw"),
 }
