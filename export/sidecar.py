@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ppcl_fx.export.agreement import Gate
+from ppcl_fx.files import Sealed
 from ppcl_fx.plan import Plan
 
 
@@ -48,7 +49,7 @@ class HalfPrecision(_Strict):
     largest_value: float | None
 
 
-class Sidecar(_Strict):
+class Sidecar(_Strict, Sealed):
     """The JSON beside an ONNX file: its manifest.
 
     Attributes:

@@ -6,9 +6,16 @@ import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+LONGEST = 1000
+"""Characters of a message. A name that a damaged file gives may be of any length."""
+
 
 class PpclError(Exception):
     """Something the user can mend: the message says what is wrong, where, and what to do, in one line."""
+
+    def __init__(self, message: str) -> None:
+        long = len(message) > LONGEST
+        super().__init__(f"{message[: LONGEST - 304]} ... {message[-299:]}" if long else message)
 
 
 class Stopped(PpclError):
@@ -62,4 +69,6 @@ def _ours(error: Exception) -> bool:
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    return last is not None and str(last.tb_frame.f_globals.get("__name__")).partition(".")[0] == "ppcl_fx"
+    name = str(last.tb_frame.f_globals.get("__name__")) if last is not None else ""
+    # The classes of `shapes` are built from files as those of any library are.
+    return name.partition(".")[0] == "ppcl_fx" and not name.startswith("ppcl_fx.shapes.")

@@ -39,14 +39,14 @@ class Sealed(BaseModel):
     """A JSON file that only this package writes: it holds the hash of all else in it, so a changed field is seen.
 
     Attributes:
-        sha256: that hash while the file is on disk; empty in files of older versions, and where it was read.
+        seal: that hash while the file is on disk; empty in files of older versions, and where it was read.
     """
 
-    sha256: str = ""
+    seal: str = ""
 
-    def seal(self) -> str:
+    def made_seal(self) -> str:
         """Return the hash of all other fields."""
-        plain = self.model_dump(mode="json", exclude={"sha256"})
+        plain = self.model_dump(mode="json", exclude={"seal"})
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -68,7 +68,7 @@ def write_json(path: str | Path, obj: BaseModel | Mapping[str, Any] | list[Any])
         ValueError: `obj` holds NaN or infinity, which JSON does not know.
     """
     if isinstance(obj, Sealed):
-        obj = obj.model_copy(update={"sha256": obj.seal()})
+        obj = obj.model_copy(update={"seal": obj.made_seal()})
     plain = obj.model_dump(mode="json") if isinstance(obj, BaseModel) else obj
     write_text(path, json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
@@ -114,10 +114,10 @@ def read_json(path: str | Path, model: type[Model], limit: int = JSON_BYTES) -> 
         raise PpclError(f"{path}: {_first_fault(error, model)}; mend the file or write it again") from None
     except ValueError as error:
         raise PpclError(f"{path}: not valid JSON ({error}); mend the file or write it again") from None
-    if isinstance(found, Sealed) and found.sha256:
-        if found.sha256 != found.seal():
-            raise PpclError(f"{path}: was changed after it was written (sha256); make it again, or copy it again")
-        return found.model_copy(update={"sha256": ""})
+    if isinstance(found, Sealed) and found.seal:
+        if found.seal != found.made_seal():
+            raise PpclError(f"{path}: was changed after it was written (its seal); make it again, or copy it again")
+        return found.model_copy(update={"seal": ""})
     return found
 
 
@@ -167,7 +167,8 @@ def inside(folder: str | Path, name: str) -> Path:
         raise PpclError(f"{folder}: the file name {name!r} leaves its folder; use a plain relative name")
     try:
         here, target = folder.resolve(), (folder / candidate).resolve()
-    except (OSError, RuntimeError) as error:  # links in a circle
+        target.exists()  # a name may be too long for the file system, or be no text
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
         raise PpclError(f"{folder / candidate}: cannot be followed ({error}); put the file itself there") from None
     if not target.is_relative_to(here) and target.parent != _blobs(here):
         raise PpclError(f"{folder / candidate}: a symbolic link out of {folder}; put the file itself there")

@@ -100,6 +100,7 @@ def _finetuned(folder: Path) -> Iterator[Checked]:
 
 def _engines(folder: Path) -> Iterator[Checked]:
     from ppcl_fx.export.artefacts import check_artefacts
+    from ppcl_fx.export.names import manifest_path
     from ppcl_fx.export.runtime.folder import artefacts
     from ppcl_fx.export.runtime.head import HEAD, check_head, pluggable_graph, read_head
     from ppcl_fx.export.tensorrt.manifest import EngineCard
@@ -108,6 +109,9 @@ def _engines(folder: Path) -> Iterator[Checked]:
     ratios = artefacts(folder)
     for card in check_artefacts(folder):
         yield Checked(folder / card.file, "graph", f"sha256 of it and of {len(card.weights)} weight files")
+    for graph in sorted(folder.glob("keep-*.onnx")):
+        if not manifest_path(graph).is_file():
+            yield Checked(graph, "graph without its manifest", "nothing: no export finished it, and it is not used")
     if (folder / HEAD).is_file():
         head = read_head(folder)
         for one in ratios.values():
@@ -144,7 +148,7 @@ def _analysis(folder: Path) -> Iterator[Checked]:
     beside = (calls / "index.json").is_file()
     if beside and Calls.open(calls, check=False).fingerprint != found.calls:
         raise PpclError(f"{path}: made from other calls than those in {calls}; analyse them again")
-    yield Checked(path, "analysis", "its own sha256" + (", the calls' fingerprint" if beside else ""))
+    yield Checked(path, "analysis", "its seal" + (", the calls' fingerprint" if beside else ""))
 
 
 def _losses(folder: Path) -> Iterator[Checked]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import (
+    Sealed,
     inside,
     new_folder,
     read_json,
@@ -219,3 +221,32 @@ def test_names_that_stay_inside(tmp_path: Path) -> None:
 def test_importing_files_does_not_import_torch() -> None:
     code = "import sys; import ppcl_fx.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+class Note(Sealed):
+    text: str
+    number: float = 0.5
+
+
+def test_a_sealed_file_that_was_changed_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "note.json"
+    note = Note(text="a", number=0.1)
+    write_json(path, note)
+    assert read_json(path, Note) == note and note.seal == ""
+    written = json.loads(path.read_text())
+    assert len(written["seal"]) == 64
+    for changed in ({"text": "b"}, {"number": 0.2}, {"seal": "0" * 64}):
+        path.write_text(json.dumps(written | changed))
+        with pytest.raises(PpclError, match="note.json: was changed after it was written"):
+            read_json(path, Note)
+    path.write_text(json.dumps({"text": "of an older version"}))
+    assert read_json(path, Note).text == "of an older version"
+
+
+def test_messages_and_names_of_any_length(tmp_path: Path) -> None:
+    assert str(PpclError("x" * 1000)) == "x" * 1000
+    line = str(PpclError("a" * 5000 + "end"))
+    assert len(line) <= 1000 and line.startswith("aaa") and line.endswith("aend")
+    for name in ("x" * 300, "é" * 200, "\ud800"):
+        with pytest.raises(PpclError):
+            inside(tmp_path, name)

@@ -169,7 +169,7 @@ def test_a_head_of_another_model_is_refused(place: Place) -> None:
     (out / "head.json").write_text(json.dumps(head))
     with pytest.raises(PpclError, match=r"head.json: was changed after it was written"):
         EngineTransformer(out, device="cpu")
-    write_json(out / "head.json", Head.model_validate({**head, "sha256": ""}))
+    write_json(out / "head.json", Head.model_validate({**head, "seal": ""}))
     with pytest.raises(PpclError, match=r"head.json: of another model or plan than keep-1.onnx; export .* --keep 1 -o"):
         EngineTransformer(out, device="cpu")
 

@@ -332,6 +332,9 @@ def test_a_damaged_folder(made: Any, tmp_path: Path, monkeypatch: pytest.MonkeyP
         EngineTransformer(copy)
     manifest = json.loads((copy / "keep-0.7.json").read_text())
     (copy / "keep-0.7.json").write_text(json.dumps(manifest | {"file": "../keep-0.7.onnx"}))
+    with pytest.raises(PpclError, match="keep-0.7.json: was changed after it was written"):
+        EngineTransformer(copy)
+    (copy / "keep-0.7.json").write_text(json.dumps(manifest | {"file": "../keep-0.7.onnx", "seal": ""}))
     with pytest.raises(PpclError, match="leaves its folder"):
         EngineTransformer(copy)
     (copy / "keep-0.7.json").unlink()

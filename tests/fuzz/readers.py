@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tarfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,10 @@ from tests.lora import loras
 from tests.shapes_folder import save_pipeline
 
 STACK = "transformer_blocks"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+STEM = "diffusion_pytorch_model"
+WEIGHTS = f"{STEM}.safetensors"
+SHARDS = 4
+"""Into how many files the sharded model goes."""
 LOADING = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
 
 
@@ -78,6 +82,7 @@ def build(world: Path) -> dict[str, Reader]:
     _small_files(world, student.plan)
     depth = rewrite(gm, plan.model_copy(update={"edits": plan.edits[:1]}))
     save_stock(depth.plug(students=depth.edits), world / "stock")
+    models.tiny_qwen(blocks=4)[0].save_pretrained(world / "sharded", max_shard_size="200KB")  # type: ignore[operator]
     save_released(student.plug(students=student.edits), world / "released")
     shapes = open_source(str(world / "model")).pipeline()
     calls = ppcl_fx.record(shapes, ["a red circle", "two blue squares"], num_inference_steps=2, seed=1)
@@ -111,6 +116,8 @@ def _readers(call: dict[str, Any], gm: Any) -> dict[str, Reader]:
         "scheduler/scheduler_config.json": m.JSON,
     }
     folder_files = {"config.json": m.JSON, WEIGHTS: m.SAFETENSORS}
+    first = f"{STEM}-00001-of-{SHARDS:05d}.safetensors"
+    sharded_files = {f"{STEM}.safetensors.index.json": m.JSON, first: m.SAFETENSORS}
     checkpoint_files = {"state.json": m.JSON, "SHA256SUMS": m.BYTES, "state.safetensors": m.SAFETENSORS}
     picture_files = {f"{n}.{kind}": m.BYTES for n, kind in enumerate(("png", "jpg", "webp", "gif"))}
     return {
@@ -128,6 +135,8 @@ def _readers(call: dict[str, Any], gm: Any) -> dict[str, Reader]:
         folder_files | {"pruned.json": m.JSON}, free=True),
         "stock": Reader("stock", lambda f: _answer(open_source(str(f)).transformer(), call), folder_files, free=True,
         theirs=lambda f: _stock_by_diffusers(f, call)),
+        "sharded": Reader("sharded", _streamed_here, sharded_files, free=True),
+        "tar": Reader("tar", _pictures, {"0.tar": m.BYTES}, free=True),
         "calls": Reader("run", lambda f: _calls(f / "calls"),
                         {"calls/index.json": m.JSON, "calls/calls-00000.safetensors": m.SAFETENSORS}),
         "analysis": Reader("run", lambda f: Redundancy.load(f / "analysis.json"), {"analysis.json": m.JSON}),
@@ -178,7 +187,11 @@ def _drawn(calls: Calls) -> str:
 
 
 def _streamed(folder: Path) -> str:
-    checkpoint = open_source(str(folder / "transformer")).checkpoint()
+    return _streamed_here(folder / "transformer")
+
+
+def _streamed_here(folder: Path) -> str:
+    checkpoint = open_source(str(folder)).checkpoint()
     found = {name: checkpoint.tensor(name).clone() for name in checkpoint.model.state_dict()}
     checkpoint.shards.close()
     return digest(found)
@@ -227,11 +240,11 @@ def _engines(student: Any, folder: Path) -> None:
     export(student, [1.0, 0.8], folder, runs=1)
 
 
-def _run_engines(folder: Path, call: dict[str, Any], backend: str = "onnxruntime") -> list[str]:
+def _run_engines(folder: Path, call: dict[str, Any], backend: str = "onnxruntime") -> frozenset[str]:
     if backend == "onnxruntime":
         verify(folder)
     engine = ppcl_fx.EngineTransformer(folder, backend=backend)
-    return sorted(_output(engine.plug(keep=keep), call) for keep in engine.keeps)
+    return frozenset(_output(engine.plug(keep=keep), call) for keep in engine.keeps)
 
 
 def _calls(folder: Path) -> str:
@@ -281,3 +294,9 @@ def _small_files(world: Path, plan: Plan) -> None:
         Image.effect_noise((40, 24), 60).convert(mode).save(pictures / f"{number}.{kind}")
         lines.append(json.dumps({"file_name": f"{number}.{kind}", "text": f"picture {number}"}))
     (pictures / "metadata.jsonl").write_text("\n".join(lines))
+    (world / "tar").mkdir()
+    with tarfile.open(world / "tar" / "0.tar", "w") as archive:
+        for number, kind in enumerate(("png", "jpg")):
+            (world / f"{number}.txt").write_text(f"picture {number}")
+            archive.add(pictures / f"{number}.{kind}", f"{number}.{kind}")
+            archive.add(world / f"{number}.txt", f"{number}.txt")

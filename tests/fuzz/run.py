@@ -84,6 +84,8 @@ class Fuzzer:
         found = reader.read(folder)
         if found == whole:
             return "the same"
+        if isinstance(whole, frozenset) and found and found < whole:
+            return "a part"  # of several ratios, one whose manifest is gone is as good as never exported
         if not reader.free:
             raise AssertionError("another result")
         if reader.theirs is not None and found != reader.theirs(folder):
