@@ -64,11 +64,19 @@ def foreign(what: str, advice: str) -> Iterator[None]:
         raise PpclError(f"{what} ({reason}); {advice}") from error
 
 
+_STAND_IN = "ppcl_fx.tracing.proxies"
+"""What a proxy raises, such as the AttributeError of its example, is about the line that asked it."""
+
+
 def _ours(error: Exception) -> bool:
     """Tell whether an exception was raised by a line of this package."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    name = str(last.tb_frame.f_globals.get("__name__")) if last is not None else ""
+    names: list[str] = []
+    step = error.__traceback__
+    while step is not None:
+        names.append(str(step.tb_frame.f_globals.get("__name__")))
+        step = step.tb_next
+    while names and names[-1] == _STAND_IN:
+        names.pop()
+    name = names[-1] if names else ""
     # The classes of `shapes` are built from files as those of any library are.
     return name.partition(".")[0] == "ppcl_fx" and not name.startswith("ppcl_fx.shapes.")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import ppcl_fx
 from ppcl_fx.cli.app import main
@@ -188,7 +189,10 @@ def test_a_killed_analysis_goes_on(folder: Path, program: Program, tmp_path: Pat
         "from ppcl_fx.cli.app import main\n"
         "main(sys.argv[1:])\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", slow, *map(str, arguments)], stderr=subprocess.DEVNULL)
+    # As many threads as here: sums over another number of them differ in the last bits.
+    env = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    command = [sys.executable, "-c", slow, *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=env)
     progress = tmp_path / "run" / "unfinished" / "progress.json"
     deadline = time.monotonic() + 300
     while not (progress.is_file() and json.loads(progress.read_text())["cut"] == 3):

@@ -7,6 +7,8 @@ import torch
 
 from ppcl_fx.errors import PpclError, foreign
 from ppcl_fx.fingerprint import tensor_digest
+from ppcl_fx.tracing import trace
+from tests import models
 
 
 def test_what_a_library_raises_is_one_line() -> None:
@@ -28,3 +30,10 @@ def test_our_own_faults_and_refusals_pass() -> None:
         raise KeyboardInterrupt
     with foreign("file", "mend it"):
         torch.ones(1)
+
+
+def test_what_a_model_asks_of_a_proxy_is_the_models_fault() -> None:
+    model, kwargs = models.tiny_qwen(blocks=2)
+    kwargs = {**kwargs, "attention_kwargs": torch.ones(2)}
+    with pytest.raises(PpclError, match="does not take this call .*'Tensor' object has no attribute 'copy'"):
+        trace(model, kwargs)
