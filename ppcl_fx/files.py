@@ -44,9 +44,10 @@ class Sealed(BaseModel):
 
     seal: str = ""
 
-    def made_seal(self) -> str:
-        """Return the hash of all other fields."""
-        plain = self.model_dump(mode="json", exclude={"seal"})
+    @staticmethod
+    def seal_of(document: Mapping[str, Any]) -> str:
+        """Return the hash of all other entries of such a file, as they stand in it: those of other versions too."""
+        plain = {name: value for name, value in document.items() if name != "seal"}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
@@ -67,9 +68,9 @@ def write_json(path: str | Path, obj: BaseModel | Mapping[str, Any] | list[Any])
         PpclError: the place cannot be written.
         ValueError: `obj` holds NaN or infinity, which JSON does not know.
     """
-    if isinstance(obj, Sealed):
-        obj = obj.model_copy(update={"seal": obj.made_seal()})
     plain = obj.model_dump(mode="json") if isinstance(obj, BaseModel) else obj
+    if isinstance(obj, Sealed) and isinstance(plain, dict):
+        plain = {**plain, "seal": Sealed.seal_of(plain)}
     write_text(path, json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -108,14 +109,14 @@ def read_json(path: str | Path, model: type[Model], limit: int = JSON_BYTES) -> 
     """
     data = read_bytes(path, limit)
     try:
-        parse_json(data)
+        document = parse_json(data)
         found = model.model_validate_json(without_mark(data))
     except ValidationError as error:
         raise PpclError(f"{path}: {_first_fault(error, model)}; mend the file or write it again") from None
     except ValueError as error:
         raise PpclError(f"{path}: not valid JSON ({error}); mend the file or write it again") from None
     if isinstance(found, Sealed) and found.seal:
-        if found.seal != found.made_seal():
+        if found.seal != Sealed.seal_of(document):
             raise PpclError(f"{path}: was changed after it was written (its seal); make it again, or copy it again")
         return found.model_copy(update={"seal": ""})
     return found

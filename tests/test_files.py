@@ -250,3 +250,21 @@ def test_messages_and_names_of_any_length(tmp_path: Path) -> None:
     for name in ("x" * 300, "é" * 200, "\ud800"):
         with pytest.raises(PpclError):
             inside(tmp_path, name)
+
+
+class _Before(Sealed):
+    value: float
+
+
+class _Later(_Before):
+    added: int = 3
+
+
+def test_a_sealed_file_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """The seal is of what stands in the file, not of what a later version adds to it."""
+    write_json(tmp_path / "x.json", _Before(value=0.1))
+    assert read_json(tmp_path / "x.json", _Later) == _Later(value=0.1)
+    text = (tmp_path / "x.json").read_text()
+    (tmp_path / "x.json").write_text(text.replace("0.1", "0.2"))
+    with pytest.raises(PpclError, match="was changed after it was written"):
+        read_json(tmp_path / "x.json", _Later)
