@@ -317,6 +317,8 @@ class _ShardWriter:
             size = tensor.numel() * tensor.element_size()
             if self.pending and self.pending_bytes + size > self.limit:
                 self.flush()
+            if name in self.pending:  # calls of several recordings may have one number
+                name = f"{name}.{sha256}"
             self.pending[name] = tensor
             self.pending_bytes += size
             self.known[sha256] = TensorRef(

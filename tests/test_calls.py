@@ -329,3 +329,14 @@ def test_tensor_digest_covers_dtype_and_shape() -> None:
     ones = torch.ones(4)
     assert tensor_digest(ones) == tensor_digest(ones.clone()) == tensor_digest(torch.ones(8)[::2])
     assert len({tensor_digest(t) for t in (ones, ones.reshape(2, 2), ones.view(torch.int32), ones * 2)}) == 4
+
+
+def test_calls_of_one_number_and_names_that_look_alike_are_kept_apart(tmp_path: Path) -> None:
+    """Two recordings joined have two calls of each number; a name may look like a path."""
+    alike = {"d": {"x": torch.ones(2)}, "d.x": torch.zeros(2)}
+    calls = Calls([call(0, **alike), replace(call(1), index=0), replace(call(2), index=-3)], model="m")
+    calls.save(tmp_path / "calls")
+    opened = Calls.open(tmp_path / "calls")
+    assert [one.index for one in opened] == [0, 0, -3] and opened.fingerprint == calls.fingerprint
+    for one, again in zip(calls, opened, strict=True):
+        assert same(one.kwargs, again.kwargs)
