@@ -101,6 +101,13 @@ class Shards:
         one, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
         if not index.is_file():
             if not one.is_file():
+                variants = sorted(file.name for file in folder.glob(f"{stem}.*.safetensors*"))
+                if variants:
+                    variant = variants[0].removeprefix(f"{stem}.").split(".")[0].split("-")[0]
+                    raise PpclError(
+                        f"{folder}: holds a variant of the weights alone ({variants[0]}); load it with diffusers' "
+                        f"from_pretrained(..., variant={variant!r}) and save it without one, or give the plain weights"
+                    )
                 raise PpclError(
                     f"{folder}: holds neither {one.name} nor {index.name}; give a folder with safetensors weights"
                 )
@@ -116,7 +123,8 @@ class Shards:
             for tensor, entry in _headers(path).items():
                 if tensor in stored:
                     raise PpclError(
-                        f"{path}: holds {tensor}, which {stored[tensor].file.name} holds too; {AGAIN}"
+                        f"{path}: holds {tensor}, which {stored[tensor].file.name} holds too, and loaders differ in "
+                        "which of the two counts; save the model again, with each tensor in one file"
                     )
                 stored[tensor] = entry
         for tensor, name in weight_map.items():

@@ -189,3 +189,30 @@ def test_building_a_skeleton_leaves_torch_as_it_was(sharded: Path) -> None:
     open_source(str(sharded)).checkpoint(torch.bfloat16)
     assert nn.Module.register_parameter is register and torch.get_default_dtype() is dtype
     assert not nn.Linear(2, 2).weight.is_meta
+
+
+@pytest.mark.parametrize("size", ["200KB", "1GB"])
+def test_a_variant_alone_is_refused_by_its_name(tmp_path: Path, size: str) -> None:
+    model: Any = models.tiny_qwen(blocks=2)[0]
+    model.save_pretrained(tmp_path, variant="fp16", max_shard_size=size)
+    line = refused(tmp_path)
+    assert "holds a variant of the weights alone" in line and "from_pretrained(..., variant='fp16')" in line
+    type(model).from_pretrained(tmp_path, variant="fp16").save_pretrained(tmp_path / "plain")  # the advice
+    assert fingerprint(open_source(str(tmp_path / "plain")).transformer()) == fingerprint(model)
+
+
+def test_a_tensor_in_two_shards_is_ambiguous(folder: Path) -> None:
+    first, second, *_ = sorted(folder.glob("*.safetensors"))
+    name, tensor = next(iter(load_file(first).items()))
+    rewrite(second, lambda tensors: tensors.update({name: tensor * 2}))
+    line = refused(folder)
+    assert f"holds {name}, which {first.name} holds too" in line and "loaders differ" in line
+
+
+def test_one_file_with_two_dtypes_is_read_as_diffusers_reads_it(tmp_path: Path) -> None:
+    model: Any = models.tiny_qwen(blocks=2)[0]
+    model.save_pretrained(tmp_path)
+    rewrite(tmp_path / ONE_FILE, lambda tensors: tensors.update({"img_in.bias": tensors["img_in.bias"].bfloat16()}))
+    expected = type(model).from_pretrained(tmp_path, dtype=torch.float32)
+    source = open_source(str(tmp_path))
+    assert fingerprint(source.transformer()) == source.checkpoint().fingerprint == fingerprint(expected)
