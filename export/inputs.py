@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from ppcl_fx.dtypes import main_dtype
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import PpclError, foreign
 from ppcl_fx.export.graph_run import refresh_examples
 from ppcl_fx.export.onnx_file import floats_as
 from ppcl_fx.export.weight_source import weightless
@@ -47,7 +47,14 @@ def in_type(
     # Buffers are real even where parameters are not, and stay so.
     converted = converted.to(dtype=dtype) if place == "meta" else converted.to(device="cpu", dtype=dtype)
     converted.meta = dict(gm.meta)
-    refresh_examples(converted, kwargs)
+    # A trace has the dtypes that the model was traced with written into its casts.
+    new, old = (str(one).removeprefix("torch.") for one in (main_dtype(converted), main_dtype(gm)))
+    with foreign(
+        f"the graph, traced in {old}, cannot be computed in {new}",
+        f"save the model in that type (ppcl_fx.load(STUDENT, dtype=torch.{new}).save(OTHER)) and export OTHER, or leave "
+        "--dtype out",
+    ):
+        refresh_examples(converted, kwargs)
     return converted, kwargs, batch
 
 

@@ -25,6 +25,7 @@ from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.files import read_json
 from ppcl_fx.tracing import trace
 from tests import models
+from tests.coverage.table import CASES
 from tests.export.test_runtime_families import qwen, run_of
 
 FLOAT = ir.DataType.FLOAT
@@ -221,3 +222,11 @@ def test_what_overflows_counts_and_what_was_infinite_before_does_not() -> None:
         return (x + torch.full((4,), float("-inf"), dtype=torch.float16)).unsqueeze(0)
 
     assert check_range(torch.fx.symbolic_trace(masked), calls) == 0.0
+
+
+def test_a_graph_whose_casts_are_of_another_type_is_one_line() -> None:
+    """AuraFlow's trace casts its timestep to float32; after the conversion that meets bfloat16 weights."""
+    case = next(case for case in CASES if case.id == "AuraFlowTransformer2DModel")
+    with pytest.raises(PpclError, match="traced in float32, cannot be computed in bfloat16 .*export OTHER") as caught:
+        in_type(trace(case.build(), case.kwargs()), None, torch.bfloat16)
+    assert "\n" not in str(caught.value)
