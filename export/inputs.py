@@ -51,8 +51,8 @@ def in_type(
     new, old = (str(one).removeprefix("torch.") for one in (main_dtype(converted), main_dtype(gm)))
     with foreign(
         f"the graph, traced in {old}, cannot be computed in {new}",
-        f"save the model in that type (ppcl_fx.load(STUDENT, dtype=torch.{new}).save(OTHER)) and export OTHER, or leave "
-        "--dtype out",
+        f"save the model in that type (ppcl_fx.load(STUDENT, dtype=torch.{new}).save(OTHER)) and export OTHER, or "
+        "leave --dtype out",
     ):
         refresh_examples(converted, kwargs)
     return converted, kwargs, batch
