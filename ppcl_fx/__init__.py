@@ -8,7 +8,7 @@ The public surface::
     analysis = ppcl_fx.analyze(gm, calls)         # a Redundancy: which blocks can be told from which
     plan = ppcl_fx.select(analysis, keep=0.5)     # a Plan: what to replace for half of the parameters
     model = ppcl_fx.rewrite(gm, plan)             # a PluggableModel: teacher and student parts side by side
-    model.plug(keep=0.7).save(folder)             # choose a mixture; any mixture is a valid model
+    model.plug(keep=0.7).save(folder)             # choose a mixture; every one of them runs
     model = ppcl_fx.load(folder)
     pipe.transformer = ppcl_fx.EngineTransformer(engines)    # what ppcl_fx.export wrote, in a pipeline
 

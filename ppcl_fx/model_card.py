@@ -45,7 +45,7 @@ def model_card(
         f"# A pruned {name}",
         f"{params:,} of the teacher's {plan.teacher_params:,} parameters ({_share(params, plan.teacher_params)}) as it "
         f"is loaded; with all {len(plan.edits)} edits {plan.params:,} ({_share(plan.params, plan.teacher_params)}). "
-        "Teacher and student parts lie side by side; any mixture of them is a valid model.",
+        "Teacher and student parts lie side by side; any mixture of them runs. How good one is has to be measured.",
         USE,
         "## Plan\n\n" + _table(("edit", "what", "plugged", "predicted damage"), [_row(e, plugged) for e in plan.edits]),
     ]
