@@ -23,6 +23,9 @@ ENOUGH = 4
 """Tokens a channel below which a fit is rough. With n independent tokens of D channels a map misses n / (n - D) times
 what it cannot know: a third more than the best map at 4 D, and everything at D, where it fits whatever it is given."""
 
+LEAST = 0.5
+"""Tokens a channel below which no map is solved: of most directions it would know nothing."""
+
 Kind = Literal["calls", "samples", "tokens"]
 
 
@@ -134,7 +137,7 @@ def enough(name: str, sums: NormalEquations, calls: int, tokens: int) -> str:
         tokens: of all of them, held out or not.
 
     Raises:
-        PpclError: there are no more tokens than channels, so that a map fits them whatever they are.
+        PpclError: there are fewer than `LEAST` tokens a channel.
     """
     width = sums.width
     if sums.samples >= ENOUGH * width:
@@ -143,7 +146,7 @@ def enough(name: str, sums: NormalEquations, calls: int, tokens: int) -> str:
     wanted = ENOUGH * width * calls / max(1, tokens)
     held = tokens > sums.samples
     number = math.ceil(wanted / 0.75 if wanted > 3 else wanted + 1) if held else math.ceil(wanted)
-    if sums.samples <= width:
+    if sums.samples < LEAST * width:
         raise PpclError(
             f"{name}: a map of {width} channels fits {sums.samples} tokens whatever they are, so it would say nothing; "
             f"record {number} calls like these, {calls} were given"
