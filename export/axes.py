@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -44,6 +44,10 @@ class Axis:
     size: int
     other: int
     numbers: tuple[tuple[int, int], ...] = ()
+
+    def turned(self) -> Axis:
+        """Return the axis of a call that has the other size."""
+        return replace(self, size=self.other, other=self.size, numbers=tuple((new, old) for old, new in self.numbers))
 
 
 def widened(kwargs: dict[str, Any], batch: int) -> dict[str, Any]:

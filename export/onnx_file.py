@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.axes import Axis, find_axes, still_fit, variants, widened
+from ppcl_fx.export.axes import Axis, find_axes, resized, still_fit, variants, widened
 from ppcl_fx.export.extras import check_export, need
 from ppcl_fx.export.graph_run import Seen, run_graph
 from ppcl_fx.export.lowering import Lowered, lower
@@ -61,9 +61,32 @@ def prepare(
     """
     lowered = lower(gm)
     example = widened(kwargs, batch)
-    fits = found is not None and still_fit(gm, example, found)
-    axes = found if found is not None and fits else find_axes(gm, lowered.graph, example, max(batch, 2))
+    if found is not None and still_fit(gm, example, found):
+        axes = list(found)
+    else:
+        axes = find_axes(gm, lowered.graph, example, max(batch, 2))
+    example, axes = _without_ones(lowered, example, axes)
     return Prepared(gm, lowered, tuple(axes), variants(example, axes))
+
+
+def _without_ones(
+    lowered: Lowered, example: dict[str, Any], axes: Sequence[Axis]
+) -> tuple[dict[str, Any], list[Axis]]:
+    """Give those axes their other size in the example that make a size inside the graph one, as a single patch does:
+    translation takes a one for a constant.
+    """
+
+    def sizes(kwargs: dict[str, Any]) -> dict[Any, Seen]:
+        return run_graph(lowered.graph, lowered.feeds(kwargs))[1]
+
+    seen, chosen = sizes(example), []
+    for axis in axes:
+        larger = resized(example, axis)
+        others = sizes(larger)
+        if any(a == 1 < b for node in seen for a, b in zip(seen[node][0], others[node][0], strict=True)):
+            example, seen, axis = larger, others, axis.turned()
+        chosen.append(axis)
+    return example, chosen
 
 
 def translated(prepared: Prepared, known: Any, initial: Initial | None = None) -> Any:

@@ -58,7 +58,7 @@ def analyze(
         memory: bytes of activations kept for CKA.
 
     Raises:
-        PpclError: no stack of blocks, no such stream, no calls or too few (fewer than half as many tokens as channels), or NaN in
+        PpclError: no stack of blocks, no such stream, no calls or too few (half a token a channel), or NaN in
             calls or weights.
     """
     check_stream(gm, stream)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from ppcl_fx.export.axes import find_axes, resized, variants, widened
 from ppcl_fx.export.complex_to_real import complex_nodes
 from ppcl_fx.export.graph_run import run_graph
 from ppcl_fx.export.inputs import in_type
+from ppcl_fx.export.onnx_file import compare, prepare, save, translated
 from ppcl_fx.export.positions import position_nodes, tables
+from ppcl_fx.export.stitching import Translations
 from ppcl_fx.graphs import copy_graph_module
 from ppcl_fx.passes.contract import run
 from ppcl_fx.tracing import bind, trace
@@ -194,3 +197,22 @@ def test_another_type_lowers_like_its_own(tiny: Tiny) -> None:
     assert result.dtype == torch.bfloat16
     assert torch.equal(result, run_graph(typed, call)[0])
     assert in_type(gm, calls, torch.float32)[0] is gm
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("sd3", {"hidden_states_2": (18, 2), "hidden_states_3": (18, 2)}), ("flux", {"hidden_states_1": (17, 1)})],
+)
+def test_calls_of_a_single_patch_are_translated_with_more(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    """A size of one inside the graph would be taken for a constant; the file serves one patch and many."""
+    model, _ = getattr(models, f"tiny_{name}")()
+    patch = 2 if name == "sd3" else 1
+    kwargs = getattr(models, f"{name}_kwargs")(height=patch, width=patch)
+    gm = trace(model, kwargs)
+    prepared = prepare(gm, bind(gm, kwargs), 2)
+    assert {axis.name: (axis.size, axis.other) for axis in prepared.axes}.items() >= sizes.items()
+    shapes = [tuple(call["hidden_states"].shape) for call in prepared.calls.values()]
+    assert any(shape[1 if name == "flux" else 2] == patch for shape in shapes)
+    save(translated(prepared, Translations()), tmp_path / "one.onnx", embed=True)
+    differences, _ = compare(prepared, tmp_path / "one.onnx")
+    assert max(differences.values()) < 1e-5
