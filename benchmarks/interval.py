@@ -4,7 +4,7 @@
 
 Nothing is downloaded. The teacher is the synthetic checkpoint of `benchmarks.streaming`: one block of random weights,
 hard-linked sixty times, with random inputs. The student folder is written by the streamed rewrite with one edit, the
-interval [15, 24] of the paper's Eq. 13, and trained by `train_bounded`: the teacher is streamed up to block 24, its
+interval [15, 24] of the paper's Eq. 13, and trained by `BoundedTraining`: the teacher is streamed up to block 24, its
 states at the interval's borders are cached, and the student (bf16 weights, float32 masters, float32 AdamW moments) does
 its steps from the cache.
 
@@ -34,8 +34,9 @@ from ppcl_fx.files import need_room, write_json
 from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.report.machine import describe, slug
-from ppcl_fx.train.bounded.options import BoundedOptions
-from ppcl_fx.train.bounded.trainer import train_bounded
+from ppcl_fx.train.bounded.folder import StudentFolder
+from ppcl_fx.train.bounded.trainer import BoundedTraining
+from ppcl_fx.train.config import Limits, TrainConfig
 
 Result = dict[str, Any]
 
@@ -48,7 +49,6 @@ def student(scratch: Path, made: dict[str, Any], recorded: Calls, first: int, la
 
 def train(scratch: Path, made: dict[str, Any], recorded: Calls, options: argparse.Namespace) -> Result:
     """Train the interval and return what it took."""
-    lines: list[str] = []
     ends: list[float] = []
     phases: dict[str, Peak] = {}
 
@@ -64,28 +64,23 @@ def train(scratch: Path, made: dict[str, Any], recorded: Calls, options: argpars
         else:
             ends.append(time.perf_counter())
 
-    def tell(line: str) -> None:
-        lines.append(line)
-        print(line, file=sys.stderr, flush=True)
-
     phase("whole")
     begin = time.perf_counter()
-    result = train_bounded(
-        scratch / "student",
+    training = BoundedTraining(
+        StudentFolder.open(scratch / "student", opened(scratch / "model", made)),
         recorded,
-        BoundedOptions(
+        TrainConfig(
             stages=("depth",), steps=(options.steps,), batch=1, lr=1e-4, checkpointing=options.checkpointing
         ),
-        memory_limit=int(options.memory_gib * 2**30),
-        dry_run=options.dry_run,
-        teacher=opened(scratch / "model", made),
-        tell=tell,
-        report=report,
+        Limits(memory=int(options.memory_gib * 2**30)),
     )
+    lines = training.lines
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+    result = None if options.dry_run else training.run(report)
     seconds = time.perf_counter() - begin
     peaks = {name: peak.result() for name, peak in phases.items()}
     found: Result = {"schedule": lines, "seconds": round(seconds, 1), "memory": peaks}
-    if options.dry_run:
+    if result is None:
         return found
     (curves,) = result.stages
     (losses,) = curves.losses.values()

@@ -34,10 +34,10 @@ from ppcl_fx.passes.distil import distil, pairs, train_only
 from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.train import train
+from ppcl_fx.train.config import STAGES, Weights
 from ppcl_fx.train.data import Batches
 from ppcl_fx.train.executor import inputs, live_nodes
-from ppcl_fx.train.losses import Weights, edit_loss, output_loss
-from ppcl_fx.train.options import STAGES
+from ppcl_fx.train.losses import edit_loss, output_loss
 from ppcl_fx.train.stages import mixture, prediction
 
 WARM = 5

@@ -33,7 +33,7 @@ from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.shapes.score import score_pictures, summarise
 from ppcl_fx.train import train
-from ppcl_fx.train.losses import Weights
+from ppcl_fx.train.config import Weights
 
 RULES = ("paper", "uniform", "budget")
 KEEPS = (0.7, 0.5)

@@ -217,8 +217,8 @@ def _train(
 ) -> tuple[list[StageCurves], GraphModule]:
     """Distil depth and width, fine-tune the smallest mixture, save both; return the curves and the fine-tuned model."""
     from ppcl_fx.train import train
+    from ppcl_fx.train.config import Weights
     from ppcl_fx.train.finetuned import NAME as FINETUNED
-    from ppcl_fx.train.losses import Weights
 
     steps = fitting_steps(settings.steps, {edit.kind for edit in model.plan.edits})
     folder, sequential = settings.out / "train", settings.variant == "sequential"

@@ -22,8 +22,8 @@ from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import bind, trace
 from ppcl_fx.train import train
-from ppcl_fx.train.bounded.options import BoundedOptions
-from ppcl_fx.train.bounded.trainer import train_bounded
+from ppcl_fx.train.bounded.trainer import BoundedTraining
+from ppcl_fx.train.config import TrainConfig
 from tests import models, toys
 
 MASK = "encoder_hidden_states_mask"
@@ -166,8 +166,8 @@ def test_from_the_recording_to_the_engine(tmp_path: Path) -> None:
     model = ppcl_fx.rewrite(gm, PLAN, calls)
     train(model, calls, out=tmp_path / "run", steps=(2, 2, 2), batch=1, tensorboard=False)
     model.plug(students=model.edits).save(tmp_path / "student")
-    options = BoundedOptions(stages=("depth", "width"), steps=(2, 2))
-    train_bounded(tmp_path / "student", calls, options, memory_limit=None)
+    options = TrainConfig(stages=("depth", "width"), steps=(2, 2))
+    BoundedTraining(tmp_path / "student", calls, options).run()
     loaded = ppcl_fx.load(tmp_path / "student")
     export(loaded, [1.0], tmp_path / "engines", calls=calls, runs=1)
     engine = EngineTransformer(tmp_path / "engines", device="cpu")

@@ -24,9 +24,8 @@ from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import bind, graph_for, trace, with_rows
 from ppcl_fx.train import train
-from ppcl_fx.train.bounded.options import BoundedOptions
-from ppcl_fx.train.bounded.trainer import train_bounded
-from ppcl_fx.train.losses import Weights
+from ppcl_fx.train.bounded.trainer import BoundedTraining
+from ppcl_fx.train.config import TrainConfig, Weights
 from ppcl_fx.train.stages import WHOLE, Distillation, FineTuning
 from tests import models
 from tests.test_kinds import MASK, NeedsAMask, answer
@@ -105,9 +104,9 @@ def test_one_negative_text_for_a_batch(tmp_path: Path) -> None:
     torch.testing.assert_close(answer(opened, single), answer(tuned, bind(tuned, repeated)), rtol=0, atol=1e-6)
     for call, expected in zip(calls, mixture, strict=True):
         torch.testing.assert_close(answer(again, call.kwargs), expected, rtol=0, atol=1e-6)
-    bounded = train_bounded(
-        tmp_path / "student", calls, BoundedOptions(stages=("depth",), steps=(2,), batch=1), memory_limit=None
-    )
+    bounded = BoundedTraining(
+        tmp_path / "student", calls, TrainConfig(stages=("depth",), steps=(2,), batch=1)
+    ).run()
     (first,), (second,) = result.stages[0].losses.values(), bounded.stages[0].losses.values()
     assert first[0] == pytest.approx(second[0], rel=1e-4)
     export(model, [1.0], tmp_path / "engines", calls=calls, runs=1)
@@ -226,6 +225,8 @@ def test_in_bounded_memory_calls_of_another_kind_are_refused_before_anything_is_
     kwargs = {name: v for name, v in models.qwen_kwargs(mask=True).items() if v is not None}
     calls = Calls([Call(kwargs, ("a", "b"), 0.5, 0, 2)])
     before = sorted(path.name for path in (tmp_path / "student").iterdir())
-    with pytest.raises(PpclError, match=rf"'{MASK}' was 'not given' while tracing; train without --memory-limit"):
-        train_bounded(tmp_path / "student", calls, BoundedOptions(stages=("depth",), steps=(1,)), memory_limit=None)
+    with pytest.raises(
+        PpclError, match=rf"'{MASK}' was 'not given' while tracing; train without --memory-limit"
+    ):
+        BoundedTraining(tmp_path / "student", calls, TrainConfig(stages=("depth",), steps=(1,)))
     assert sorted(path.name for path in (tmp_path / "student").iterdir()) == before

@@ -14,20 +14,20 @@ from typing import TYPE_CHECKING, Any
 from ppcl_fx.errors import near
 
 if TYPE_CHECKING:
+    from ppcl_fx.train.config import STAGES, Limits, TrainConfig, Weights
     from ppcl_fx.train.curves import Losses, StageCurves
     from ppcl_fx.train.effects import measure_effects, predicted_and_measured
     from ppcl_fx.train.finetuned import load_finetuned
-    from ppcl_fx.train.losses import Weights
-    from ppcl_fx.train.options import STAGES, Options
     from ppcl_fx.train.run import TrainResult, train
 
 _HOME = {
-    "STAGES": "options",
+    "STAGES": "config",
+    "Limits": "config",
     "Losses": "curves",
-    "Options": "options",
     "StageCurves": "curves",
+    "TrainConfig": "config",
     "TrainResult": "run",
-    "Weights": "losses",
+    "Weights": "config",
     "load_finetuned": "finetuned",
     "measure_effects": "effects",
     "predicted_and_measured": "effects",
@@ -36,9 +36,10 @@ _HOME = {
 
 __all__ = [
     "STAGES",
+    "Limits",
     "Losses",
-    "Options",
     "StageCurves",
+    "TrainConfig",
     "TrainResult",
     "Weights",
     "load_finetuned",

@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from ppcl_fx.graphs import ancestors
 from ppcl_fx.passes.distil import TRAINED, pairs
 from ppcl_fx.tracing import bind
-from ppcl_fx.train.losses import Weights, edit_loss, total_loss
+from ppcl_fx.train.config import Weights
+from ppcl_fx.train.losses import edit_loss, total_loss
 
 Groups = dict[str, list[Parameter]]
 """Edit id -> the parameters that train for it."""

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
+from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.data import Batches, split
 from ppcl_fx.train.effects import spaced
-from ppcl_fx.train.options import Options
 from ppcl_fx.train.ranks import Ranks
 from ppcl_fx.train.shares import SharedBatches
 from ppcl_fx.train.sources.source import Feed, RankedSource, Source
@@ -33,7 +33,7 @@ class Data:
         PpclError: a share is to be held out of too few calls, or of a source; or a source is not for these ranks.
     """
 
-    def __init__(self, data: Calls | Source, options: Options, ranks: Ranks) -> None:
+    def __init__(self, data: Calls | Source, options: TrainConfig, ranks: Ranks) -> None:
         self._data, self._options, self._ranks = data, options, ranks
         self.fingerprint: str = data.fingerprint
         self._used: list[int] = []

@@ -17,11 +17,11 @@ from ppcl_fx.errors import PpclError, Stopped
 from ppcl_fx.train import checkpoints, schedule
 from ppcl_fx.train.average import Average
 from ppcl_fx.train.checkpoints import Checkpoint, Identity
+from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.curves import StageCurves, Stop
 from ppcl_fx.train.data import Batches
 from ppcl_fx.train.evaluation import converged, evaluate
 from ppcl_fx.train.masters import Masters
-from ppcl_fx.train.options import Options
 from ppcl_fx.train.signals import Asked
 from ppcl_fx.train.sources.source import Feed
 from ppcl_fx.train.stages import Stage
@@ -106,7 +106,7 @@ def run_stage(
     stage: Stage,
     feed: Feed,
     journal: Journal,
-    options: Options,
+    options: TrainConfig,
     *,
     number: int,
     total: int,
@@ -137,7 +137,7 @@ class _Run:
         stage: Stage,
         feed: Feed,
         journal: Journal,
-        options: Options,
+        options: TrainConfig,
         number: int,
         total: int,
         lr: float,

@@ -8,48 +8,26 @@ or the text length.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ppcl_fx.train.config import Weights
+
 Pair = tuple[str, Tensor, Tensor]
 """A term's name, the student's value and the teacher's value, both ``[batch, tokens, channels]``."""
 
 
-@dataclass(frozen=True)
-class Weights:
-    """How much each kind of term counts in an edit's loss.
-
-    Attributes:
-        image: Weight of the normalised error of the image stream (Eq. 6, Eq. 11).
-        text: Weight of the normalised error of the text stream (Eq. 6, Eq. 11).
-        linear: Weight of the plain errors of the projectors' outputs (Eq. 12; Eq. 10 adds them with weight
-            1).
-        attention: Weight of the normalised error of the attention outputs, of both streams, in "depth"; not in
-            the paper's loss, so 0.
-        relative: Weight of the streams' squared error as a share of the teacher's square, added to "image"
-            and "text". Eq. 6 sees directions only; this sees lengths too. Not in the paper's loss, so 0.
-    """
-
-    image: float = 1.0
-    text: float = 1.0
-    linear: float = 1.0
-    attention: float = 0.0
-    relative: float = 0.0
-
-    def of(self, term: str) -> float:
-        """Return the weight of the term called `term`. Raises RuntimeError for a term nobody defined."""
-        if term == "image":
-            return self.image
-        if term == "text":
-            return self.text
-        if is_linear(term):
-            return self.linear
-        if term.startswith("attention."):
-            return self.attention
-        raise RuntimeError(f"unknown loss term {term!r}")
+def weight_of(term: str, weights: Weights) -> float:
+    """Return the weight of the term called `term`. Raises RuntimeError for a term nobody defined."""
+    if term in ("image", "text"):
+        return weights.image if term == "image" else weights.text
+    if is_linear(term):
+        return weights.linear
+    if term.startswith("attention."):
+        return weights.attention
+    raise RuntimeError(f"unknown loss term {term!r}")
 
 
 def is_linear(term: str) -> bool:
@@ -103,7 +81,7 @@ def edit_loss(pairs: Iterable[Pair], weights: Weights) -> Tensor:
 
 
 def _terms(name: str, student: Tensor, teacher: Tensor, weights: Weights) -> Iterator[Tensor]:
-    weight = weights.of(name)
+    weight = weight_of(name, weights)
     if weight != 0.0:
         yield weight * (squared_error if is_linear(name) else normalized_error)(student, teacher)
     if weights.relative != 0.0 and name in ("image", "text"):

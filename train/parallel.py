@@ -20,8 +20,8 @@ from ppcl_fx.calls import map_tensors
 from ppcl_fx.graphs import ancestors
 from ppcl_fx.passes.distil import distil, pairs
 from ppcl_fx.tracing.leaves import has_attention
+from ppcl_fx.train.config import Weights
 from ppcl_fx.train.executor import Groups, edit_parameters, live_nodes
-from ppcl_fx.train.losses import Weights
 from ppcl_fx.train.ranks import Ranks
 from ppcl_fx.train.stages import Distillation
 

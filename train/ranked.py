@@ -14,7 +14,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.initialise import fit_projectors
 from ppcl_fx.train import checkpoints
 from ppcl_fx.train.checkpoints import Checkpoint
-from ppcl_fx.train.options import Options
+from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.ranks import Ranks
 from ppcl_fx.train.signals import Asked
 
@@ -27,7 +27,7 @@ FAULT = "!"
 """What rank 0's word begins with where it is about a fault."""
 
 
-def refuse_on_ranks(ranks: Ranks, options: Options, scored: bool) -> None:
+def refuse_on_ranks(ranks: Ranks, options: TrainConfig, scored: bool) -> None:
     """Raise PpclError for what only one process can do."""
     if ranks.alone:
         return

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from ppcl_fx.errors import PpclError, near
+from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.distil import train_only
-from ppcl_fx.train import checkpoints, schedule
+from ppcl_fx.train import checkpoints
 from ppcl_fx.train.checkpoints import Checkpoint, Identity
-from ppcl_fx.train.config import CONFIG, resolve
+from ppcl_fx.train.checks import CHECKPOINTS, LOGS, check_here, check_places
+from ppcl_fx.train.config import CONFIG, TrainConfig, resolve
 from ppcl_fx.train.config import save as save_config
 from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
 from ppcl_fx.train.data import Batches
@@ -28,10 +29,7 @@ from ppcl_fx.train.evaluation import outputs_are_the_teachers
 from ppcl_fx.train.feeds import Data
 from ppcl_fx.train.finetuned import plan_digest, save_finetuned
 from ppcl_fx.train.loop import Around, Journal, Progress, run_stage
-from ppcl_fx.train.losses import Weights
-from ppcl_fx.train.options import Options, plan_stages
 from ppcl_fx.train.parallel import Intervals
-from ppcl_fx.train.places import CHECKPOINTS, LOGS, check_places
 from ppcl_fx.train.ranked import agreed, begin, fit_again, refuse_on_ranks, share_checkpoints, students_alone
 from ppcl_fx.train.ranks import Ranks, current
 from ppcl_fx.train.scoring import shapes_score
@@ -79,7 +77,7 @@ def train(
     calls: Calls | Source,
     *,
     out: str | Path,
-    config: str | Path | Options | None = None,
+    config: str | Path | TrainConfig | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     watch: Show | None = None,
@@ -97,14 +95,14 @@ def train(
             (`ppcl_fx.train.sources`).
         out: Folder for checkpoints, logs, `losses.json`, `train.toml` (the complete options) and the fine-tuned
             model.
-        config: A TOML file with options, or options; the defaults are those of `Options`.
+        config: A TOML file with options, or options; the defaults are those of `TrainConfig`.
         resume: Go on from the last checkpoint in `out`, to the bit; without one, begin.
         progress: Called after each step with stage, steps done, steps in all and the summed loss.
         watch: Called after each step with all that is known of it.
         score: Called at each evaluation with the stage's name and the model as it would come out: the pluggable
             model, all students plugged, or the fine-tuned graph. Returns a number to log, more being better. With the
             option `score_prompts` the shipped model has a callback of its own.
-        **options: The fields of `ppcl_fx.train.options.Options` by name, over those of `config`: stages, steps (a
+        **options: The fields of `TrainConfig` by name, over those of `config`: stages, steps (a
             list, or a mapping from stage to steps), batch, lr, weights and so on. docs/training.md lists all.
 
     Returns:
@@ -121,14 +119,14 @@ def train(
     model.require_no_lora("training")
     folder = Path(out)
     chosen = resolve(config, **options)
-    stages, steps = _busy_stages(model, chosen.stages, chosen.steps)
+    stages, steps = _busy_stages(model, chosen)
     busy = chosen.model_copy(update={"stages": stages, "steps": steps})
     cast = _autocast(model, busy.autocast, ranks.device or model.device)
     if set(stages) - {"finetune"}:
         model.effects = None  # they were the effects of the students before this training
     students = _mixture(model, busy.keep)
     data = Data(calls, busy, ranks)
-    _check_extras(busy, data, ranks.device or model.device)
+    check_here(busy, ranks.device or model.device)
     decisive = {
         **busy.decisive(),
         "autocast": None if cast is None else str(cast).removeprefix("torch."),
@@ -184,7 +182,7 @@ class _Runner:
     def __init__(
         self,
         model: PluggableModel,
-        options: Options,
+        options: TrainConfig,
         cast: torch.dtype | None,
         identity: Identity,
         folder: Path,
@@ -278,7 +276,7 @@ class _Runner:
             "autocast": self._cast,
             "backend": options.compile_backend if options.compile else None,
         }
-        weights = Weights(**options.weights.model_dump())
+        weights = options.weights
         if not self._ranks.alone:
             if name == "finetune":
                 from ppcl_fx.train.sharded import ShardedFineTuning  # slow to import
@@ -290,15 +288,13 @@ class _Runner:
         return Distillation(self._model, name, weights, sequential=options.sequential, **how)
 
 
-def _suffix(options: Options) -> str:
+def _suffix(options: TrainConfig) -> str:
     return "" if options.keep is None else f"-{options.keep:g}"
 
 
-def _busy_stages(
-    model: PluggableModel, stages: Sequence[str], steps: Sequence[int] | Mapping[str, int]
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Check the stages and leave out those for which the plan has no edit."""
-    names, counts = plan_stages(stages, steps)
+def _busy_stages(model: PluggableModel, config: TrainConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Return the stages and steps without those for which the plan has no edit."""
+    names, counts = config.stages, config.steps
     kinds = {edit.kind for edit in model.plan.edits}
     if not kinds:
         raise PpclError("the plan has no edits, so there is nothing to train: rewrite with a smaller --keep")
@@ -310,30 +306,6 @@ def _busy_stages(
     if not left:
         raise PpclError(f"the plan has no edit for stage {','.join(names)}: train another stage")
     return tuple(name for name, _ in left), tuple(count for _, count in left)
-
-
-def _check_extras(options: Options, data: Data, device: torch.device) -> None:
-    """Refuse, before any work, what is not installed or cannot work together."""
-    if options.optimizer == "adamw8bit":
-        schedule.try_eight_bit(device)
-    if options.patience is not None and not data.holds_out:
-        raise PpclError("training option patience: needs held-out calls to see a gain; give held_out a share")
-    check_backend(options)
-
-
-def check_backend(options: Options) -> None:
-    """Raise `PpclError` where blocks are to be compiled and the backend is not here."""
-    if not options.compile:
-        return
-    from torch._dynamo import list_backends
-
-    backends = list_backends(None)
-    if options.compile_backend not in backends:
-        hint = near(options.compile_backend, backends)
-        raise PpclError(
-            f"training option compile_backend: no backend {options.compile_backend!r}{hint}; "
-            f"there are {', '.join(backends)}"
-        )
 
 
 def _mixture(model: PluggableModel, keep: float | None) -> tuple[str, ...]:

@@ -21,8 +21,9 @@ from ppcl_fx.passes.liveness import owner
 from ppcl_fx.passes.outline import outline
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.retrace import over
+from ppcl_fx.train.config import Weights
 from ppcl_fx.train.executor import Distiller, Groups, Saving, casting, inputs, without_edit
-from ppcl_fx.train.losses import Weights, output_loss
+from ppcl_fx.train.losses import output_loss
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ppcl_fx.cli.boundary import Result
 from ppcl_fx.cli.options import parse_device
@@ -15,12 +15,10 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.memory import parse_size
 
 if TYPE_CHECKING:
-    from ppcl_fx.train.bounded.options import BoundedOptions, BoundedResult
-    from ppcl_fx.train.options import Options
+    from ppcl_fx.train.bounded.trainer import BoundedResult
+    from ppcl_fx.train.config import TrainConfig
 
 REPORT = "report.html"
-LOGGING = {"log", "log_every", "tensorboard", "finetune_lr", "recorded"}
-"""Options that are about what this way of training does not do."""
 
 
 @dataclass(frozen=True)
@@ -52,66 +50,38 @@ class Limits:
         )
 
 
-def bounded_options(chosen: Options, stages_given: bool) -> BoundedOptions:
-    """Return the options of a run in bounded memory; without stages of its own it leaves fine-tuning out.
-
-    Raises:
-        PpclError: an option is set that this way of training does not have.
-    """
-    from ppcl_fx.train.bounded.options import BoundedOptions
-
-    known, plain = set(BoundedOptions.model_fields), type(chosen)()
-    for name in type(chosen).model_fields:
-        if name not in known | LOGGING and getattr(chosen, name) != getattr(plain, name):
-            raise PpclError(f"training option {name}: not with --memory-limit or --dry-run; leave it out")
-    left = [
-        (stage, count)
-        for stage, count in zip(chosen.stages, chosen.steps, strict=True)
-        if stages_given or stage != "finetune"
-    ]
-    same: dict[str, Any] = {name: getattr(chosen, name) for name in known - {"stages", "steps", "autocast"}}
-    return BoundedOptions(
-        stages=tuple(stage for stage, _ in left),
-        steps=tuple(count for _, count in left),
-        autocast="bfloat16" if chosen.autocast else None,
-        **same,
-    )
-
-
 def run_bounded(
-    student: Path, calls: Path, options: BoundedOptions, limits: Limits, resume: bool, terminal: Terminal
+    student: Path, calls: Path, config: TrainConfig, limits: Limits, resume: bool, terminal: Terminal
 ) -> Result:
     """Train, or with a dry run only say what training would take; write the report and return the results."""
+    from ppcl_fx.files import inside, read_json
     from ppcl_fx.plan import Plan
     from ppcl_fx.report import write_report
-    from ppcl_fx.train.bounded.trainer import train_bounded
+    from ppcl_fx.train.bounded.trainer import BoundedTraining
+    from ppcl_fx.train.config import Limits as Allowed
 
     recording = open_calls(calls, terminal)
     with terminal.step("training") as report:
-        done = train_bounded(
+        training = BoundedTraining(
             student,
             recording.calls,
-            options,
-            memory_limit=limits.memory,
-            disk_limit=limits.disk,
-            dry_run=limits.dry_run,
+            config,
+            Allowed(memory=limits.memory, disk=limits.disk),
             resume=resume,
             device=limits.device,
-            tell=lambda line: None if limits.dry_run else terminal.note(line),
-            report=report,
         )
-    if not limits.dry_run:
-        from ppcl_fx.files import inside, read_json
-
-        curves = {stage.label: stage.losses for stage in done.stages}
-        plan = read_json(inside(student, "plan.json"), Plan)
-        write_report(student / REPORT, plan=plan, losses=curves, title=f"{student.name}: training")
+        if limits.dry_run:
+            return Result({"student": str(student), "schedule": training.lines}, training.lines)
+        for line in () if training.ended else training.lines:
+            terminal.note(line)
+        done = training.run(report)
+    curves = {stage.label: stage.losses for stage in done.stages}
+    plan = read_json(inside(student, "plan.json"), Plan)
+    write_report(student / REPORT, plan=plan, losses=curves, title=f"{student.name}: training")
     return _result(student, done)
 
 
 def _result(student: Path, done: BoundedResult) -> Result:
-    if done.losses is None:
-        return Result({"student": str(student), "schedule": list(done.lines)}, list(done.lines))
     data = {
         "student": str(student),
         "schedule": list(done.lines),
@@ -119,7 +89,7 @@ def _result(student: Path, done: BoundedResult) -> Result:
         "report": str(student / REPORT),
         "seconds": round(done.seconds, 3),
         "stages": stage_rows(done.stages),
-        "stopped": done.stopped or {},
+        "stopped": done.stopped,
     }
     lines = stage_lines(done.stages)
     return Result(data, [*lines, f"report: {student / REPORT}"])

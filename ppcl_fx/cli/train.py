@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.bounded import LOGGING, Limits, bounded_options, run_bounded
+from ppcl_fx.cli.bounded import Limits, run_bounded
 from ppcl_fx.cli.options import (
     Device,
     Json,
@@ -35,7 +35,7 @@ from ppcl_fx.sources import holds_config
 if TYPE_CHECKING:
     from ppcl_fx.effects import Effects
     from ppcl_fx.train import TrainResult
-    from ppcl_fx.train.options import Options
+    from ppcl_fx.train.config import TrainConfig
     from ppcl_fx.train.ranks import Ranks
 
 STAGES = ("depth", "width", "finetune")
@@ -173,21 +173,21 @@ def train(
         weights=_terms(weights) if weights is not None else None,
     )  # fmt: skip
 
-    from ppcl_fx.train.config import resolve
+    from ppcl_fx.train.config import UNUSED_BOUNDED, resolve
 
     chosen = resolve(config, **options)
     # A checkpoint of the released layout has a line of its own, when it is opened.
     check_folder(student, "what 'ppcl-fx rewrite' wrote", None if holds_config(student) else "ppcl.json")
     data.check_there()
     if limits is not None:
-        refuse_given(context, sorted(LOGGING), "not with --memory-limit or --dry-run; leave it out")
+        refuse_given(context, sorted(UNUSED_BOUNDED), "not with --memory-limit or --dry-run; leave it out")
     check_writable(student)
     check_file(student / REPORT, mark=REPORT_MARK)
     if limits is not None:
-        wanted = bounded_options(chosen, stages is not None or config is not None)
         if calls is None:
             raise PpclError("--memory-limit and --dry-run: only with recorded calls; give --calls")
-        return run_bounded(student, calls, wanted, limits, resume, Terminal(verbose))
+        chosen.bounded()
+        return run_bounded(student, calls, chosen, limits, resume, Terminal(verbose))
 
     from ppcl_fx.train.ranks import joined
 
@@ -196,12 +196,12 @@ def train(
 
 
 def _run(
-    student: Path, data: Given, chosen: Options, resume: bool, terminal: Terminal, ranks: Ranks
+    student: Path, data: Given, chosen: TrainConfig, resume: bool, terminal: Terminal, ranks: Ranks
 ) -> Result | None:
     """Train; on the first rank write the results and return them."""
     from ppcl_fx.report import write_report
     from ppcl_fx.train import train as run
-    from ppcl_fx.train.run import check_backend
+    from ppcl_fx.train.checks import check_backend
 
     check_backend(chosen)
     model = open_student(student, terminal)

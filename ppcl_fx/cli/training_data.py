@@ -16,7 +16,7 @@ from ppcl_fx.sources import check_source
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.model import PluggableModel
-    from ppcl_fx.train.options import Options
+    from ppcl_fx.train.config import TrainConfig
     from ppcl_fx.train.ranks import Ranks
     from ppcl_fx.train.sources.source import Source
 
@@ -61,7 +61,7 @@ class Given:
             check_source(self.pipeline)
 
     def open(
-        self, student: Path, model: PluggableModel, options: Options, terminal: Terminal, ranks: Ranks
+        self, student: Path, model: PluggableModel, options: TrainConfig, terminal: Terminal, ranks: Ranks
     ) -> Calls | Source:
         """Open the data, all ranks together; recordings and encoded pictures are kept in the student's folder.
 

@@ -31,8 +31,8 @@ from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import trace
 from ppcl_fx.train import checkpoints, config
+from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.finetuned import load_finetuned, save_finetuned
-from ppcl_fx.train.options import Options
 from ppcl_fx.train.sources.encode import _open as open_picture
 from ppcl_fx.train.sources.pairs import open_pairs
 from ppcl_fx.train.stages import mixture
@@ -287,8 +287,10 @@ def _small_files(world: Path, plan: Plan) -> None:
     (files / "costs.json").write_text(
         json.dumps({"model": "m", "repeats": 3, "rest": 1.0, "forward": 9.5, "stacks": [stack]})
     )
-    config.save(Options(), files / "train.toml")
-    (files / "prompts.txt").write_text("a red circle\n\ntwo blue squares\nein grüner Kreis\n", encoding="utf-8")
+    config.save(TrainConfig(), files / "train.toml")
+    (files / "prompts.txt").write_text(
+        "a red circle\n\ntwo blue squares\nein grüner Kreis\n", encoding="utf-8"
+    )
     lines = []
     for number, (kind, mode) in enumerate((("png", "RGBA"), ("jpg", "RGB"), ("webp", "RGB"), ("gif", "P"))):
         Image.effect_noise((40, 24), 60).convert(mode).save(pictures / f"{number}.{kind}")

@@ -12,8 +12,7 @@ import pytest
 from ppcl_fx.cli.train import train as command
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train import config
-from ppcl_fx.train.losses import Weights
-from ppcl_fx.train.options import Options, TermWeights
+from ppcl_fx.train.config import TrainConfig, Weights
 
 CHANGED: dict[str, Any] = {
     "stages": ("depth", "finetune"),
@@ -36,13 +35,13 @@ def test_what_is_written_is_read_back(changed: dict[str, Any], tmp_path: Path) -
     config.save(options, tmp_path / "train.toml")
     assert config.resolve(tmp_path / "train.toml") == options
     found = tomllib.loads((tmp_path / "train.toml").read_text(encoding="utf-8"))
-    assert found.keys() == set(Options.model_fields)
-    assert found["weights"].keys() == set(TermWeights.model_fields)
+    assert found.keys() == set(TrainConfig.model_fields)
+    assert found["weights"].keys() == set(Weights.model_fields)
 
 
 def test_every_option_has_a_description_and_is_in_the_docs() -> None:
     page = Path(__file__).parents[2].joinpath("docs", "training.md").read_text(encoding="utf-8")
-    for model, prefix in ((Options, ""), (TermWeights, "weights.")):
+    for model, prefix in ((TrainConfig, ""), (Weights, "weights.")):
         for name, field in model.model_fields.items():
             assert field.description
             if name != "weights":
@@ -53,12 +52,12 @@ def test_the_example_in_the_docs_is_valid(tmp_path: Path) -> None:
     page = Path(__file__).parents[2].joinpath("docs", "training.md").read_text(encoding="utf-8")
     example = page.split("```toml\n")[1].split("```")[0]
     (tmp_path / "train.toml").write_text(example, encoding="utf-8")
-    assert config.resolve(tmp_path / "train.toml") != Options()
+    assert config.resolve(tmp_path / "train.toml") != TrainConfig()
 
 
 def test_the_command_line_has_every_option() -> None:
     given = set(inspect.signature(command).parameters)
-    assert set(Options.model_fields) - given == {"stages"}
+    assert set(TrainConfig.model_fields) - given == {"stages"}
     assert {"stage", "config", "resume"} <= given
 
 
@@ -67,9 +66,9 @@ def test_later_values_win(tmp_path: Path) -> None:
     file.write_text("lr = 1e-4\nclip = 'none'\nbatch = 7\n[weights]\nrelative = 1.0\ntext = 0.5\n", encoding="utf-8")
     options = config.resolve(file, lr=2e-4, weights={"text": 0.25})
     assert (options.lr, options.clip, options.batch) == (2e-4, None, 7)
-    assert options.weights == TermWeights(relative=1.0, text=0.25)
+    assert options.weights == Weights(relative=1.0, text=0.25)
     assert config.resolve(options, batch=1).batch == 1
-    assert config.resolve(weights=Weights(relative=2.0)).weights == TermWeights(relative=2.0)
+    assert config.resolve(weights=Weights(relative=2.0)).weights == Weights(relative=2.0)
     assert config.resolve(lr="3e-4", ema="none").lr == 3e-4
 
 

@@ -19,7 +19,7 @@ from ppcl_fx.passes.probes import NormalEquations
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind
 from ppcl_fx.train import train
-from ppcl_fx.train.losses import Weights
+from ppcl_fx.train.config import Weights
 from ppcl_fx.train.stages import Distillation
 from tests import models
 from tests.passes.by_hand import randomise

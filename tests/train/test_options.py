@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.options import plan_stages
+from ppcl_fx.train.config import plan_stages
 
 
 def test_steps_by_position_or_by_name() -> None:

@@ -15,7 +15,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.distil import distil, train_only
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.train import ranked
-from ppcl_fx.train.losses import Weights
+from ppcl_fx.train.config import Weights
 from ppcl_fx.train.parallel import assign, division_cost
 from ppcl_fx.train.ranks import Ranks, current, joined, together
 from ppcl_fx.train.shares import Share, SharedBatches, cut, portion

@@ -15,8 +15,8 @@ from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.distil import train_only
 from ppcl_fx.train import Losses, TrainResult, load_finetuned, train
+from ppcl_fx.train.config import Weights
 from ppcl_fx.train.executor import inputs
-from ppcl_fx.train.losses import Weights
 from ppcl_fx.train.stages import Distillation, FineTuning, mixture, prediction, terms
 from tests.train.pluggable import build
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 from ppcl_fx.graphs import ancestors, attribute
 from ppcl_fx.passes.distil import ORIGIN, distil, pairs
 from ppcl_fx.passes.streaming.footprint import value_bytes
-from ppcl_fx.train.executor import live_nodes, node_parameters
+from ppcl_fx.train.executor import live_nodes
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
@@ -20,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One edit, or several that share weights: what trains alone.
+    """One edit: what trains alone.
 
     Attributes:
         number: its position in the stage, from 0.
-        edits: ids of the edits.
+        edit: its id.
         graph: a distillation graph whose placeholders are the border; nothing of the teacher before it is left.
         border: names of the pluggable graph's nodes whose values it starts from and aims at, as the placeholders.
         trained: names of the tensors that it trains.
@@ -32,23 +31,18 @@ class Problem:
     """
 
     number: int
-    edits: tuple[str, ...]
+    edit: str
     graph: GraphModule
     border: tuple[str, ...]
     trained: tuple[str, ...]
     frozen: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        """The edits' ids, for messages."""
-        return " + ".join(self.edits)
 
 
 def problems(model: PluggableModel, stage: str) -> list[Problem]:
     """Cut a stage's distillation graph in problems.
 
     An interval's student needs the teacher's values where it begins and where it ends, and nothing else of the
-    teacher (Eq. 6: the losses do not see each other). Edits whose students share weights are one problem.
+    teacher (Eq. 6: the losses do not see each other).
 
     Args:
         model: the pluggable model; only the students have `requires_grad`. The meta device will do.
@@ -63,9 +57,9 @@ def problems(model: PluggableModel, stage: str) -> list[Problem]:
     gm = distil(model, stage)
     live = live_nodes(gm)
     ends = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is pairs]
-    groups = _together(gm, [(end, ancestors([end], within=live)) for end in ends])
+    sides = [student_side(gm, ancestors([end], within=live)) for end in ends]
     return [
-        _problem(gm, number, mine, student_side(gm, nodes)) for number, (mine, nodes) in enumerate(groups)
+        _problem(gm, number, end, side) for number, (end, side) in enumerate(zip(ends, sides, strict=True))
     ]
 
 
@@ -107,23 +101,7 @@ def _has_tensors(gm: GraphModule, node: Node) -> bool:
     return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
 
 
-def _together(gm: GraphModule, parts: Sequence[tuple[Node, set[Node]]]) -> list[tuple[list[Node], set[Node]]]:
-    """Join the parts whose trained weights overlap; each is the `pairs` node of an edit and what it needs."""
-    groups: list[tuple[list[Node], set[Node], set[int]]] = []
-    for end, nodes in parts:
-        weights = {id(p) for node in nodes for p in node_parameters(gm, node)}
-        joined: tuple[list[Node], set[Node], set[int]] = ([end], set(nodes), weights)
-        apart = []
-        for group in groups:
-            if group[2] & joined[2]:
-                joined = (group[0] + joined[0], group[1] | joined[1], group[2] | joined[2])
-            else:
-                apart.append(group)
-        groups = [*apart, joined]
-    return [(ends, nodes) for ends, nodes, _ in groups]
-
-
-def _problem(gm: GraphModule, number: int, ends: Sequence[Node], nodes: set[Node]) -> Problem:
+def _problem(gm: GraphModule, number: int, end: Node, nodes: set[Node]) -> Problem:
     inside = [node for node in gm.graph.nodes if node in nodes]
     read = {source for node in inside for source in node.all_input_nodes} - nodes
     border = [node for node in gm.graph.nodes if node in read]
@@ -142,7 +120,7 @@ def _problem(gm: GraphModule, number: int, ends: Sequence[Node], nodes: set[Node
     others = [*parameters, *(name for name, _ in made.named_buffers())]
     return Problem(
         number,
-        tuple(str(end.args[0]) for end in sorted(ends, key=inside.index)),
+        str(end.args[0]),
         made,
         tuple(str(node.meta[ORIGIN]) for node in border),
         trained,

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.memory import size_words
-from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost
+from ppcl_fx.train.bounded.costs import ProblemCost, Speeds, TeacherCost
 
 CLEARLY = 0.98
 """A way takes the place of a plainer one, or one with more students at a time, for less than this share of its time."""
@@ -27,16 +27,7 @@ MARGIN = 2**28
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """How fast the machine is: floating-point operations and bytes of its disk a second."""
-
-    flops: float
-    read: float
-    write: float
-
-
-@dataclass(frozen=True)
-class Limits:
+class Capacity:
     """What may be used.
 
     Attributes:
@@ -165,6 +156,27 @@ class Schedule:
         return max(len(group) for sweep in self.sweeps for group in sweep.groups)
 
 
+@dataclass(frozen=True)
+class StageSchedule:
+    """What is going to be done for a stage.
+
+    Attributes:
+        stage: its name.
+        steps: its steps.
+        students: ids of the edits that are not finished yet.
+        schedule: the way; None where every student is finished.
+        costs: what the schedule rests on: each student's costs.
+        teacher: and the teacher's.
+    """
+
+    stage: str
+    steps: int
+    students: tuple[str, ...]
+    schedule: Schedule | None
+    costs: tuple[ProblemCost, ...] = ()
+    teacher: TeacherCost | None = None
+
+
 KINDS = ("cached", "cached in turns", "recomputed")
 """How a schedule gets the teacher's values, the plainest first."""
 
@@ -180,7 +192,7 @@ def plan_schedule(
     problems: Sequence[ProblemCost],
     teacher: TeacherCost,
     work: Work,
-    limits: Limits,
+    capacity: Capacity,
     speeds: Speeds,
     checkpoints: int,
 ) -> Schedule:
@@ -190,27 +202,27 @@ def plan_schedule(
         problems: the students, in the order of the teacher's blocks.
         teacher: the teacher's costs.
         work: the steps and their calls.
-        limits: what may be used.
+        capacity: what may be used.
         speeds: how fast the machine is.
         checkpoints: checkpoints of a student that lie on the disk at a time.
 
     Raises:
         PpclError: one student alone, or the teacher's heaviest block, needs more memory, or the disk is too small.
     """
-    _check_memory(problems, teacher, work, limits.free)
+    _check_memory(problems, teacher, work, capacity.free)
     # Each trained weight once as a finished student's file, once in the new students' file.
     fixed = 2 * sum(problem.weights for problem in problems)
     best: dict[str, tuple[tuple[Sweep, ...], Price, int]] = {}
     least_disk = None
-    for sweeps in _candidates(problems, work, limits.free):
-        price = _price(problems, teacher, work, speeds, limits, sweeps)
+    for sweeps in _candidates(problems, work, capacity.free):
+        price = _price(problems, teacher, work, speeds, capacity, sweeps)
         if price is None:
             continue
         training = max(
             (sum(problems[n].saved for n in group) for s in sweeps for group in s.groups), default=0
         )
         disk = fixed + checkpoints * training + price.cache_disk
-        if disk > limits.disk:
+        if disk > capacity.disk:
             least_disk = disk if least_disk is None else min(least_disk, disk)
             continue
         name = kind(sweeps)
@@ -219,7 +231,7 @@ def plan_schedule(
     if not best:
         assert least_disk is not None
         raise PpclError(
-            f"--disk-limit {size_words(limits.disk)}: too small for this training; "
+            f"--disk-limit {size_words(capacity.disk)}: too small for this training; "
             f"give at least {size_words(least_disk)}"
         )
     ways = [name for name in KINDS if name in best]
@@ -290,14 +302,14 @@ def _price(
     teacher: TeacherCost,
     work: Work,
     speeds: Speeds,
-    limits: Limits,
+    capacity: Capacity,
     sweeps: Sequence[Sweep],
 ) -> Price | None:
     """Return what a way costs; None where it does not fit into memory."""
     seconds = teacher_flops = training_flops = 0.0
     passes = memory = in_memory = on_disk = 0
     for sweep in sweeps:
-        one = _sweep_price(problems, teacher, work, speeds, limits, sweep)
+        one = _sweep_price(problems, teacher, work, speeds, capacity, sweep)
         if one is None:
             return None
         seconds += one.seconds
@@ -311,10 +323,10 @@ def _price(
 
 
 def cache_room(
-    problems: Sequence[ProblemCost], teacher: TeacherCost, work: Work, limits: Limits, sweep: Sweep
+    problems: Sequence[ProblemCost], teacher: TeacherCost, work: Work, capacity: Capacity, sweep: Sweep
 ) -> int:
     """Return how many bytes of memory the cache may hold while a sweep is done."""
-    return max(0, min(limits.cache_memory, limits.free - max(_phases(problems, teacher, work, sweep))))
+    return max(0, min(capacity.cache_memory, capacity.free - max(_phases(problems, teacher, work, sweep))))
 
 
 def _phases(
@@ -335,7 +347,7 @@ def _sweep_price(
     teacher: TeacherCost,
     work: Work,
     speeds: Speeds,
-    limits: Limits,
+    capacity: Capacity,
     sweep: Sweep,
 ) -> Price | None:
     mine = [problems[number] for number in sweep.problems]
@@ -343,9 +355,9 @@ def _sweep_price(
     one_call = sum(border.values())
     last = max(problem.last for problem in mine)
     training, running = _phases(problems, teacher, work, sweep)
-    if max(training, running) > limits.free:
+    if max(training, running) > capacity.free:
         return None
-    room = min(limits.cache_memory, limits.free - max(training, running))
+    room = min(capacity.cache_memory, capacity.free - max(training, running))
     states = max(teacher.states[: last + 1], default=0)
     flops, weights = sum(teacher.flops[: last + 1]), sum(teacher.weights[: last + 1])
     seconds = teacher_flops = 0.0
@@ -355,7 +367,7 @@ def _sweep_price(
         reads = work.trained(start, stop) + work.looked_at(start, stop)
         cached = int(distinct * one_call)
         held = min(cached, room)
-        spilled = max(0, int(distinct * states) - max(0, limits.free - running - held))
+        spilled = max(0, int(distinct * states) - max(0, capacity.free - running - held))
         share = (cached - held) / cached if cached else 0.0
         teacher_flops += distinct * flops
         seconds += distinct * flops / speeds.flops + weights / speeds.read

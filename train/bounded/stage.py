@@ -19,14 +19,22 @@ from ppcl_fx.passes.streaming.fit import fit_streamed
 from ppcl_fx.passes.streaming.footprint import block_bytes, elements
 from ppcl_fx.train import checkpoints
 from ppcl_fx.train.bounded.cache import Cache
-from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost, problem_cost, teacher_cost
+from ppcl_fx.train.bounded.costs import ProblemCost, Speeds, TeacherCost, problem_cost, teacher_cost
 from ppcl_fx.train.bounded.folder import StudentFolder, load_finished, save_finished
-from ppcl_fx.train.bounded.options import BoundedOptions, StageSchedule
 from ppcl_fx.train.bounded.problems import Problem, problems
-from ppcl_fx.train.bounded.schedule import Limits, Schedule, Speeds, Sweep, Work, cache_room, plan_schedule
+from ppcl_fx.train.bounded.schedule import (
+    Capacity,
+    Schedule,
+    StageSchedule,
+    Sweep,
+    Work,
+    cache_room,
+    plan_schedule,
+)
 from ppcl_fx.train.bounded.student import Part, Student
 from ppcl_fx.train.bounded.teacher import Prepared, Report, Route, Teacher, states_room
 from ppcl_fx.train.checkpoints import Identity
+from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.curves import StageCurves
 from ppcl_fx.train.data import Batches
 
@@ -37,18 +45,18 @@ FITTED = "projectors"
 """What the projectors in students that were fitted again are called in the work folder."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Context:
     """What all stages of a run share; `used` and `held` are the positions of the calls to train and to evaluate on."""
 
     opened: StudentFolder
     calls: Calls
-    options: BoundedOptions
+    options: TrainConfig
     identity: Identity
     work: Path
     resume: bool
     device: torch.device
-    limits: Limits
+    capacity: Capacity
     memory_limit: int | None
     report: Report
     used: Sequence[int]
@@ -146,8 +154,8 @@ class Stage:
         kept = (context.options.optimizer, context.options.ema is not None)
         self._costs = [problem_cost(problem, route.last(problem), checkpointing, *kept) for problem in left]
         saved = 0 if context.options.every >= self._steps else checkpoints.KEPT + 1
-        schedule = plan_schedule(self._costs, self._teacher, self._work, context.limits, speeds, saved)
-        students = tuple(problem.edits for problem in left)
+        schedule = plan_schedule(self._costs, self._teacher, self._work, context.capacity, speeds, saved)
+        students = tuple(problem.edit for problem in left)
         return StageSchedule(self._name, self._steps, students, schedule, tuple(self._costs), self._teacher)
 
     def run(self, schedule: Schedule | None) -> None:
@@ -163,7 +171,7 @@ class Stage:
             found = load_finished(self._done, self._title(problem))
             if found is None:
                 raise PpclError(
-                    f"{self._done}: {problem.title} was damaged after it was trained; resume to mend it"
+                    f"{self._done}: {problem.edit} was damaged after it was trained; resume to mend it"
                 )
             self._context.opened.trained.update(found[0])
         shutil.rmtree(self._context.work / "cache", ignore_errors=True)
@@ -185,12 +193,12 @@ class Stage:
         assert self._teacher is not None
         context, opened = self._context, self._context.opened
         route, block = Route(opened.model.graph, mine), self._teacher.block
-        room = cache_room(self._costs, self._teacher, self._work, context.limits, sweep)
+        room = cache_room(self._costs, self._teacher, self._work, context.capacity, sweep)
         cache = Cache(
             context.work / "cache",
             route.key(self._name, context.identity.plan, context.identity.calls),
             room,
-            context.limits.disk,
+            context.capacity.disk,
             context.device,
         )
         teacher = Teacher(
@@ -252,7 +260,7 @@ class Stage:
             if student.over:
                 student.finish(self._done, self._title(student.problem))
                 self._note(student.problem)
-        titles = students[0].problem.title + (f" and {len(students) - 1} more" if len(students) > 1 else "")
+        titles = students[0].problem.edit + (f" and {len(students) - 1} more" if len(students) > 1 else "")
         self._context.report(step + 1, self._steps, f"{self._name}, {titles}, loss {total:.4g}")
 
     def _evaluate(self, student: Student, teacher: Teacher) -> None:

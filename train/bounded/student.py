@@ -18,13 +18,12 @@ from ppcl_fx.graphs import copy_graph_module
 from ppcl_fx.train import checkpoints, schedule
 from ppcl_fx.train.average import Average
 from ppcl_fx.train.bounded.folder import save_finished
-from ppcl_fx.train.bounded.options import BoundedOptions
 from ppcl_fx.train.bounded.problems import Problem, tensor_place
 from ppcl_fx.train.checkpoints import Identity
+from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.curves import StageCurves, Stop
 from ppcl_fx.train.evaluation import converged
 from ppcl_fx.train.executor import Distiller, Groups, without_edit
-from ppcl_fx.train.losses import Weights
 from ppcl_fx.train.masters import Masters
 from ppcl_fx.train.stages import outline_students
 
@@ -60,7 +59,7 @@ class Student:
         stage: str,
         total: int,
         read: Callable[[str], Tensor],
-        options: BoundedOptions,
+        options: TrainConfig,
         identity: Identity,
         folder: Path,
         device: torch.device,
@@ -216,8 +215,8 @@ class Student:
 
     def _distil(self) -> Distiller:
         options = self._options
-        weights = Weights(**options.weights.model_dump())
-        return Distiller(self._graph, weights, checkpointing=options.checkpointing, autocast=options.cast)
+        cast = torch.bfloat16 if options.autocast else None
+        return Distiller(self._graph, options.weights, checkpointing=options.checkpointing, autocast=cast)
 
     def _look_at_weights(self) -> None:
         """Before they are saved: stop where the last update overflowed, which no loss has shown yet."""

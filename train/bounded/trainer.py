@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,27 +15,25 @@ from pydantic import BaseModel, ConfigDict
 from torch.fx import GraphModule
 
 from ppcl_fx import owned
-from ppcl_fx.errors import GuardError, PpclError, near
+from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.files import ROOM, inside, read_json, write_json
 from ppcl_fx.memory import anonymous
 from ppcl_fx.tracing import bind, with_rows
+from ppcl_fx.train.bounded.costs import Speeds, measure_speeds
 from ppcl_fx.train.bounded.folder import StudentFolder
-from ppcl_fx.train.bounded.options import STAGES, BoundedOptions, BoundedResult
-from ppcl_fx.train.bounded.schedule import Limits, Speeds
-from ppcl_fx.train.bounded.speeds import measure_speeds
-from ppcl_fx.train.bounded.stage import Context
+from ppcl_fx.train.bounded.schedule import Capacity, StageSchedule
+from ppcl_fx.train.bounded.stage import Context, Stage
 from ppcl_fx.train.bounded.teacher import Report
 from ppcl_fx.train.bounded.words import schedule_lines
 from ppcl_fx.train.checkpoints import Identity
+from ppcl_fx.train.checks import check_here, check_places
+from ppcl_fx.train.config import NOT_BOUNDED, UNUSED_BOUNDED, Limits, TrainConfig
 from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
 from ppcl_fx.train.data import split
 from ppcl_fx.train.finetuned import plan_digest
-from ppcl_fx.train.places import check_places
-from ppcl_fx.train.schedule import try_eight_bit
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
-    from ppcl_fx.skeleton import Checkpoint
 
 WORK = "bounded"
 """The folder, in the student's, of what a run keeps until it ends."""
@@ -58,136 +58,173 @@ class _Run(BaseModel):
         return {edit: stop.reason for stage in self.stages for edit, stop in stage.stopped.items()}
 
 
-def train_bounded(
-    folder: str | Path,
-    calls: Calls,
-    options: BoundedOptions,
-    *,
-    memory_limit: int | None,
-    disk_limit: int | None = None,
-    cache_memory: int | None = None,
-    dry_run: bool = False,
-    resume: bool = False,
-    device: str | torch.device = "cpu",
-    teacher: Checkpoint | None = None,
-    speeds: Speeds | None = None,
-    tell: Callable[[str], None] = lambda line: None,
-    report: Report = silent,
-) -> BoundedResult:
-    """Distil the students of a saved pluggable model with no more of it in memory than a limit allows.
+@dataclass(frozen=True)
+class BoundedResult:
+    """What a memory-bounded training gave.
+
+    Attributes:
+        schedules: one for each stage, in order; none where the run had ended before.
+        lines: the schedules in words.
+        stages: the curves.
+        stopped: edit id -> why it ended before its last step: it has converged, or its loss was NaN and its weights
+            are those after the last good step.
+        losses: the file with the curves.
+        seconds: wall time of this process's part.
+    """
+
+    schedules: Sequence[StageSchedule]
+    lines: Sequence[str]
+    stages: tuple[StageCurves, ...]
+    stopped: dict[str, str]
+    losses: Path
+    seconds: float
+
+
+class BoundedTraining:
+    """Distils the students of a saved pluggable model with no more of it in memory than a limit allows.
 
     Each student is a problem of its own: its inputs and targets are the teacher's states at its borders (Eq. 6, 10).
     The teacher runs block by block, its weights read from disk, and these states are cached; or it runs again for each
     part of the steps where that is faster or the disk is too small. As many students train at a time as fit. The
     losses are those of `ppcl_fx.train.train` up to rounding: the calls of a batch go through a student one by one.
 
-    A run that was killed goes on to the bit with `resume`, under other limits too.
+    A run that was killed goes on to the bit with `resume`, under other limits too. Nothing is written before `run`.
 
     Args:
-        folder: what `PluggableModel.save` or `rewrite_streamed` wrote; the students in it are replaced at the end.
+        student: what `PluggableModel.save` or `rewrite_streamed` wrote, or that folder opened with other weights of the
+            teacher; the students in it are replaced at the end.
         calls: recorded calls of the teacher.
-        options: stages, steps, and what decides the numbers.
-        memory_limit: bytes that this process may hold (memory-mapped weights, which the system takes back when it
-            needs to, do not count). None for no limit.
-        disk_limit: bytes of the student folder's disk that caches, checkpoints and results may take; what is free
-            when None.
-        cache_memory: bytes of the memory that the cache may take at most; what the students leave when None.
-        dry_run: only make the schedule and tell it.
+        config: the options; those of fine-tuning are refused (`TrainConfig.bounded`).
+        limits: of memory and disk.
         resume: go on with a run that did not end.
         device: where to compute.
-        teacher: the teacher's weights, where they are not those in the folder.
         speeds: of the machine; measured when None.
-        tell: told the schedule line by line before anything is trained.
-        report: told how far it is.
+
+    Attributes:
+        ended: what the run gave, where it had ended before and `resume` is given.
 
     Raises:
-        PpclError: an option makes no sense, a limit is too small (the line says by how much), the folder holds an
-            unfinished run, or one of something else, the calls are another model's, or a file is damaged.
+        PpclError: an option makes no sense, the folder holds an unfinished run, or one of something else, the calls are
+            another model's, or a file is damaged.
     """
-    began = time.perf_counter()
-    where = torch.device(device)
-    _check(options, where)
-    opened = StudentFolder.open(folder, teacher)
-    if calls.model and opened.model.plan.model and calls.model != opened.model.plan.model:
-        raise PpclError(f"{folder}: the calls were recorded from another model; record calls of its teacher")
-    _check_kinds(opened.model.graph, calls)
-    identity = Identity(
-        plan=plan_digest(opened.model.plan), calls=calls.fingerprint, options=options.decisive()
-    )
-    work = opened.folder / WORK
-    owned.check_no_link(work)
-    owned.check_replaceable(work, owned.BOUNDED)
-    check_places(opened.folder, None, None)
-    before = _before(work, identity, resume)
-    if before is not None and before.ended and not dry_run:
-        losses = opened.folder / LOSSES
-        return BoundedResult((), (), tuple(before.stages), before.stopped(), losses, 0.0)
-    used, held = split(calls, options.held_out, options.seed)
-    if not resume and not dry_run:
-        owned.discard(work, owned.BOUNDED)
-    base = anonymous()
-    speeds = speeds or measure_speeds(opened.folder, options.cast or opened.model.dtype, where)
-    limits = Limits(
-        memory=NO_LIMIT if memory_limit is None else memory_limit - base,
-        disk=_disk(work, disk_limit),
-        cache_memory=NO_LIMIT if cache_memory is None else cache_memory,
-    )
-    context = Context(opened, calls, options, identity, work, resume, where, limits, memory_limit, report, used, held)
-    stages = [context.stage(n) for n in range(len(options.stages))]
-    plans = [stage.plan(speeds) for stage in stages]
-    lines = [line for plan in plans for line in schedule_lines(plan, limits, base, speeds)]
-    for line in lines:
-        tell(line)
-    if dry_run:
-        return BoundedResult(plans, lines)
-    work.mkdir(parents=True, exist_ok=True)
-    write_json(work / RUN, _Run(identity=identity))
-    for stage, plan in zip(stages, plans, strict=True):
-        stage.run(plan.schedule)
-        if plan.stage == "depth":
-            context.fit_again()
-    opened.save()
-    run = _Run(
-        identity=identity,
-        ended=True,
-        stages=[stage.curves() for stage in stages],
-    )
-    curves = Losses(plan=identity.plan, calls=identity.calls, sequential=False, stages=run.stages)
-    curves.save(opened.folder / LOSSES)
-    write_json(work / RUN, run)
-    for path in work.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-    seconds = time.perf_counter() - began
-    return BoundedResult(plans, lines, tuple(run.stages), run.stopped(), opened.folder / LOSSES, seconds)
 
-
-def _check(options: BoundedOptions, device: torch.device) -> None:
-    for name in options.stages:
-        if name == "finetune":
+    def __init__(
+        self,
+        student: str | Path | StudentFolder,
+        calls: Calls,
+        config: TrainConfig | None = None,
+        limits: Limits | None = None,
+        *,
+        resume: bool = False,
+        device: str | torch.device = "cpu",
+        speeds: Speeds | None = None,
+    ) -> None:
+        self._began = time.perf_counter()
+        self._limits, self._speeds, self._resume = limits or Limits(), speeds, resume
+        self._config, self._device = (config or TrainConfig()).bounded(), torch.device(device)
+        check_here(self._config, self._device)
+        opened = student if isinstance(student, StudentFolder) else StudentFolder.open(student)
+        self._opened, self._calls = opened, calls
+        if calls.model and opened.model.plan.model and calls.model != opened.model.plan.model:
             raise PpclError(
-                "stage finetune trains a whole mixture; leave it out, or train without a memory limit"
+                f"{opened.folder}: the calls were recorded from another model; record calls of its teacher"
             )
-        if name not in STAGES:
-            raise PpclError(f"unknown stage {name!r}{near(name, STAGES)}: the stages are {', '.join(STAGES)}")
-    if not options.stages or [name for name in STAGES if name in options.stages] != list(options.stages):
-        raise PpclError(
-            f"stages {','.join(options.stages)} are out of order or repeated: keep to depth,width"
+        _check_kinds(opened.model.graph, calls)
+        self._identity = bounded_identity(opened, calls, self._config)
+        self._work = opened.folder / WORK
+        owned.check_no_link(self._work)
+        owned.check_replaceable(self._work, owned.BOUNDED)
+        check_places(opened.folder, None, None)
+        before = _before(self._work, self._identity, resume)
+        self.ended: BoundedResult | None = None
+        if before is not None and before.ended:
+            self.ended = BoundedResult(
+                (), (), tuple(before.stages), before.stopped(), opened.folder / LOSSES, 0.0
+            )
+
+    @cached_property
+    def schedules(self) -> list[StageSchedule]:
+        """What is going to be done, stage by stage.
+
+        Raises:
+            PpclError: a limit is too small; the line says by how much.
+        """
+        return [stage.plan(self._machine) for stage in self._stages]
+
+    @cached_property
+    def lines(self) -> list[str]:
+        """The schedules in words."""
+        how = self._context.capacity, self._base, self._machine
+        return [line for plan in self.schedules for line in schedule_lines(plan, *how)]
+
+    def run(self, report: Report = silent) -> BoundedResult:
+        """Train, tell `report` how far it is, and replace the students in the folder.
+
+        Raises:
+            PpclError: a limit is too small, the disk is full, or a call cannot be used.
+        """
+        if self.ended is not None:
+            return self.ended
+        context, work, opened = self._context, self._work, self._opened
+        context.report = report
+        schedules, lines = self.schedules, self.lines
+        if not self._resume:
+            owned.discard(work, owned.BOUNDED)
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(work / RUN, _Run(identity=self._identity))
+        for stage, plan in zip(self._stages, schedules, strict=True):
+            stage.run(plan.schedule)
+            if plan.stage == "depth":
+                context.fit_again()
+        opened.save()
+        run = _Run(identity=self._identity, ended=True, stages=[stage.curves() for stage in self._stages])
+        curves = Losses(plan=run.identity.plan, calls=run.identity.calls, sequential=False, stages=run.stages)
+        curves.save(opened.folder / LOSSES)
+        write_json(work / RUN, run)
+        for path in work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+        seconds = time.perf_counter() - self._began
+        return BoundedResult(
+            schedules, lines, tuple(run.stages), run.stopped(), opened.folder / LOSSES, seconds
         )
-    if len(options.steps) != len(options.stages) or min(options.steps) < 1:
-        raise PpclError(
-            f"steps {options.steps}: give one number above 0 for each of {','.join(options.stages)}"
+
+    @cached_property
+    def _base(self) -> int:
+        return anonymous()
+
+    @cached_property
+    def _machine(self) -> Speeds:
+        dtype = torch.bfloat16 if self._config.autocast else self._opened.model.dtype
+        return self._speeds or measure_speeds(self._opened.folder, dtype, self._device)
+
+    @cached_property
+    def _context(self) -> Context:
+        limits = self._limits
+        capacity = Capacity(
+            memory=NO_LIMIT if limits.memory is None else limits.memory - self._base,
+            disk=_disk(self._work, limits.disk),
+            cache_memory=NO_LIMIT if limits.cache_memory is None else limits.cache_memory,
         )
-    if options.weights.attention:
-        raise PpclError("the distillation graph compares no attention outputs: leave their weight at 0")
-    if options.weights.relative and options.batch > 1:
-        raise PpclError(
-            "the relative loss is a ratio over a whole batch, and here its calls come one by one: give batch 1"
-        )
-    if options.patience is not None and not options.held_out:
-        raise PpclError("training option patience: needs held-out calls to see a gain; give held_out a share")
-    if options.optimizer == "adamw8bit":
-        try_eight_bit(device)
+        used, held = split(self._calls, self._config.held_out, self._config.seed)
+        return Context(
+            self._opened, self._calls, self._config, self._identity, self._work, self._resume, self._device,
+            capacity, limits.memory, silent, used, held,
+        )  # fmt: skip
+
+    @cached_property
+    def _stages(self) -> list[Stage]:
+        return [self._context.stage(number) for number in range(len(self._config.stages))]
+
+
+def bounded_identity(opened: StudentFolder, calls: Calls, config: TrainConfig) -> Identity:
+    """Return what the run's checkpoints belong to: of the options those that such a run has."""
+    options = {
+        name: value for name, value in config.decisive().items() if name not in NOT_BOUNDED + UNUSED_BOUNDED
+    }
+    # Nothing but what is asked for is cast here, on any device.
+    options["autocast"] = "bfloat16" if config.autocast else None
+    return Identity(plan=plan_digest(opened.model.plan), calls=calls.fingerprint, options=options)
 
 
 def _check_kinds(graph: GraphModule, calls: Calls) -> None:

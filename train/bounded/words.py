@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ppcl_fx.memory import size_words
-from ppcl_fx.train.bounded.options import StageSchedule
-from ppcl_fx.train.bounded.schedule import Limits, Price, Schedule, Speeds
+from ppcl_fx.train.bounded.costs import Speeds
+from ppcl_fx.train.bounded.schedule import Capacity, Price, Schedule, StageSchedule
 
 _WAYS = {
     "cached": "the teacher runs once, and its states at the students' borders are cached",
@@ -13,12 +13,12 @@ _WAYS = {
 }
 
 
-def schedule_lines(stage: StageSchedule, limits: Limits, base: int, speeds: Speeds) -> list[str]:
+def schedule_lines(stage: StageSchedule, capacity: Capacity, base: int, speeds: Speeds) -> list[str]:
     """Return a stage's schedule in a few lines.
 
     Args:
         stage: the stage.
-        limits: what may be used.
+        capacity: what may be used.
         base: bytes that the process held before.
         speeds: what the estimate of the time rests on.
     """
@@ -30,9 +30,9 @@ def schedule_lines(stage: StageSchedule, limits: Limits, base: int, speeds: Spee
         f"stage {stage.stage}: {_count(len(stage.students), 'student')}, {stage.steps} steps, "
         f"{chosen.at_once} at a time",
         f"  {chosen.kind}: {_WAYS[chosen.kind]} ({_parts(chosen)})",
-        f"  memory: {size_words(base + price.memory)}{_of(base + limits.memory)}, "
+        f"  memory: {size_words(base + price.memory)}{_of(base + capacity.memory)}, "
         f"{size_words(price.cache_memory)} of it for the cache",
-        f"  disk: {size_words(chosen.disk)} of {size_words(limits.disk)}, {size_words(price.cache_disk)} of it for "
+        f"  disk: {size_words(chosen.disk)} of {size_words(capacity.disk)}, {size_words(price.cache_disk)} of it for "
         "the cache and the teacher's states",
         f"  work: {price.teacher_flops:.3g} FLOPs of the teacher, {price.training_flops:.3g} of the students",
         f"  time: about {duration(price.seconds)}, at {speeds.flops / 1e9:.0f} GFLOP/s and "

@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.model import STUDENTS
 from ppcl_fx.passes.streaming.runner import Streamer
 from ppcl_fx.train import StageCurves, train
-from ppcl_fx.train.bounded import problems
-from ppcl_fx.train.bounded.options import BoundedResult
 from ppcl_fx.train.bounded.student import Student
-from tests.train.bounded.test_trainer import _Killed, kill_at, run, save
+from ppcl_fx.train.bounded.trainer import BoundedResult
+from tests.train.bounded.test_trainer import _Killed, kill_at, prepared, run, save
 from tests.train.pluggable import build
 
 FIRST, SECOND = "depth:transformer_blocks.0-1", "depth:transformer_blocks.2-3"
@@ -79,7 +79,7 @@ def test_students_stop_as_in_the_ordinary_loop_and_cost_no_step_any_more(
     step = Student.step
 
     def counted(self: Student, batches: Any) -> float:
-        stepped.append(self.problem.title)
+        stepped.append(self.problem.edit)
         return step(self, batches)
 
     monkeypatch.setattr(Student, "step", counted)
@@ -100,11 +100,11 @@ def limits(ordinary: Ordinary, name: str) -> dict[str, Any]:
     """Return options under which both students train at a time, from a cache or with the teacher run at every step."""
     if name == "cached":
         return {"every": 2}
-    plan = run(ordinary.folder, ordinary.calls, steps=(8, 6), dry_run=True, **STOPPING).schedules[0]
+    plan = prepared(ordinary.folder, ordinary.calls, steps=(8, 6), **STOPPING).schedules[0]
     border = sum({name: size for cost in plan.costs for name, size in cost.border.items()}.values())
     # On disk no room for a cache or checkpoints, in memory room for a call to train on and two to evaluate on.
     disk = sum(2 * cost.weights for cost in plan.costs)
-    return {"disk_limit": disk, "cache_memory": int(3.25 * border), "every": 100}
+    return {"disk": disk, "cache_memory": int(3.25 * border), "every": 100}
 
 
 @pytest.mark.parametrize("name", ["cached", "recomputed"])
@@ -138,23 +138,6 @@ def test_a_killed_run_stops_the_same_students_at_the_same_steps(
     # The second student has stopped at step 4 and is finished; the first goes on from its checkpoint, or begins again.
     assert [path.name for path in (folder / "bounded" / "done").glob("*.json")] == ["depth-001.json"]
     ordinary.check(folder, run(folder, ordinary.calls, **options))
-
-
-def test_edits_of_one_problem_stop_one_by_one(
-    ordinary: Ordinary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Edits are one problem where their students share weights; here all of a stage are joined."""
-
-    def joined(_gm: Any, parts: Any) -> list[Any]:
-        return [([end for end, _ in parts], set().union(*(nodes for _, nodes in parts)))]
-
-    monkeypatch.setattr(problems, "_together", joined)
-    folder = ordinary.copy(tmp_path / "student")
-    how = {**STOPPING, "steps": (8, 6), "every": 5, "resume": True}
-    with pytest.raises(_Killed):
-        run(folder, ordinary.calls, report=kill_at("depth", 5), **how)
-    # In the checkpoint of step 5 one edit has stopped and the other has not.
-    ordinary.check(folder, run(folder, ordinary.calls, **how))
 
 
 @pytest.mark.parametrize(
@@ -194,9 +177,16 @@ def test_an_update_that_overflows_leaves_the_weights_of_the_beginning(
     """With a checkpoint due it is seen before it is saved, without one by the next step's loss."""
     folder = ordinary.copy(tmp_path / "student")
     before = load_file(folder / STUDENTS)
-    result = run(
-        folder, ordinary.calls, stages=("depth",), steps=(3,), batch=1, lr=1e39, warmup=0, every=every
-    )
+
+    def overflow(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].fill_(float("inf"))
+
+    hook = register_optimizer_step_post_hook(overflow)
+    try:
+        result = run(folder, ordinary.calls, stages=("depth",), steps=(3,), batch=1, every=every)
+    finally:
+        hook.remove()
     assert result.stopped is not None and set(result.stopped) == {FIRST, SECOND}
     expected = "step 1: the update left weights" if every == 1 else "step 2: the loss"
     assert all(reason.startswith(expected) for reason in result.stopped.values())

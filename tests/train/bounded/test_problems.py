@@ -7,7 +7,7 @@ import torch
 
 from ppcl_fx.passes.distil import train_only
 from ppcl_fx.train.bounded.problems import Problem, problems
-from ppcl_fx.train.losses import Weights
+from ppcl_fx.train.config import Weights
 from ppcl_fx.train.stages import Distillation
 from tests.train.pluggable import build
 
@@ -19,11 +19,11 @@ def found(kind: str, stage: str) -> tuple[dict[str, Problem], dict[str, torch.Si
     mine = problems(model, stage)
     shapes = {name: v.shape for name, v in values.items() if isinstance(v, torch.Tensor)}
     expected = Distillation(model, stage, Weights()).groups
-    assert {p for problem in mine for p in problem.edits} == set(expected)
+    assert [problem.edit for problem in mine] == list(expected)
     for problem in mine:
         trained = {id(problem.graph.get_parameter(name)) for name in problem.trained}
-        assert trained == {id(p) for edit in problem.edits for p in expected[edit]}
-    return {problem.title: problem for problem in mine}, shapes
+        assert trained == {id(p) for p in expected[problem.edit]}
+    return {problem.edit: problem for problem in mine}, shapes
 
 
 @pytest.mark.parametrize("kind", ["qwen", "flux", "sd3"])
@@ -33,7 +33,7 @@ def test_a_depth_student_caches_two_states_of_each_stream_and_little_else(kind: 
         assert not problem.frozen
         large = [name for name in problem.border if name in shapes and len(shapes[name]) == 3]
         # A single-stream block reads one joint state, and its two streams are split for the loss.
-        assert len(large) == (3 if "single" in problem.title else 4), problem.border
+        assert len(large) == (3 if "single" in problem.edit else 4), problem.border
 
 
 def test_a_width_edit_brings_the_teachers_layers_that_it_goes_through() -> None:

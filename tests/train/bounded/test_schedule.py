@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.bounded.costs import ProblemCost, TeacherCost, moment_bytes
-from ppcl_fx.train.bounded.schedule import CLEARLY, MARGIN, Limits, Schedule, Speeds, Work, plan_schedule
+from ppcl_fx.train.bounded.costs import ProblemCost, Speeds, TeacherCost, moment_bytes
+from ppcl_fx.train.bounded.schedule import CLEARLY, MARGIN, Capacity, Schedule, Work, plan_schedule
 
 MIB = 2**20
 BLOCKS = 12
@@ -36,7 +36,9 @@ def planned(memory: int, disk: int, speeds: Speeds = EVEN, **more: Any) -> Sched
     order = [(step % given["calls"],) for step in range(given["steps"])]
     work = Work(order, [1.0] * given["calls"])
     students = [student(number) for number in range(4)]
-    return plan_schedule(students, TEACHER, work, Limits(memory + MARGIN, disk), speeds, given["checkpoints"])
+    return plan_schedule(
+        students, TEACHER, work, Capacity(memory + MARGIN, disk), speeds, given["checkpoints"]
+    )
 
 
 def test_with_room_everything_is_cached_in_memory_and_trains_at_once() -> None:
@@ -86,7 +88,7 @@ def test_recomputing_wins_where_the_disk_is_slow() -> None:
 def test_the_caches_memory_can_be_bounded_by_itself() -> None:
     students = [student(number) for number in range(4)]
     work = Work([(0,), (1,)], [1.0, 1.0])
-    limits = Limits(1000 * MIB + MARGIN, 1000 * MIB, cache_memory=5 * MIB)
+    limits = Capacity(1000 * MIB + MARGIN, 1000 * MIB, cache_memory=5 * MIB)
     price = plan_schedule(students, TEACHER, work, limits, EVEN, 0).price
     assert price.cache_memory == 5 * MIB
     assert price.cache_disk == 2 * (15 * MIB + 4096) - 5 * MIB
@@ -109,7 +111,7 @@ def test_what_cannot_fit_is_refused_with_what_is_missing() -> None:
 def test_call_sizes_count() -> None:
     even = Work([(0,), (1,)], [1.0, 1.0])
     uneven = Work([(0,), (1,)], [1.0, 3.0])
-    limits = Limits(1000 * MIB + MARGIN, 1000 * MIB)
+    limits = Capacity(1000 * MIB + MARGIN, 1000 * MIB)
     prices = [plan_schedule([student(0)], TEACHER, work, limits, EVEN, 0).price for work in (even, uneven)]
     assert prices[1].training_flops == 2 * prices[0].training_flops
     assert prices[1].cache_memory == 2 * prices[0].cache_memory
@@ -122,7 +124,7 @@ def test_held_out_calls_are_cached_and_their_evaluations_priced() -> None:
     assert work.calls(0, 2) == [0, 1]
     assert work.calls(13, 15) == [5, 6, 8, 9]
     students = [student(number) for number in range(4)]
-    price = plan_schedule(students, TEACHER, work, Limits(1000 * MIB + MARGIN, 1000 * MIB), EVEN, 0).price
+    price = plan_schedule(students, TEACHER, work, Capacity(1000 * MIB + MARGIN, 1000 * MIB), EVEN, 0).price
     assert price.cache_memory == 10 * (15 * MIB + 4096)
     assert price.teacher_flops == 10 * BLOCKS * 1e9
     # A forward pass is a third of a step: two evaluations on two calls.

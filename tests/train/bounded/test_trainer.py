@@ -19,10 +19,10 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.model import STUDENTS
 from ppcl_fx.train import Losses, train
 from ppcl_fx.train.bounded import stage, teacher, trainer
-from ppcl_fx.train.bounded.options import BoundedOptions, BoundedResult
-from ppcl_fx.train.bounded.schedule import MARGIN, Speeds
-from ppcl_fx.train.bounded.trainer import train_bounded
-from ppcl_fx.train.options import TermWeights
+from ppcl_fx.train.bounded.costs import Speeds
+from ppcl_fx.train.bounded.schedule import MARGIN
+from ppcl_fx.train.bounded.trainer import BoundedResult, BoundedTraining
+from ppcl_fx.train.config import Limits, TrainConfig, Weights
 from tests.train.pluggable import build
 
 FAST_DISK = Speeds(flops=1e6, read=1e12, write=1e12)
@@ -41,12 +41,27 @@ def save(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> tuple[P
     return folder, calls
 
 
-def run(folder: Path, calls: Calls, **more: Any) -> BoundedResult:
-    own = {key: more.pop(key) for key in list(more) if key in BoundedOptions.model_fields}
-    given: dict[str, Any] = {"stages": tuple(STEPS), "steps": tuple(STEPS.values()), "lr": 3e-3, **own}
-    given["batch"] = own.get("batch", 2)
-    more = {"memory_limit": None, "speeds": FAST_DISK, **more}
-    return train_bounded(folder, calls, BoundedOptions(**given), **more)
+def prepared(folder: Path, calls: Calls, **more: Any) -> BoundedTraining:
+    """Return a training; limits and options by name, everything cached unless limits say otherwise."""
+    own = {key: more.pop(key) for key in list(more) if key in TrainConfig.model_fields}
+    limits = Limits(**{key: more.pop(key) for key in list(more) if key in Limits.model_fields})
+    config = TrainConfig(
+        **{"stages": tuple(STEPS), "steps": tuple(STEPS.values()), "lr": 3e-3, "batch": 2, **own}
+    )
+    return BoundedTraining(folder, calls, config, limits, **{"speeds": FAST_DISK, **more})
+
+
+def run(
+    folder: Path,
+    calls: Calls,
+    report: Callable[[int, int, str], None] = lambda *_: None,
+    tell: Callable[[str], None] = lambda line: None,
+    **more: Any,
+) -> BoundedResult:
+    training = prepared(folder, calls, **more)
+    for line in () if training.ended else training.lines:
+        tell(line)
+    return training.run(report)
 
 
 def curves(result: Any) -> dict[str, dict[str, list[float]]]:
@@ -124,11 +139,11 @@ def squeezed(name: str, straight: Straight, tight: Callable[[int], int]) -> dict
     if name == "cached":
         needs = [cost.held + cost.step for plan in straight.result.schedules for cost in plan.costs]
         needs += [p.teacher.block + max(p.teacher.states) for p in straight.result.schedules if p.teacher]
-        return {"memory_limit": tight(max(needs) + 10_000)}
+        return {"memory": tight(max(needs) + 10_000)}
     # The disk has room for one student's three checkpoints and no cache, the memory for the two calls of a step.
     disk = sum(2 * cost.weights for cost in depth.costs) + 3 * max(cost.saved for cost in depth.costs)
     border = max(sum(cost.border.values()) for cost in depth.costs)
-    return {"disk_limit": disk, "cache_memory": int(2.25 * border)}
+    return {"disk": disk, "cache_memory": int(2.25 * border)}
 
 
 class _Killed(Exception):
@@ -206,10 +221,9 @@ def test_a_damaged_cache_is_computed_again(
 def test_a_dry_run_tells_the_schedule_and_writes_nothing(saved: tuple[Path, Calls]) -> None:
     folder, calls = saved
     before = sorted(path.name for path in folder.rglob("*"))
-    told: list[str] = []
-    result = run(folder, calls, dry_run=True, tell=told.append, speeds=None, memory_limit=8 * 2**30)
+    training = prepared(folder, calls, speeds=None, memory=8 * 2**30)
+    told, plans = training.lines, training.schedules
     assert sorted(path.name for path in folder.rglob("*")) == before
-    assert told == list(result.lines) and not result.stages
     text = "\n".join(told)
     assert "stage depth: 2 students, 4 steps, 2 at a time" in text
     for part in (
@@ -221,7 +235,7 @@ def test_a_dry_run_tells_the_schedule_and_writes_nothing(saved: tuple[Path, Call
         "time: about",
     ):
         assert part in text
-    assert all(plan.schedule and plan.schedule.price.training_flops > 0 for plan in result.schedules)
+    assert all(plan.schedule and plan.schedule.price.training_flops > 0 for plan in plans)
 
 
 def test_bf16_students_train_float32_masters(tmp_path: Path) -> None:
@@ -259,10 +273,10 @@ def test_a_student_that_diverges_stops_and_the_others_go_on(
     [
         ({"stages": ("depth", "finetune"), "steps": (1, 1)}, "stage finetune trains a whole mixture"),
         ({"stages": ("widht",), "steps": (1,)}, "unknown stage 'widht' (did you mean 'width'?)"),
-        ({"steps": (1,)}, "give one number above 0 for each of depth,width"),
-        ({"weights": TermWeights(relative=0.5)}, "give batch 1"),
-        ({"memory_limit": MARGIN}, "--memory-limit: too small by"),
-        ({"disk_limit": 1000}, "--disk-limit 0.0 MiB: too small for this training; give at least"),
+        ({"steps": (1,)}, "2 stages but 1 numbers of steps"),
+        ({"weights": Weights(relative=0.5)}, "give batch 1"),
+        ({"memory": MARGIN}, "--memory-limit: too small by"),
+        ({"disk": 1000}, "--disk-limit 0.0 MiB: too small for this training; give at least"),
     ],
 )
 def test_what_cannot_be_done_is_refused(

@@ -1,19 +1,50 @@
-"""Where a training writes: what is there already is replaced only where a training wrote it."""
+"""What is looked at before a training begins: what its options need, and the places that it writes to."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+import torch
+
 from ppcl_fx import owned
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import check_writable
-from ppcl_fx.train.config import CONFIG
+from ppcl_fx.train.config import CONFIG, TrainConfig
 from ppcl_fx.train.curves import LOSSES
+from ppcl_fx.train.schedule import try_eight_bit
 from ppcl_fx.train.watch import EVENTS, LOG
 
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"
+
+
+def check_here(config: TrainConfig, device: torch.device) -> None:
+    """Refuse what is not installed or does not run on this device, and options that need others.
+
+    Raises:
+        PpclError: there is such a thing.
+    """
+    if config.optimizer == "adamw8bit":
+        try_eight_bit(device)
+    if config.patience is not None and not config.held_out:
+        raise PpclError("training option patience: needs held-out calls to see a gain; give held_out a share")
+    check_backend(config)
+
+
+def check_backend(config: TrainConfig) -> None:
+    """Raise `PpclError` where blocks are to be compiled and the backend is not here."""
+    if not config.compile:
+        return
+    from torch._dynamo import list_backends
+
+    backends = list_backends(None)
+    if config.compile_backend not in backends:
+        hint = near(config.compile_backend, backends)
+        raise PpclError(
+            f"training option compile_backend: no backend {config.compile_backend!r}{hint}; "
+            f"there are {', '.join(backends)}"
+        )
 
 
 def check_places(folder: Path, logs: Path | None, finetuned: str | None) -> None:
