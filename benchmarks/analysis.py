@@ -40,8 +40,9 @@ from benchmarks.clock import RESULTS, timed
 from ppcl_fx.calls import Calls
 from ppcl_fx.demo import SEED, Settings
 from ppcl_fx.files import write_json
-from ppcl_fx.passes.measure import SAMPLES, measure
+from ppcl_fx.passes.calibration import calibrate
 from ppcl_fx.passes.reservoir import ranks
+from ppcl_fx.passes.streaming.run_store import SAMPLES
 from ppcl_fx.redundancy import Matrix, Redundancy
 from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
@@ -51,7 +52,6 @@ STACK = "transformer_blocks"
 STREAMS = {"text": "encoder_hidden_states", "image": "hidden_states"}
 """Streams in the order in which a block returns them -> the argument by which a block takes them."""
 LEARNING_RATE = 1e-2
-RIDGE = 1e-6
 
 States = dict[str, list[list[Tensor]]]
 """Stream -> before the stack and after each block -> for each call ``[batch, tokens, channels]``."""
@@ -258,9 +258,9 @@ def without_states(obvious: dict[str, Any], calls: int, steps: int) -> dict[str,
 
 def solved_probes(gm: GraphModule, calls: Calls) -> dict[str, list[Tensor]]:
     """Return the weights of the probes that analysis solves."""
-    measured = measure(gm, calls)
+    found = calibrate(gm, calls)
     return {
-        site.stream: [probe.weight for probe in measured.probes(site, RIDGE, 0)] for site in measured.streams
+        site.stream: [probe.weight for probe in found.probes(site)] for site in found.streams
     }
 
 

@@ -35,7 +35,7 @@ from ppcl_fx.graphs import module_paths
 from ppcl_fx.passes.ffn import projector_path
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.rewrite import insert_edits
-from ppcl_fx.passes.watch import moved_to
+from ppcl_fx.passes.streaming.executor import moved_to
 from ppcl_fx.plan import Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.sites import ffn_sites, text_site

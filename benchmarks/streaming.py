@@ -38,12 +38,12 @@ from benchmarks.clock import RESULTS
 from benchmarks.trace import STACK
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.files import need_room, write_json
-from ppcl_fx.passes.measure import stream_sites
+from ppcl_fx.passes.analyze import analyze_streamed
 from ppcl_fx.passes.probes import NormalEquations
-from ppcl_fx.passes.streaming.analyze import analyze_streamed
+from ppcl_fx.passes.stream_sites import stream_sites
+from ppcl_fx.passes.streaming.executor import Executor, Residency
 from ppcl_fx.passes.streaming.footprint import state_budget
 from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
-from ppcl_fx.passes.streaming.runner import Streamer
 from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.plans import named
@@ -140,7 +140,8 @@ def forward(checkpoint: Checkpoint, recorded: Calls, work: Path, limit: int, sam
     """Run every call through the model, block by block, and nothing else."""
     gm = trace(checkpoint.model, recorded.examples())
     states = States(work / "states", state_budget(gm, recorded, (), limit), CPU)
-    runner = Streamer(gm, [], checkpoint.tensor, states, CPU)
+    residency = Residency(CPU, checkpoint.tensor, states, checkpoint.shards.close)
+    executor = Executor(gm, lambda _: [], residency)
     begin = time.perf_counter()
     finite = []
 
@@ -148,9 +149,8 @@ def forward(checkpoint: Checkpoint, recorded: Calls, work: Path, limit: int, sam
         if result is not None:
             finite.append(bool(result[0].isfinite().all()))
 
-    for number in range(len(runner.segments)):
-        runner.run_segment(number, recorded, end=look)
-        checkpoint.shards.close()
+    for sweep in executor.sweeps:
+        executor.run(sweep, (call.kwargs for call in recorded), end=look)
     assert finite == [True] * len(recorded)
     return {"seconds": round(time.perf_counter() - begin, 1), "states_bytes": states.peak}
 

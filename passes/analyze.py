@@ -1,32 +1,42 @@
-"""All analysis passes over one measurement: from a traced model and recorded calls to a `Redundancy`."""
+"""Analysis: from a traced model, or from weights on disk, and recorded calls to a `Redundancy`."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import GraphModule
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.files import need_room
 from ppcl_fx.graphs import descendants
 from ppcl_fx.passes import contract
-from ppcl_fx.passes.ffn_fit import RIDGE as FFN_RIDGE
+from ppcl_fx.passes.calibration import Calibration, Progress, Report, calibrate, check_request, silent
 from ppcl_fx.passes.ffn_fit import FfnFits
 from ppcl_fx.passes.intervals import CandidateIntervals, algorithm_1, shifted
-from ppcl_fx.passes.measure import MEMORY, SAMPLES, Measurement, Progress, StreamSite, measure, stream_sites
 from ppcl_fx.passes.probes import LinearProbes
 from ppcl_fx.passes.savings import block_parameters, block_savings, parameters
 from ppcl_fx.passes.similarity import Similarity
+from ppcl_fx.passes.stream_sites import StreamSite, stream_sites
+from ppcl_fx.passes.streaming.executor import Residency
+from ppcl_fx.passes.streaming.footprint import state_budget
+from ppcl_fx.passes.streaming.run_store import MEMORY, SAMPLES, Identity, RunStore, Settings
+from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.passes.text_similarity import TextSimilarity
 from ppcl_fx.redundancy import BlockSavings, Redundancy, StackAnalysis, StreamCurves
 from ppcl_fx.sites import ffn_sites
 from ppcl_fx.stacks import Stack, stacks
+from ppcl_fx.tracing import trace
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
+    from ppcl_fx.skeleton import Checkpoint
 
+OTHER = "the calls were recorded from another model; record calls of this one"
 _log = logging.getLogger("ppcl_fx")
 
 
@@ -61,33 +71,117 @@ def analyze(
         PpclError: no stack of blocks, no such stream, no calls or too few (half a token a channel), or NaN in
             calls or weights.
     """
-    check_stream(gm, stream)
+    check_stream(stream_sites(gm), stream)
     traced = gm.meta.get("ppcl", {}).get("model")
     if traced and calls.model and traced != calls.model:
-        raise PpclError("the calls were recorded from another model; record calls of this one")
-    measured = measure(gm, calls, max_samples=max_samples, memory=memory, progress=progress)
-    return conclude(measured, calls, ridge=ridge, refine_steps=refine_steps, stream=stream)
+        raise PpclError(OTHER)
+    settings = Settings(samples=max_samples, memory=memory, ridge=ridge, refine_steps=refine_steps)
+    return conclude(calibrate(gm, calls, settings, progress=progress), calls, stream)
 
 
-def conclude(
-    measured: Measurement, calls: Calls, *, ridge: float, refine_steps: int, stream: str
+def analyze_streamed(
+    checkpoint: Checkpoint,
+    calls: Calls,
+    work: str | Path,
+    *,
+    memory_limit: int | None = None,
+    ridge: float = 1e-6,
+    refine_steps: int = 0,
+    stream: str = "image",
+    report: Report = silent,
+    max_samples: int = SAMPLES,
+    memory: int = MEMORY,
+    device: str | torch.device = "cpu",
+    keep_work: bool = False,
 ) -> Redundancy:
-    """Run all analysis passes over one measurement; the arguments are those of `analyze`.
+    """Do what `analyze` does with the weights left on disk: all calls go through one block, then the next.
+
+    Probes, kept activations and results go to `work`; a run that was killed goes on from there, with the same result.
+    `work` is removed at the end.
+
+    Args:
+        checkpoint: the teacher, from `ppcl_fx.sources.Source.checkpoint`.
+        calls: recorded calls of it.
+        work: a folder for what does not stay in memory; on a disk with room.
+        memory_limit: bytes that this process may hold (memory-mapped weights, which the system takes back when it
+            needs to, do not count). What does not fit goes to `work`. None for no limit.
+        ridge: as in `analyze`.
+        refine_steps: as in `analyze`.
+        stream: as in `analyze`.
+        report: told how far it is.
+        max_samples: as in `analyze`.
+        memory: bytes of activations kept for CKA, here on disk.
+        device: where to compute.
+        keep_work: leave `work` as it is: for a caller that writes the result down before it removes it.
 
     Raises:
-        PpclError: a probe or a curve cannot be computed from the measurement.
+        PpclError: as `analyze`; and the limit or the disk is too small, or `work` holds something else.
     """
-    gm = measured.gm
-    few = [words for words in map(measured.few, measured.streams) if words]
+    settings = Settings(samples=max_samples, memory=memory, ridge=ridge, refine_steps=refine_steps)
+    work, where = Path(work), torch.device(device)
+    calibration = calibration_on_disk(checkpoint, calls, work, settings, memory_limit, stream, where, report)
+    found = conclude(calibration.run(), calls, stream)
+    if not keep_work:
+        owned.discard(work, owned.ANALYSING)
+    return found
+
+
+def calibration_on_disk(
+    checkpoint: Checkpoint,
+    calls: Calls,
+    work: Path,
+    settings: Settings,
+    memory_limit: int | None,
+    stream: str,
+    device: torch.device,
+    report: Report,
+) -> Calibration:
+    """Return the calibration of `analyze_streamed`, ready to go on; the arguments are its own."""
+    check_request(calls, settings.samples)
+    owned.check_replaceable(work, owned.ANALYSING)
+    if calls.model and calls.model != checkpoint.fingerprint:
+        raise PpclError(OTHER)
+    gm = trace(checkpoint.model, calls.examples())
+    gm.meta["ppcl"]["model"] = checkpoint.fingerprint
+    sites = stream_sites(gm)
+    check_stream(sites, stream)
+    budget = 2**62 if memory_limit is None else state_budget(gm, calls, sites, memory_limit)
+    dtype = str(checkpoint.dtype).removeprefix("torch.")
+    made_of = {"model": checkpoint.fingerprint, "calls": calls.fingerprint, "dtype": dtype}
+    need_room(work, _on_disk(sites, settings.memory))
+    store = RunStore(work, Identity(**settings.model_dump(), **made_of))
+    values = States(work / "states", budget, device)
+    residency = Residency(device, checkpoint.tensor, values, checkpoint.shards.close)
+    return Calibration(gm, calls, settings, residency, store, report)
+
+
+def _on_disk(sites: Sequence[StreamSite], kept: int) -> int:
+    """Return the bytes of probes, and of the activations of at least one sample."""
+    total = 0
+    for site in sites:
+        value = site.outputs[0].meta["val"]
+        total += len(site.outputs) * int(value.shape[-1]) ** 2 * 4
+        total += min(kept, (len(site.outputs) + 1) * value[0].nbytes)
+    return total
+
+
+def conclude(calibration: Calibration, calls: Calls, stream: str) -> Redundancy:
+    """Run all analysis passes over one calibration.
+
+    Raises:
+        PpclError: a probe or a curve cannot be computed from it.
+    """
+    gm = calibration.gm
+    few = [words for words in map(calibration.few, calibration.streams) if words]
     for words in few:
         _log.warning("%s", words)
     with torch.no_grad():
         passes = [
-            LinearProbes(measured, ridge, refine_steps),
-            Similarity(measured, ridge, refine_steps),
+            LinearProbes(calibration),
+            Similarity(calibration),
             CandidateIntervals(),
-            TextSimilarity(measured),
-            FfnFits(measured, FFN_RIDGE),
+            TextSimilarity(calibration),
+            FfnFits(calibration),
         ]
         contract.run(passes, gm)
     found = stacks(gm)
@@ -96,29 +190,24 @@ def conclude(
         model=calls.model,
         calls=calls.fingerprint,
         teacher_params=parameters(gm),
-        calls_used=measured.calls_used,
-        samples_used=measured.samples_used,
-        held_out=measured.held_out,
+        calls_used=calibration.calls_used,
+        samples_used=calibration.samples_used,
+        held_out=calibration.held_out,
         few=few,
         stream=stream,
-        stacks=[_stack_analysis(gm, stack, measured.streams, savings[stack.name]) for stack in found],
+        stacks=[_stack_analysis(gm, stack, calibration.streams, savings[stack.name]) for stack in found],
     )
 
 
-def check_stream(gm: GraphModule, stream: str) -> None:
+def check_stream(sites: Sequence[StreamSite], stream: str) -> None:
     """Raise `PpclError` where a stack has several streams and none is called `stream`."""
-    _check_stream(stream_sites(gm), stream)
-
-
-def _check_stream(sites: Sequence[StreamSite], stream: str) -> None:
     by_stack: dict[str, list[str]] = {}
     for site in sites:
         by_stack.setdefault(site.stack.name, []).append(site.stream)
     for stack, names in by_stack.items():
         if len(names) > 1 and stream not in names:
             raise PpclError(
-                f"stack {stack} has no stream {stream!r}{near(stream, names)}; "
-                f"its streams are {', '.join(names)}"
+                f"stack {stack} has no stream {stream!r}{near(stream, names)}; its streams are {', '.join(names)}"
             )
 
 
@@ -136,9 +225,7 @@ def _stack_analysis(
         block_params=[block_parameters(gm, block) for block in stack.blocks],
         streams={site.stream: _stream_curves(site) for site in own},
         text_similarity=(
-            [node.meta["ppcl"]["text_similarity"] for node in text.outputs]
-            if text
-            else [None] * len(stack.blocks)
+            [node.meta["ppcl"]["text_similarity"] for node in text.outputs] if text else [None] * len(stack.blocks)
         ),
         ffn=[site.after.meta["ppcl"]["ffn"] for block in stack.blocks for site in ffn_sites(gm, block)],
         savings=savings,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -81,17 +81,12 @@ class CurveSums:
                     self.gap.add(u, k, gap)
             tick(len(live))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums and counts in use, by name: what is written to them counts."""
+        averages = {"cka": self.surrogate, "gap": self.gap, "heat": self.heat}
+        parts = ("sum", "count")
+        return {f"{name}.{part}": t for name, a in averages.items() for part, t in zip(parts, a.tensors(), strict=True)}
+
     def curves(self) -> Curves:
         """The means over all samples so far."""
         return Curves(self.surrogate.matrix(), self.gap.matrix(), self.heat.matrix())
-
-
-def curves(samples: Iterator[list[Tensor]], probes: Sequence[Projector]) -> Curves:
-    """Curves of one stream of one stack, averaged over samples.
-
-    `samples` yields batches: one tensor ``[B, T, D]`` for each block's output.
-    """
-    sums = CurveSums(len(probes))
-    for outputs in samples:
-        sums.add(outputs, probes)
-    return sums.curves()

@@ -10,9 +10,7 @@ from torch.fx import GraphModule
 from ppcl_fx.passes.contract import Pass, Result
 
 if TYPE_CHECKING:
-    from ppcl_fx.passes.measure import Measurement
-
-RIDGE = 1e-6
+    from ppcl_fx.passes.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -24,20 +22,19 @@ class FfnFits(Pass):
     the states after it, real and projected, on the held-out tokens.
     """
 
-    measured: Measurement
-    ridge: float = RIDGE
+    calibration: Calibration
 
     name: ClassVar[str] = "ffn-fit"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
 
     def requires(self, gm: GraphModule) -> None:
         """Raises `PpclError` if the measurements are of another graph."""
-        self.measured.require(gm)
+        self.calibration.require(gm)
 
     def apply(self, gm: GraphModule) -> Result:
         from ppcl_fx.redundancy import FfnFit
 
-        for (block, site), found in zip(self.measured.ffn, self.measured.ffn_fits(self.ridge), strict=True):
+        for (block, site), found in zip(self.calibration.ffn, self.calibration.ffn_fits(), strict=True):
             fit = FfnFit(block=block.index, stream=site.stream, error=found.error, similarity=found.cosine)
             site.after.meta.setdefault("ppcl", {})["ffn"] = fit
         return Result(gm, modified=False)

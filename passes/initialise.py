@@ -1,23 +1,25 @@
-"""Projectors start from least squares: one pass over recorded calls, streamed normal equations (Eq. 1 with a bias)."""
+"""Projectors start from least squares: one run on recorded calls, normal equations (Eq. 1 with a bias)."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.files import read_safetensors, write_safetensors
+from ppcl_fx.passes.calibration import Report
 from ppcl_fx.passes.held_out import enough
 from ppcl_fx.passes.probes import NormalEquations, Projector
-from ppcl_fx.passes.streaming.cuts import closure, reads
+from ppcl_fx.passes.streaming.executor import Executor, Residency
+from ppcl_fx.passes.streaming.partition import Watch
 from ppcl_fx.passes.switches import host, is_switch, student_end
-from ppcl_fx.passes.watch import Watch, Watcher
-from ppcl_fx.tracing import graph_for
 
 RIDGE = 1e-4
 _log = logging.getLogger("ppcl_fx")
@@ -68,48 +70,102 @@ def fit_projectors(
         calls: keyword arguments of recorded calls of the teacher.
         in_students: fit only the projectors in depth edits' students, which another training of the student has made
             stale.
-        device: where to compute; what is needed is moved there and stays. Where it is if left out.
+        device: where to compute; where the graph is if left out.
 
     Returns:
-        The module paths of the projectors that were fitted.
+        The module paths of the projectors: of those that were fitted, and of those that stay as they are for want of
+        tokens.
 
     Raises:
         PpclError: the calls hold NaN, do not fit the graph, or are too few for a first fit.
     """
-    sites = [site for site in projector_sites(gm) if site.in_student or not in_students]
-    if not sites:
-        return []
-    sums = {site.path: NormalEquations(bias=True) for site in sites}
-    watchers: dict[GraphModule, Watcher] = {}
-    count = 0
-    for kwargs in calls:
-        graph = graph_for(gm, kwargs)
-        if graph not in watchers:
-            watchers[graph] = _watcher(graph, sums, device)
-        watchers[graph].watch(kwargs)
-        count += 1
-    fitted = {path: solved(path, equations, count, in_students) for path, equations in sums.items()}
-    for path, projector in fitted.items():
+    residency = Residency(device) if device is not None else Residency.of(gm)
+    found = dict(_fitted(gm, calls, residency, in_students))
+    for path, projector in found.items():
         linear = gm.get_submodule(path)
         assert isinstance(linear, nn.Linear)
         if projector is not None and projector.bias is not None:
             with torch.no_grad():
                 linear.weight.copy_(projector.weight)
                 linear.bias.copy_(projector.bias)
-    return list(sums)
+    return list(found)
 
 
-def _watcher(gm: GraphModule, sums: Mapping[str, NormalEquations], device: torch.device | None) -> Watcher:
-    """Return what runs the part of a graph that some projectors need, and adds to their sums."""
-    sites = [site for site in projector_sites(gm) if site.path in sums]
-    part, mine = _part(gm, [node for site in sites for node in site.nodes])
-    sites = [ProjectorSite(s.path, tuple(mine[node] for node in s.nodes), s.in_student) for s in sites]
-    if device is not None:
-        part.to(device)
-    return Watcher(part, [site.watch(sums[site.path]) for site in sites])
+def fit_on_disk(
+    gm: GraphModule,
+    calls: Iterable[Mapping[str, Any]],
+    count: int,
+    residency: Residency,
+    work: Path,
+    report: Report,
+    in_students: bool = False,
+) -> dict[str, Tensor]:
+    """Fit projectors as `fit_projectors` does, with one block's weights in memory at a time.
+
+    Args:
+        gm: the pluggable graph, its parameters on the meta device.
+        calls: keyword arguments of recorded calls of the teacher.
+        count: how many these are.
+        residency: where weights come from, and what keeps the calls' values between two blocks.
+        work: a folder for what does not stay in memory.
+        report: told how far it is.
+        in_students: fit only the projectors in depth edits' students.
+
+    Returns:
+        The fitted weights and biases by parameter name, memory-mapped.
+
+    Raises:
+        PpclError: the disk is full, or as `fit_projectors`.
+    """
+
+    def shown(sweep: int, sweeps: int, call: int) -> None:
+        report(sweep * count + call + 1, sweeps * count, "fitting projectors")
+
+    fitted: dict[str, Tensor] = {}
+    for path, projector in _fitted(gm, calls, residency, in_students, shown):
+        if projector is not None and projector.bias is not None:
+            file = work / f"{path}.safetensors"
+            write_safetensors(file, {f"{path}.weight": projector.weight, f"{path}.bias": projector.bias})
+            fitted |= read_safetensors(file)
+    return fitted
 
 
-def solved(path: str, sums: NormalEquations, calls: int, in_students: bool) -> Projector | None:
+def _fitted(
+    gm: GraphModule,
+    calls: Iterable[Mapping[str, Any]],
+    residency: Residency,
+    in_students: bool,
+    shown: Callable[[int, int, int], None] = lambda sweep, sweeps, call: None,
+) -> Iterator[tuple[str, Projector | None]]:
+    """Run what the projectors need, and give the map of each as soon as its sums are there; None for what stays."""
+    sums = {s.path: NormalEquations(bias=True) for s in projector_sites(gm) if s.in_student or not in_students}
+    if not sums:
+        return
+    paths: dict[Watch, str] = {}
+
+    def watches(graph: GraphModule) -> list[Watch]:
+        mine = {site.watch(sums[site.path]): site.path for site in projector_sites(graph) if site.path in sums}
+        paths.update(mine)
+        return list(mine)
+
+    executor = Executor(gm, watches, residency, partial=True)
+    count = 0
+    for number, sweep in enumerate(sweeps := executor.sweeps):
+
+        def end(call: int, result: Any, number: int = number) -> None:
+            nonlocal count
+            count = max(count, call + 1)
+            shown(number, len(sweeps), call)
+
+        executor.run(sweep, calls, end=end)
+        for segment in executor.segments[sweep.start : sweep.stop]:
+            for watch in (watch for watches in segment.due.values() for watch in watches):
+                equations = sums[paths[watch]]
+                yield paths[watch], _solved(paths[watch], equations, count, in_students)
+                equations.clear()
+
+
+def _solved(path: str, sums: NormalEquations, calls: int, in_students: bool) -> Projector | None:
     """Return the map of a projector; None for one that is to be fitted again and stays as it is, for want of tokens.
 
     Raises:
@@ -140,21 +196,3 @@ def projector_sites(gm: GraphModule) -> list[ProjectorSite]:
                 nodes = (node.args[0], user.args[0], *(student_end(gm, user) or ()))
                 found.append(ProjectorSite(str(node.target), nodes, bool(host(gm, user))))
     return found
-
-
-def _part(gm: GraphModule, nodes: Iterable[Node]) -> tuple[GraphModule, dict[Node, Node]]:
-    """Return the part of a pluggable graph, every switch at its teacher, that gives some nodes' values.
-
-    Returns:
-        The part, over the same modules; and node of the whole -> node of the part.
-    """
-    needed = closure(gm, list(nodes))
-    graph = Graph(tracer_cls=None)
-    mine: dict[Node, Node] = {}
-    for node in gm.graph.nodes:
-        if node in needed:
-            mine[node] = mine[reads(node)[0]] if is_switch(node) else graph.node_copy(node, mine.__getitem__)
-    graph.output(None)
-    part = GraphModule(gm, graph, class_name="Projected")
-    part.meta = dict(gm.meta)
-    return part, mine

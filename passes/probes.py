@@ -16,7 +16,7 @@ from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.normal_sums import ROWS, Dots, Singular, Solution, Sums, Tokens, ridge_of
 
 if TYPE_CHECKING:
-    from ppcl_fx.passes.measure import Measurement
+    from ppcl_fx.passes.calibration import Calibration
 
 WIDE = 2048
 """Above this many channels sums are made and kept in float32: sixty blocks of width 3072 in float64 take 20
@@ -66,9 +66,7 @@ class NormalEquations:
         if x.ndim == y.ndim and len(x) == 1:
             x = x.expand(len(y), *x.shape[1:])  # one text for all samples, which goes into the first block as one
         if x.shape != y.shape:
-            raise RuntimeError(
-                f"a residual map needs equal shapes, got {tuple(x.shape)} and {tuple(y.shape)}"
-            )
+            raise RuntimeError(f"a residual map needs equal shapes, got {tuple(x.shape)} and {tuple(y.shape)}")
         rows, targets = (value.detach().reshape(-1, value.shape[-1]) for value in (x, y))
         self._known = None
         self._width = rows.shape[1]
@@ -76,9 +74,7 @@ class NormalEquations:
         energies = self._energies(rows, targets)
         # One NaN anywhere makes a sum NaN, so the sums check every value.
         if not energies.isfinite().all():
-            raise PpclError(
-                "activations hold NaN or infinity; check the model's weights and the recorded calls"
-            )
+            raise PpclError("activations hold NaN or infinity; check the model's weights and the recorded calls")
         inputs, outputs, residual, inner = energies.tolist()
         self._inputs += inputs
         self._target += outputs
@@ -161,9 +157,7 @@ class NormalEquations:
         dot = self._inputs + self._inner + dots.inputs + dots.cross
         made = self._inputs + 2 * dots.inputs + dots.gram
         if made <= 0.0 or self._target <= 0.0:
-            raise PpclError(
-                "block outputs are all zero, so their similarity is undefined; check the model's weights"
-            )
+            raise PpclError("block outputs are all zero, so their similarity is undefined; check the model's weights")
         return min(1.0, dot / math.sqrt(made * self._target))
 
     def _solve(self, ridge: float, refine_steps: int) -> Solution:
@@ -220,26 +214,24 @@ class NormalEquations:
 
 @dataclass(frozen=True)
 class LinearProbes(Pass):
-    """Solve the probe of every block and stream, and write its relative fit to the block's output nodes.
+    """Write the relative fit of every block's and stream's solved probe to the block's output nodes.
 
     Annotates ``node.meta["ppcl"]`` with ``fit`` (Eq. 2 relative to the block's own change) and ``energy`` (the mean
     squared length of a token of the block's output).
     """
 
-    measured: Measurement
-    ridge: float = 1e-6
-    refine_steps: int = 0
+    calibration: Calibration
 
     name: ClassVar[str] = "linear-probes"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
 
     def requires(self, gm: GraphModule) -> None:
         """Raises `PpclError` if the measurements are of another graph."""
-        self.measured.require(gm)
+        self.calibration.require(gm)
 
     def apply(self, gm: GraphModule) -> Result:
-        for site in self.measured.streams:
-            fits = self.measured.fits(site, self.ridge, self.refine_steps)
-            for node, fit, energy in zip(site.outputs, fits, self.measured.energies(site), strict=True):
+        for site in self.calibration.streams:
+            fits = self.calibration.fits(site)
+            for node, fit, energy in zip(site.outputs, fits, self.calibration.energies(site), strict=True):
                 node.meta.setdefault("ppcl", {}).update(fit=fit, energy=energy)
         return Result(gm, modified=False)

@@ -13,7 +13,7 @@ from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.redundancy import Matrix
 
 if TYPE_CHECKING:
-    from ppcl_fx.passes.measure import Measurement
+    from ppcl_fx.passes.calibration import Calibration
 
 
 TOKENS = 256
@@ -132,29 +132,22 @@ class Similarity(Pass):
     stack's blocks (`ppcl_fx.redundancy.StreamCurves` says what they hold).
     """
 
-    measured: Measurement
-    ridge: float = 1e-6
-    refine_steps: int = 0
+    calibration: Calibration
 
     name: ClassVar[str] = "similarity"
     kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
 
     def requires(self, gm: GraphModule) -> None:
         """Raises `PpclError` if the measurements are of another graph."""
-        self.measured.require(gm)
+        self.calibration.require(gm)
 
     def apply(self, gm: GraphModule) -> Result:
         from ppcl_fx.passes.intervals import first_difference
 
-        for site in self.measured.streams:
-            found = self.measured.curves(site, self.ridge, self.refine_steps)
+        for site in self.calibration.streams:
+            found = self.calibration.curves(site)
             delta = first_difference(found.cka)
             for u, node in enumerate(site.outputs):
-                rows = {
-                    "cka": found.cka[u],
-                    "delta": delta[u],
-                    "gap": found.gap[u],
-                    "similarity": found.similarity[u],
-                }
+                rows = {"cka": found.cka[u], "delta": delta[u], "gap": found.gap[u], "similarity": found.similarity[u]}
                 node.meta.setdefault("ppcl", {}).update(rows)
         return Result(gm, modified=False)

@@ -12,7 +12,7 @@ from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.similarity import cka, represent
 
 if TYPE_CHECKING:
-    from ppcl_fx.passes.measure import Measurement
+    from ppcl_fx.passes.calibration import Calibration
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class TextSimilarity(Pass):
     stack without a stream of this name is left alone.
     """
 
-    measured: Measurement
+    calibration: Calibration
     stream: str = "text"
 
     name: ClassVar[str] = "text-similarity"
@@ -33,15 +33,15 @@ class TextSimilarity(Pass):
 
     def requires(self, gm: GraphModule) -> None:
         """Raises `PpclError` if the measurements are of another graph."""
-        self.measured.require(gm)
+        self.calibration.require(gm)
 
     def apply(self, gm: GraphModule) -> Result:
-        for site in self.measured.streams:
+        for site in self.calibration.streams:
             if site.stream != self.stream:
                 continue
             sums = torch.zeros(len(site.outputs), dtype=torch.float64)
             counts = torch.zeros(len(site.outputs), dtype=torch.int64)
-            for states in self.measured.batches(site):
+            for states in self.calibration.batches(site):
                 before = represent(states[0])
                 for position in range(len(site.outputs)):
                     after = represent(states[position + 1])

@@ -178,14 +178,14 @@ def test_a_killed_analysis_goes_on(folder: Path, program: Program, tmp_path: Pat
     ]
     slow = (
         "import sys, time\n"
-        "from ppcl_fx.passes.streaming import measure as streamed\n"
-        "streamed.CHECKPOINT_SECONDS = 0.0\n"
-        "from ppcl_fx.passes.streaming.ledger import Ledger\n"
-        "finish = Ledger.finish\n"
+        "from ppcl_fx.passes import calibration\n"
+        "calibration.CHECKPOINT_SECONDS = 0.0\n"
+        "from ppcl_fx.passes.streaming.run_store import RunStore\n"
+        "finish = RunStore.finish\n"
         "def slowly(self, cut):\n"
         "    finish(self, cut)\n"
         "    time.sleep(1e9 if cut == 3 else 0)\n"
-        "Ledger.finish = slowly\n"
+        "RunStore.finish = slowly\n"
         "from ppcl_fx.cli.app import main\n"
         "main(sys.argv[1:])\n"
     )

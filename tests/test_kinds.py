@@ -17,7 +17,7 @@ from ppcl_fx.examples import build_call, describe
 from ppcl_fx.export import export
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.kinds import Examples, kind_of, ones_in
-from ppcl_fx.passes.streaming.analyze import analyze_streamed
+from ppcl_fx.passes.analyze import analyze_streamed
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import bind, trace

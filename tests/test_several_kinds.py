@@ -18,7 +18,7 @@ from ppcl_fx.export import export
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.kinds import ones_in
 from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.streaming.analyze import analyze_streamed
+from ppcl_fx.passes.analyze import analyze_streamed
 from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.sources import open_source

@@ -12,10 +12,10 @@ from torch.fx import GraphModule, Node
 from ppcl_fx.errors import PpclError
 from ppcl_fx.graphs import attribute
 from ppcl_fx.memory import anonymous, size_words
-from ppcl_fx.passes.measure import StreamSite
 from ppcl_fx.passes.probes import WIDE
 from ppcl_fx.passes.reservoir import CHUNK_BYTES
-from ppcl_fx.passes.streaming.cuts import Segment, cut
+from ppcl_fx.passes.stream_sites import StreamSite
+from ppcl_fx.passes.streaming.partition import Segment, cut
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Call

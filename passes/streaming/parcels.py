@@ -35,9 +35,7 @@ class Parcel:
     def nbytes(self) -> int:
         """Bytes of memory that the pieces hold on to."""
         return sum(
-            {
-                piece.untyped_storage().data_ptr(): piece.untyped_storage().nbytes() for piece in self.memory
-            }.values()
+            {piece.untyped_storage().data_ptr(): piece.untyped_storage().nbytes() for piece in self.memory}.values()
         )
 
     def write(self, path: Path) -> None:
@@ -136,9 +134,7 @@ def _spec(value: Any, places: dict[int, tuple[int, int]]) -> Any:
     if type(value) is dict:
         return {"dict": [[_spec(key, places), _spec(item, places)] for key, item in value.items()]}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        raise RuntimeError(
-            f"a {type(value).__name__} crosses two blocks; give it a form of its own in parcels.py"
-        )
+        raise RuntimeError(f"a {type(value).__name__} crosses two blocks; give it a form of its own in parcels.py")
     raise RuntimeError(f"a {type(value).__name__} crosses two blocks, and parcels.py has no form for it")
 
 

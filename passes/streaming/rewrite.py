@@ -17,10 +17,12 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.files import need_room, new_folder, write_json
 from ppcl_fx.long_files import Form, form_bytes, write_long
 from ppcl_fx.model import STUDENTS, TEACHER, PluggableModel
+from ppcl_fx.passes.calibration import Report, silent
+from ppcl_fx.passes.initialise import fit_on_disk
 from ppcl_fx.passes.rewrite import check_made_for, insert_edits
-from ppcl_fx.passes.streaming.fit import fit_streamed
+from ppcl_fx.passes.streaming.executor import Residency
 from ppcl_fx.passes.streaming.footprint import state_budget
-from ppcl_fx.passes.streaming.measure import Report, silent
+from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.shards import INDEX, ONE_FILE, Shards
 from ppcl_fx.tracing import trace
 
@@ -90,12 +92,12 @@ def rewrite_streamed(
             _copy(source, target)
         fitted: Mapping[str, Tensor] = {}
         if fit:
-            (beside / SCRATCH).mkdir()
-            read = reader(graph, checkpoint)
+            scratch, where = beside / SCRATCH, torch.device(device)
+            scratch.mkdir()
             room = 2**62 if memory_limit is None else state_budget(graph, calls, (), memory_limit)
-            fitted = fit_streamed(
-                graph, calls, read, beside / SCRATCH, room, checkpoint.shards.close, report, device
-            )
+            values = States(scratch, room, where)
+            residency = Residency(where, reader(graph, checkpoint), values, checkpoint.shards.close)
+            fitted = fit_on_disk(graph, (c.kwargs for c in calls), len(calls), residency, scratch, report)
         write_students(graph, checkpoint, beside / STUDENTS, fitted, report)
         shutil.rmtree(beside / SCRATCH, ignore_errors=True)
     return model
@@ -111,11 +113,7 @@ def student_forms(graph: GraphModule) -> dict[str, Form]:
 
 
 def write_students(
-    graph: GraphModule,
-    checkpoint: Checkpoint,
-    path: Path,
-    fitted: Mapping[str, Tensor],
-    report: Report = silent,
+    graph: GraphModule, checkpoint: Checkpoint, path: Path, fitted: Mapping[str, Tensor], report: Report = silent
 ) -> None:
     """Write the students' weights: the teacher's own by the mapping of names, and projectors fitted or zero.
 
@@ -145,9 +143,7 @@ def write_students(
 
 def reader(graph: GraphModule, checkpoint: Checkpoint) -> Callable[[str], Tensor]:
     """Return what gives the tensors of a pluggable graph by name: a student's are those of the block it began as."""
-    teachers = {
-        new: old for old, new in graph.meta["ppcl"].get("names", {}).items() if new.startswith("students.")
-    }
+    teachers = {new: old for old, new in graph.meta["ppcl"].get("names", {}).items() if new.startswith("students.")}
     return lambda name: checkpoint.tensor(teachers.get(name, name))
 
 
@@ -175,6 +171,4 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise PpclError(
-            f"{target.name}: cannot be written ({reason}); make room, or choose another place"
-        ) from error
+        raise PpclError(f"{target.name}: cannot be written ({reason}); make room, or choose another place") from error

@@ -108,7 +108,7 @@ def analyze(
     if calls is not None and limit is not None:
         recorded = open_calls(calls, terminal).calls
         checkpoint = open_checkpoint(model, terminal, {calls: recorded.model})
-        from ppcl_fx.passes.streaming.analyze import analyze_streamed
+        from ppcl_fx.passes.analyze import analyze_streamed
 
         with terminal.step("analysing") as progress:
             analysis = analyze_streamed(

@@ -118,7 +118,7 @@ def with_rows(gm: GraphModule, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def graph_for(gm: GraphModule, kwargs: Mapping[str, Any]) -> GraphModule:
     """Return the graph that takes calls of a kind: a trace, or a pluggable graph, may have several."""
-    kinds = gm.meta["ppcl"].get("kinds")
+    kinds = gm.meta.get("ppcl", {}).get("kinds")
     found = kinds.get(kind_of(kwargs), gm) if kinds else gm
     assert isinstance(found, GraphModule)
     return found

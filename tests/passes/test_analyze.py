@@ -18,18 +18,20 @@ from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.held_out import hold_out
 from ppcl_fx.passes.analyze import analyze
+from ppcl_fx.passes.calibration import calibrate
 from ppcl_fx.passes.ffn_fit import FfnFits
 from ppcl_fx.passes.held_out import SHARE
 from ppcl_fx.passes.intervals import CandidateIntervals
-from ppcl_fx.passes.measure import measure
 from ppcl_fx.passes.probes import LinearProbes
-from ppcl_fx.passes.reservoir import Reservoir, ranks
+from ppcl_fx.passes.reservoir import Reservoir
 from ppcl_fx.passes.rewrite import count
 from ppcl_fx.passes.savings import saved
 from ppcl_fx.passes.select import select, uniform
 from ppcl_fx.passes.similarity import Similarity, linear_cka
+from ppcl_fx.passes.streaming.executor import Executor
+from ppcl_fx.passes.streaming.partition import Watch
+from ppcl_fx.passes.streaming.run_store import Settings
 from ppcl_fx.passes.text_similarity import TextSimilarity
-from ppcl_fx.passes.watch import Watch, Watcher
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.redundancy import Interval, Redundancy
 from ppcl_fx.sites import ffn_sites
@@ -93,7 +95,7 @@ def test_watching_leaves_the_result_to_the_bit_and_sees_every_value(tiny: tuple[
     ]
     for call in (kwargs, models.other_kwargs(model)):
         seen.clear()
-        result = Watcher(gm, watches).watch(call)
+        result = Executor(gm, lambda _: watches).result(call)
         with torch.no_grad():
             assert torch.equal(result[0], model(**call)[0])
         eager = _eager_outputs(model, call, "transformer_blocks")[: len(found.blocks)]
@@ -110,13 +112,16 @@ def test_watching_leaves_the_result_to_the_bit_and_sees_every_value(tiny: tuple[
 def test_watched_values_are_freed_after_their_last_watch(tiny_qwen: tuple[nn.Module, Kwargs]) -> None:
     gm = trace(*tiny_qwen)
     nodes = [block.outputs["image"] for block in stacks(gm)[0].blocks]
-    watcher: Watcher
+    executor: Executor
     held: list[int] = []
-    watches = [
-        Watch((a, b), lambda *_: held.append(len(watcher._held))) for a, b in itertools.pairwise(nodes)
-    ]
-    watcher = Watcher(gm, watches)
-    watcher.watch(tiny_qwen[1])
+
+    def count(*_: Any) -> None:
+        (run,) = executor._runs.values()
+        held.append(sum(node in run.env for node in nodes))
+
+    watches = [Watch(pair, count) for pair in itertools.pairwise(nodes)]
+    executor = Executor(gm, lambda _: watches)
+    executor.result(tiny_qwen[1])
     assert held == [2] * len(watches)
 
 
@@ -124,7 +129,7 @@ def test_a_call_of_another_kind_is_refused(tiny_qwen: tuple[nn.Module, Kwargs]) 
     model, kwargs = tiny_qwen
     calls = Calls([_call({**kwargs, "encoder_hidden_states_mask": torch.ones(2, 5, dtype=torch.bool)}, 0)])
     with pytest.raises(GuardError, match="encoder_hidden_states_mask"):
-        measure(trace(model, kwargs), calls)
+        calibrate(trace(model, kwargs), calls)
 
 
 def test_probe_fit_and_curves_are_those_of_the_eager_model(tiny_qwen: tuple[nn.Module, Kwargs]) -> None:
@@ -132,11 +137,11 @@ def test_probe_fit_and_curves_are_those_of_the_eager_model(tiny_qwen: tuple[nn.M
     model, kwargs = tiny_qwen
     gm = trace(model, kwargs)
     calls = _calls(model, kwargs)
-    measured = measure(gm, calls)
-    assert len(measured.kept) == 2 + 3 + 2 + 3
-    LinearProbes(measured, ridge=1e-5)(gm)
-    Similarity(measured, ridge=1e-5)(gm)
-    TextSimilarity(measured)(gm)
+    calibration = calibrate(gm, calls, Settings(ridge=1e-5))
+    assert calibration.samples_used == 2 + 3 + 2 + 3
+    LinearProbes(calibration)(gm)
+    Similarity(calibration)(gm)
+    TextSimilarity(calibration)(gm)
     CandidateIntervals()(gm)
     outputs = [_eager_outputs(model, call.kwargs, "transformer_blocks") for call in calls]
     blocks = stacks(gm)[0].blocks
@@ -183,9 +188,9 @@ def test_ffn_fit_is_that_of_plain_least_squares(tiny_qwen: tuple[nn.Module, Kwar
     calls = _calls(model, kwargs)
     site = ffn_sites(gm, stacks(gm)[0].blocks[2])[0]
     pairs: list[tuple[Tensor, ...]] = []
-    watcher = Watcher(gm, [Watch((site.before, site.after), lambda *values: pairs.append(values))])
-    for call in calls:
-        watcher.watch(call.kwargs)
+    watches = [Watch((site.before, site.after), lambda *values: pairs.append(values))]
+    executor = Executor(gm, lambda _: watches)
+    executor.run(*executor.sweeps, (call.kwargs for call in calls))
     (held,) = hold_out(calls, SHARE, 0)
     apart = pairs.pop(held)
 
@@ -197,7 +202,7 @@ def test_ffn_fit_is_that_of_plain_least_squares(tiny_qwen: tuple[nn.Module, Kwar
     solution = torch.linalg.lstsq(rows, y - x).solution
     x, y, rows = given([apart])
     made = x + rows @ solution
-    FfnFits(measure(gm, calls), ridge=1e-6)(gm)
+    FfnFits(calibrate(gm, calls))(gm)
     fit = site.after.meta["ppcl"]["ffn"]
     assert (fit.block, fit.stream) == (2, site.stream)
     assert fit.error == pytest.approx(float((made - y).square().sum() / (y - x).square().sum()), rel=1e-2)
@@ -220,9 +225,9 @@ def test_passes_annotate_and_change_nothing(tiny_qwen: tuple[nn.Module, Kwargs])
 
 def test_measurements_of_another_graph_are_refused(tiny_qwen: tuple[nn.Module, Kwargs]) -> None:
     model, kwargs = tiny_qwen
-    measured = measure(trace(model, kwargs), _calls(model, kwargs))
+    calibration = calibrate(trace(model, kwargs), _calls(model, kwargs))
     other = trace(model, kwargs)
-    for one in (LinearProbes(measured), Similarity(measured), TextSimilarity(measured), FfnFits(measured)):
+    for one in (pass_(calibration) for pass_ in (LinearProbes, Similarity, TextSimilarity, FfnFits)):
         with pytest.raises(PpclError, match="another graph"):
             one.requires(other)
     with pytest.raises(PpclError, match="run Similarity first"):
@@ -308,32 +313,28 @@ def test_bad_requests_are_refused(tiny_qwen: tuple[nn.Module, Kwargs]) -> None:
 
 
 def test_reservoir_is_bounded_and_does_not_depend_on_memory_for_its_order() -> None:
-    def fill(samples: int, memory: int) -> list[float]:
+    def fill(samples: int, memory: int) -> list[tuple[int, int]]:
         kept = Reservoir(samples, memory)
         for call in range(20):
-            for row, rank in enumerate(ranks(call, 4)):
-                kept.add(rank, {("s", "image"): [torch.full((2, 3), float(10 * call + row))]})
-        return sorted(
-            float(t[0][0, 0])
-            for batch in kept.batches(("s", "image"), torch.device("cpu"))
-            for t in [*batch[0][:, None]]
-        )
+            kept.note(call, 4, 24)
+        return kept.kept()
 
     five = fill(5, 10**6)
-    assert len(five) == 5 and five == fill(5, 10**6)
+    assert len(five) == 5 and five == fill(5, 10**6) == sorted(five)
     assert len(fill(80, 10**6)) == 80
     # 24 bytes a sample: three fit, and they are three of the five.
     assert len(fill(5, 3 * 24)) == 3 and set(fill(5, 3 * 24)) < set(five)
     assert len(fill(5, 1)) == 1
-    assert max(five) > 100  # late calls have their chance
+    assert max(five)[0] > 10  # late calls have their chance
 
 
-def test_reservoir_batches_samples_of_one_shape() -> None:
-    kept = Reservoir(10, 10**6)
-    for position, tokens in enumerate([4, 6, 4]):
-        kept.add(position / 10, {("s", "image"): [torch.zeros(tokens, 3), torch.ones(tokens, 3)]})
-    shapes = [[tuple(t.shape) for t in batch] for batch in kept.batches(("s", "image"), torch.device("cpu"))]
-    assert shapes == [[(2, 4, 3)] * 2, [(1, 6, 3)] * 2]
+def test_samples_of_one_shape_are_batched(tiny_qwen: tuple[nn.Module, Kwargs]) -> None:
+    model, kwargs = tiny_qwen
+    calibration = calibrate(trace(model, kwargs), _calls(model, kwargs))
+    site = calibration.streams[0]
+    tokens = {len(kwargs["hidden_states"][0]): 4, len(models.other_kwargs(model)["hidden_states"][0]): 6}
+    shapes = [[(len(t), t.shape[1]) for t in batch] for batch in calibration.batches(site)]
+    assert shapes == [[(number, size)] * (len(site.outputs) + 1) for size, number in tokens.items()]
 
 
 def test_graph_modules_without_our_trace_can_be_watched() -> None:
@@ -341,7 +342,7 @@ def test_graph_modules_without_our_trace_can_be_watched() -> None:
     linear = next(iter(gm.graph.find_nodes(op="call_module", target="0")))
     seen: list[Tensor] = []
     x = torch.ones(1, 2)
-    result = Watcher(gm, [Watch((linear,), seen.append)]).watch({"input": x})
+    result = Executor(gm, lambda _: [Watch((linear,), seen.append)]).result({"input": x})
     assert torch.equal(result, seen[0].relu())
     with pytest.raises(PpclError, match="lacks the argument 'input'"):
-        Watcher(gm, []).watch({})
+        Executor(gm, lambda _: []).result({})

@@ -17,12 +17,12 @@ from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.held_out import hold_out
+from ppcl_fx.passes.analyze import analyze_streamed
 from ppcl_fx.passes.held_out import ENOUGH, Division, HeldOutFit
 from ppcl_fx.passes.initialise import fit_projectors, projector_sites
 from ppcl_fx.passes.probes import NormalEquations
 from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.passes.streaming.analyze import analyze_streamed
-from ppcl_fx.passes.streaming.runner import Streamer
+from ppcl_fx.passes.streaming.executor import Executor
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.redundancy import Redundancy
 from ppcl_fx.report import write_report
@@ -171,13 +171,13 @@ def test_the_streamed_analysis_refuses_after_the_first_block(tmp_path: Path, mon
     calls = recorded(model, 2)
     model.save_pretrained(tmp_path / "model")  # type: ignore[operator]
     ran: list[int] = []
-    run_segment = Streamer.run_segment
+    run_sweep = Executor.run
 
-    def counted(self: Streamer, number: int, *args: Any, **more: Any) -> None:
-        ran.append(number)
-        run_segment(self, number, *args, **more)
+    def counted(self: Executor, sweep: range, *args: Any, **more: Any) -> None:
+        ran.extend(sweep)
+        run_sweep(self, sweep, *args, **more)
 
-    monkeypatch.setattr(Streamer, "run_segment", counted)
+    monkeypatch.setattr(Executor, "run", counted)
     with pytest.raises(PpclError, match="record 18 calls like these"):
         analyze_streamed(open_source(str(tmp_path / "model")).checkpoint(), calls, tmp_path / "work")
     assert ran == [0, 1]

@@ -13,10 +13,11 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.distil import train_only
-from ppcl_fx.passes.initialise import projector_sites
-from ppcl_fx.passes.streaming.cuts import cut
-from ppcl_fx.passes.streaming.fit import fit_streamed
+from ppcl_fx.passes.initialise import fit_on_disk, projector_sites
+from ppcl_fx.passes.streaming.executor import Residency
 from ppcl_fx.passes.streaming.footprint import block_bytes, elements
+from ppcl_fx.passes.streaming.partition import cut
+from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.train import checkpoints
 from ppcl_fx.train.bounded.cache import Cache
 from ppcl_fx.train.bounded.costs import ProblemCost, Speeds, TeacherCost, problem_cost, teacher_cost
@@ -32,7 +33,7 @@ from ppcl_fx.train.bounded.schedule import (
     plan_schedule,
 )
 from ppcl_fx.train.bounded.student import Part, Student
-from ppcl_fx.train.bounded.teacher import Prepared, Report, Route, Teacher, states_room
+from ppcl_fx.train.bounded.teacher import Report, Route, Teacher, prepared, states_room
 from ppcl_fx.train.checkpoints import Identity
 from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.curves import StageCurves
@@ -80,23 +81,22 @@ class Context:
             return
         found = load_finished(done, FITTED) if self.resume else None
         if found is None:
-            calls = Prepared(opened.model.graph, self.batches(1), self.used)
+            gm, work = opened.model.graph, self.work / FITTED
             scale = max(elements(self.calls[i].kwargs) for i in self.used) / max(1, opened.traced_size)
-            fitted = fit_streamed(
-                opened.model.graph,
-                calls,
-                opened.read,
-                self.work / FITTED,
-                states_room(self.memory_limit, block_bytes(opened.model.graph, scale)),
-                opened.release,
+            values = States(work, states_room(self.memory_limit, block_bytes(gm, scale)), self.device)
+            fitted = fit_on_disk(
+                gm,
+                prepared(gm, self.batches(1), self.used),
+                len(self.used),
+                Residency(self.device, opened.read, values, opened.release),
+                work,
                 lambda done, total, label="": self.report(done, total, label),
-                self.device,
                 in_students=True,
             )
             dtype = opened.model.dtype
             fitted = {name: tensor.to(dtype) for name, tensor in fitted.items()}
             save_finished(done, FITTED, fitted, StageCurves(name="depth", label="depth"))
-            shutil.rmtree(self.work / FITTED, ignore_errors=True)
+            shutil.rmtree(work, ignore_errors=True)
             found = load_finished(done, FITTED)
         if found is None:
             raise PpclError(f"{done}: {FITTED} was damaged after it was written; resume to mend it")

@@ -6,19 +6,17 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ppcl_fx.calls import Call
 from ppcl_fx.memory import anonymous
-from ppcl_fx.passes.streaming.cuts import closure, parts
-from ppcl_fx.passes.streaming.runner import Read, Streamer
+from ppcl_fx.passes.streaming.executor import Executor, Read, Residency
+from ppcl_fx.passes.streaming.partition import Watch, closure, parts
 from ppcl_fx.passes.streaming.states import States
-from ppcl_fx.passes.watch import Watch
 from ppcl_fx.tracing import with_rows
 from ppcl_fx.train.bounded.cache import Cache, Damaged
 from ppcl_fx.train.bounded.problems import Problem
@@ -102,7 +100,7 @@ class Teacher:
         report: Report,
     ) -> None:
         self._route, self._batches, self._cache = route, batches, cache
-        self._release, self._work, self._room, self._report = release, work, room, report
+        self._work, self._room, self._report = work, room, report
         self._states = States(work, 0, device)
         self._call = -1
         self._wanted: set[str] = set()
@@ -110,7 +108,8 @@ class Teacher:
         self.passes = 0
         """Runs of the teacher so far."""
         watches = [Watch(nodes, self._keeper(name)) for name, nodes in route.bundles.items()]
-        self._runner = Streamer(route.gm, watches, read, self._states, device, skip=route.skip)
+        residency = Residency(device, read, self._states, release)
+        self._executor = Executor(route.gm, lambda gm: watches, residency, partial=True)
 
     def narrow(self, problems: Sequence[Problem]) -> None:
         """From now on give the borders of these problems alone: the teacher runs no further than the last of them."""
@@ -138,11 +137,9 @@ class Teacher:
             def end(position: int, _result: Any, number: int = number) -> None:
                 self._report(number * len(missing) + position + 1, total, "running the teacher")
 
-            # Later segments take the calls' states, and of the calls only their number.
-            given = Prepared(self._route.gm, self._batches, missing if number == 0 else missing[:1] * len(missing))
-            self._runner.run_segment(number, given, begin=begin, end=end)
+            given = prepared(self._route.gm, self._batches, missing)
+            self._executor.run(range(number, number + 1), given, begin, end)
             self._states.forget_all_but(number + 1)
-            self._release()
         # States of the last segment are nobody's input.
         shutil.rmtree(self._work, ignore_errors=True)
 
@@ -174,28 +171,6 @@ def states_room(limit: int | None, block: int, aside: int = 0) -> int:
     return 2**62 if limit is None else max(0, limit - anonymous() - block - aside)
 
 
-class Prepared(Sequence[Call]):
-    """Calls in the model's dtype, each made when it is asked for."""
-
-    def __init__(self, gm: GraphModule, batches: Batches, positions: Sequence[int]) -> None:
-        self._gm, self._batches, self._positions = gm, batches, positions
-        self._last: tuple[int, Call] | None = None
-
-    def __len__(self) -> int:
-        return len(self._positions)
-
-    @overload
-    def __getitem__(self, index: int) -> Call: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Call]: ...
-    def __getitem__(self, index: int | slice) -> Call | Sequence[Call]:
-        if isinstance(index, slice):
-            return Prepared(self._gm, self._batches, self._positions[index])
-        position = self._positions[index]
-        if self._last is None or self._last[0] != position:
-            kwargs = with_rows(self._gm, self._batches.one(position))
-            self._last = (position, Call(kwargs, (), 0.0, position, 1))
-        return self._last[1]
-
-    def __iter__(self) -> Iterator[Call]:
-        return (self[index] for index in range(len(self)))
+def prepared(gm: GraphModule, batches: Batches, positions: Sequence[int]) -> Iterator[Mapping[str, Any]]:
+    """Return the keyword arguments of calls in the model's dtype, each made when it is asked for."""
+    return (with_rows(gm, batches.one(position)) for position in positions)

@@ -14,12 +14,14 @@ from torch import nn
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.passes.analyze import analyze
-from ppcl_fx.passes.reservoir import Choice, Reservoir, ranks
-from ppcl_fx.passes.streaming import analyze as stream_analyze
-from ppcl_fx.passes.streaming.analyze import analyze_streamed
+from ppcl_fx.passes import analyze as analysis
+from ppcl_fx.passes import calibration
+from ppcl_fx.passes.analyze import analyze, analyze_streamed
+from ppcl_fx.passes.calibration import Calibration, silent
+from ppcl_fx.passes.reservoir import Reservoir, ranks
+from ppcl_fx.passes.streaming.executor import Executor, Residency
 from ppcl_fx.passes.streaming.parcels import Parcel, pack, unpack
-from ppcl_fx.passes.streaming.runner import Streamer
+from ppcl_fx.passes.streaming.run_store import Settings
 from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.redundancy import Redundancy
 from ppcl_fx.skeleton import Checkpoint
@@ -59,6 +61,11 @@ def checkpoint(folder: Path, dtype: torch.dtype | None = None) -> Checkpoint:
     return open_source(str(folder)).checkpoint(dtype)
 
 
+def begun(teacher: Checkpoint, calls: Calls, work: Path, samples: int) -> Calibration:
+    settings = Settings(samples=samples, memory=2**32)
+    return analysis.calibration_on_disk(teacher, calls, work, settings, None, "image", CPU, silent)
+
+
 def numbers(value: Any) -> list[float]:
     """Every number of an analysis, in order."""
     if isinstance(value, bool) or value is None or isinstance(value, str):
@@ -81,12 +88,13 @@ def test_a_streamed_run_computes_what_the_model_computes(
     model, calls = teacher(name)
     mine = checkpoint(folders[name])
     gm = trace(mine.model, calls.examples())
-    runner = Streamer(gm, [], mine.tensor, States(tmp_path, budget, CPU), CPU)
+    executor = Executor(gm, lambda _: [], Residency(CPU, mine.tensor, States(tmp_path, budget, CPU)))
     results: dict[int, Any] = {}
-    for number in range(len(runner.segments)):
-        runner.run_segment(number, calls, end=lambda call, result: results.update({call: result}))
+    for sweep in executor.sweeps:
+        arguments = (call.kwargs for call in calls)
+        executor.run(sweep, arguments, end=lambda call, result: results.update({call: result}))
         assert all(parameter.is_meta for parameter in gm.parameters())
-    assert len(runner.segments) == 1 + len(gm.meta["ppcl"]["blocks"])
+    assert len(executor.sweeps) == 1 + len(gm.meta["ppcl"]["blocks"])
     for position, call in enumerate(calls):
         with torch.no_grad():
             assert torch.equal(results[position][0], model(**call.kwargs)[0])
@@ -119,7 +127,7 @@ def test_values_that_do_not_fit_are_spilled(folders: dict[str, Path], tmp_path: 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(States, "spilled", note)
-        patch.setattr(stream_analyze, "state_budget", lambda *args: 3000)
+        patch.setattr(analysis, "state_budget", lambda *args: 3000)
         found = analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "work", memory_limit=1)
     assert spilled == [True] * 6
     assert alike(found, analyze(trace(model, calls.examples()), calls))
@@ -128,14 +136,13 @@ def test_values_that_do_not_fit_are_spilled(folders: dict[str, Path], tmp_path: 
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
 @pytest.mark.parametrize("stop", [1, 3, 7])
 def test_a_killed_run_goes_on_where_it_was(
-    stop: int, seconds: float, folders: dict[str, Path], tmp_path: Path
+    stop: int, seconds: float, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, calls = teacher("qwen")
-    options = (None, (1e-6, 0), "image", stream_analyze.silent, (5, 2**32), "cpu", seconds)
-    first = stream_analyze._measurement(checkpoint(folders["qwen"]), calls, tmp_path / "work", *options)
-    first.run(stop)
-    again = stream_analyze._measurement(checkpoint(folders["qwen"]), calls, tmp_path / "work", *options)
-    assert again.ledger.cut == (stop if seconds == 0.0 or stop == 7 else 0)
+    monkeypatch.setattr(calibration, "CHECKPOINT_SECONDS", seconds)
+    begun(checkpoint(folders["qwen"]), calls, tmp_path / "work", samples=5).run(stop)
+    again = begun(checkpoint(folders["qwen"]), calls, tmp_path / "work", samples=5)
+    assert again.store.cut == (stop if seconds == 0.0 or stop == 7 else 0)
     steps: list[int] = []
     found = analyze_streamed(
         checkpoint(folders["qwen"]),
@@ -169,23 +176,25 @@ def test_killed_while_the_curves_are_made(
         if path.parent.name == "curves" and written.count(path.name) == 1:
             raise Killed
 
-    from ppcl_fx.passes.streaming import measure as streamed
+    from ppcl_fx.passes.streaming import run_store
 
-    write = streamed.write_safetensors
-    monkeypatch.setattr(streamed, "write_safetensors", die)
+    write = run_store.write_safetensors
+    monkeypatch.setattr(run_store, "write_safetensors", die)
     for _ in range(2):
         with pytest.raises(Killed):
             analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "work")
     assert analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "work") == whole
 
 
-def test_another_analysis_is_not_gone_on_with(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_another_analysis_is_not_gone_on_with(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, calls = teacher("qwen")
-    options = ((1e-6, 0), "image", stream_analyze.silent)
+    monkeypatch.setattr(calibration, "CHECKPOINT_SECONDS", 0.0)
     mine = checkpoint(folders["qwen"])
-    stream_analyze._measurement(mine, calls, tmp_path, None, *options, (5, 2**32), "cpu", 0.0).run(2)
+    begun(mine, calls, tmp_path, samples=5).run(2)
     with pytest.raises(PpclError, match=r"unfinished analysis of another samples \(5, here 6\)"):
-        stream_analyze._measurement(mine, calls, tmp_path, None, *options, (6, 2**32), "cpu")
+        begun(mine, calls, tmp_path, samples=6)
 
 
 def test_a_limit_that_is_too_small_says_what_is_needed(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -219,23 +228,36 @@ def test_nan_is_refused_and_names_no_result(folders: dict[str, Path], tmp_path: 
         )
 
 
-def test_the_choice_is_the_reservoirs_and_never_smaller_with_part_of_the_sizes() -> None:
+def by_hand(samples: int, memory: int, sizes: dict[tuple[int, int], int]) -> list[tuple[int, int]]:
+    """What a reservoir keeps: the samples come one after the other, and the highest ranks go until the rest fits."""
+    rank = {(call, row): ranks(call, 4)[row] for call, row in sizes}
+    kept: list[tuple[int, int]] = []
+    ceiling = 1.0
+    for sample in sizes:
+        if rank[sample] >= ceiling:
+            continue
+        kept.append(sample)
+        while len(kept) > 1 and (len(kept) > samples or sum(sizes[one] for one in kept) > memory):
+            worst = max(kept, key=lambda one: rank[one])
+            kept.remove(worst)
+            ceiling = rank[worst]
+    return kept
+
+
+def test_the_choice_is_a_reservoirs_and_never_smaller_with_part_of_the_sizes() -> None:
     for samples, memory in ((5, 10**6), (80, 700), (80, 1), (1, 10**6)):
-        reservoir, choice, part = Reservoir(samples, memory), Choice(samples, memory), Choice(samples, memory)
+        whole, part, mixed = (Reservoir(samples, memory) for _ in range(3))
+        sizes = {(call, row): 15 + 7 * (call % 3) for call in range(20) for row in range(4)}
         for call in range(20):
-            size = 10 + 7 * (call % 3)
-            for row, rank in enumerate(ranks(call, 4)):
-                states = {("s", "image"): [torch.zeros(size, dtype=torch.uint8)]}
-                reservoir.add(rank, states | {("s", "text"): [torch.full((5,), row, dtype=torch.uint8)]})
-            choice.note(call, 4, size)
-            part.note(call, 4, size)
+            part.note(call, 4, 10 + 7 * (call % 3))
+            whole.note(call, 4, 10 + 7 * (call % 3))
+            # As where a call goes through all stacks before the next.
+            mixed.note(call, 4, 10 + 7 * (call % 3))
+            mixed.note(call, 4, 5)
         for call in range(20):
-            choice.note(call, 4, 5)
-        assert len(choice.kept()) == len(reservoir)
-        assert set(choice.kept()) <= set(part.kept())
-        assert [row for _, row in choice.kept()] == [
-            int(entry["s", "text"][0][0]) for entry in reservoir.entries()
-        ]
+            whole.note(call, 4, 5)
+        assert whole.kept() == mixed.kept() == by_hand(samples, memory, sizes)
+        assert set(whole.kept()) <= set(part.kept())
 
 
 def test_parcels_keep_values_and_what_they_share(tmp_path: Path) -> None:

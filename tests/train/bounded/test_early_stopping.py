@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.model import STUDENTS
-from ppcl_fx.passes.streaming.runner import Streamer
+from ppcl_fx.passes.streaming.executor import Executor
 from ppcl_fx.train import StageCurves, train
 from ppcl_fx.train.bounded.student import Student
 from ppcl_fx.train.bounded.trainer import BoundedResult
@@ -112,13 +112,13 @@ def test_a_killed_run_stops_the_same_students_at_the_same_steps(
     name: str, ordinary: Ordinary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     last = [0]
-    run_segment = Streamer.run_segment
+    run_sweep = Executor.run
 
-    def counted(self: Any, number: int, *args: Any, **more: Any) -> Any:
-        last[-1] = max(last[-1], number)
-        return run_segment(self, number, *args, **more)
+    def counted(self: Any, sweep: range, *args: Any, **more: Any) -> Any:
+        last[-1] = max(last[-1], sweep.start)
+        return run_sweep(self, sweep, *args, **more)
 
-    monkeypatch.setattr(Streamer, "run_segment", counted)
+    monkeypatch.setattr(Executor, "run", counted)
 
     kill = kill_at("depth", 5)
 

@@ -1,18 +1,26 @@
-"""Cutting a graph in segments, from each block's first node to the next block's: what one block's weights can run."""
+"""The partition of a graph at its blocks: into segments to run one after the other, and into modules of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.passes.split_module import split_module
 
 from ppcl_fx.graphs import attribute
 from ppcl_fx.passes.liveness import owner
 from ppcl_fx.passes.switches import is_switch
-from ppcl_fx.passes.watch import Watch
 from ppcl_fx.tracing.guards import guards
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """Calls `observer(*values)` with the values of `nodes` as soon as the last of them is known."""
+
+    nodes: tuple[Node, ...]
+    observer: Callable[..., None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,19 +46,30 @@ class Segment:
     due: dict[Node, tuple[Watch, ...]]
 
 
-def parts(nodes: Sequence[Node]) -> dict[Node, int]:
-    """Return the number of the segment that each node is in; `nodes` are in order.
+def parts(nodes: Iterable[Node], between: bool = False) -> dict[Node, int]:
+    """Return the number of the part that each node is in, from 0; `nodes` are in order.
 
-    Blocks are cut along the order of the nodes: what stands between two blocks goes with the first of them.
+    Blocks are cut along the order of the nodes, since a projector may stand between a block's nodes.
+
+    Args:
+        nodes: the nodes.
+        between: let what stands between two blocks be a part of its own; else it goes with the first of them.
     """
-    number, current = 0, ""
+    number, current = 0, None if between else ""
     part: dict[Node, int] = {}
     for node in nodes:
         block = owner(node)
-        if block and block != current:
-            number, current = number + 1, block
+        if block != current and (block or between):
+            number, current = number + (current is not None), block
         part[node] = number
     return part
+
+
+def segmented(gm: GraphModule) -> GraphModule:
+    """Return a graph whose parts are modules, one from each block's first node to the next block's; parameters are
+    shared."""
+    part = parts(gm.graph.nodes)
+    return split_module(gm, gm, lambda node: part[node])
 
 
 def reads(node: Node) -> list[Node]:
@@ -70,9 +89,7 @@ def closure(gm: GraphModule, nodes: Sequence[Node]) -> set[Node]:
     todo = list(nodes)
     checks = set(guards(gm))
     writers = [
-        node
-        for node in gm.graph.nodes
-        if node.op == "call_function" and node.is_impure() and node not in checks
+        node for node in gm.graph.nodes if node.op == "call_function" and node.is_impure() and node not in checks
     ]
     while todo:
         while todo:
@@ -80,9 +97,7 @@ def closure(gm: GraphModule, nodes: Sequence[Node]) -> set[Node]:
             if node not in needed:
                 needed.add(node)
                 todo.extend(reads(node))
-        todo = [
-            n for n in writers if n not in needed and n.all_input_nodes and n.all_input_nodes[0] in needed
-        ]
+        todo = [n for n in writers if n not in needed and n.all_input_nodes and n.all_input_nodes[0] in needed]
     needed |= {node for node in gm.graph.nodes if node.op == "placeholder"}
     for check in checks:
         if all(_settled(node, needed) for node in check.all_input_nodes):
@@ -125,9 +140,9 @@ def cut(
     segments = []
     for number in range(max(part.values()) + 1):
         inside = [node for node in nodes if part[node] == number and node.op != "get_attr"]
-        constants = dict.fromkeys(n for node in inside for n in reads(node) if n.op == "get_attr")
-        constants.update(dict.fromkeys(n for node in inside for w in due.get(node, ()) for n in w.nodes
-                                       if n.op == "get_attr"))  # fmt: skip
+        watched = [n for node in inside for watch in due.get(node, ()) for n in watch.nodes]
+        read = [n for node in inside for n in reads(node)]
+        constants = dict.fromkeys(n for n in (*read, *watched) if n.op == "get_attr")
         leaving = [n for n in nodes if n.op != "get_attr" and part[n] <= number < part[last[n]]]
         drops: dict[Node, list[Node]] = {}
         for value in last:
