@@ -8,13 +8,14 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.nn import Parameter
 
 from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
@@ -126,6 +127,57 @@ def save(
     for old in found[: max(0, place - KEPT)] + found[place:]:
         owned.discard(old, owned.CHECKPOINT)
     return target
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes a run's checkpoints, and restores students and curves from them.
+
+    Attributes:
+        folder: The checkpoints' folder.
+        identity: What the checkpoints belong to.
+        students: What is in every checkpoint, state-dict name -> tensor.
+        device: The device whose random generator is stored too; None to store none.
+        curves: One entry a stage, the current one last.
+        save: Writes a checkpoint, as `save` does.
+        beginning: Gives the tensors that training began with, where they can be read again.
+    """
+
+    folder: Path
+    identity: Identity
+    students: Mapping[str, Tensor]
+    device: torch.device | None
+    curves: list[StageCurves] = field(default_factory=list)
+    save: Callable[..., object] = save
+    beginning: Callable[[str], Tensor] | None = None
+
+    def write(self, step: int, tensors: Mapping[str, Tensor], *, over: bool = False) -> None:
+        """Write a checkpoint of the current stage after `step` of its steps: the students and `tensors`."""
+        students = {f"students.{name}": value.detach() for name, value in self.students.items()}
+        states = rng_state(self.device) if self.device is not None else {}
+        everything = {**students, **tensors, **states}
+        self.save(self.folder, self.identity, len(self.curves) - 1, step, self.curves, everything, over=over)
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Set the students and the curves to what the checkpoint holds."""
+        self.curves = [curves.model_copy(deep=True) for curves in checkpoint.state.curves]
+        with torch.no_grad():
+            for name, value in self.students.items():
+                value.copy_(checkpoint.tensors[f"students.{name}"])
+
+    def go_back(self, parameters: list[Parameter]) -> str:
+        """Set some of the students' parameters to earlier values; return which, or nothing where there are none."""
+        last, wanted = latest(self.folder, self.identity), {id(parameter) for parameter in parameters}
+        if last is None and self.beginning is None:
+            return ""
+        with torch.no_grad():
+            for name, value in self.students.items():
+                if id(value) in wanted and last is not None:
+                    value.copy_(last.tensors[f"students.{name}"])
+                elif id(value) in wanted and self.beginning is not None:
+                    value.copy_(self.beginning(name))
+        begun = last is None
+        return ("the weights that it began with" if begun else "the last checkpoint's weights") + " are kept"
 
 
 def _put(folder: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -117,8 +117,7 @@ class Batches(Ordered):
 
     def names(self, step: int) -> str:
         """Return the batch of `step` for a message: ``call 3``, ``calls 3, 7``."""
-        numbers = [str(call.index) for call in self._drawn(step)]
-        return f"call{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}"
+        return call_names(self._drawn(step))
 
     def _draw(self, step: int) -> list[Call]:
         """The good calls of a step; another one where all of them are bad, so that no batch is empty."""
@@ -136,6 +135,11 @@ class Batches(Ordered):
             else:
                 good.append(call)
         return good
+
+
+def call_names(calls: Sequence[Call]) -> str:
+    """Return calls for a message: ``call 3``, ``calls 3, 7``."""
+    return f"call{'s' if len(calls) > 1 else ''} {', '.join(str(call.index) for call in calls)}"
 
 
 def _check(call: Call) -> None:

@@ -16,11 +16,11 @@ from ppcl_fx.train import checkpoints
 from ppcl_fx.train.checkpoints import Checkpoint
 from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.ranks import Ranks
-from ppcl_fx.train.signals import Asked
+from ppcl_fx.train.signals import StopRequest
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
-    from ppcl_fx.train.loop import Journal
+    from ppcl_fx.train.checkpoints import CheckpointWriter
     from ppcl_fx.train.stages import Stage
 
 FAULT = "!"
@@ -44,12 +44,12 @@ def refuse_on_ranks(ranks: Ranks, options: TrainConfig, scored: bool) -> None:
         raise PpclError(f"no rank has the whole model while it trains, so it cannot be scored on the way; {mend}")
 
 
-def agreed(asked: Asked, ranks: Ranks) -> Asked:
+def agreed(asked: StopRequest, ranks: Ranks) -> StopRequest:
     """Return what all ranks together were asked."""
-    return asked if ranks.alone else AgreedAsked(asked, ranks)
+    return asked if ranks.alone else AgreedStop(asked, ranks)
 
 
-class AgreedAsked(Asked):
+class AgreedStop(StopRequest):
     """Whether a signal asked any rank to stop: all ranks ask this at the same points, and get the same answer.
 
     Args:
@@ -57,7 +57,7 @@ class AgreedAsked(Asked):
         ranks: This process among the others.
     """
 
-    def __init__(self, mine: Asked, ranks: Ranks) -> None:
+    def __init__(self, mine: StopRequest, ranks: Ranks) -> None:
         super().__init__()
         self._mine, self._ranks = mine, ranks
 
@@ -101,14 +101,16 @@ def students_alone(ranks: Ranks, start: Checkpoint, students: Mapping[str, Tenso
     return students_of(start, students)
 
 
-def share_checkpoints(ranks: Ranks, stage: Stage, journal: Journal, start: Checkpoint | None) -> Checkpoint | None:
+def share_checkpoints(
+    ranks: Ranks, stage: Stage, writer: CheckpointWriter, start: Checkpoint | None
+) -> Checkpoint | None:
     """Have several ranks write a stage's checkpoints together; return what `start` holds for this one."""
     if ranks.alone:
         return start
     from ppcl_fx.train.together import Together  # slow to import
 
-    shared = Together(ranks, stage, journal.students)
-    journal.save = shared.save
+    shared = Together(ranks, stage, writer.students)
+    writer.save = shared.save
     return shared.local(start) if start is not None else None
 
 

@@ -18,22 +18,22 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.distil import train_only
 from ppcl_fx.train import checkpoints
-from ppcl_fx.train.checkpoints import Checkpoint, Identity
+from ppcl_fx.train.checkpoints import Checkpoint, CheckpointWriter, Identity
 from ppcl_fx.train.checks import CHECKPOINTS, LOGS, check_here, check_places
 from ppcl_fx.train.config import CONFIG, TrainConfig, resolve
 from ppcl_fx.train.config import save as save_config
+from ppcl_fx.train.core import StageTrainer
 from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
 from ppcl_fx.train.data import Batches
 from ppcl_fx.train.effects import with_mixtures
-from ppcl_fx.train.evaluation import outputs_are_the_teachers
 from ppcl_fx.train.feeds import Data
 from ppcl_fx.train.finetuned import plan_digest, save_finetuned
-from ppcl_fx.train.loop import Around, Journal, Progress, run_stage
+from ppcl_fx.train.loop import Progress, Whole, held_out, run_stage
 from ppcl_fx.train.parallel import Intervals
 from ppcl_fx.train.ranked import agreed, begin, fit_again, refuse_on_ranks, share_checkpoints, students_alone
 from ppcl_fx.train.ranks import Ranks, current
 from ppcl_fx.train.scoring import shapes_score
-from ppcl_fx.train.signals import Asked, listening
+from ppcl_fx.train.signals import StopRequest, listening
 from ppcl_fx.train.sources.source import Feed, Source
 from ppcl_fx.train.stages import Distillation, FineTuning, Stage
 from ppcl_fx.train.watch import Show, Watch
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.model import PluggableModel
 
+CHECKED = 8
+"""Kinds of batches whose recorded outputs are compared with the teacher's."""
 Score = Callable[[str, Any], float]
 """Told the stage and the model so far; returns how good it is."""
 _log = logging.getLogger("ppcl_fx.train")
@@ -158,15 +160,15 @@ def train(
         finally:
             follower.close()
     losses = Losses(
-        plan=identity.plan, calls=identity.calls, sequential=busy.sequential, stages=runner.journal.curves
+        plan=identity.plan, calls=identity.calls, sequential=busy.sequential, stages=runner.writer.curves
     )
     if ranks.first:
         losses.save(folder / LOSSES)
     ranks.barrier()
     if busy.effects and ranks.first:
-        _measure(model, *data.measured_on(busy.effects), runner.journal.curves)
+        _measure(model, *data.measured_on(busy.effects), runner.writer.curves)
     return TrainResult(
-        stages=tuple(runner.journal.curves),
+        stages=tuple(runner.writer.curves),
         seconds=time.perf_counter() - began,
         folder=folder,
         losses=folder / LOSSES,
@@ -198,9 +200,9 @@ class _Runner:
         self._suffix = _suffix(options)
         self.finetuned_folder = folder / f"finetuned{self._suffix}"
         named = dict(model.students_module.named_parameters())
-        self.journal = Journal(folder / CHECKPOINTS, identity, named, options.every, model.device)
+        self.writer = CheckpointWriter(folder / CHECKPOINTS, identity, named, model.device)
 
-    def run(self, data: Data, start: Checkpoint | None, asked: Asked) -> GraphModule | None:
+    def run(self, data: Data, start: Checkpoint | None, asked: StopRequest) -> GraphModule | None:
         """Run all stages that are not done yet; return the fine-tuned model, if there is one."""
         options = self._options
         for number, (name, total) in enumerate(zip(options.stages, options.steps, strict=True)):
@@ -208,26 +210,21 @@ class _Runner:
                 continue
             resumed = start if start is not None and number == start.state.stage else None
             if resumed is None:
-                self.journal.curves.append(StageCurves(name=name, label=self._label(name)))
+                self.writer.curves.append(StageCurves(name=name, label=self._label(name)))
             else:
-                self.journal.restore(students_alone(self._ranks, resumed, self.journal.students))
+                self.writer.restore(students_alone(self._ranks, resumed, self.writer.students))
                 self._model.weights_changed()
             train_only(self._model, name)
             stage = self._stage(name)
-            resumed = share_checkpoints(self._ranks, stage, self.journal, resumed)
+            resumed = share_checkpoints(self._ranks, stage, self.writer, resumed)
             feed = data.feed(name, self._model)
-            around = Around(
-                held_out=data.held_out(name, self._model),
-                recorded=isinstance(stage, FineTuning) and self._use_recorded(stage, feed),
-                score=self._scorer(name, stage),
-                watch=self._watch,
-                asked=asked,
-                progress=self._progress,
-            )
-            rate = options.finetune_lr if name == "finetune" else options.lr
-            run_stage(
-                stage, feed, self.journal, options, number=number, total=total, lr=rate, start=resumed, around=around
-            )
+            recorded = isinstance(stage, FineTuning) and self._use_recorded(stage, feed)
+            held = held_out(data.held_out(name, self._model), recorded)
+            score = self._scorer(name, stage)
+            trainer = StageTrainer(stage, Whole(feed, recorded), self.writer, options, total, held, score, asked)
+            if resumed is not None:
+                trainer.restore(resumed)
+            run_stage(trainer, self._watch, self._progress)
             if isinstance(stage, Intervals):
                 stage.share()
             if name == "depth":
@@ -244,7 +241,7 @@ class _Runner:
         wanted = self._options.recorded
         # A share of a batch may round otherwise than the batch that was recorded: with several ranks it is computed.
         exact = wanted == "exact" and self._ranks.alone
-        use = wanted == "always" or (isinstance(feed, Batches) and exact and outputs_are_the_teachers(stage, feed))
+        use = wanted == "always" or (isinstance(feed, Batches) and exact and _outputs_are_the_teachers(stage, feed))
         _log.info("finetune: the teacher's outputs are %s", "read from the calls" if use else "computed")
         return use
 
@@ -348,6 +345,28 @@ def _starting_point(folder: Path, identity: Identity, resume: bool) -> Checkpoin
         )
     checkpoints.clear(folder)
     return None
+
+
+def _outputs_are_the_teachers(stage: FineTuning, batches: Batches) -> bool:
+    """Tell whether the recorded outputs are, to the bit, what the teacher gives in this stage.
+
+    One batch of each kind (shapes, and number of calls) is compared, the same ones whenever this is asked, so that
+    a resumed run decides as the first one did. Other precision, autocast or another machine may round differently;
+    so may several calls in one batch.
+    """
+    seen: set[tuple[int, ...]] = set()
+    for step in range(len(batches)):
+        target = batches.target(step)
+        if target is None:
+            return False
+        kind = (len(batches.indices(step)), *target.shape)
+        if kind in seen or len(seen) >= CHECKED:
+            continue
+        seen.add(kind)
+        computed = stage.target(batches.kwargs(step))
+        if computed.dtype != target.dtype or not torch.equal(computed, target):
+            return False
+    return True
 
 
 @contextmanager

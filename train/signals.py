@@ -13,7 +13,7 @@ CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
 """The signals that are listened to, and the exit codes that they ask for."""
 
 
-class Asked:
+class StopRequest:
     """Whether a signal has asked to stop, and which one."""
 
     def __init__(self) -> None:
@@ -34,12 +34,12 @@ class Asked:
 
 
 @contextmanager
-def listening() -> Iterator[Asked]:
+def listening() -> Iterator[StopRequest]:
     """Let the first SIGTERM or Ctrl-C only be noted; a second one does what it did before.
 
     Outside of the main thread, where Python lets nobody listen, nothing is changed.
     """
-    asked = Asked()
+    asked = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield asked
         return

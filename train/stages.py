@@ -41,14 +41,12 @@ class Stage(Protocol):
     separate: bool
     """Whether each edit's loss and gradients are its own, so that one can stop while the others go on."""
 
-    def step(
-        self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0
-    ) -> dict[str, Tensor]:
+    def step(self, batch: Any, /, *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
         """Add one batch's gradients, times `scale`, to the parameters' `.grad` and return each edit's loss,
         detached and not scaled. `target` is the teacher's recorded output.
         """
 
-    def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
+    def evaluate(self, batch: Any, /, *, target: Tensor | None = None) -> dict[str, Tensor]:
         """Return each edit's loss on one batch, without gradients."""
 
     def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train import checkpoints, pieces
 from ppcl_fx.train.checkpoints import Checkpoint
-from ppcl_fx.train.masters import is_low
+from ppcl_fx.train.optimizer import is_low
 from ppcl_fx.train.parallel import Intervals
 from ppcl_fx.train.ranked import FAULT, heard
 from ppcl_fx.train.ranks import Ranks

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train import checkpoints, schedule
+from ppcl_fx.train import checkpoints
 from ppcl_fx.train.checkpoints import Identity
 from ppcl_fx.train.curves import StageCurves
+from ppcl_fx.train.optimizer import make_optimizer
 
 IDENTITY = Identity(plan="p", calls="c", options={"lr": 0.1, "steps": [10, 10]})
 
@@ -136,10 +137,10 @@ def _train(optimizer: torch.optim.Optimizer, parameter: Tensor, steps: int) -> N
 
 def test_the_optimizer_goes_on_to_the_bit(tmp_path: Path) -> None:
     straight = Parameter(torch.linspace(0, 1, 5))
-    _train(schedule.optimizer({"e": [straight]}, 0.1), straight, 6)
+    _train(make_optimizer({"e": [straight]}, 0.1), straight, 6)
 
     half = Parameter(torch.linspace(0, 1, 5))
-    optimizer = schedule.optimizer({"e": [half]}, 0.1)
+    optimizer = make_optimizer({"e": [half]}, 0.1)
     _train(optimizer, half, 3)
     state = checkpoints.optimizer_state(optimizer)
     assert sorted(state) == ["optimizer.0.exp_avg", "optimizer.0.exp_avg_sq", "optimizer.0.step"]
@@ -148,7 +149,7 @@ def test_the_optimizer_goes_on_to_the_bit(tmp_path: Path) -> None:
     found = checkpoints.latest(tmp_path, IDENTITY)
     assert found is not None
     again = Parameter(found.tensors["w"].clone())
-    optimizer = schedule.optimizer({"e": [again]}, 0.1)
+    optimizer = make_optimizer({"e": [again]}, 0.1)
     checkpoints.load_optimizer_state(optimizer, found.tensors)
     _train(optimizer, again, 3)
     assert torch.equal(again, straight)

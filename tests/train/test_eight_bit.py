@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import read_safetensors
-from ppcl_fx.train import TrainResult, schedule, train
+from ppcl_fx.train import TrainResult, optimizer, train
 from tests.train.pluggable import build
 
 # Not among the tests' own dependencies: it slows every import of diffusers and writes to stderr.
@@ -59,7 +59,7 @@ def _averages(kind: str, size: int) -> int:
     """Bytes of what AdamW keeps for one parameter after a step, the step's number and the shared map left out."""
     parameter = Parameter(torch.linspace(-1, 1, size))
     parameter.grad = torch.ones(size)
-    made = schedule.optimizer({"one": [parameter]}, 1e-3, kind=kind)
+    made = optimizer.make_optimizer({"one": [parameter]}, 1e-3, kind=kind)
     made.step()
     names = ("step", "qmap1", "qmap2")
     return sum(value.nbytes for name, value in made.state[parameter].items() if name not in names)
@@ -76,10 +76,10 @@ def test_the_averages_take_a_quarter() -> None:
 
 @there
 def test_where_it_cannot_do_a_step_one_line_says_so_before_training() -> None:
-    schedule.try_eight_bit(torch.device("cpu"))
+    optimizer.try_eight_bit(torch.device("cpu"))
     said = r"adamw8bit does not run on meta with bitsandbytes \d.*; take adamw$"
     with pytest.raises(PpclError, match=said) as caught:
-        schedule.try_eight_bit(torch.device("meta"))
+        optimizer.try_eight_bit(torch.device("meta"))
     assert "\n" not in str(caught.value)
 
 

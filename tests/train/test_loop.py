@@ -23,8 +23,8 @@ from ppcl_fx.graphs import module_paths
 from ppcl_fx.passes.distil import train_only
 from ppcl_fx.train import TrainResult, train
 from ppcl_fx.train.config import Weights
+from ppcl_fx.train.core import converged
 from ppcl_fx.train.data import split
-from ppcl_fx.train.evaluation import converged
 from ppcl_fx.train.stages import Distillation, FineTuning
 from tests.train.pluggable import build
 

@@ -21,7 +21,7 @@ from ppcl_fx.passes.streaming.footprint import INSIDE, block_bytes, segment_weig
 from ppcl_fx.passes.streaming.partition import Segment
 from ppcl_fx.train.bounded.problems import Problem
 from ppcl_fx.train.executor import live_nodes
-from ppcl_fx.train.schedule import EIGHT_BIT_FROM
+from ppcl_fx.train.optimizer import EIGHT_BIT_FROM
 
 _log = logging.getLogger("ppcl_fx.train")
 

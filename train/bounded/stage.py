@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,12 +33,13 @@ from ppcl_fx.train.bounded.schedule import (
     cache_room,
     plan_schedule,
 )
-from ppcl_fx.train.bounded.student import Part, Student
+from ppcl_fx.train.bounded.student import Student
 from ppcl_fx.train.bounded.teacher import Report, Route, Teacher, prepared, states_room
-from ppcl_fx.train.checkpoints import Identity
+from ppcl_fx.train.checkpoints import CheckpointWriter, Identity
 from ppcl_fx.train.config import TrainConfig
+from ppcl_fx.train.core import Part, StageTrainer
 from ppcl_fx.train.curves import StageCurves
-from ppcl_fx.train.data import Batches
+from ppcl_fx.train.data import Batches, call_names
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
@@ -118,18 +120,15 @@ class Stage:
         self._teacher: TeacherCost | None = None
         options = context.options
         batches, count = context.batches(options.batch, context.used), options.accumulate
-        self._rounds = [
-            [batches.indices(position) for position in range(step * count, (step + 1) * count)]
-            for step in range(self._steps)
-        ]
+        self._batches = [batches.indices(position) for position in range(self._steps * count)]
         self._held_out: list[tuple[int, ...]] = []
         if context.held:
             held_out = context.batches(options.batch, context.held)
             self._held_out = [held_out.indices(step) for step in range(len(held_out))]
-        self._batch_sizes = [call.batch for call in context.calls]
+        self._sizes = [call.batch for call in context.calls]
         traced = max(1, context.opened.traced_size)
         self._work = Work(
-            [tuple(call for batch in rounds for call in batch) for rounds in self._rounds],
+            [tuple(chain(*self._batches[i : i + count])) for i in range(0, len(self._batches), count)],
             [elements(call.kwargs) / traced for call in context.calls],
             context.held,
             options.evaluate_every,
@@ -228,69 +227,77 @@ class Stage:
     ) -> None:
         """Train the problems of a group side by side, step by step, until all steps are done or all have stopped."""
         context = self._context
-        students = [self._student(problem) for problem in mine]
+        students: list[Student] = []
+        running: dict[Student, StageTrainer] = {}
         try:
+            for problem in mine:
+                students.append(self._student(problem))
+                running[students[-1]] = self._trainer(students[-1], teacher)
             for start, stop in windows:
-                begin = max(start, min((s.done for s in students if not s.over), default=self._steps))
+                begin = max(start, min((trainer.done for trainer in running.values()), default=self._steps))
                 if begin >= stop:
                     continue
                 if len(windows) > 1:
                     cache.keep_only(self._work.calls(begin, stop))
                     self._fill(mine, begin, stop, teacher)
                 for step in range(begin, stop):
-                    if all(student.over for student in students):
+                    if not running:
                         break
-                    self._step(step, students, teacher)
+                    loss = self._step(step, running)
+                    titles = mine[0].edit + (f" and {len(mine) - 1} more" if len(mine) > 1 else "")
+                    context.report(step + 1, self._steps, f"{self._name}, {titles}, loss {loss:.4g}")
             context.opened.release()
         finally:
             for student in reversed(students):
                 student.release()
 
-    def _step(self, step: int, students: Sequence[Student], teacher: Teacher) -> None:
-        options = self._context.options
+    def _step(self, step: int, running: dict[Student, StageTrainer]) -> float:
+        """Do a step of each student that stands before it; return the sum of their losses."""
         total = 0.0
-        for student in students:
-            if student.over or student.done != step:
+        for student, trainer in list(running.items()):
+            if trainer.done != step:
                 continue
-            total += student.step([self._parts(batch, student, teacher) for batch in self._rounds[step]])
-            if not student.over or student.done == self._steps:
-                self._evaluate(student, teacher)
-            if (step + 1) % options.every == 0:
-                student.checkpoint()
-            if student.over:
-                student.finish(self._done, self._title(student.problem))
-                self._note(student.problem)
-        titles = students[0].problem.edit + (f" and {len(students) - 1} more" if len(students) > 1 else "")
-        self._context.report(step + 1, self._steps, f"{self._name}, {titles}, loss {total:.4g}")
+            found = trainer.step()
+            total += sum(found.losses.values()) if found is not None else 0.0
+            trainer.evaluate()
+            if not trainer.over:
+                trainer.checkpoint()
+            if trainer.over:
+                # The weights stay until `release`: a student beside this one may compute with the same frozen module.
+                del running[student]
+                self._finish(student, trainer)
+        return total
 
-    def _evaluate(self, student: Student, teacher: Teacher) -> None:
-        if self._work.evaluated(student.done):
-            student.evaluate([self._parts(batch, student, teacher) for batch in self._held_out])
-
-    def _parts(self, calls: Sequence[int], student: Student, teacher: Teacher) -> list[Part]:
-        """Return the calls of a batch with their shares of it: losses are means over samples."""
-        whole = sum(self._batch_sizes[call] for call in calls)
-        return [
-            (
-                self._batch_sizes[call] / whole if len(calls) > 1 else 1.0,
-                partial(teacher.border, student.problem, call),
-            )
-            for call in calls
-        ]
+    def _finish(self, student: Student, trainer: StageTrainer) -> None:
+        """Write what came out, and remove the checkpoints."""
+        trainer.settle()
+        tensors = {name: p.detach() for name, p in student.tensors_by_name.items()}
+        save_finished(self._done, self._title(student.problem), tensors, trainer.curves)
+        shutil.rmtree(trainer.writer.folder, ignore_errors=True)
+        self._note(student.problem)
 
     def _student(self, problem: Problem) -> Student:
         context = self._context
-        folder = context.work / "checkpoints" / self._title(problem)
-        return Student(
-            problem,
-            self._name,
-            self._steps,
-            context.opened.read,
-            context.options,
-            context.identity,
-            folder,
-            context.device,
+        return Student(problem, context.opened.read, context.options, self._name == "depth", context.device)
+
+    def _trainer(self, student: Student, teacher: Teacher) -> StageTrainer:
+        """Return what trains a student, from its beginning or from its last checkpoint."""
+        context = self._context
+        folder = context.work / "checkpoints" / self._title(student.problem)
+        curves = [StageCurves(name=self._name, label=self._name)]
+        writer = CheckpointWriter(
+            folder, context.identity, student.tensors_by_name, None, curves, beginning=context.opened.read
         )
+        last = checkpoints.latest(folder, context.identity)
+        if last is not None:
+            writer.restore(last)
+        borders = Borders(student.problem, teacher, self._batches, self._sizes, context.calls)
+        held = Borders(student.problem, teacher, self._held_out, self._sizes, context.calls)
+        held_out = (lambda: map(held.parts, range(len(self._held_out)))) if self._held_out else None
+        trainer = StageTrainer(student, borders, writer, context.options, self._steps, held_out)
+        if last is not None:
+            trainer.restore(last)
+        return trainer
 
     def _left(self) -> list[Problem]:
         return [problem for problem in self._problems if problem.number not in self._finished]
@@ -307,3 +314,44 @@ class Stage:
 
     def _title(self, problem: Problem) -> str:
         return f"{self._name}-{problem.number:03d}"
+
+
+class Borders:
+    """The teacher's values at a student's border, call by call: a `ppcl_fx.train.core.Draw`.
+
+    Args:
+        problem: the student's.
+        teacher: gives the values.
+        batches: the calls of each batch, by position.
+        sizes: samples of each call.
+        calls: all calls.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        teacher: Teacher,
+        batches: Sequence[tuple[int, ...]],
+        sizes: Sequence[int],
+        calls: Calls,
+    ) -> None:
+        self._problem, self._teacher, self._batches = problem, teacher, batches
+        self._sizes, self._calls = sizes, calls
+
+    def parts(self, position: int) -> Iterator[Part]:
+        """Yield the calls of a batch with their shares of it: losses are means over samples."""
+        calls, whole = self._batches[position], self.samples(position)
+        for call in calls:
+            share = self._sizes[call] / whole if len(calls) > 1 else 1.0
+            yield share, partial(self._border, call)
+
+    def samples(self, position: int) -> int:
+        """Return the number of samples of a batch."""
+        return sum(self._sizes[call] for call in self._batches[position])
+
+    def names(self, position: int) -> str:
+        """Return a batch for a message: ``call 3``, ``calls 3, 7``."""
+        return call_names([self._calls[call] for call in self._batches[position]])
+
+    def _border(self, call: int) -> tuple[list[Any], None]:
+        return self._teacher.border(self._problem, call), None

@@ -20,8 +20,8 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.model import STUDENTS
 from ppcl_fx.passes.streaming.executor import Executor
 from ppcl_fx.train import StageCurves, train
-from ppcl_fx.train.bounded.student import Student
 from ppcl_fx.train.bounded.trainer import BoundedResult
+from ppcl_fx.train.core import StageTrainer
 from tests.train.bounded.test_trainer import _Killed, kill_at, prepared, run, save
 from tests.train.pluggable import build
 
@@ -76,13 +76,13 @@ def test_students_stop_as_in_the_ordinary_loop_and_cost_no_step_any_more(
 ) -> None:
     caplog.set_level("INFO", "ppcl_fx.train")
     stepped: list[str] = []
-    step = Student.step
+    step = StageTrainer.step
 
-    def counted(self: Student, batches: Any) -> float:
-        stepped.append(self.problem.edit)
-        return step(self, batches)
+    def counted(self: Any) -> Any:
+        stepped.append(self.stage.problem.edit)
+        return step(self)
 
-    monkeypatch.setattr(Student, "step", counted)
+    monkeypatch.setattr(StageTrainer, "step", counted)
     folder = ordinary.copy(tmp_path / "student")
     result = run(folder, ordinary.calls, steps=(8, 6), **STOPPING)
     ordinary.check(folder, result)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,11 +19,12 @@ from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.model import STUDENTS
 from ppcl_fx.train import Losses, train
-from ppcl_fx.train.bounded import stage, teacher, trainer
+from ppcl_fx.train.bounded import teacher, trainer
 from ppcl_fx.train.bounded.costs import Speeds
 from ppcl_fx.train.bounded.schedule import MARGIN
 from ppcl_fx.train.bounded.trainer import BoundedResult, BoundedTraining
 from ppcl_fx.train.config import Limits, TrainConfig, Weights
+from ppcl_fx.train.core import StageTrainer
 from tests.train.pluggable import build
 
 FAST_DISK = Speeds(flops=1e6, read=1e12, write=1e12)
@@ -253,18 +255,18 @@ def test_a_student_that_diverges_stops_and_the_others_go_on(
     saved: tuple[Path, Calls], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, calls = saved
-    step = stage.Student.step
+    step = StageTrainer.step
 
-    def spoil(self: Any, batch: Any) -> float:
-        if self.problem.number == 0 and self.done == 2:
-            next(iter(self.tensors.values())).data.fill_(float("nan"))
-        return step(self, batch)
+    def spoil(self: Any) -> Any:
+        if self.stage.problem.number == 0 and self.done == 2:
+            next(iter(self.stage.tensors_by_name.values())).data.fill_(float("nan"))
+        return step(self)
 
-    monkeypatch.setattr(stage.Student, "step", spoil)
+    monkeypatch.setattr(StageTrainer, "step", spoil)
     result = run(folder, calls, stages=("depth",), steps=(4,))
     ((edit, why),) = (result.stopped or {}).items()
     assert edit == "depth:transformer_blocks.0-1"
-    assert why == f"step 3: the loss of {edit} is nan"
+    assert re.fullmatch(rf"step 3: the loss of {edit} is nan \(calls \d+, \d+\); the weights that it began with.*", why)
     assert [len(values) for values in curves(result)["depth"].values()] == [2, 4]
 
 
