@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,44 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one process a core; more threads would only wait for each other
 
 
+class _OnDisk(dict[str, Any]):
+    """Translations that all processes of a run share: PyTorch takes seconds for each."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+
+    def _file(self, key: str) -> Path:
+        return self._folder / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or self._file(str(key)).exists()
+
+    def __missing__(self, key: str) -> Any:
+        import onnx_ir
+
+        graph = onnx_ir.load(self._file(key)).graph
+        super().__setitem__(key, graph)
+        return graph
+
+    def __setitem__(self, key: str, graph: Any) -> None:
+        import onnx_ir
+
+        super().__setitem__(key, graph)
+        beside = self._folder / f"{uuid.uuid4().hex}.partial"
+        onnx_ir.save(onnx_ir.Model(graph.clone(), ir_version=11), beside)
+        beside.replace(self._file(key))
+
+
 @pytest.fixture(scope="session")
-def translated_once() -> Iterator[None]:
-    """Let every export that is given no translations share one store of them: PyTorch takes seconds for each."""
+def translated_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let every export of a run share one store of translations, but where a test makes its own."""
     from ppcl_fx.export import stitching
 
-    known = stitching.Translations()
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    known = stitching.Translations(_OnDisk(shared / "translated"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stitching, "Translations", lambda: known)
         yield
