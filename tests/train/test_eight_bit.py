@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,6 @@ from ppcl_fx.files import read_safetensors
 from ppcl_fx.train import TrainResult, optimizer, train
 from tests.train.pluggable import build
 
-# Not among the tests' own dependencies: it slows every import of diffusers and writes to stderr.
-there = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes (extra bnb)")
-
 
 def _run(model: Any, calls: Calls, out: Path, **options: Any) -> TrainResult:
     given = {"stages": ["depth"], "steps": [6], "batch": 1, "lr": 3e-3, "every": 2, "tensorboard": False, **options}
@@ -30,7 +26,6 @@ def _students(model: Any) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in model.students_module.named_parameters()}
 
 
-@there
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_trains_and_resumes_to_the_bit(dtype: torch.dtype, tmp_path: Path) -> None:
     (plain, calls), (killed, _), (again, _) = (build(dtype=dtype) for _ in range(3))
@@ -65,7 +60,6 @@ def _averages(kind: str, size: int) -> int:
     return sum(value.nbytes for name, value in made.state[parameter].items() if name not in names)
 
 
-@there
 def test_the_averages_take_a_quarter() -> None:
     size = 2**16
     assert _averages("adamw", size) == 8 * size
@@ -74,7 +68,6 @@ def test_the_averages_take_a_quarter() -> None:
     assert _averages("adamw8bit", 64) == 8 * 64, "small parameters keep float32"
 
 
-@there
 def test_where_it_cannot_do_a_step_one_line_says_so_before_training() -> None:
     optimizer.try_eight_bit(torch.device("cpu"))
     said = r"adamw8bit does not run on meta with bitsandbytes \d.*; take adamw$"

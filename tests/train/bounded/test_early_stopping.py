@@ -4,7 +4,6 @@ converged costs nothing any more.
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +29,7 @@ FIRST, SECOND = "depth:transformer_blocks.0-1", "depth:transformer_blocks.2-3"
 STOPPING: dict[str, Any] = {
     "batch": 1, "held_out": 0.4, "evaluate_every": 2, "patience": 1, "min_gain": 0.11, "lr": 3e-3,
 }  # fmt: skip
-# Not among the tests' own dependencies: it slows every import of diffusers and writes to stderr.
-EIGHT_BIT = pytest.param(
-    {"optimizer": "adamw8bit"},
-    marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes"),
-)
+EIGHT_BIT: dict[str, Any] = {"optimizer": "adamw8bit"}
 
 
 def said(stage: StageCurves) -> dict[str, Any]:
