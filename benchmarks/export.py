@@ -82,7 +82,7 @@ def make(folder: Path, blocks: int, heads: int) -> None:
 
 def measure(folder: Path, keeps: list[float]) -> dict[str, Any]:
     """Export in this process."""
-    from ppcl_fx.export import export
+    from ppcl_fx.export import ExportConfig, export
     from ppcl_fx.export.names import WEIGHTS
     from ppcl_fx.train.bounded.folder import StudentFolder
 
@@ -92,7 +92,7 @@ def measure(folder: Path, keeps: list[float]) -> dict[str, Any]:
     notes: list[str] = []
     opened = StudentFolder.open(folder)
     opening = time.perf_counter() - begin
-    made = export(opened, keeps, folder, memory_limit=1, note=notes.append)
+    made = export(opened, folder, ExportConfig(keep=tuple(keeps), memory_limit=1), note=notes.append)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - used
     return {
         "seconds": round(seconds, 1),

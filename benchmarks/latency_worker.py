@@ -221,12 +221,13 @@ def whole(job: Job, device: torch.device) -> Held:
 
 def exported(job: Job, device: torch.device) -> Held:
     """Write the files of all ratios over one copy of random weights; hold nothing."""
-    from ppcl_fx.export import export
+    from ppcl_fx.export import ExportConfig, export
 
     model = job.spec.pluggable()
     materialise(model.graph, torch.device("cpu"))
-    keeps = [ratio.keep for ratio in job.spec.ratios]
-    export(model, keeps, job.folder, format="tensorrt" if job.runtime == TENSORRT else "onnx", runs=1)
+    keeps = tuple(ratio.keep for ratio in job.spec.ratios)
+    format = "tensorrt" if job.runtime == TENSORRT else "onnx"
+    export(model, job.folder, ExportConfig(keep=keeps, format=format, runs=1))
     return Held({})
 
 

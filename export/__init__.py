@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from ppcl_fx.export.agreement import Agreement, Gate, SamplingAgreement
     from ppcl_fx.export.artefacts import check_artefacts
     from ppcl_fx.export.complex_to_real import ComplexToReal
+    from ppcl_fx.export.config import ExportConfig
     from ppcl_fx.export.deployed import compare_artefacts
     from ppcl_fx.export.drop_guards import DropGuards
     from ppcl_fx.export.exporting import ExportResult, export, export_graph
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from ppcl_fx.export.sidecar import Sidecar
     from ppcl_fx.export.stitching import Translations
     from ppcl_fx.export.tensorrt import BuildOptions, EngineCard, Profile, build_engine, load_engine, refit
-    from ppcl_fx.export.tuned import export_finetuned
+    from ppcl_fx.export.tensorrt.places import Origin
+    from ppcl_fx.export.tensorrt.request import BuildConfig
     from ppcl_fx.export.tuples_apart import TuplesApart
 
 _HOME = {
@@ -30,10 +32,13 @@ _HOME = {
     "DropGuards": "drop_guards",
     "EngineCard": "tensorrt",
     "EngineTransformer": "runtime",
+    "BuildConfig": "tensorrt.request",
+    "ExportConfig": "config",
     "ExportResult": "exporting",
     "Exported": "one_graph",
     "Gate": "agreement",
     "Lowered": "lowering",
+    "Origin": "tensorrt.places",
     "PositionsAsInputs": "positions",
     "Profile": "tensorrt",
     "SamplingAgreement": "agreement",
@@ -45,7 +50,6 @@ _HOME = {
     "check_artefacts": "artefacts",
     "compare_artefacts": "deployed",
     "export": "exporting",
-    "export_finetuned": "tuned",
     "export_graph": "exporting",
     "load_engine": "tensorrt",
     "lower": "lowering",
@@ -54,15 +58,18 @@ _HOME = {
 
 __all__ = [
     "Agreement",
+    "BuildConfig",
     "BuildOptions",
     "ComplexToReal",
     "DropGuards",
     "EngineCard",
     "EngineTransformer",
+    "ExportConfig",
     "ExportResult",
     "Exported",
     "Gate",
     "Lowered",
+    "Origin",
     "PositionsAsInputs",
     "Profile",
     "SamplingAgreement",
@@ -74,7 +81,6 @@ __all__ = [
     "check_artefacts",
     "compare_artefacts",
     "export",
-    "export_finetuned",
     "export_graph",
     "load_engine",
     "lower",

@@ -9,7 +9,7 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.agreement import Agreement, agreement, worst
-from ppcl_fx.export.gate import CALLS, chosen
+from ppcl_fx.export.gate import chosen
 from ppcl_fx.export.onnx_file import floats_as
 from ppcl_fx.export.runtime import EngineTransformer
 from ppcl_fx.export.runtime.sessions import AUTO
@@ -26,7 +26,7 @@ def compare_artefacts(
     *,
     backend: str = AUTO,
     device: str | torch.device | None = None,
-    check_calls: int = CALLS,
+    check_calls: int = 8,
     tolerance: float | None = None,
 ) -> dict[float, Agreement]:
     """Compare every ratio of an exported folder with PyTorch on recorded calls.

@@ -1,121 +1,122 @@
-"""From a pluggable model to one small checked graph for each ratio, over one copy of the weights."""
+"""From a model to one small checked graph for each ratio over one copy of the weights, to engines, or to folders."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from torch.fx import GraphModule
 
-from ppcl_fx.errors import PpclError, near
+from ppcl_fx import owned
+from ppcl_fx.errors import PpclError
 from ppcl_fx.export.claim import claimed
+from ppcl_fx.export.config import ENGINES, FOLDERS, KEEPS, ExportConfig
+from ppcl_fx.export.engines import write_typed
 from ppcl_fx.export.extras import check_export
-from ppcl_fx.export.gate import CALLS, SAMPLING_TOLERANCE, GateOptions
-from ppcl_fx.export.graph_run import alike_once
-from ppcl_fx.export.names import graph_path, manifest_path, ratio_name, typed_graph_path
-from ppcl_fx.export.one_graph import Exported, Mixture, Work
-from ppcl_fx.export.opened import MEMORY, Opened
+from ppcl_fx.export.names import graph_path, ratio_name
+from ppcl_fx.export.one_graph import STEPS, Exported, Job, Mixture, Work, write_graphs
+from ppcl_fx.export.opened import Opened
 from ppcl_fx.export.publish import check_free, writing
 from ppcl_fx.export.runtime.head import write_head
-from ppcl_fx.export.unused import drop_unused, weights_of
+from ppcl_fx.export.tensorrt.folder import Built, build_folder
+from ppcl_fx.export.tensorrt.manifest import NOT_COMPARED
+from ppcl_fx.export.tensorrt.places import Origin, find_graphs, read_graph
+from ppcl_fx.export.tensorrt.request import write_request
+from ppcl_fx.export.tensorrt.trtexec import write_script
 from ppcl_fx.export.weight_source import WeightFolder, WeightSource
-from ppcl_fx.export.weight_store import Store, stored
-from ppcl_fx.passes.expand import traced_once
+from ppcl_fx.files import new_folder
+from ppcl_fx.model import PluggableModel
+from ppcl_fx.train.finetuned import FinetunedFolder
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
-    from ppcl_fx.export.axes import Axis
     from ppcl_fx.export.sampling import SamplingRun
     from ppcl_fx.export.stitching import Translations
-    from ppcl_fx.export.tensorrt import Profile
-    from ppcl_fx.model import PluggableModel
-    from ppcl_fx.plan import Plan
 
-FORMATS = ("onnx", "tensorrt")
-DTYPES: dict[str, torch.dtype | None] = {
-    "stored": None,
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-}
-"""Names of what weights may be exported as."""
 
-STEPS = 4
-"""Steps of the work on one ratio: preparing, translating, checking, timing."""
+class Progress(Protocol):
+    """Called with the steps done, the number of all, and what is being done where that is another thing than before."""
 
-Progress = Callable[[int, int], None]
+    def __call__(self, done: int, total: int, label: str = "") -> None:
+        """Show that `done` of `total` steps are done."""
+
+
+def _nothing(done: int, total: int, label: str = "") -> None:
+    """Show nothing."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder that other programs load: one ratio in the format ``diffusers`` or ``released``."""
+
+    keep: float
+    params: int
+    plugged: tuple[str, ...]
+    folder: Path
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export` wrote, in the order of the ratios."""
+    """What `export` wrote, in the order of the ratios.
+
+    Attributes:
+        folder: where.
+        ratios: the graphs.
+        engines: what TensorRT built from them.
+        script: what builds them with ``trtexec``.
+        folders: the model folders, in place of graphs.
+    """
 
     folder: Path
-    ratios: tuple[Exported, ...]
+    ratios: tuple[Exported, ...] = ()
+    engines: tuple[Built, ...] = ()
+    script: Path | None = None
+    folders: tuple[ModelFolder, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the result as JSON knows it."""
-        return {"folder": str(self.folder), "ratios": [ratio.to_json() for ratio in self.ratios]}
+        found: dict[str, Any] = {"folder": str(self.folder), "ratios": [ratio.to_json() for ratio in self.ratios]}
+        if self.engines:
+            found["engines"] = [one.to_json() for one in self.engines]
+        return found | ({"script": str(self.script)} if self.script is not None else {})
 
 
 def export(
-    model: PluggableModel | WeightFolder,
-    keeps: Sequence[float],
+    model: PluggableModel | WeightFolder | FinetunedFolder,
     out: str | Path,
+    config: ExportConfig | None = None,
     *,
-    format: Literal["onnx", "tensorrt"] = "onnx",
     calls: Calls | None = None,
-    dtype: torch.dtype | None = None,
-    embed: bool = False,
-    memory_limit: int = MEMORY,
-    tolerance: float = 1e-4,
-    check_calls: int = CALLS,
     sampling: SamplingRun | None = None,
-    sampling_tolerance: float = SAMPLING_TOLERANCE,
-    runs: int = 10,
-    overwrite: bool = False,
-    profile: Profile | None = None,
     known: Translations | None = None,
-    progress: Progress | None = None,
+    progress: Progress = _nothing,
     note: Callable[[str], None] = lambda line: None,
 ) -> ExportResult:
-    """Export a pluggable model once for each ratio.
+    """Export a pluggable model once for each ratio, or a fine-tuned one as one ratio.
 
     Each ratio gets a small graph ``keep-0.7.onnx`` and its manifest ``keep-0.7.json``; ``head.json`` is for the
-    runtime. The weights stay where they are if `out` is the student's folder or one above it; else they are
+    runtime. The weights stay where they are if `out` is the model's folder or one above it; else they are
     copied to ``weights/``, once for all ratios. Batch, image and text lengths stay open; position tables are
     inputs. Every file has passed `onnx.checker`, and onnxruntime gave on it what PyTorch gives, at the traced
     shape, with each open size changed alone, with all of them changed, on recorded calls and over a whole sampling
     run. A file that fails is not kept, and those of earlier ratios stay. What was not checked is in the manifest and
-    is told to `note`.
+    is told to `note`. In the formats of engines each float32 ratio is written once more in bfloat16, and
+    ``build.json`` says what is to be built.
 
     Args:
-        model: the model, in memory (its mixture is put back afterwards), or a student folder with its weights on disk.
-            Such a folder is loaded for the checks where `memory_limit` allows it; else no weight is read.
-        keeps: shares of the teacher's parameters, each in (0, 1].
+        model: the model, in memory (its mixture is put back afterwards); or a student or fine-tuned folder with its
+            weights on disk. Such a folder is loaded for the checks where the memory limit allows it; else no weight is
+            read.
         out: the folder for the results.
-        format: ``onnx``, or ``tensorrt`` for an engine beside each ONNX file.
+        config: the options.
         calls: recorded calls; the first gives the example, and some are compared. Without them the inputs are random,
             of the shape the model was traced with.
-        dtype: of weights and floating-point inputs; as they are used when None. Another one than they are stored in
-            costs a converted copy, one for all ratios.
-        embed: write ordinary files that hold their weights.
-        memory_limit: bytes that loading a student folder and checking its graphs may take.
-        tolerance: what is allowed: the largest difference to PyTorch on the shapes, absolute; on a recorded call the
-            relative error, norm over norm.
-        check_calls: recorded calls to compare, at most, from the earliest timestep to the latest.
         sampling: a sampling run to compare, with PyTorch and with the file in a pipeline.
-        sampling_tolerance: relative error that is allowed for each picture (latent) of that run.
-        runs: runs timed for the latency.
-        overwrite: replace the files of these ratios where they exist.
-        profile: for TensorRT, the range of each open size; by default one around the example.
         known: translations of look-alike blocks to use again; those made here are added.
-        progress: called with the steps done and the number of all.
+        progress: told how far it is.
         note: told in one line each what was copied and what was not checked.
 
     Raises:
@@ -123,68 +124,109 @@ def export(
             file differs from PyTorch by more than is allowed. For ``tensorrt`` without TensorRT or without a GPU it
             is raised last, and the ONNX files stay.
     """
-    if format not in FORMATS:
-        raise PpclError(f"no format {format!r}{near(format, FORMATS)}; it is one of {', '.join(FORMATS)}")
+    config, folder = config or ExportConfig(), Path(out)
+    if isinstance(model, FinetunedFolder):
+        _check_tuned(model, config)
+    if config.format in FOLDERS:
+        return _model_folders(model, folder, config, progress)
     check_export()
-    folder = Path(out)
+    from ppcl_fx.export.stitching import Translations
+
+    job = Job(config, known if known is not None else Translations(), sampling, note)
+    if isinstance(model, FinetunedFolder):
+        keep = max(round(model.keep, 3), 0.001)
+        path = graph_path(folder, ratio_name(keep))
+        check_free([path], config.overwrite)
+        opened = Opened.of(model, config)
+        mixture = Mixture(model.graph, keep, tuple(model.students), path, calls, opened.unchecked, finetuned=True)
+        return ExportResult(folder, tuple(_write_folder(opened, [mixture], folder, job, progress)))
+    keeps = config.keep or KEEPS
     paths = [graph_path(folder, ratio_name(keep)) for keep in keeps]
-    check_free(paths, overwrite)
-    given, opened = model, Opened.of(model, memory_limit, dtype)
-    model = opened.model
-    before = model.students
-    gate = GateOptions(check_calls, sampling, sampling_tolerance)
+    check_free(paths, config.overwrite)
+    opened = Opened.of(model, config)
+    before = opened.model.students
     try:
         mixtures = []  # all can be reached, or none is begun
         for keep, path in zip(keeps, paths, strict=True):
-            gm = model.plug(keep=keep).graph_module()
-            mixtures.append(Mixture(gm, keep, model.students, path, calls, opened.unchecked))
-        results = write_folder(
-            opened,
-            mixtures,
-            folder,
-            dtype=dtype,
-            embed=embed,
-            tolerance=tolerance,
-            runs=runs,
-            known=known,
-            gate=gate,
-            progress=progress,
-            note=note,
-        )
-        if format == "tensorrt":
-            from ppcl_fx.export.engines import build_engines
-            from ppcl_fx.export.tensorrt.manifest import NOT_COMPARED
+            gm = opened.model.plug(keep=keep).graph_module()
+            mixtures.append(Mixture(gm, keep, opened.model.students, path, calls, opened.unchecked))
+        done = ExportResult(folder, tuple(_write_folder(opened, mixtures, folder, job, progress)))
+        return _engines(model, done, job, calls, progress) if config.format in ENGINES else done
+    finally:
+        opened.model.plug(students=before)
 
-            results = build_engines(given, results, calls, profile, memory_limit, tolerance, gate)
-            note(NOT_COMPARED)
+
+def _check_tuned(tuned: FinetunedFolder, config: ExportConfig) -> None:
+    """Refuse what a fine-tuned model, which has one size and one form, is not exported as."""
+    if config.keep is not None:
+        asked = ",".join(f"{keep:g}" for keep in config.keep)
+        raise PpclError(f"--keep {asked}: the model beside {tuned.student}: is, which has one size; leave it out")
+    ways = {"diffusers": f"leave it out, or export {tuned.student}"} | dict.fromkeys(
+        ENGINES, "export it with --dtype bf16, and then run 'ppcl-fx build' on the result"
+    )
+    ways["released"] = ways["diffusers"]
+    if config.format in ways:
+        raise PpclError(f"--format {config.format}: not for a fine-tuned model; {ways[config.format]}")
+
+
+def _engines(
+    model: PluggableModel | WeightFolder, done: ExportResult, job: Job, calls: Calls | None, progress: Progress
+) -> ExportResult:
+    """Write the graphs in the engines' type and what to build from them; then build, where that is wanted."""
+    progress(0, 1, "writing bfloat16 graphs")
+    example = write_typed(model, done.ratios, job, calls)
+    config = job.config.build.model_copy(update={"example": example})
+    places = find_graphs(done.folder)
+    for place in places:
+        config.profiles(read_graph(place.onnx), str(place.onnx))
+    write_request(done.folder, config)
+    if job.config.format == "trtexec":
+        return replace(done, script=write_script(places, config))
+    if job.config.onnx_only:
+        return done
+    built = build_folder(done.folder, config, overwrite=True, report=progress)
+    write_request(done.folder, config)
+    job.note(NOT_COMPARED)
+    engines = {one.name: one.engine for one in built}
+    ratios = tuple(replace(ratio, engine=engines.get(ratio.onnx.stem)) for ratio in done.ratios)
+    return replace(done, ratios=ratios, engines=tuple(built))
+
+
+def _model_folders(
+    model: PluggableModel | WeightFolder | FinetunedFolder, out: Path, config: ExportConfig, progress: Progress
+) -> ExportResult:
+    """Write a model folder for each share: OUT/keep-0.5 and so on, all or none."""
+    from ppcl_fx.folders.released import save_released
+    from ppcl_fx.folders.stock import save_stock
+
+    if not isinstance(model, PluggableModel):
+        raise PpclError(f"--format {config.format}: only for a model that is loaded; give ppcl_fx.load(STUDENT)")
+    write, keeps, found = (save_stock if config.format == "diffusers" else save_released, config.keep or KEEPS, [])
+    before = model.students
+    try:
+        with new_folder(out, replaces=owned.PRUNED_RATIOS if config.overwrite else None) as beside:
+            mixtures = [(keep, model.plug(keep=keep).students) for keep in keeps]
+            for number, (keep, students) in enumerate(mixtures, start=1):
+                write(model.plug(students=students), beside / ratio_name(keep))
+                found.append(ModelFolder(keep, model.param_count(), students, out / ratio_name(keep)))
+                progress(number, len(keeps))
     finally:
         model.plug(students=before)
-    return ExportResult(folder, tuple(results))
+    return ExportResult(out, folders=tuple(found))
 
 
-def write_folder(
-    opened: Opened,
-    mixtures: Sequence[Mixture],
-    folder: Path,
-    *,
-    progress: Progress | None = None,
-    note: Callable[[str], None] = lambda line: None,
-    **how: Any,
+def _write_folder(
+    opened: Opened, mixtures: Sequence[Mixture], folder: Path, job: Job, progress: Progress
 ) -> list[Exported]:
-    """Write a graph for each mixture of a model and ``head.json`` to a folder, which is made where it is not there.
+    """Write a graph for each mixture of a model and ``head.json`` to a folder, which is made where it is not there."""
+    count, total = 0, STEPS * len(mixtures)
+    progress(0, total)
 
-    Args:
-        opened: the model.
-        mixtures: what to write.
-        folder: where to.
-        progress: as for `export`.
-        note: as for `export`; told what was not checked, too.
-        how: options of `write_graphs`.
+    def step() -> None:
+        nonlocal count
+        count += 1
+        progress(count, total)
 
-    Raises:
-        PpclError: as for `export`, or another export writes to the folder.
-    """
-    steps = _Steps(progress, STEPS * len(mixtures))
     new = not folder.exists()
     try:
         with writing(folder):
@@ -192,134 +234,48 @@ def write_folder(
         with claimed(folder, [mixture.path for mixture in mixtures]):
             # The head with the first of them: later ratios may fail, and this one stays.
             head = functools.partial(write_head, opened.model, folder)
-            results = write_graphs(opened, mixtures, folder, step=steps.done, note=note, written=head, **how)
+            results = write_graphs(opened, mixtures, folder, replace(job, step=step), written=head)
     finally:
         if new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
     for line in dict.fromkeys(line for ratio in results if ratio.gate for line in ratio.gate.not_checked):
-        note(line)
+        job.note(line)
     return results
 
 
 def export_graph(
     gm: GraphModule,
     path: str | Path,
+    config: ExportConfig | None = None,
     *,
     calls: Calls | None = None,
-    keep: float = 1.0,
-    students: Sequence[str] = (),
-    plan: Plan | None = None,
-    dtype: torch.dtype | None = None,
-    tolerance: float = 1e-4,
-    check_calls: int = CALLS,
+    origin: Origin | None = None,
     sampling: SamplingRun | None = None,
-    sampling_tolerance: float = SAMPLING_TOLERANCE,
-    runs: int = 10,
-    overwrite: bool = False,
     known: Translations | None = None,
-    step: Callable[[], None] = lambda: None,
 ) -> Exported:
     """Export one traced graph, a fine-tuned student for example, as a file that holds its weights.
 
     Args:
         gm: the graph, in memory.
         path: the file to write, ``NAME.onnx``; its manifest is ``NAME.json``.
-        calls: as for `export`.
-        keep: its share of the teacher's parameters, for the manifest.
-        students: ids of the edits in it, for the manifest.
-        plan: the plan they come from, for the manifest.
-        dtype: as for `export`.
-        tolerance: as for `export`.
-        check_calls: as for `export`.
-        sampling: as for `export`.
-        sampling_tolerance: as for `export`.
-        runs: as for `export`.
-        overwrite: replace the file if it exists.
+        config: the options, but for those that are about ratios and engines.
+        calls: recorded calls, as `export` takes them.
+        origin: for the manifest its share of the teacher's parameters, the edits in it, and their plan.
+        sampling: a sampling run to compare.
         known: translations of other graphs of the same model, used again where blocks look alike.
-        step: called after each of the `STEPS` steps.
 
     Raises:
-        PpclError: as for `export`.
+        PpclError: the graph cannot be exported, there is no room, or the file differs from PyTorch by more than is
+            allowed.
     """
     check_export()
     from ppcl_fx.export.stitching import Translations
 
-    path = Path(path)
-    check_free([path], overwrite)
+    path, config, origin = Path(path), config or ExportConfig(), origin or Origin()
+    check_free([path], config.overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    gate = GateOptions(check_calls, sampling, sampling_tolerance)
-    known = known or Translations()
-    work = Work(WeightSource.memory(gm), None, dtype, tolerance, runs, known, plan, step, gate=gate)
-    mixture = Mixture(gm, keep, tuple(students), path, calls, None).in_range(dtype)
+    job = Job(config, known if known is not None else Translations(), sampling)
+    keep = 1.0 if origin.keep is None else origin.keep
+    mixture = Mixture(gm, keep, tuple(origin.students), path, calls, None).in_range(config.torch_dtype)
     with claimed(path.parent, [path]):
-        return work.export(mixture)
-
-
-def write_graphs(
-    opened: Opened,
-    mixtures: Sequence[Mixture],
-    folder: Path,
-    *,
-    dtype: torch.dtype | None = None,
-    embed: bool = False,
-    tolerance: float = 1e-4,
-    runs: int = 10,
-    known: Translations | None = None,
-    axes: Sequence[Axis] | None = None,
-    gate: GateOptions | None = None,
-    step: Callable[[], None] = lambda: None,
-    note: Callable[[str], None] = lambda line: None,
-    written: Callable[[], object] = lambda: None,
-) -> list[Exported]:
-    """Write a graph for each mixture of a model, in place of what is there, over one copy of the weights.
-
-    Args:
-        opened: the model.
-        mixtures: what to write.
-        folder: where the graphs lie; held by the caller (`ppcl_fx.export.claim`).
-        dtype: as for `export`.
-        embed: as for `export`.
-        tolerance: as for `export`.
-        runs: as for `export`.
-        known: as for `export`.
-        axes: sizes that may change, where they are known already.
-        gate: what is compared beyond the shapes.
-        step: called after each of the `STEPS` steps of a mixture.
-        note: as for `export`.
-        written: called after each mixture that is there.
-
-    Raises:
-        PpclError: as for `export`.
-    """
-    from ppcl_fx.export.stitching import Translations
-
-    mixtures = [mixture.in_range(dtype) for mixture in mixtures]  # before anything is written
-    needed = {p.name for m in mixtures for ps in opened.weights.pieces(m.gm).values() for p in ps}
-    replaced = [manifest_path(mixture.path).name for mixture in mixtures]
-    typed = [manifest_path(typed_graph_path(mixture.path)).name for mixture in mixtures]
-    former = weights_of(folder, [*replaced, *typed])
-    sharing: AbstractContextManager[Store | None] = nullcontext(None)
-    if not embed:
-        sharing = stored(opened.weights, needed, folder, dtype, replaced, note)
-    with sharing as store, alike_once(), traced_once():
-        known = known or Translations()
-        gate = gate or GateOptions()
-        work = Work(opened.weights, store, dtype, tolerance, runs, known, opened.model.plan, step, axes, gate)
-        results = []
-        for mixture in mixtures:
-            results.append(work.export(mixture))
-            written()
-    drop_unused(folder, former)
-    return results
-
-
-class _Steps:
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.count = progress, total, 0
-        if progress is not None:
-            progress(0, total)
-
-    def done(self) -> None:
-        self.count += 1
-        if self.progress is not None:
-            self.progress(self.count, self.total)
+        return Work(job, WeightSource.memory(gm), None, origin.plan).export(mixture)

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.export.agreement import Agreement, Gate, SamplingAgreement, agreement, spread, worst
 from ppcl_fx.export.answers import Answers
+from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.sampling import SamplingRun, compare_runs
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Call, Calls
-
-CALLS = 8
-"""Recorded calls that a file is compared on, if nothing else is said."""
-
-SAMPLING_TOLERANCE = 1e-3
-"""Relative error of a whole run that is allowed, if nothing else is said. A run adds up the errors of its steps, and
-guidance multiplies them, so it is more than for a call. At 1e-3 a picture in [0, 1] is off by a quarter of one of 256
-levels on average (root mean square), or less: nobody sees it.
-"""
 
 NO_CALLS = "recorded calls were not compared with PyTorch: none were given, the inputs were random; give --calls"
 NONE_WANTED = "recorded calls were not compared with PyTorch: none were asked for (--check-calls 0)"
@@ -29,30 +20,17 @@ NO_RUN = "no sampling run was compared with PyTorch; give --pipeline"
 KEPT = "nothing of this file was kept"
 
 
-@dataclass(frozen=True)
-class GateOptions:
-    """What is compared beyond the shapes.
-
-    Attributes:
-        calls: recorded calls to compare, at most.
-        sampling: a sampling run to compare.
-        sampling_tolerance: relative error allowed for that.
-    """
-
-    calls: int = CALLS
-    sampling: SamplingRun | None = None
-    sampling_tolerance: float = SAMPLING_TOLERANCE
-
-
-def gated(answers: Answers, calls: Calls | None, final: Path, tolerance: float, options: GateOptions) -> Gate:
+def gated(
+    answers: Answers, calls: Calls | None, final: Path, config: ExportConfig, sampling: SamplingRun | None
+) -> Gate:
     """Compare a file to PyTorch on recorded calls and over a whole sampling run.
 
     Args:
         answers: PyTorch and the file.
         calls: recorded calls, where there are any.
         final: what the file is to be called, for messages.
-        tolerance: relative error allowed on a call.
-        options: what is compared.
+        config: how many calls are compared, and the relative errors that are allowed.
+        sampling: the sampling run to compare, if any.
 
     Returns:
         What was found, and what was not compared.
@@ -60,21 +38,21 @@ def gated(answers: Answers, calls: Calls | None, final: Path, tolerance: float, 
     Raises:
         PpclError: the file is further from PyTorch than allowed, scores otherwise, or cannot be run.
     """
-    found = Gate(sampling_tolerance=options.sampling_tolerance if options.sampling is not None else None)
-    if calls is None or not options.calls:
+    found = Gate(sampling_tolerance=config.sampling_tolerance if sampling is not None else None)
+    if calls is None or not config.check_calls:
         found.not_checked.append(NO_CALLS if calls is None else NONE_WANTED)
     else:
-        found.calls = _on_calls(answers, chosen(calls, options.calls), found.not_checked)
-        if found.calls is not None and not found.calls.within(tolerance):
-            raise PpclError(f"{final}: {_distance(found.calls, tolerance)}; {KEPT}; {_advice('--tolerance')}")
-    if options.sampling is None:
+        found.calls = _on_calls(answers, chosen(calls, config.check_calls), found.not_checked)
+        if found.calls is not None and not found.calls.within(config.tolerance):
+            raise PpclError(f"{final}: {_distance(found.calls, config.tolerance)}; {KEPT}; {_advice('--tolerance')}")
+    if sampling is None:
         found.not_checked.append(NO_RUN)
     else:
         try:
-            found.sampling = compare_runs(options.sampling, answers)
+            found.sampling = compare_runs(sampling, answers)
         except PpclError as error:
             raise PpclError(f"{final}: the sampling run could not be compared: {error}") from error
-        _check_run(found.sampling, options.sampling_tolerance, final)
+        _check_run(found.sampling, config.sampling_tolerance, final)
     return found
 
 

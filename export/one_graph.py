@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,25 +17,36 @@ from ppcl_fx.dtypes import main_dtype
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.agreement import Gate
 from ppcl_fx.export.answers import Answers
+from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.gate import GateOptions, gated
+from ppcl_fx.export.gate import gated
+from ppcl_fx.export.graph_run import alike_once
 from ppcl_fx.export.half import HALF, compare_in_float32, largest_value, rounding
 from ppcl_fx.export.inputs import in_type
+from ppcl_fx.export.names import manifest_path, typed_graph_path
 from ppcl_fx.export.onnx_file import Prepared, compare, parameters_in, ports, prepare, save, translated
+from ppcl_fx.export.opened import Opened
 from ppcl_fx.export.parity import latency
 from ppcl_fx.export.publish import beside, publish
 from ppcl_fx.export.samples import sample_of
 from ppcl_fx.export.sidecar import HalfPrecision, Sidecar, WeightFile
+from ppcl_fx.export.unused import drop_unused, weights_of
 from ppcl_fx.export.weight_source import WeightSource, weightless
-from ppcl_fx.export.weight_store import Store
+from ppcl_fx.export.weight_store import Store, stored
 from ppcl_fx.files import sha256_of
 from ppcl_fx.graphs import parameter_count
+from ppcl_fx.passes.expand import traced_once
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.export.axes import Axis
+    from ppcl_fx.export.sampling import SamplingRun
     from ppcl_fx.export.stitching import Initial, Translations
     from ppcl_fx.plan import Plan
+
+
+STEPS = 4
+"""Steps of the work on one graph: preparing, translating, checking, timing."""
 
 
 @dataclass(frozen=True)
@@ -98,32 +110,46 @@ class Mixture:
         return replace(self, largest=largest_value(self.gm, self.calls, dtype, self.unchecked))
 
 
+@dataclass(frozen=True)
+class Job:
+    """What is asked of an export.
+
+    Attributes:
+        config: the options.
+        known: translations of look-alike blocks, used again and added to.
+        sampling: a sampling run to compare.
+        note: told in one line each what was copied.
+        step: called after each of the `STEPS` steps of a graph.
+    """
+
+    config: ExportConfig
+    known: Translations
+    sampling: SamplingRun | None = None
+    note: Callable[[str], None] = lambda line: None
+    step: Callable[[], None] = lambda: None
+
+
 @dataclass
 class Work:
-    """What the ratios of one export share. Without a store each file holds its weights."""
+    """What the graphs of one export share. Without a store each file holds its weights."""
 
+    job: Job
     weights: WeightSource
     store: Store | None
-    dtype: torch.dtype | None
-    tolerance: float
-    runs: int
-    known: Translations
     plan: Plan | None
-    step: Callable[[], None]
     axes: Sequence[Axis] | None = None
-    gate: GateOptions = field(default_factory=GateOptions)
 
     def export(self, mixture: Mixture) -> Exported:
         """Export one graph."""
         started = time.perf_counter()
-        prepared = prepare(*in_type(mixture.gm, mixture.calls, self.dtype), found=self.axes)
+        prepared = prepare(*in_type(mixture.gm, mixture.calls, self.job.config.torch_dtype), found=self.axes)
         self.axes = prepared.axes
-        self.step()
-        made = translated(prepared, self.known, self._initial(mixture.gm))
+        self.job.step()
+        made = translated(prepared, self.job.known, self._initial(mixture.gm))
         final, embed = mixture.path, self.store is None
         with beside(final, embed=embed) as path:
             data = save(made, path, embed=embed)
-            self.step()
+            self.job.step()
             checked = self._checked(prepared, path, mixture)
             card = Sidecar(
                 **_described(prepared, made),
@@ -136,11 +162,11 @@ class Work:
                 students=list(mixture.students),
                 finetuned=mixture.finetuned,
                 plan=self.plan,
-                tolerance=self.tolerance,
+                tolerance=self.job.config.tolerance,
                 **checked,
             )
             publish(path, data, card, final)
-        self.step()
+        self.job.step()
         return Exported(
             keep=mixture.keep,
             onnx=final,
@@ -165,8 +191,11 @@ class Work:
     def _checked(self, prepared: Prepared, path: Path, mixture: Mixture) -> dict[str, Any]:
         """Compare to PyTorch and time; or say why not. Returns the fields of the manifest about it."""
         if mixture.unchecked is not None:
-            self.step()
-            return _found({}, None) | {"unchecked": mixture.unchecked, "gate": Gate(not_checked=[mixture.unchecked])}
+            self.job.step()
+            return _found({}, None) | {
+                "unchecked": mixture.unchecked,
+                "gate": Gate(not_checked=[mixture.unchecked]),
+            }
         if main_dtype(prepared.gm) in HALF:
             parity, answers = compare_in_float32(prepared, path)
             gate = self._gated(parity, answers, mixture)
@@ -174,13 +203,15 @@ class Work:
             return _found(parity, None) | {"half": half, "gate": gate}
         parity, running = compare(prepared, path)
         gate = self._gated(parity, Answers.of(prepared, running), mixture)
-        milliseconds = latency(running, prepared.lowered.feeds(prepared.calls["traced"]), self.runs)
+        milliseconds = latency(
+            running, prepared.lowered.feeds(prepared.calls["traced"]), self.job.config.runs
+        )
         return _found(parity, milliseconds) | {"gate": gate}
 
     def _gated(self, parity: dict[str, float], answers: Answers, mixture: Mixture) -> Gate:
-        _check(parity, self.tolerance, mixture.path)
-        found = gated(answers, mixture.calls, mixture.path, self.tolerance, self.gate)
-        self.step()
+        _check(parity, self.job.config.tolerance, mixture.path)
+        found = gated(answers, mixture.calls, mixture.path, self.job.config, self.job.sampling)
+        self.job.step()
         return found
 
     def _files(self, made: Any, data: Path | None) -> list[WeightFile]:
@@ -190,6 +221,47 @@ class Work:
             size = data.stat().st_size
             return [WeightFile(file=data.name, sha256=sha256_of(data), size=size, sample=sample_of(data))]
         return [self.store.described(name) for name in weight_files(made)] if self.store is not None else []
+
+
+def write_graphs(
+    opened: Opened,
+    mixtures: Sequence[Mixture],
+    folder: Path,
+    job: Job,
+    *,
+    axes: Sequence[Axis] | None = None,
+    written: Callable[[], object] = lambda: None,
+) -> list[Exported]:
+    """Write a graph for each mixture of a model, in place of what is there, over one copy of the weights.
+
+    Args:
+        opened: the model.
+        mixtures: what to write.
+        folder: where the graphs lie; held by the caller (`ppcl_fx.export.claim`).
+        job: what is asked.
+        axes: sizes that may change, where they are known already.
+        written: called after each mixture that is there.
+
+    Raises:
+        PpclError: as `ppcl_fx.export.export`.
+    """
+    dtype = job.config.torch_dtype
+    mixtures = [mixture.in_range(dtype) for mixture in mixtures]  # before anything is written
+    needed = {p.name for m in mixtures for ps in opened.weights.pieces(m.gm).values() for p in ps}
+    replaced = [manifest_path(mixture.path).name for mixture in mixtures]
+    typed = [manifest_path(typed_graph_path(mixture.path)).name for mixture in mixtures]
+    former = weights_of(folder, [*replaced, *typed])
+    sharing: AbstractContextManager[Store | None] = nullcontext(None)
+    if not job.config.embed:
+        sharing = stored(opened.weights, needed, folder, dtype, replaced, job.note)
+    with sharing as store, alike_once(), traced_once():
+        work = Work(job, opened.weights, store, opened.model.plan, axes)
+        results = []
+        for mixture in mixtures:
+            results.append(work.export(mixture))
+            written()
+    drop_unused(folder, former)
+    return results
 
 
 def _found(parity: dict[str, float], milliseconds: float | None) -> dict[str, Any]:

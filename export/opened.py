@@ -5,32 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from ppcl_fx.effects import EFFECTS, load_effects
+from ppcl_fx.export.byte_ranges import byte_ranges
+from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.weight_source import WeightFolder, WeightSource
 from ppcl_fx.long_files import form_bytes
 from ppcl_fx.memory import size_words
 from ppcl_fx.model import PluggableModel, load
-
-MEMORY = 12 * 2**30
-"""Bytes that loading a model for the checks may take, if nothing else is said."""
+from ppcl_fx.shards import Shards
+from ppcl_fx.train.finetuned import FinetunedFolder
 
 COPIES = 3
 """How often the weights are in memory for a check: PyTorch's, onnxruntime's, and those it transposed. Half precision is
 compared in float32, so all three are."""
 
 
-def stays_on_disk(model: PluggableModel | WeightFolder, limit: int, dtype: torch.dtype | None) -> bool:
-    """Tell whether a model is too large to be loaded for the checks, so that nothing will be compared.
-
-    Args:
-        model: in memory, or a student folder.
-        limit: bytes that the checks may take.
-        dtype: the type that it is to be exported in; None for its own.
-    """
+def stays_on_disk(model: PluggableModel | WeightFolder, config: ExportConfig) -> bool:
+    """Tell whether a model, in memory or a student folder, is too large to be loaded for the checks of an export."""
     if isinstance(model, PluggableModel):
         return False
-    return unread(WeightSource.files(model, model.model.graph), dtype, limit) is not None
+    return _unread(WeightSource.files(model, model.model.graph), config) is not None
 
 
 @dataclass(frozen=True)
@@ -48,22 +44,21 @@ class Opened:
     unchecked: str | None
 
     @classmethod
-    def of(cls, model: PluggableModel | WeightFolder, limit: int, dtype: torch.dtype | None = None) -> Opened:
-        """Take a model from memory, or a student folder: loaded where checking it stays within a limit in bytes.
+    def of(cls, model: PluggableModel | WeightFolder | FinetunedFolder, config: ExportConfig) -> Opened:
+        """Take a model from memory, or from a folder: loaded where checking it stays within the limit of memory.
 
-        Args:
-            model: the model.
-            limit: the bytes.
-            dtype: the type that it is to be exported in; None for its own.
+        A fine-tuned model's weights go into its own graph.
 
         Raises:
             PpclError: a file of the folder is damaged, or they do not fit each other.
         """
         if isinstance(model, PluggableModel):
             return cls(model, WeightSource.memory(model.graph), None)
+        if isinstance(model, FinetunedFolder):
+            return cls(model.model, *_tuned(model, config))
         model.model.eval()  # as a loaded one is: blocks of both are then translated once
         weights = WeightSource.files(model, model.model.graph)
-        why = unread(weights, dtype, limit)
+        why = _unread(weights, config)
         if why is None:
             loaded = load(model.folder)
             assert isinstance(loaded, PluggableModel)
@@ -75,19 +70,36 @@ class Opened:
         return cls(model.model, weights, why)
 
 
-def unread(weights: WeightSource, dtype: torch.dtype | None, limit: int) -> str | None:
-    """Return why graphs over weights are not compared to PyTorch; None where that stays within a limit in bytes.
+def _tuned(tuned: FinetunedFolder, config: ExportConfig) -> tuple[WeightSource, str | None]:
+    """Return where a fine-tuned model's weights are, and why they were not read into its graph, if so."""
+    graph, shards = tuned.graph.eval(), Shards.one_file(tuned.file)
+    seen: dict[int, str] = {}
+    # A parameter may have several names; the file knows it by the first.
+    first = {name: seen.setdefault(id(p), name) for name, p in graph.named_parameters(remove_duplicate=False)}
+    dtypes = {name: parameter.dtype for name, parameter in graph.named_parameters()}
 
-    Args:
-        weights: the weights.
-        dtype: the type that they are to be exported in; None for their own.
-        limit: the bytes.
-    """
-    stored = form_bytes(weights.forms(None))
+    def read(name: str) -> Tensor:
+        return shards.checked(first[name]).to(dtypes[first[name]])
+
+    places = byte_ranges(tuned.file)
+    ranges = {name: places[first[name]] for name in first}
+    weights = WeightSource(graph, read, shards.close, ranges, tuned.student)
+    why = _unread(weights, config)
+    if why is None:
+        own = {name: nn.Parameter(read(name), requires_grad=False) for name in dtypes}
+        for name in first:
+            parent, _, leaf = name.rpartition(".")
+            graph.get_submodule(parent)._parameters[leaf] = own[first[name]]
+    return weights, why
+
+
+def _unread(weights: WeightSource, config: ExportConfig) -> str | None:
+    """Return why graphs over weights are not compared to PyTorch; None where that stays within the limit of memory."""
+    held = form_bytes(weights.forms(None))
     compared = form_bytes(weights.forms(torch.float32))
-    same = stored == compared and dtype in (None, torch.float32)
-    needed = COPIES * compared if same else stored + COPIES * compared
-    if needed <= limit:
+    same = held == compared and config.torch_dtype in (None, torch.float32)
+    needed = COPIES * compared if same else held + COPIES * compared
+    if needed <= config.memory_limit:
         return None
     words = size_words(needed)
     return f"not checked against PyTorch: the weights were not read ({words} and more with --memory-limit checks)"

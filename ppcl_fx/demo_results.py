@@ -96,27 +96,17 @@ def export_ratios(
         For each, in the order of the rows: ``latency_ms`` (median of one call with the samples of a recorded one) and
         ``parity_max_abs`` (largest difference between onnxruntime and PyTorch over ``shapes`` shapes).
     """
-    from ppcl_fx.export import Translations, export, export_graph, lower
+    from ppcl_fx.export import ExportConfig, Origin, Translations, export, export_graph, lower
     from ppcl_fx.export.names import graph_path, ratio_name
 
     known = Translations()  # blocks of one structure are translated once for all files
-    done = list(export(model, keeps, folder, calls=calls[:1], known=known).ratios)
+    done = list(export(model, folder, ExportConfig(keep=tuple(keeps)), calls=calls[:1], known=known).ratios)
     graphs = [model.plug(keep=keep).graph_module() for keep in keeps]
     if finetuned is not None:
         path = graph_path(folder, f"{ratio_name(min(keeps))}-finetuned")
         share = done[-1].params / model.teacher_params
-        students = done[-1].students
-        done.append(
-            export_graph(
-                finetuned,
-                path,
-                calls=calls[:1],
-                keep=share,
-                students=students,
-                plan=model.plan,
-                known=known,
-            )
-        )
+        origin = Origin(keep=share, students=list(done[-1].students), plan=model.plan)
+        done.append(export_graph(finetuned, path, calls=calls[:1], origin=origin, known=known))
         graphs.append(finetuned)
     feeds = [lower(graph).feeds(bind(graph, calls[0].kwargs)) for graph in graphs]
     medians = latencies([one.onnx for one in done], feeds)

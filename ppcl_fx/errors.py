@@ -26,6 +26,20 @@ class Stopped(PpclError):
         self.code = code
 
 
+class OptionError(PpclError):
+    """A value that an options model does not take.
+
+    Attributes:
+        option: its name; empty where several are at odds.
+        reason: why.
+        part: the entry of a list that is wrong; empty where it is the whole.
+    """
+
+    def __init__(self, option: str, reason: str, part: str = "") -> None:
+        super().__init__(f"option {option}: {reason}" if option else reason)
+        self.option, self.reason, self.part = option, reason, part
+
+
 class GuardError(PpclError):
     """A call lies outside of what was traced; the message holds the guard's words."""
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from ppcl_fx.errors import PpclError, near
+from ppcl_fx.errors import OptionError, PpclError, near
 from ppcl_fx.memory import size_words
 from ppcl_fx.owned import Kind, check_no_link, check_replaceable
 from ppcl_fx.reading import JSON_BYTES, open_regular, parse_json, read_bytes, without_mark
@@ -113,6 +113,8 @@ def read_json(path: str | Path, model: type[Model], limit: int = JSON_BYTES) -> 
         found = model.model_validate_json(without_mark(data))
     except ValidationError as error:
         raise PpclError(f"{path}: {_first_fault(error, model)}; mend the file or write it again") from None
+    except OptionError as error:
+        raise PpclError(f"{path}: {error}; mend the file or write it again") from None
     except ValueError as error:
         raise PpclError(f"{path}: not valid JSON ({error}); mend the file or write it again") from None
     if isinstance(found, Sealed) and found.seal:

@@ -11,23 +11,23 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
 from ppcl_fx.cli.app import main
 from ppcl_fx.cli.boundary import Result, guarded
-from ppcl_fx.cli.options import (
-    check_output,
-    choices,
-    parse_counts,
-    parse_keep,
-    parse_keeps,
-    parse_params,
-)
+from ppcl_fx.cli.flags import flagged
+from ppcl_fx.cli.options import check_output
+from ppcl_fx.config import Config, options_table
 from ppcl_fx.errors import PpclError, Stopped
+from ppcl_fx.export.config import ExportConfig
+from ppcl_fx.export.tensorrt.request import BuildConfig
 from ppcl_fx.files import check_writable
 from ppcl_fx.owned import CHECKPOINT
+from ppcl_fx.passes.config import AnalyzeConfig, RewriteConfig
+from tests.options_page import PAGE, page
 
 COMMANDS = ("analyze", "rewrite", "train", "export", "build")
 NOBODY = 65534
@@ -106,7 +106,7 @@ def test_help_needs_no_torch() -> None:
         (["rewrite", "shapes", "-o", "x", "--released", "r"], ["--released", "--calls"]),
         (["rewrite", "shapes", "-o", "x", "--analysis", "a", "--init", "frist"], ["frist", "'first'"]),
         (["train", "x", "--calls", "c", "--stage", "depth,widht"], ["widht", "'width'"]),
-        (["train", "x", "--calls", "c", "--stage", "depth", "--steps", "1,2"], ["--steps 1,2", "1 stage;"]),
+        (["train", "x", "--calls", "c", "--stage", "depth", "--steps", "1,2"], ["1 stages but 2 numbers of steps"]),
         (["train", "x", "--calls", "c", "--steps", "1,0,2"], ["--steps 1,0,2", "from 1 to"]),
         (["export", "x", "-o", "y", "--format", "onx"], ["onx", "'onnx'"]),
         (["export", "x", "-o", "y", "--keep", "1.0,0"], ["--keep 0", "above 0"]),
@@ -261,20 +261,55 @@ def test_sigterm_leaves_nothing_half_written(tmp_path: Path) -> None:
 
 def test_numbers_of_parameters_are_read_as_people_write_them() -> None:
     written = {"12B": 12_000_000_000, "11.9b": 11_900_000_000, "500M": 500_000_000, "1.5e3": 1500, "7": 7}
-    assert {text: parse_params(text) for text in written} == written
+    assert {text: RewriteConfig(params=text).params for text in written} == written  # type: ignore[arg-type]
+
+
+def typed(model: type[Config], *arguments: str) -> Any:
+    """What a command with the options of a model gets for these arguments."""
+
+    def command(config: Any) -> Any:
+        return config
+
+    command.__annotations__["config"] = model
+    app = typer.Typer()
+    app.command()(flagged(command))
+    return app(args=list(arguments), standalone_mode=False)
 
 
 def test_lists_are_read_as_given() -> None:
-    assert parse_keeps("1.0, 0.7,0.5") == [1.0, 0.7, 0.5]
-    assert parse_counts("--steps", "600,200, 1") == [600, 200, 1]
-    assert choices("--stage", "width,depth", ["depth", "width"]) == ["width", "depth"]
-    assert parse_keep("1e-3") == 1e-3
+    assert typed(ExportConfig, "--keep", "1.0, 0.7,0.5").keep == (1.0, 0.7, 0.5)
+    assert typed(RewriteConfig, "--keep", "1e-3", "--rule", "paper", "--no-width") == RewriteConfig(
+        keep=1e-3, select="paper", width=False
+    )
+    made = typed(
+        ExportConfig, "--format", "tensorrt", "--size", "a=1-2", "--size", "b=3", "--workspace", "4GiB"
+    )
+    assert (made.build.spec.sizes, made.build.options.workspace) == ({"a": "1-2", "b": "3"}, 2**32)
+    assert made.build.spec.model_fields_set == {"sizes"} and not made.onnx_only
 
 
 @pytest.mark.parametrize("text", ["nan", "-0.1", "0", "1.0001", "inf", "", "0.5,0.6"])
 def test_a_share_is_above_0_and_at_most_1(text: str) -> None:
     with pytest.raises(PpclError, match=re.escape(f"--keep {text}: ")):
-        parse_keep(text)
+        typed(RewriteConfig, "--keep", text)
+    with pytest.raises(PpclError, match="option keep: "):
+        RewriteConfig(keep=text)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("model", [AnalyzeConfig, RewriteConfig, ExportConfig, BuildConfig])
+def test_every_option_is_a_flag_and_is_described(model: type[Config], run: Run) -> None:
+    name = model.__name__.removesuffix("Config").lower()
+    code, out, _ = run(name, "--help")
+    rows = options_table(model).splitlines()[2:]
+    assert code == 0 and len(rows) >= 9
+    for row in rows:
+        flag, _, _, words = (cell.strip(" `") for cell in row.strip("|").split(" | "))
+        assert re.search(f"  {flag}[ ,]", out) and len(words) > 5
+
+
+def test_unknown_names_have_a_near_match() -> None:
+    with pytest.raises(PpclError, match="option tolernce: there is no such option .did you mean 'tolerance'"):
+        ExportConfig(tolernce=1)  # type: ignore[call-arg]
 
 
 def test_output_checks_leave_nothing_behind(tmp_path: Path) -> None:
@@ -338,3 +373,7 @@ def test_work_that_a_signal_stopped_leaves_with_its_code_and_one_line(capfd: pyt
 
     assert guarded(stop, ["train"]) == 143
     assert capfd.readouterr().err == "ppcl-fx: stopped by SIGTERM at stage depth, step 3 of 6; saved\n"
+
+
+def test_the_page_of_options_is_what_the_models_say() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python -m tests.options_page"

@@ -101,9 +101,14 @@ def test_a_transformers_config(folder: Path, case: str) -> None:
     if case == "odd axes":  # fits the weights, and fails where it is called
         from ppcl_fx.cli.analyze import _record
         from ppcl_fx.cli.terminal import Terminal
+        from ppcl_fx.passes.config import AnalyzeConfig
 
         source = open_source(str(folder))
-        refused(lambda: _record(source, ["a"], 1, 1, 0, Terminal(False)), reason, str(folder))
+        refused(
+            lambda: _record(source, ["a"], AnalyzeConfig(batch_size=1, steps=1, seed=0), Terminal(False)),
+            reason,
+            str(folder),
+        )
         return
     tracemalloc.start()
     for load in ("transformer", "checkpoint", "pipeline"):

@@ -14,7 +14,7 @@ from ppcl_fx import EngineTransformer
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import GuardError
 from ppcl_fx.examples import build_call, describe
-from ppcl_fx.export import export
+from ppcl_fx.export import ExportConfig, export
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.kinds import Examples, kind_of, ones_in
 from ppcl_fx.passes.analyze import analyze_streamed
@@ -169,7 +169,7 @@ def test_from_the_recording_to_the_engine(tmp_path: Path) -> None:
     options = TrainConfig(stages=("depth", "width"), steps=(2, 2))
     BoundedTraining(tmp_path / "student", calls, options).run()
     loaded = ppcl_fx.load(tmp_path / "student")
-    export(loaded, [1.0], tmp_path / "engines", calls=calls, runs=1)
+    export(loaded, tmp_path / "engines", ExportConfig(keep=(1.0,), runs=1), calls=calls)
     engine = EngineTransformer(tmp_path / "engines", device="cpu")
     model.plug(students=[])
     loaded.plug(students=[])

@@ -17,6 +17,7 @@ from ppcl_fx.cli.app import main
 from ppcl_fx.cli.rewrite import Wish
 from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.model import STUDENTS, PluggableModel
+from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.passes.damage import depth_damage, ffn_damage, text_damage
 from ppcl_fx.passes.rewrite import count, insert_edits
 from ppcl_fx.plan import DepthEdit
@@ -194,7 +195,7 @@ def test_an_analysis_beside_the_name_says_what_each_edit_costs(tmp_path: Path) -
     stack = random_stack(1, 60, "transformer_blocks", grows=True)
     analysis = analysis_of(stack)
     analysis.save(tmp_path / "analysis.json")
-    wish = Wish(tmp_path / "analysis.json", "paper:qwen-image-14b", None, "first")
+    wish = Wish(tmp_path / "analysis.json", "paper:qwen-image-14b", None, RewriteConfig())
     plan = wish.plan_given(wish.named())
     assert plan is not None and plan.model == analysis.model
     assert plan.ids == named("paper:qwen-image-10b").plan().ids

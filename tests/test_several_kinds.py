@@ -14,7 +14,7 @@ import ppcl_fx
 from ppcl_fx import EngineTransformer
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.export import export
+from ppcl_fx.export import ExportConfig, export
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.kinds import ones_in
 from ppcl_fx.model import PluggableModel
@@ -109,7 +109,7 @@ def test_one_negative_text_for_a_batch(tmp_path: Path) -> None:
     ).run()
     (first,), (second,) = result.stages[0].losses.values(), bounded.stages[0].losses.values()
     assert first[0] == pytest.approx(second[0], rel=1e-4)
-    export(model, [1.0], tmp_path / "engines", calls=calls, runs=1)
+    export(model, tmp_path / "engines", ExportConfig(keep=(1.0,), runs=1), calls=calls)
     engine = EngineTransformer(tmp_path / "engines", device="cpu")
     for call in calls:
         torch.testing.assert_close(answer(engine, call.kwargs), answer(teacher, call.kwargs), rtol=0, atol=1e-5)

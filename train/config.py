@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from ppcl_fx.config import Flag
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import write_text
 from ppcl_fx.reading import read_text
@@ -105,7 +106,9 @@ class TrainConfig(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    stages: tuple[str, ...] = Field(STAGES, description="some of depth, width, finetune, in that order")
+    stages: Annotated[tuple[str, ...], Flag("--stage", metavar="NAMES")] = Field(
+        STAGES, description="some of depth, width, finetune, in that order"
+    )
     steps: tuple[Count, ...] = Field((600, 200, 100), description="steps of each stage, in the same order")
     batch: Count = Field(2, description="calls in one forward pass")
     accumulate: Count = Field(1, description="forward and backward passes in one step")

@@ -15,7 +15,7 @@ from ppcl_fx.export.tensorrt.manifest import EngineCard, Hashes, check_card, rea
 from ppcl_fx.export.tensorrt.options import check_version
 from ppcl_fx.export.tensorrt.places import Place, find_graphs, read_graph, read_origin
 from ppcl_fx.export.tensorrt.profiles import Profile
-from ppcl_fx.export.tensorrt.request import BuildRequest, read_request
+from ppcl_fx.export.tensorrt.request import BuildConfig, read_request
 from ppcl_fx.export.tensorrt_api import Api, Gpu
 
 Report = Callable[[int, int, str], None]
@@ -45,7 +45,7 @@ class Built:
 
 def build_folder(
     folder: str | Path,
-    request: BuildRequest | None = None,
+    request: BuildConfig | None = None,
     *,
     overwrite: bool = False,
     tensorrt: tuple[Api, Gpu] | None = None,
@@ -101,7 +101,7 @@ def build_folder(
 
 
 def _there(
-    place: Place, profiles: list[Profile], request: BuildRequest, api: Api, gpu: Gpu, hashes: Hashes
+    place: Place, profiles: list[Profile], request: BuildConfig, api: Api, gpu: Gpu, hashes: Hashes
 ) -> EngineCard | None:
     """Return the manifest of an engine that is there and is the one wanted."""
     if not place.engine.exists():

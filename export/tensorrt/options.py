@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from ppcl_fx.config import Bytes, Config, Flag
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.tensorrt_api import Api, version_numbers
 
@@ -18,26 +19,22 @@ REFIT_DROPS_BIAS = ((11, 3), (11, 4))
 is ever exchanged (NVIDIA's release notes of 11.3, known issues). REFIT_IDENTICAL does not."""
 
 
-class BuildOptions(BaseModel):
+class BuildOptions(Config):
     """How an engine is built.
 
-    Attributes:
-        workspace: bytes of GPU memory that a kernel may use for itself; ``None`` for all there is.
-        level: TensorRT's builder optimisation level, 0 (quick to build) to 5; ``None`` for its default.
-        refit: whether weights can be put in later: ``identical`` the same weights, with no loss of speed; ``any``
-            other weights too, which costs fusions.
-        stripped: leave the weights out of the engine; they come back from the weight store when it is loaded. Without a
-            word about `refit` it is ``identical``.
-        weight_streaming: bytes of weights that stay on the GPU, the others are streamed; ``None`` for all.
+    Without a word about `refit`, `stripped` makes it ``identical``: the weights come back from the weight store when
+    the engine is loaded.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    workspace: int | None = Field(default=None, ge=1)
-    level: int | None = Field(default=None, ge=0, le=5)
-    refit: Literal["none", "identical", "any"] = "none"
-    stripped: bool = False
-    weight_streaming: int | None = Field(default=None, ge=0)
+    workspace: Bytes | None = Field(None, description="GPU memory that a kernel may use for itself, such as 4GiB")
+    level: int | None = Field(None, ge=0, le=5, description="builder's effort; TensorRT's default is 3")
+    refit: Annotated[Literal["none", "identical", "any"], Flag(metavar="KIND")] = Field(
+        "none", description="weights that can be put in later: 'none', 'identical' ones, or 'any' (slower)"
+    )
+    stripped: bool = Field(False, description="engines without weights; they come at load")
+    weight_streaming: Bytes | None = Field(
+        None, description="weights that stay on the GPU, such as 8GiB; the rest streams"
+    )
 
     @property
     def refitting(self) -> Literal["none", "identical", "any"]:

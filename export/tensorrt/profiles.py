@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from ppcl_fx.config import Config, Flag
 from ppcl_fx.errors import PpclError, near
 
 if TYPE_CHECKING:
@@ -49,26 +50,29 @@ class Profile(_Strict):
     sizes: dict[str, Range] = Field(default_factory=dict)
 
 
-class Spec(_Strict):
-    """Profiles as a person writes them; every field is text of the command line, empty where it was left out.
+class Spec(Config):
+    """Profiles as a person writes them; every field is text of the command line, empty where it was left out."""
 
-    Attributes:
-        shapes: resolutions ``WIDTHxHEIGHT`` in pixels with commas, each a profile; or ranges of them.
-        tokens: image tokens instead of `shapes`.
-        batch: samples, ``1-4``.
-        text: text tokens, ``1-512``.
-        sizes: ranges for open sizes by their own names.
-        pixels: pixels along one side of a token (of a latent cell, where the model takes latents).
-        limits: the largest value of a size that the model takes, where that is known.
-    """
-
-    shapes: str = ""
-    tokens: str = ""
-    batch: str = ""
-    text: str = ""
-    sizes: dict[str, str] = Field(default_factory=dict)
-    pixels: int | None = Field(default=None, ge=1)
-    limits: dict[str, int] = Field(default_factory=dict)
+    shapes: Annotated[str, Flag(metavar="WxH,...")] = Field(
+        "",
+        description="pictures in pixels, a profile for each: 1024x1024,1328x1328, or a range 1024x1024-1328x1328",
+    )
+    tokens: Annotated[str, Flag(metavar="N,...")] = Field(
+        "", description="image tokens, where pixels are not known: 4096"
+    )
+    batch: Annotated[str, Flag(metavar="RANGE")] = Field(
+        "", description="samples in a call: 1-4, tuned for 4; or 1-2-4"
+    )
+    text: Annotated[str, Flag(metavar="RANGE")] = Field("", description="text tokens: 1-512, for example")
+    sizes: Annotated[dict[str, str], Flag("--size", metavar="NAME=RANGE")] = Field(
+        {}, description="an open size by its own name; may be repeated"
+    )
+    pixels: Annotated[int | None, Flag("--pixels-per-token")] = Field(
+        None, ge=1, le=4096, description="pixels along a side of a token (of a latent cell): often 16 (8)"
+    )
+    limits: Annotated[dict[str, int], Flag(hidden=True)] = Field(
+        {}, description="the largest value of a size that the model takes, where that is known"
+    )
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from ppcl_fx.config import Config, Flag
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import REQUEST, GraphFile
-from ppcl_fx.export.tensorrt.profiles import Profile, Spec, default_profile, resolve
+from ppcl_fx.export.tensorrt.profiles import Profile, Spec, check_spec, default_profile, resolve
 from ppcl_fx.files import inside, read_json, write_json
 
 
-class BuildRequest(BaseModel):
-    """The file ``build.json`` of an exported folder.
+class BuildConfig(Config):
+    """Every option of ``ppcl-fx build``, and the file ``build.json`` of an exported folder.
 
     Attributes:
         spec: the profiles, as they were asked for.
@@ -23,13 +25,30 @@ class BuildRequest(BaseModel):
         example: the sizes of the example that the graphs were exported with, by the names of the open sizes.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    version: Annotated[Literal[1], Flag(hidden=True)] = 1
+    kind: Annotated[Literal["tensorrt-build"], Flag(hidden=True)] = "tensorrt-build"
+    spec: Spec = Field(Spec(), description="the sizes that engines take")
+    options: BuildOptions = Field(BuildOptions(), description="how they are built")
+    example: Annotated[dict[str, int], Flag(hidden=True)] = Field({}, description="sizes of the example")
 
-    version: Literal[1] = 1
-    kind: Literal["tensorrt-build"] = "tensorrt-build"
-    spec: Spec = Field(default_factory=Spec)
-    options: BuildOptions = Field(default_factory=BuildOptions)
-    example: dict[str, int] = Field(default_factory=dict)
+    def over(self, given: Mapping[str, Any]) -> BuildConfig:
+        """Return these options with those that the command line gives in their place.
+
+        Raises:
+            PpclError: one of them is wrong, or they do not fit each other.
+        """
+        spec, options = given.get("spec", {}), given.get("options", {})
+        if {"shapes", "tokens"} & spec.keys():
+            spec = {"shapes": "", "tokens": "", **spec}
+        made = BuildConfig(
+            spec=Spec(**self.spec.model_dump() | spec),
+            options=BuildOptions(**self.options.model_dump() | options),
+            example=self.example,
+        )
+        check_spec(made.spec)
+        if made.options.stripped and options.get("refit") == "none":
+            raise PpclError("--stripped --refit none: weights must come back somehow; leave --refit out")
+        return made
 
     def profiles(self, graph: GraphFile, file: str) -> list[Profile]:
         """Return the profiles for one graph: those asked for, or one around the example.
@@ -47,16 +66,16 @@ class BuildRequest(BaseModel):
         return [default_profile(graph.inputs, self.example)]
 
 
-def write_request(folder: Path, request: BuildRequest) -> None:
+def write_request(folder: Path, config: BuildConfig) -> None:
     """Write what is to be built into an exported folder.
 
     Raises:
         PpclError: the place cannot be written.
     """
-    write_json(folder / REQUEST, request)
+    write_json(folder / REQUEST, config)
 
 
-def read_request(folder: Path) -> BuildRequest:
+def read_request(folder: Path) -> BuildConfig:
     """Return what is to be built in an exported folder; nothing is known where no file says so.
 
     Raises:
@@ -64,4 +83,4 @@ def read_request(folder: Path) -> BuildRequest:
     """
     if not folder.is_dir():
         raise PpclError(f"{folder}: no such folder; give what 'ppcl-fx export' wrote")
-    return read_json(inside(folder, REQUEST), BuildRequest) if (folder / REQUEST).is_file() else BuildRequest()
+    return read_json(inside(folder, REQUEST), BuildConfig) if (folder / REQUEST).is_file() else BuildConfig()

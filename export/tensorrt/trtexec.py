@@ -12,7 +12,7 @@ from ppcl_fx.export.sidecar import Port
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import SCRIPT, Place, read_graph
 from ppcl_fx.export.tensorrt.profiles import KINDS, Profile, shapes_of
-from ppcl_fx.export.tensorrt.request import BuildRequest
+from ppcl_fx.export.tensorrt.request import BuildConfig
 from ppcl_fx.files import write_text
 
 HEAD = """#!/bin/sh
@@ -67,7 +67,7 @@ def trtexec_arguments(
     return arguments
 
 
-def write_script(places: Sequence[Place], request: BuildRequest) -> Path:
+def write_script(places: Sequence[Place], request: BuildConfig) -> Path:
     """Write ``build.sh``, which builds the engines of a folder with ``trtexec``, and return its path.
 
     Args:

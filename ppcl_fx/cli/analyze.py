@@ -4,32 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import (
-    MOST,
-    MOST_STEPS,
-    Device,
-    Json,
-    MemoryLimit,
-    Overwrite,
-    Seed,
-    Verbose,
-    check_folder,
-    check_output,
-    given,
-    parse_device,
-    refuse_given,
-)
+from ppcl_fx.cli.flags import flagged
+from ppcl_fx.cli.options import Model, Overwrite, check_device, check_folder, check_output, refuse
 from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
 from ppcl_fx.errors import PpclError, foreign
-from ppcl_fx.memory import parse_size
 from ppcl_fx.owned import ANALYSING, REPORT_MARK, check_file, check_no_link, check_replaceable, discard
 from ppcl_fx.owned import CALLS as RECORDED
+from ppcl_fx.passes.config import AnalyzeConfig
 from ppcl_fx.reading import read_text
 from ppcl_fx.sources import check_source
 
@@ -45,39 +32,19 @@ SHIPPED_PROMPTS = 8
 """Prompts of each category that are recorded for the shipped model when none are given."""
 
 
+@flagged
 def analyze(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or 'shapes'.")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="RUN", help="Folder for calls, analysis and report.")
-    ],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="RUN", help="Folder for calls, analysis and report.")],
+    config: AnalyzeConfig,
+    terminal: Terminal,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Prompts to record, one a line; 'shapes' has its own.")
     ] = None,
     calls: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Use these recorded calls instead of recording.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="Prompts in one run of the pipeline.")] = 8,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=MOST_STEPS, help="Denoising steps; the pipeline's own number if left out.")
-    ] = None,
-    seed: Seed = 42,
-    stream: Annotated[str, typer.Option(help="Stream whose curves decide the intervals.")] = "image",
-    ridge: Annotated[
-        float | None,
-        typer.Option(min=0.0, max=1e6, help="Ridge of the probes, relative to the mean squared channel."),
-    ] = None,
-    refine_steps: Annotated[
-        int, typer.Option(min=0, max=10**6, help="Gradient steps on the probes after the closed form.")
-    ] = 0,
-    samples: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Samples that CKA averages over, at most.")
-    ] = None,
-    memory_limit: MemoryLimit = None,
-    device: Device = "cpu",
     overwrite: Overwrite = False,
-    verbose: Verbose = False,
-    json: Json = False,
 ) -> Result:
     """Record MODEL's calls and analyse its redundancy: RUN/calls, RUN/analysis.json, RUN/report.html.
 
@@ -87,16 +54,14 @@ def analyze(
     if prompts is not None and calls is not None:
         raise PpclError("--prompts, --calls: recorded calls need no prompts; give one of the two")
     if calls is not None:
-        refuse_given(context, ("batch_size", "steps", "seed"), "nothing is recorded with --calls; leave it out")
-    limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
-    where = parse_device(device, memory_limit)
-    if limit is not None and calls is None:
+        refuse(config, ("batch_size", "steps", "seed"), "nothing is recorded with --calls; leave it out")
+    check_device(config.device, config.memory_limit is not None)
+    if config.memory_limit is not None and calls is None:
         raise PpclError("--memory-limit: the model is never loaded, so nothing can be recorded; give --calls FOLDER")
     _check_out(out, calls is None, overwrite, [model, prompts, calls])
     check_source(model)
     check_folder(calls, "recorded calls", "index.json")
     texts = read_prompts(prompts) if prompts is not None else None
-    terminal = Terminal(verbose)
 
     import ppcl_fx
     from ppcl_fx.report import write_report
@@ -104,8 +69,13 @@ def analyze(
 
     with terminal.step("loading the model"):
         source = open_source(model)
-    chosen = given(ridge=ridge, max_samples=samples, stream=stream, refine_steps=refine_steps)
-    if calls is not None and limit is not None:
+    chosen: dict[str, Any] = {
+        "ridge": config.ridge,
+        "max_samples": config.samples,
+        "stream": config.stream,
+        "refine_steps": config.refine_steps,
+    }
+    if calls is not None and config.memory_limit is not None:
         recorded = open_calls(calls, terminal).calls
         checkpoint = open_checkpoint(model, terminal, {calls: recorded.model})
         from ppcl_fx.passes.analyze import analyze_streamed
@@ -115,15 +85,15 @@ def analyze(
                 checkpoint,
                 recorded,
                 out / WORK,
-                memory_limit=limit,
-                device=where,
+                memory_limit=config.memory_limit,
+                device=config.device,
                 report=progress,
                 keep_work=True,
                 **chosen,
             )
     else:
         if calls is None:
-            transformer, recorded = _record(source, texts, batch_size, steps, seed, terminal)
+            transformer, recorded = _record(source, texts, config, terminal)
             recorded.save(out / CALLS, overwrite=overwrite)
         else:
             recorded = open_calls(calls, terminal).calls
@@ -135,9 +105,7 @@ def analyze(
     analysis.save(out / ANALYSIS)
     # Not before the result is safe: a run killed in between goes on from here.
     discard(out / WORK, ANALYSING)
-    write_report(
-        out / REPORT, redundancy=analysis, title=f"{source.name}: analysis", provenance={"model": source.name}
-    )
+    write_report(out / REPORT, redundancy=analysis, title=f"{source.name}: analysis", provenance={"model": source.name})
     return _result(out, calls or out / CALLS, analysis)
 
 
@@ -160,9 +128,7 @@ def _check_out(out: Path, recording: bool, overwrite: bool, reads: Iterable[str 
     for place in (out / CALLS, out / ANALYSIS, out / REPORT, out / WORK):
         check_no_link(place)
     if recording and (out / CALLS).exists() and not overwrite:
-        raise PpclError(
-            f"{out / CALLS}: already exists; use it with --calls {out / CALLS}, or give --overwrite"
-        )
+        raise PpclError(f"{out / CALLS}: already exists; use it with --calls {out / CALLS}, or give --overwrite")
     if recording:
         check_replaceable(out / CALLS, RECORDED, [read for read in reads if read is not None])
     if (out / ANALYSIS).exists() and not overwrite:
@@ -173,7 +139,7 @@ def _check_out(out: Path, recording: bool, overwrite: bool, reads: Iterable[str 
 
 
 def _record(
-    source: Source, texts: list[str] | None, batch_size: int, steps: int | None, seed: int, terminal: Terminal
+    source: Source, texts: list[str] | None, config: AnalyzeConfig, terminal: Terminal
 ) -> tuple[nn.Module, Calls]:
     import ppcl_fx
 
@@ -182,7 +148,7 @@ def _record(
             f"{source.name}: a bare transformer draws no prompts; give its whole pipeline, or --calls FOLDER"
         )
     missing = f"{source.name}: no prompts to record; give --prompts FILE, one prompt a line"
-    wanted = texts if texts is not None else shipped_prompts(source, seed, missing)
+    wanted = texts if texts is not None else shipped_prompts(source, config.seed, missing)
     with terminal.step("loading the pipeline"), quiet_diffusers():
         pipeline = source.pipeline()
     broken = foreign(f"{source.name}: its pipeline does not draw", "mend its files, or download it again")
@@ -190,9 +156,9 @@ def _record(
         calls = ppcl_fx.record(
             pipeline,
             wanted,
-            batch_size=batch_size,
-            num_inference_steps=steps,
-            seed=seed,
+            batch_size=config.batch_size,
+            num_inference_steps=config.steps,
+            seed=config.seed,
             progress=progress,
         )
     return pipeline.transformer, calls

@@ -4,18 +4,46 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ppcl_fx._version import __version__
 from ppcl_fx.cli.analyze import analyze
-from ppcl_fx.cli.boundary import guarded
-from ppcl_fx.cli.build import build
-from ppcl_fx.cli.export import export
+from ppcl_fx.cli.boundary import Result, guarded
+from ppcl_fx.cli.export import build, export
+from ppcl_fx.cli.flags import flagged
+from ppcl_fx.cli.options import check_folder
 from ppcl_fx.cli.rewrite import rewrite
+from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
 from ppcl_fx.cli.train import train
-from ppcl_fx.cli.verify import verify
+
+
+@flagged
+def verify(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FOLDER",
+            help="A student, engines, calls, checkpoints, a RUN, a model; or a folder that holds some of them.",
+        ),
+    ],
+    terminal: Terminal,
+) -> Result:
+    """Read every byte of FOLDER: sums, digests, fingerprints, and that every weight is a finite number.
+
+    Loading compares samples of the weights, which is quick at any size; this finds a single changed bit.
+    """
+    check_folder(folder, "a folder that ppcl-fx or diffusers wrote")
+    from ppcl_fx.verify import verify as run
+
+    with terminal.step("reading everything"), quiet_diffusers():
+        found = run(folder)
+    data = [{"path": str(one.path), "what": one.what, "compared": one.compared} for one in found]
+    lines = [f"{one.what}: {one.compared}: {one.path}" for one in found]
+    return Result({"folder": str(folder), "checked": data}, [*lines, f"{len(found)} parts of {folder} are whole"])
+
 
 app = typer.Typer(
     name="ppcl-fx",
@@ -47,6 +75,4 @@ def root(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line (by default the program's own arguments) and return its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    return guarded(
-        lambda args: app(args=args or ["--help"], prog_name="ppcl-fx", standalone_mode=False), arguments
-    )
+    return guarded(lambda args: app(args=args or ["--help"], prog_name="ppcl-fx", standalone_mode=False), arguments)

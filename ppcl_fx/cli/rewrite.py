@@ -4,32 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.options import (
-    Device,
-    Json,
-    MemoryLimit,
-    Overwrite,
-    Verbose,
-    check_file,
-    check_folder,
-    check_output,
-    choice,
-    given,
-    parse_device,
-    parse_keep,
-    parse_params,
-    refuse_given,
-)
-from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
+from ppcl_fx.cli.flags import flagged
+from ppcl_fx.cli.options import Model, Overwrite, check_device, check_file, check_folder, check_output, refuse
+from ppcl_fx.cli.teacher import Recorded, open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
-from ppcl_fx.memory import parse_size
 from ppcl_fx.owned import STUDENT
+from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.sources import check_source
 
 if TYPE_CHECKING:
@@ -40,32 +26,15 @@ if TYPE_CHECKING:
     from ppcl_fx.plan import Plan
     from ppcl_fx.plans import NamedPlan
 
-INITS = ("first", "middle")
-RULES = ("budget", "paper", "uniform")
 
-
+@flagged
 def rewrite(
-    context: typer.Context,
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or 'shapes'.")],
-    out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="STUDENT", help="Folder of the pluggable model.")
-    ],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="STUDENT", help="Folder of the pluggable model.")],
+    config: RewriteConfig,
+    terminal: Terminal,
     analysis: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What 'ppcl-fx analyze' wrote: RUN/analysis.json.")
-    ] = None,
-    keep: Annotated[
-        str | None, typer.Option(metavar="SHARE", help="Share of the parameters that stays, 0.5 if left out.")
-    ] = None,
-    params: Annotated[
-        str | None, typer.Option(metavar="NUMBER", help="Instead of --keep: how many stay at most, such as 12B.")
-    ] = None,
-    latency: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SHARE_OR_MS",
-            help="Instead of --keep: how much of the teacher's time may stay, a share such as 0.6 or a time such as "
-            "120ms; by --costs.",
-        ),
     ] = None,
     costs: Annotated[
         Path | None,
@@ -90,71 +59,56 @@ def rewrite(
     ] = None,
     calls: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Recorded calls; RUN/calls beside the file if left out."),
-    ] = None,
-    select: Annotated[
-        str | None,
         typer.Option(
-            "--select",
-            "--rule",
-            help="How to choose: 'paper' if left out, 'budget' for the least predicted damage (if left out with "
-            "--latency), or 'uniform' as a control.",
+            metavar="FOLDER",
+            help="Recorded calls; RUN/calls beside the analysis if left out, where it was made from those.",
         ),
     ] = None,
-    stream: Annotated[
-        str | None, typer.Option(help="Stream that decides; the one of the analysis if left out.")
-    ] = None,
-    init: Annotated[str, typer.Option(help="Block a student starts from: 'first' or 'middle'.")] = "first",
-    width: Annotated[bool, typer.Option(help="Allow feed-forward and text-stream projectors.")] = True,
-    memory_limit: MemoryLimit = None,
-    device: Device = "cpu",
     overwrite: Overwrite = False,
-    verbose: Verbose = False,
-    json: Json = False,
 ) -> Result:
     """Cut MODEL by an analysis or a plan, and save teacher and student parts side by side in STUDENT.
 
     With --memory-limit the model is never loaded: weights go from its files to STUDENT's, tensor by tensor.
     """
-    choice("--init", init, INITS)
-    if select is not None:
-        choice("--select", select, RULES)
-    wish = Wish(analysis, plan, released, _init(init))
-    wish.check(keep, params, latency)
-    budget = given(
-        keep=parse_keep(keep) if keep is not None else None,
-        params=parse_params(params) if params is not None else None,
-        **timed(latency, costs, select),
-    )
+    wish = Wish(analysis, plan, released, config)
+    wish.check()
+    budget = config.model_dump(include={"keep", "params"}, exclude_none=True)
+    budget |= timed(config.latency, costs, config.select)
     named = wish.named()
-    limit = parse_size("--memory-limit", memory_limit) if memory_limit is not None else None
-    if limit is not None and released is not None:
+    if config.memory_limit is not None and released is not None:
         raise PpclError("--memory-limit, --released: a released checkpoint is joined in memory; leave one of them out")
-    where = parse_device(device, memory_limit)
+    check_device(config.device, config.memory_limit is not None)
     folder = calls or wish.calls_beside()
     reads = [model, analysis, plan, released, folder, costs]
     if analysis is None:
         why = "an analysis chooses by it, and there is none; leave it out, or give --analysis"
-        refuse_given(context, ("select", "stream", "width"), why)
+        refuse(config, ("select", "stream", "width"), why)
     check_output(out, kind=STUDENT, overwrite=overwrite, reads=reads)
     check_source(model)
     check_file(analysis, "what 'ppcl-fx analyze' wrote")
     check_folder(released, "a checkpoint of the released layout")
     check_folder(folder, "recorded calls with --calls", "index.json")
-    terminal = Terminal(verbose)
 
     import ppcl_fx
 
     chosen = wish.plan_given(named)
     promised = None
     if chosen is None and analysis is not None:
-        options = given(rule=select, stream=stream, width=width, init=init)
-        chosen = ppcl_fx.select(ppcl_fx.Redundancy.load(analysis), **budget, **options)
+        chosen = ppcl_fx.select(
+            ppcl_fx.Redundancy.load(analysis),
+            **budget,
+            rule=config.select,
+            stream=config.stream,
+            width=config.width,
+            init=config.init,
+        )
         promised = chosen.params
     recorded = open_calls(folder, terminal)
+    if analysis is not None and calls is None:
+        _check_calls(recorded, analysis)
     fingerprints = {analysis or Path(plan or ""): chosen.model} if chosen is not None else {}
     fingerprints[recorded.folder] = recorded.calls.model
-    if limit is not None:
+    if config.memory_limit is not None:
         from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
 
         assert chosen is not None
@@ -167,9 +121,9 @@ def rewrite(
                 recorded.calls,
                 named=named,
                 overwrite=overwrite,
-                memory_limit=limit,
+                memory_limit=config.memory_limit,
                 report=progress,
-                device=where,
+                device=config.device,
             )
     elif released is not None:
         from ppcl_fx.folders.released import with_teacher
@@ -188,7 +142,7 @@ def rewrite(
     count, whole = student.param_count(plugged), student.teacher_params
     if promised is not None and count != promised:
         raise RuntimeError(f"the plan promised {promised} parameters and the model has {count}")
-    if limit is None:
+    if config.memory_limit is None:
         with terminal.step("saving"):
             student.plug(students=plugged).save(out, overwrite=overwrite)
     return _result(out, student.plan, plugged, count, whole)
@@ -201,9 +155,9 @@ class Wish:
     analysis: Path | None
     plan: str | None
     released: Path | None
-    init: Literal["first", "middle"]
+    config: RewriteConfig
 
-    def check(self, keep: str | None, params: str | None, latency: str | None = None) -> None:
+    def check(self) -> None:
         """Raise `PpclError` where the options contradict each other."""
         from ppcl_fx.plans import is_name
 
@@ -213,15 +167,14 @@ class Wish:
         if self.analysis is not None and (self.released is not None or (self.plan is not None and not by_name)):
             other = "--released" if self.released is not None else "--plan"
             raise PpclError(f"--analysis, {other}: give one of the two; with the second the choice is made")
-        budgets = {"--keep": keep, "--params": params, "--latency": latency}
-        asked = [option for option, value in budgets.items() if value is not None]
+        what = {"keep": "a share", "params": "a number of parameters", "latency": "a time"}
+        asked = [name for name in what if getattr(self.config, name) is not None]
         if len(asked) > 1:
-            what = {"--keep": "a share", "--params": "a number of parameters", "--latency": "a time"}
-            words = " or ".join(what[option] for option in asked)
-            raise PpclError(f"{', '.join(asked)}: give one of the {'two' if len(asked) == 2 else 'three'}, {words}")
-        for option in asked:
-            if self.plan is not None or self.released is not None:
-                raise PpclError(f"{option}: a plan has its size already; leave {option} out, or give --analysis alone")
+            words, flags = " or ".join(what[name] for name in asked), ", ".join(f"--{name}" for name in asked)
+            raise PpclError(f"{flags}: give one of the {'two' if len(asked) == 2 else 'three'}, {words}")
+        if asked and (self.plan is not None or self.released is not None):
+            option = f"--{asked[0]}"
+            raise PpclError(f"{option}: a plan has its size already; leave {option} out, or give --analysis alone")
 
     def named(self) -> NamedPlan | None:
         """Return the plan that was given by name, checked; None where none or a file was given."""
@@ -230,7 +183,7 @@ class Wish:
         if self.plan is None or not plans.is_name(self.plan):
             return None
         found = plans.named(self.plan)
-        found.plan(self.init)
+        found.plan(self.config.init)
         return found
 
     def calls_beside(self) -> Path:
@@ -256,7 +209,7 @@ class Wish:
         """
         if named is None:
             return _read_plan(Path(self.plan)) if self.plan is not None else None
-        plan = named.plan(self.init)
+        plan = named.plan(self.config.init)
         if self.analysis is None:
             return plan
         import ppcl_fx
@@ -302,8 +255,16 @@ def _rewritten(graph: GraphModule, plan: Plan, named: NamedPlan | None, calls: C
     return ppcl_fx.rewrite(graph, plan, calls)
 
 
-def _init(init: str) -> Literal["first", "middle"]:
-    return "middle" if init == "middle" else "first"
+def _check_calls(recorded: Recorded, analysis: Path) -> None:
+    """Refuse calls beside an analysis that was made from others."""
+    import ppcl_fx
+
+    made_from = ppcl_fx.Redundancy.load(analysis).calls
+    if made_from and recorded.calls.fingerprint != made_from:
+        raise PpclError(
+            f"{recorded.folder}: not the calls that {analysis} was made from; give those with --calls, or --calls "
+            f"{recorded.folder} to take these"
+        )
 
 
 def _read_plan(path: Path) -> Plan:

@@ -7,11 +7,15 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ppcl_fx.cli.boundary import printable
+from ppcl_fx.memory import size_words
+
+if TYPE_CHECKING:
+    from ppcl_fx.train.watch import Row
 
 
 class Report(Protocol):
@@ -23,6 +27,8 @@ class Report(Protocol):
 
 QUIET_SECONDS = 2.0
 LINE_SECONDS = 10.0
+WATCH_SECONDS = 60.0
+_PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
 class Terminal:
@@ -36,10 +42,14 @@ class Terminal:
         self._silent = silent
         _set_up_libraries(self.verbose)
 
+    def quieter(self, silent: bool) -> Terminal:
+        """Return this terminal, or one that shows nothing."""
+        return Terminal(self.verbose, silent=True) if silent else self
+
     def note(self, line: str) -> None:
         """Say something that only `-v` wants to know."""
         if self.verbose:
-            print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
+            _say(line)
 
     @contextmanager
     def step(self, label: str) -> Iterator[Report]:
@@ -52,6 +62,10 @@ class Terminal:
         with show as report:
             yield report
         self.note(f"{label}: {time.monotonic() - started:.1f} s")
+
+
+def _say(line: str) -> None:
+    print(printable(line), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def _nothing(done: int, total: int, label: str = "") -> None:
@@ -117,7 +131,7 @@ def _lines(label: str) -> Iterator[Report]:
             due = now + LINE_SECONDS
             left = (now - started) / (done - first) * (total - done) if done > first else 0.0
             more = f", about {time_words(left)} left" if left else ""
-            print(printable(f"{label}: {done} of {total}{more}"), file=sys.stderr, flush=True)  # noqa: T201
+            _say(f"{label}: {done} of {total}{more}")
 
     yield report
 
@@ -149,3 +163,77 @@ def _set_up_libraries(verbose: bool) -> None:
     logging.getLogger("ppcl_fx").setLevel(logging.INFO if verbose else logging.WARNING)
     if not verbose and not sys.warnoptions:
         warnings.simplefilter("ignore")
+
+
+@contextmanager
+def watching(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[Row], None]]:
+    """Yield what is to be told each step's row; it shows them on stderr."""
+    if sys.stderr.isatty():
+        with _row_bar() as show:
+            yield show
+    else:
+        yield _row_lines(clock)
+
+
+def words(row: Row) -> str:
+    """Say in one line where a training stands: no estimate of the end before there is one."""
+    parts = [f"loss {row.loss:.4g}"]
+    if row.held_out:
+        parts.append(f"held-out {sum(row.held_out.values()):.4g}")
+    if row.score is not None:
+        parts.append(f"score {row.score:.3f}")
+    if row.samples_per_second is not None:
+        parts.append(f"{row.samples_per_second:.3g} samples/s")
+    if row.flops_per_second:
+        parts.append(_flops(row.flops_per_second))
+    parts.append(f"peak {size_words(row.peak_bytes)}")
+    if row.left:
+        parts.append(f"about {time_words(row.left)} left in this stage")
+    return f"{row.stage}: {row.step} of {row.steps}, {', '.join(parts)}"
+
+
+def _flops(rate: float) -> str:
+    for size, prefix in _PREFIXES:
+        if rate >= size:
+            return f"{rate / size:.3g} {prefix}FLOP/s"
+    return f"{rate:.0f} FLOP/s"
+
+
+def _row_lines(clock: Callable[[], float]) -> Callable[[Row], None]:
+    due = clock()  # the first step has a line, so that one knows that it runs
+
+    def show(row: Row) -> None:
+        nonlocal due
+        for edit, reason in row.stopped.items():
+            _say(f"{row.stage}: {edit} stopped, {reason}")
+        now = clock()
+        if now >= due or row.step == row.steps:
+            due = now + WATCH_SECONDS
+            _say(words(row))
+
+    return show
+
+
+@contextmanager
+def _row_bar() -> Iterator[Callable[[Row], None]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    # rich's own estimate knows nothing of evaluations, checkpoints and students that stopped: ours does.
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[facts]}"),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task("training", total=None, facts="")
+
+        def show(row: Row) -> None:
+            for edit, reason in row.stopped.items():
+                bars.console.print(printable(f"{row.stage}: {edit} stopped, {reason}"), markup=False)
+            facts = words(row).partition(", ")[2]
+            bars.update(task, completed=row.step, total=row.steps, description=row.stage, facts=facts)
+
+        yield show

@@ -2,49 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ppcl_fx.cli.analyze import read_prompts
 from ppcl_fx.cli.boundary import Result
-from ppcl_fx.cli.bounded import Limits, run_bounded
-from ppcl_fx.cli.options import (
-    Device,
-    Json,
-    MemoryLimit,
-    Verbose,
-    check_folder,
-    choices,
-    given,
-    parse_counts,
-    parse_keep,
-    refuse_given,
-)
-from ppcl_fx.cli.stage_words import stage_lines, stage_rows
-from ppcl_fx.cli.teacher import open_student
-from ppcl_fx.cli.terminal import Terminal
-from ppcl_fx.cli.training_data import Given
-from ppcl_fx.cli.watching import watching
+from ppcl_fx.cli.flags import flagged
+from ppcl_fx.cli.options import check_device, check_file, check_folder
+from ppcl_fx.cli.teacher import open_calls, open_pipeline, open_student
+from ppcl_fx.cli.terminal import Terminal, watching
+from ppcl_fx.config import flag_of
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import check_writable
-from ppcl_fx.owned import REPORT_MARK, check_file
-from ppcl_fx.sources import holds_config
+from ppcl_fx.memory import parse_size
+from ppcl_fx.owned import REPORT_MARK
+from ppcl_fx.owned import check_file as check_replaceable
+from ppcl_fx.sources import check_source, holds_config
+from ppcl_fx.train.config import UNUSED_BOUNDED, Limits, TrainConfig, resolve
 
 if TYPE_CHECKING:
+    from ppcl_fx.calls import Calls
     from ppcl_fx.effects import Effects
-    from ppcl_fx.train import TrainResult
-    from ppcl_fx.train.config import TrainConfig
+    from ppcl_fx.model import PluggableModel
+    from ppcl_fx.train import StageCurves, TrainResult
+    from ppcl_fx.train.bounded.trainer import BoundedResult
     from ppcl_fx.train.ranks import Ranks
+    from ppcl_fx.train.sources.source import Source
 
-STAGES = ("depth", "width", "finetune")
-REPORT = "report.html"
+REPORT, RECORDED, ENCODED = "report.html", "recorded", "encoded"
 
-
+@flagged
 def train(
-    context: typer.Context,
     student: Annotated[Path, typer.Argument(metavar="STUDENT", help="What 'ppcl-fx rewrite' wrote.")],
+    options: Annotated[dict[str, Any], TrainConfig],
+    terminal: Terminal,
     calls: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Recorded calls of the teacher: RUN/calls.")
     ] = None,
@@ -61,90 +57,24 @@ def train(
         Path | None,
         typer.Option(metavar="FILE", help="Options as TOML, such as the train.toml of a run; options given here win."),
     ] = None,
-    stage: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Stages, with commas: some of depth,width,finetune.")
-    ] = None,
-    steps: Annotated[
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint, to the bit.")] = False,
+    memory_limit: Annotated[
         str | None,
-        typer.Option(metavar="COUNTS", help="Steps of each stage, in the same order; 600,200,100 if left out."),
+        typer.Option(
+            metavar="SIZE",
+            help="Leave the weights on disk and work block by block within this much memory, such as 12GiB.",
+        ),
     ] = None,
-    keep: Annotated[
-        str | None,
-        typer.Option(metavar="SHARE", help="Share of the mixture to fine-tune; all students if left out."),
-    ] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Calls in one forward pass.")] = None,
-    accumulate: Annotated[int | None, typer.Option(min=1, help="Forward and backward passes in one step.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate of depth and width.")] = None,
-    finetune_lr: Annotated[float | None, typer.Option(help="Peak learning rate of finetune.")] = None,
-    warmup: Annotated[str | None, typer.Option(metavar="STEPS", help="Warm-up steps; a twentieth if left out.")] = None,
-    optimizer: Annotated[str | None, typer.Option(help="adamw, or adamw8bit with bitsandbytes.")] = None,
-    betas: Annotated[str | None, typer.Option(metavar="A,B", help="AdamW's betas.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW's weight decay.")] = None,
-    clip: Annotated[str | None, typer.Option(metavar="NORM", help="Largest gradient norm of an edit; none")] = None,
-    ema: Annotated[
-        str | None, typer.Option(metavar="DECAY", help="The result is an average of the weights; none")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random; 42 if left out.")] = None,
-    sequential: Annotated[
-        bool | None,
-        typer.Option("--sequential/--no-sequential", help="Feed each student the one before it (a control)."),
-    ] = None,
-    autocast: Annotated[
-        bool | None, typer.Option("--autocast/--no-autocast", help="bf16 matrix products; float32 on CUDA has them.")
-    ] = None,
-    checkpointing: Annotated[
-        bool | None,
-        typer.Option("--checkpointing/--no-checkpointing", help="Gradient checkpointing: less memory, more time."),
-    ] = None,
-    compile: Annotated[
-        bool | None, typer.Option("--compile/--no-compile", help="torch.compile of the student blocks.")
-    ] = None,
-    compile_backend: Annotated[str | None, typer.Option(help="torch.compile's backend.")] = None,
-    recorded: Annotated[
-        str | None, typer.Option(metavar="WHEN", help="Use recorded outputs: exact (where equal), always, never.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(metavar="TERMS", help="Weights of loss terms, such as relative=1,attention=0.1.")
-    ] = None,
-    held_out: Annotated[float | None, typer.Option(help="Share of the calls that is never trained on.")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(min=1, help="Steps between evaluations on them.")] = None,
-    patience: Annotated[
-        str | None, typer.Option(metavar="COUNT", help="Evaluations without gain until a student stops, or none.")
-    ] = None,
-    min_gain: Annotated[float | None, typer.Option(help="Share of the best loss that counts as a gain.")] = None,
-    score_prompts: Annotated[
-        int | None, typer.Option(min=0, help="Pictures a category scored at evaluations ('shapes' only).")
-    ] = None,
-    effects: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="CALLS", help="Measure each student's effect on the output on so many calls."),
-    ] = None,
-    every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints.")] = None,
-    log: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="Folder of the logs; STUDENT/logs if left out.")
-    ] = None,
-    log_every: Annotated[int | None, typer.Option(min=1, help="Steps between lines of log.jsonl.")] = None,
-    tensorboard: Annotated[
-        bool | None,
-        typer.Option("--tensorboard/--no-tensorboard", help="TensorBoard events; where it is installed if left out."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the last checkpoint, to the bit.")
-    ] = False,
-    memory_limit: MemoryLimit = None,
     disk_limit: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Disk that --memory-limit may use; what is free if left out.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what memory, disk, FLOPs and time training would take.")
     ] = False,
-    device: Device = "cpu",
+    device: Annotated[str, typer.Option(help="Where --memory-limit computes: 'cpu', 'cuda'.")] = "cpu",
     rank_timeout: Annotated[
-        float,
-        typer.Option(min=1, max=1e7, metavar="SECONDS", help="How long ranks (torchrun) wait for each other."),
+        float, typer.Option(min=1, max=1e7, metavar="SECONDS", help="How long ranks (torchrun) wait for each other.")
     ] = 600.0,
-    verbose: Verbose = False,
-    json: Json = False,
 ) -> Result | None:
     """Train STUDENT's students in place; checkpoints, logs, loss curves and the fine-tuned model go to its folder.
 
@@ -153,46 +83,42 @@ def train(
     """
     data = Given(calls, prompts, images, pipeline)
     data.check()
-    limits = Limits.parse(memory_limit, disk_limit, dry_run, device)
-    stages = choices("--stage", stage, STAGES) if stage is not None else None
-    counts = parse_counts("--steps", steps) if steps is not None else None
-    if counts is not None and (stages is not None or config is None):
-        expected = len(stages or STAGES)
-        if len(counts) != expected:
-            raise PpclError(
-                f"--steps {steps}: {len(counts)} numbers for {_plural(expected, 'stage')}; give one for each"
-            )
-    options = given(
-        stages=stages, steps=counts, keep=parse_keep(keep) if keep is not None and keep != "none" else keep,
-        batch=batch, accumulate=accumulate, lr=lr, finetune_lr=finetune_lr, warmup=warmup, optimizer=optimizer,
-        betas=betas.split(",") if betas is not None else None, weight_decay=weight_decay, clip=clip, ema=ema,
-        seed=seed, sequential=sequential, autocast=autocast, checkpointing=checkpointing, compile=compile,
-        compile_backend=compile_backend, recorded=recorded, held_out=held_out, evaluate_every=evaluate_every,
-        patience=patience, min_gain=min_gain, score_prompts=score_prompts, effects=effects, every=every, log=log,
-        log_every=log_every, tensorboard=tensorboard,
-        weights=_terms(weights) if weights is not None else None,
-    )  # fmt: skip
-
-    from ppcl_fx.train.config import UNUSED_BOUNDED, resolve
-
+    bounded = dry_run or memory_limit is not None
+    check_device(device, bounded)
+    if disk_limit is not None and not bounded:
+        raise PpclError("--disk-limit: only with --memory-limit or --dry-run; give one of them too")
+    limits = Limits(
+        memory=parse_size("--memory-limit", memory_limit) if memory_limit is not None else None,
+        disk=parse_size("--disk-limit", disk_limit) if disk_limit is not None else None,
+    )
     chosen = resolve(config, **options)
     # A checkpoint of the released layout has a line of its own, when it is opened.
     check_folder(student, "what 'ppcl-fx rewrite' wrote", None if holds_config(student) else "ppcl.json")
     data.check_there()
-    if limits is not None:
-        refuse_given(context, sorted(UNUSED_BOUNDED), "not with --memory-limit or --dry-run; leave it out")
+    if bounded:
+        for name in sorted(set(UNUSED_BOUNDED) & options.keys()):
+            raise PpclError(f"{flag_of(TrainConfig, name)}: not with --memory-limit or --dry-run; leave it out")
     check_writable(student)
-    check_file(student / REPORT, mark=REPORT_MARK)
-    if limits is not None:
+    check_replaceable(student / REPORT, mark=REPORT_MARK)
+    if bounded:
         if calls is None:
             raise PpclError("--memory-limit and --dry-run: only with recorded calls; give --calls")
         chosen.bounded()
-        return run_bounded(student, calls, chosen, limits, resume, Terminal(verbose))
+        from ppcl_fx.train.bounded.trainer import BoundedTraining
+
+        recording = open_calls(calls, terminal)
+        with terminal.step("training") as report:
+            training = BoundedTraining(student, recording.calls, chosen, limits, resume=resume, device=device)
+            if dry_run:
+                return Result({"student": str(student), "schedule": training.lines}, training.lines)
+            for line in () if training.ended else training.lines:
+                terminal.note(line)
+            return _bounded_result(student, training.run(report))
 
     from ppcl_fx.train.ranks import joined
 
     with joined(rank_timeout) as ranks:
-        return _run(student, data, chosen, resume, Terminal(verbose, silent=not ranks.first), ranks)
+        return _run(student, data, chosen, resume, terminal.quieter(not ranks.first), ranks)
 
 
 def _run(
@@ -219,18 +145,6 @@ def _run(
     return _result(student, trained, model.effects)
 
 
-def _terms(text: str) -> dict[str, str]:
-    """Return name -> weight of ``image=1,relative=0.5``; the values are checked with the other options."""
-    parts = [part.partition("=") for part in text.split(",")]
-    if not all(name.strip() and sign for name, sign, _ in parts):
-        raise PpclError(f"--weights {text}: give names and numbers, such as image=1,relative=0.5")
-    return {name.strip(): value.strip() for name, _, value in parts}
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
-
-
 def _result(student: Path, trained: TrainResult, effects: Effects | None) -> Result:
     data = {
         "student": str(student),
@@ -249,3 +163,128 @@ def _result(student: Path, trained: TrainResult, effects: Effects | None) -> Res
     if trained.finetuned is not None:
         lines.append(f"fine-tuned model: {trained.finetuned} (ppcl-fx export {trained.finetuned} -o ENGINES)")
     return Result(data, [*lines, f"report: {student / REPORT}"])
+
+
+@dataclass(frozen=True)
+class Given:
+    """The data that the command line names; exactly one of the first three.
+
+    Attributes:
+        calls: folder of recorded calls.
+        prompts: file with one prompt a line.
+        images: folder with ``metadata.jsonl``, or WebDataset shards.
+        pipeline: the teacher's pipeline, for prompts and images.
+    """
+
+    calls: Path | None
+    prompts: Path | None
+    images: Path | None
+    pipeline: str | None
+
+    def check(self) -> None:
+        """Raise `PpclError` where not exactly one kind of data is named, or one lacks its pipeline."""
+        named = [
+            name for name, value in (("--calls", self.calls), ("--prompts", self.prompts), ("--images", self.images))
+            if value is not None
+        ]  # fmt: skip
+        if len(named) != 1:
+            raise PpclError(f"{' and '.join(named) or 'no data'}: give one of --calls, --prompts, --images")
+        if self.calls is None and self.pipeline is None:
+            raise PpclError(f"{named[0]}: needs the teacher's pipeline; give --pipeline MODEL")
+        if self.calls is not None and self.pipeline is not None:
+            raise PpclError("--pipeline: recorded calls need none; leave it out")
+
+    def check_there(self) -> None:
+        """Raise `PpclError` where what is named is not there, before anything slow is imported."""
+        check_folder(self.calls, "recorded calls", "index.json")
+        check_file(self.prompts, "a text file, one prompt a line")
+        check_file(self.images, "a folder of pictures, or a shard")
+        if self.pipeline is not None:
+            check_source(self.pipeline)
+
+    def open(
+        self, student: Path, model: PluggableModel, options: TrainConfig, terminal: Terminal, ranks: Ranks
+    ) -> Calls | Source:
+        """Open the data, all ranks together; recordings and encoded pictures are kept in the student's folder.
+
+        Raises:
+            PpclError: the data is missing or damaged, or the pipeline is not the teacher's.
+        """
+        if self.calls is not None:
+            recording = open_calls(self.calls, terminal)
+            recording.check(student, model.plan.model)
+            return recording.calls
+        pipeline = self._pipeline(student, model, terminal)
+        how: dict[str, Any] = {"device": model.device, "dtype": model.dtype, "ranks": ranks}
+        if self.prompts is not None:
+            from ppcl_fx.train.sources.prompts import PromptSource
+
+            texts = read_prompts(self.prompts)
+            return PromptSource(pipeline, texts, student / RECORDED, options.batch, options.seed, **how)
+        from ppcl_fx.train.sources.images import open_images
+
+        assert self.images is not None
+        with terminal.step("encoding the pictures") as report:
+            return open_images(
+                pipeline, self.images, student / ENCODED, options.batch, options.seed, progress=report, **how
+            )
+
+    def _pipeline(self, student: Path, model: PluggableModel, terminal: Terminal) -> Any:
+        from ppcl_fx.sources import open_source
+
+        assert self.pipeline is not None
+        return open_pipeline("--pipeline", open_source(self.pipeline), student, model.plan.model, terminal)
+
+
+def _bounded_result(student: Path, done: BoundedResult) -> Result:
+    from ppcl_fx.files import inside, read_json
+    from ppcl_fx.plan import Plan
+    from ppcl_fx.report import write_report
+
+    curves = {stage.label: stage.losses for stage in done.stages}
+    plan = read_json(inside(student, "plan.json"), Plan)
+    write_report(student / REPORT, plan=plan, losses=curves, title=f"{student.name}: training")
+    data = {
+        "student": str(student),
+        "schedule": list(done.lines),
+        "losses": str(done.losses),
+        "report": str(student / REPORT),
+        "seconds": round(done.seconds, 3),
+        "stages": stage_rows(done.stages),
+        "stopped": done.stopped,
+    }
+    return Result(data, [*stage_lines(done.stages), f"report: {student / REPORT}"])
+
+
+def stage_rows(stages: Iterable[StageCurves]) -> list[dict[str, Any]]:
+    """Return the JSON object of each stage."""
+    return [
+        {
+            "stage": stage.label,
+            "steps": stage.steps,
+            "seconds": round(stage.seconds, 3),
+            "first": {edit: values[0] for edit, values in stage.losses.items()},
+            "last": {edit: values[-1] for edit, values in stage.losses.items()},
+            "held_out": {edit: values[-1][1] for edit, values in stage.held_out.items()},
+            "score": stage.scores[-1][1] if stage.scores else None,
+            "stopped": {edit: stop.reason for edit, stop in stage.stopped.items()},
+        }
+        for stage in stages
+    ]
+
+
+def stage_lines(stages: Iterable[StageCurves]) -> list[str]:
+    """Return a line for each stage, and under it one for each student."""
+    lines = []
+    for stage in stages:
+        lines.append(f"{stage.label}: {stage.steps} steps, {stage.seconds:.1f} s")
+        lines += [
+            f"  {edit}: loss {values[0]:.4g} -> {values[-1]:.4g}{_more(stage, edit)}"
+            for edit, values in stage.losses.items()
+        ]
+    return lines
+
+
+def _more(stage: StageCurves, edit: str) -> str:
+    held_out, stop = stage.held_out.get(edit), stage.stopped.get(edit)
+    return (f", held-out {held_out[-1][1]:.4g}" if held_out else "") + (f"; stopped, {stop.reason}" if stop else "")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from ppcl_fx.export import export
+from ppcl_fx.export import ExportConfig, export
 from ppcl_fx.train.bounded.folder import StudentFolder
 from tests.export.killed import KNOWN, save_student
 
 with tempfile.TemporaryDirectory() as place:
     opened = StudentFolder.open(save_student(Path(place, "student")))
-    export(opened, [1.0, 0.75], Path(place, "out"), memory_limit=1, known=KNOWN)
+    export(opened, Path(place, "out"), ExportConfig(keep=(1.0, 0.75), memory_limit=1), known=KNOWN)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import check_artefacts, export, onnx_file
+from ppcl_fx.export import ExportConfig, check_artefacts, export, onnx_file
 from ppcl_fx.export.claim import MARK, claimed
 from ppcl_fx.export.runtime.head import Head
 from ppcl_fx.export.samples import sample_of
@@ -33,7 +33,7 @@ from tests.export.killed import command, save_student
 from tests.export.test_killed import check_whole, contents
 from tests.models import qwen_kwargs
 
-KEEPS = [1.0, 0.75]
+KEEPS = (1.0, 0.75)
 FULL = 50_000
 """Bytes that a file may have where there is no room: fewer than a graph, a copy of weights, or a file with weights."""
 
@@ -43,7 +43,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``student``, and with ``out``, which it was exported to."""
     folder = tmp_path_factory.mktemp("made")
     opened = StudentFolder.open(save_student(folder / "student"))
-    export(opened, KEEPS, folder / "out", memory_limit=1)
+    export(opened, folder / "out", ExportConfig(keep=KEEPS, memory_limit=1))
     return folder
 
 

@@ -17,7 +17,7 @@ from ppcl_fx.export.tensorrt import (
 from ppcl_fx.export.tensorrt.folder import build_folder
 from ppcl_fx.export.tensorrt.places import find_graphs
 from ppcl_fx.export.tensorrt.profiles import Spec
-from ppcl_fx.export.tensorrt.request import BuildRequest, read_request, write_request
+from ppcl_fx.export.tensorrt.request import BuildConfig, read_request, write_request
 from ppcl_fx.export.tensorrt.trtexec import write_script
 from ppcl_fx.export.tensorrt_api import Gpu
 from ppcl_fx.owned import ENGINES, foreign
@@ -40,7 +40,7 @@ def test_graphs_are_found_largest_first_in_the_type_of_their_engine(tmp_path: Pa
 def test_a_folder_is_built_from_its_request_and_goes_on_after_a_stop(tmp_path: Path) -> None:
     for name in ("keep-1.onnx", "keep-0.5.onnx"):
         write_graph(tmp_path / name)
-    write_request(tmp_path, BuildRequest(spec=SPEC, options=BuildOptions(stripped=True)))
+    write_request(tmp_path, BuildConfig(spec=SPEC, options=BuildOptions(stripped=True)))
     seen: list[tuple[int, str]] = []
     first = build_folder(tmp_path, tensorrt=(working(), GPU), report=lambda d, t, w: seen.append((d, w)))
     assert [(one.name, one.kept, one.card.options.stripped) for one in first] == [
@@ -54,7 +54,7 @@ def test_a_folder_is_built_from_its_request_and_goes_on_after_a_stop(tmp_path: P
     again = working()
     assert [one.kept for one in build_folder(tmp_path, tensorrt=(again, GPU))] == [True, False]
     assert again.names().count("Builder") == 1
-    other = BuildRequest(spec=SPEC)
+    other = BuildConfig(spec=SPEC)
     with pytest.raises(PpclError, match="other profiles or options; replace it with --overwrite"):
         build_folder(tmp_path, other, tensorrt=(working(), GPU))
     with pytest.raises(PpclError, match="does not fit; replace it with --overwrite"):
@@ -66,14 +66,14 @@ def test_nothing_is_built_when_one_profile_does_not_fit(tmp_path: Path) -> None:
     write_graph(tmp_path / "keep-1.onnx")
     api = working()
     with pytest.raises(PpclError, match="no range for the batch; give --batch 1-4"):
-        build_folder(tmp_path, BuildRequest(spec=Spec(tokens="64")), tensorrt=(api, GPU))
+        build_folder(tmp_path, BuildConfig(spec=Spec(tokens="64")), tensorrt=(api, GPU))
     assert api.calls == []
 
 
 def test_the_script_for_trtexec_says_what_the_builder_does(tmp_path: Path) -> None:
     write_graph(tmp_path / "keep-0.5.onnx")
     options = BuildOptions(stripped=True, workspace=2**30, level=2, weight_streaming=1)
-    request = BuildRequest(spec=Spec(tokens="64,128", batch="1", text="1-2-8"), options=options)
+    request = BuildConfig(spec=Spec(tokens="64,128", batch="1", text="1-2-8"), options=options)
     text = write_script(find_graphs(tmp_path), request).read_text(encoding="utf-8")
     flat = " ".join(text.replace("\\\n", " ").split())
     assert (
@@ -86,7 +86,7 @@ def test_the_script_for_trtexec_says_what_the_builder_does(tmp_path: Path) -> No
     ) in flat
     assert flat.endswith("mv keep-0.5.engine.partial keep-0.5.engine")
     with pytest.raises(PpclError, match="trtexec has no argument for --refit identical"):
-        write_script(find_graphs(tmp_path), BuildRequest(spec=SPEC, options=BuildOptions(refit="identical")))
+        write_script(find_graphs(tmp_path), BuildConfig(spec=SPEC, options=BuildOptions(refit="identical")))
 
 
 def test_build_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

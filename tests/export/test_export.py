@@ -13,7 +13,7 @@ import torch
 import ppcl_fx
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import Sidecar, export, exporting, one_graph
+from ppcl_fx.export import ExportConfig, Sidecar, export, one_graph
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.parity import difference, session
 from ppcl_fx.files import read_json
@@ -23,6 +23,7 @@ from ppcl_fx.tracing import trace
 from tests import models
 
 BLOCKS = "transformer_blocks"
+ONE = ExportConfig(keep=(1.0,))
 
 
 def call(kwargs: dict[str, Any], batch: int = 2) -> Call:
@@ -37,16 +38,15 @@ def qwen() -> PluggableModel:
 
 
 @pytest.fixture(scope="module")
-def exported(qwen: PluggableModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def exported(qwen: PluggableModel, tmp_path_factory: pytest.TempPathFactory, translated_once: None) -> Any:
     """The model at two ratios, with the steps that were reported."""
     seen: list[tuple[int, int]] = []
     result = export(
         qwen,
-        [1.0, 0.75],
         tmp_path_factory.mktemp("engines"),
+        ExportConfig(keep=(1.0, 0.75), runs=3),
         calls=Calls([call(models.qwen_kwargs())]),
-        runs=3,
-        progress=lambda done, total: seen.append((done, total)),
+        progress=lambda done, total, label="": seen.append((done, total)),
     )
     return result, seen
 
@@ -129,7 +129,7 @@ def test_too_large_a_difference_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(one_graph, "compare", lambda *_: ({"traced": 1e-6, "all": 3e-3}, None))
     with pytest.raises(PpclError, match="differs from PyTorch by 0.003 at the shape 'all', more than 0.0001"):
-        export(qwen, [1.0], tmp_path)
+        export(qwen, tmp_path, ONE)
     assert list(tmp_path.iterdir()) == []
     assert qwen.students == ()
 
@@ -144,37 +144,36 @@ def test_difference_is_never_small_for_nonsense() -> None:
 def test_existing_file_is_kept(qwen: PluggableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "keep-1.onnx").write_text("mine")
     with pytest.raises(PpclError, match="already exists"):
-        export(qwen, [1.0], tmp_path)
+        export(qwen, tmp_path, ONE)
     assert (tmp_path / "keep-1.onnx").read_text() == "mine"
     assert [p.name for p in tmp_path.iterdir()] == ["keep-1.onnx"]
 
 
 def test_unreachable_ratio_stops_before_anything_is_written(qwen: PluggableModel, tmp_path: Path) -> None:
     with pytest.raises(PpclError):
-        export(qwen, [1.0, 0.01], tmp_path / "out")
+        export(qwen, tmp_path / "out", ExportConfig(keep=(1.0, 0.01)))
     assert not (tmp_path / "out").exists()
 
 
-def test_unknown_format_has_a_near_match(qwen: PluggableModel, tmp_path: Path) -> None:
-    with pytest.raises(PpclError, match=r"no format 'onxx' \(did you mean 'onnx'\?\)"):
-        export(qwen, [1.0], tmp_path, format="onxx")  # type: ignore[arg-type]
+def test_unknown_format_has_a_near_match() -> None:
+    with pytest.raises(PpclError, match=r"option format: not one of onnx, .* \(did you mean 'onnx'\?\)"):
+        ExportConfig(format="onxx")  # type: ignore[arg-type]
 
 
 def test_no_calls_to_take_an_example_from(qwen: PluggableModel, tmp_path: Path) -> None:
     with pytest.raises(PpclError, match="no calls to take an example from"):
-        export(qwen, [1.0], tmp_path / "out", calls=Calls([]))
+        export(qwen, tmp_path / "out", ONE, calls=Calls([]))
 
 
 def test_tensorrt_without_tensorrt_leaves_the_onnx(
-    qwen: PluggableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    qwen: PluggableModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, translated_once: None
 ) -> None:
-    from ppcl_fx.export import engines
+    from ppcl_fx.export.tensorrt import folder
 
     def missing(left: str) -> Any:
         raise PpclError(f'tensorrt is not installed: pip install "ppcl-fx[tensorrt]"; {left}')
 
-    monkeypatch.setattr(engines, "load_tensorrt", missing)
-    done = exporting.Exported(1.0, tmp_path / "keep-1.onnx", 1, (), 23, {}, 0.0, 1.0, 1.0)
-    monkeypatch.setattr(exporting.Work, "export", lambda *_: done)
+    monkeypatch.setattr(folder, "load_tensorrt", missing)
     with pytest.raises(PpclError, match=f"the ONNX files stay in {tmp_path}"):
-        export(qwen, [1.0], tmp_path, format="tensorrt")
+        export(qwen, tmp_path, ExportConfig(keep=(1.0,), format="tensorrt"))
+    assert {"keep-1.onnx", "keep-1.bf16.onnx", "build.json"} <= {path.name for path in tmp_path.iterdir()}

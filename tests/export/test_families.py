@@ -13,7 +13,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.calls import Call, Calls
-from ppcl_fx.export import Translations, export_graph, lower
+from ppcl_fx.export import ExportConfig, Translations, export_graph, lower
 from ppcl_fx.export.fusing import fused_operators, operators
 from ppcl_fx.export.one_graph import Exported
 from ppcl_fx.export.parity import difference, run, session
@@ -80,7 +80,7 @@ def family(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     calls = Calls([Call(kwargs=kwargs, prompts=("a", "b"), timestep=0.5, index=0, batch=EXAMPLE.batch)])
     file: Path = tmp_path_factory.mktemp("family") / "family.onnx"
     known = Translations()
-    exported = export_graph(gm, file, calls=calls, tolerance=TOLERANCE, runs=1, known=known)
+    exported = export_graph(gm, file, ExportConfig(tolerance=TOLERANCE, runs=1), calls=calls, known=known)
     return Family(request.param, case, model, gm, exported, known)
 
 

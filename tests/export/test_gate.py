@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from onnx import numpy_helper
 import ppcl_fx
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import SamplingRun, check_artefacts, export, one_graph
+from ppcl_fx.export import ExportConfig, SamplingRun, check_artefacts, export, one_graph
 from ppcl_fx.export.agreement import Agreement, agreement, spread, worst
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.runtime import artefacts
@@ -117,8 +117,9 @@ def calls() -> Calls:
     return recorded(models.qwen_kwargs)
 
 
-def exported(model: PluggableModel, out: Path, keeps: Sequence[float] = (1.0,), **options: Any) -> Any:
-    return export(model, keeps, out, runs=1, **options)
+def exported(model: PluggableModel, out: Path, keeps: tuple[float, ...] = (1.0,), **options: Any) -> Any:
+    mine = {name: options.pop(name) for name in list(options) if name in ExportConfig.model_fields}
+    return export(model, out, ExportConfig(keep=keeps, runs=1, **mine), **options)
 
 
 def test_recorded_calls_of_several_shapes(qwen: PluggableModel, calls: Calls, tmp_path: Path) -> None:

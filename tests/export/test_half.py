@@ -14,7 +14,7 @@ from torch import nn
 
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import export_graph, half, lower
+from ppcl_fx.export import ExportConfig, export_graph, half, lower
 from ppcl_fx.export.clamp_half import ClampHalf
 from ppcl_fx.export.fusing import fused_operators
 from ppcl_fx.export.graph_run import run_graph
@@ -41,8 +41,8 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """A small Qwen-Image in each type of half precision."""
     teacher, kwargs = models.tiny_qwen(blocks=2)
     path = tmp_path_factory.mktemp("half") / "two.onnx"
-    given: dict[str, Any] = {"calls": calls_of(kwargs), "dtype": request.param, "sampling": run_of(qwen)}
-    done = export_graph(trace(teacher, kwargs), path, runs=1, **given)
+    config = ExportConfig(dtype=request.param, runs=1)
+    done = export_graph(trace(teacher, kwargs), path, config, calls=calls_of(kwargs), sampling=run_of(qwen))
     return request.param, done
 
 
@@ -111,7 +111,7 @@ def test_widened_model_holds_no_half(written: tuple[torch.dtype, Any]) -> None:
 def test_float16_without_calls_is_refused(tmp_path: Path) -> None:
     teacher, kwargs = models.tiny_qwen(blocks=2)
     with pytest.raises(PpclError, match="fp16: whether it holds the model is shown on recorded calls; give --calls"):
-        export_graph(trace(teacher, kwargs), tmp_path / "out" / "two.onnx", dtype=torch.float16)
+        export_graph(trace(teacher, kwargs), tmp_path / "out" / "two.onnx", ExportConfig(dtype="fp16"))
     assert not list(tmp_path.rglob("*.*"))
 
 
@@ -122,7 +122,7 @@ def test_a_value_near_the_end_of_fp16_refuses_the_model_and_names_it(tmp_path: P
     gm = trace(teacher, kwargs)
     named = r"fp16 does not hold this model: transformer_blocks\.1\S* reaches .* --dtype bf16"
     with pytest.raises(PpclError, match=named):
-        export_graph(gm, tmp_path / "two.onnx", calls=calls_of(kwargs), dtype=torch.float16)
+        export_graph(gm, tmp_path / "two.onnx", ExportConfig(dtype="fp16"), calls=calls_of(kwargs))
     assert not list(tmp_path.rglob("*.*"))
 
 

@@ -16,7 +16,7 @@ import ppcl_fx
 from ppcl_fx import EngineTransformer
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.export import SamplingRun, compare_artefacts, export, lower
+from ppcl_fx.export import ExportConfig, SamplingRun, compare_artefacts, export, lower
 from ppcl_fx.export.runtime import artefacts, sessions
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import choose
@@ -32,7 +32,7 @@ from ppcl_fx.shapes.score import share_right
 from ppcl_fx.tracing import bind, trace
 
 RUNS = [(1, 3), (4, 6), (7, 9), (10, 14)]
-KEEPS = [1.0, 0.7, 0.6, 0.5]
+KEEPS = (1.0, 0.7, 0.6, 0.5)
 PROMPTS = ["a red circle", "a triangle above a square", "two circles"]
 
 
@@ -46,7 +46,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PluggableModel,
     model = ppcl_fx.rewrite(trace(pipeline.transformer, calls.examples()), Plan(edits=[*edits])).eval()
     folder = tmp_path_factory.mktemp("engines")
     sampling = SamplingRun(pipeline, PROMPTS, steps=4, score=share_right)
-    export(model, KEEPS, folder, calls=calls, sampling=sampling, runs=1)
+    export(model, folder, ExportConfig(keep=KEEPS, runs=1), calls=calls, sampling=sampling)
     return pipeline, model, folder
 
 

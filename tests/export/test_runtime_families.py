@@ -18,7 +18,7 @@ from torch import nn
 
 from ppcl_fx import EngineTransformer
 from ppcl_fx.calls import Call, Calls
-from ppcl_fx.export import Exported, SamplingRun, Sidecar, export
+from ppcl_fx.export import ExportConfig, Exported, SamplingRun, Sidecar, export
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.files import read_json
 from ppcl_fx.passes.rewrite import rewrite
@@ -117,7 +117,9 @@ def test_its_own_pipeline_gives_the_same_latents(family: Family, build: Any, fir
     model = rewrite(trace(teacher, calls[0].kwargs), Plan(edits=[edit])).eval()
     model.plug(students=model.edits)
     keep = round(model.param_count() / model.teacher_params + 0.005, 2)
-    (made,) = export(model, [keep], tmp_path / "engines", calls=calls, sampling=run_of(family), runs=1).ratios
+    (made,) = export(
+        model, tmp_path / "engines", ExportConfig(keep=(keep,), runs=1), calls=calls, sampling=run_of(family)
+    ).ratios
     check_gate(made, 4 if family is qwen else 2)  # Qwen-Image's two steps call twice each, for guidance
     model.plug(keep=keep)
     assert model.students == tuple(model.edits)

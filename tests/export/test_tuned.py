@@ -15,7 +15,7 @@ import torch
 import ppcl_fx
 from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import check_artefacts, export_finetuned
+from ppcl_fx.export import ExportConfig, check_artefacts, export
 from ppcl_fx.tracing import bind
 from ppcl_fx.train import load_finetuned
 from ppcl_fx.train.finetuned import FinetunedFolder, save_finetuned
@@ -131,7 +131,7 @@ def test_finetuned_students_and_ratios_share_a_folder(place: Place) -> None:
     for name in ("finetuned", "finetuned-0.9"):
         tuned = FinetunedFolder.open(place.student / name)
         assert all(parameter.is_meta for parameter in tuned.graph.parameters())
-        export_finetuned(tuned, out, memory_limit=1)
+        export(tuned, out, ExportConfig(memory_limit=1))
     place.ok("export", place.student, "-o", out, "--keep", "1.0", "--memory-limit", "1k")
     assert [card.finetuned for card in check_artefacts(out)] == [True, True, False]
     copies = sorted(path.relative_to(out).as_posix() for path in (out / "weights").rglob("*.safetensors"))

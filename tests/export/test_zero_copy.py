@@ -16,7 +16,7 @@ from torch import nn
 
 import ppcl_fx
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import Sidecar, check_artefacts, export, lower
+from ppcl_fx.export import ExportConfig, Sidecar, check_artefacts, export, lower
 from ppcl_fx.export import weight_store as stores
 from ppcl_fx.export.artefacts import external_data
 from ppcl_fx.export.names import manifest_path
@@ -64,7 +64,7 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     opened = StudentFolder.open(folder)
     read: list[str] = []
     opened.read = lambda name: read.append(name) or torch.empty(0)  # type: ignore[method-assign, func-returns-value]
-    export(opened, keeps(folder), folder, memory_limit=1, note=notes.append)
+    export(opened, folder, ExportConfig(keep=tuple(keeps(folder)), memory_limit=1), note=notes.append)
     assert read == []
     assert len(notes) == 1 and "not checked against PyTorch: the weights were not read" in notes[0]
     new = {path.suffix for path in folder.rglob("*") if path.is_file() and path not in before}
@@ -107,7 +107,7 @@ def test_graph_is_the_same_with_the_weights_in_memory(student: tuple[str, Path],
     _, folder = student
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("keep-*"))
-    made = export(StudentFolder.open(copy), keeps(copy), copy, runs=1)
+    made = export(StudentFolder.open(copy), copy, ExportConfig(keep=tuple(keeps(copy)), runs=1))
     for ratio in made.ratios:
         assert ratio.onnx.read_bytes() == (folder / ratio.onnx.name).read_bytes()
         assert ratio.parity_max_abs is not None and ratio.parity_max_abs < 1e-5
@@ -123,8 +123,8 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def exported(folder: Path, out: Path, shares: list[float] | None = None, **options: Any) -> Any:
     notes: list[str] = []
-    shared = {"memory_limit": 1, "note": notes.append}
-    result = export(StudentFolder.open(folder), shares or [1.0], out, **shared, **options)
+    config = ExportConfig(**{"keep": shares or [1.0], "memory_limit": 1} | options)
+    result = export(StudentFolder.open(folder), out, config, note=notes.append)
     return result, notes
 
 

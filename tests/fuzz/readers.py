@@ -172,8 +172,16 @@ def _answer(model: Any, call: dict[str, Any]) -> str:
 def _recorded(folder: Path) -> str:
     from ppcl_fx.cli.analyze import _record
     from ppcl_fx.cli.terminal import Terminal
+    from ppcl_fx.passes.config import AnalyzeConfig
 
-    return _drawn(_record(open_source(str(folder)), ["a red circle"], 1, 1, 0, Terminal(False))[1])
+    return _drawn(
+        _record(
+            open_source(str(folder)),
+            ["a red circle"],
+            AnalyzeConfig(batch_size=1, steps=1, seed=0),
+            Terminal(False),
+        )[1]
+    )
 
 
 def _by_diffusers(folder: Path) -> str:
@@ -235,9 +243,9 @@ def _finetuned(folder: Path, call: dict[str, Any]) -> str:
 
 
 def _engines(student: Any, folder: Path) -> None:
-    from ppcl_fx.export import export
+    from ppcl_fx.export import ExportConfig, export
 
-    export(student, [1.0, 0.8], folder, runs=1)
+    export(student, folder, ExportConfig(keep=(1.0, 0.8), runs=1))
 
 
 def _run_engines(folder: Path, call: dict[str, Any], backend: str = "onnxruntime") -> frozenset[str]:

@@ -56,9 +56,7 @@ def test_the_example_in_the_docs_is_valid(tmp_path: Path) -> None:
 
 
 def test_the_command_line_has_every_option() -> None:
-    given = set(inspect.signature(command).parameters)
-    assert set(TrainConfig.model_fields) - given == {"stages"}
-    assert {"stage", "config", "resume"} <= given
+    assert set(TrainConfig.model_fields) | {"config", "resume"} <= set(inspect.signature(command).parameters)
 
 
 def test_later_values_win(tmp_path: Path) -> None:

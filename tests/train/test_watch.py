@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ppcl_fx.cli.watching import watching, words
+from ppcl_fx.cli.terminal import watching, words
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train import watch as module
 from ppcl_fx.train.flops import Counter
