@@ -15,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from ppcl_fx.export.tuples_apart import holds_tensors
 from ppcl_fx.graphs import attribute
 from ppcl_fx.passes.liveness import owner
+from ppcl_fx.passes.streaming.partition import grouped, parts
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,14 @@ def segments(gm: GraphModule) -> list[Segment]:
     Args:
         gm: a lowered graph, in which no tuple of tensors travels between nodes.
     """
-    runs = _runs(gm)
-    home = {node: index for index, (_, nodes) in enumerate(runs) for node in nodes}
-    parts = [_Part(gm, index, name, nodes, home) for index, (name, nodes) in enumerate(runs)]
-    wanted = {node for part in parts for node in part.inputs} | set(gm.graph.output_node().all_input_nodes)
-    return [part.finish([node for node in part.nodes if node in wanted]) for part in parts]
+    own = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output", "get_attr") and _crosses(n)]
+    home = parts(own, between=True)
+    made = [
+        _Part(gm, index, owner(nodes[0]) or f"between_{index}", nodes, home)
+        for index, nodes in enumerate(grouped(home))
+    ]
+    wanted = {node for part in made for node in part.inputs} | set(gm.graph.output_node().all_input_nodes)
+    return [part.finish([node for node in part.nodes if node in wanted]) for part in made]
 
 
 def _crosses(node: Node) -> bool:
@@ -57,21 +61,8 @@ def _crosses(node: Node) -> bool:
     return value is None or isinstance(value, torch.Tensor) or holds_tensors(value)
 
 
-def _runs(gm: GraphModule) -> list[tuple[str, list[Node]]]:
-    runs: list[tuple[str, list[Node]]] = []
-    last: str | None = None
-    for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output", "get_attr") or not _crosses(node):
-            continue
-        if owner(node) != last:
-            last = owner(node)
-            runs.append((last or f"between_{len(runs)}", []))
-        runs[-1][1].append(node)
-    return runs
-
-
 class _Part:
-    """A segment in the making."""
+    """A segment in the making. It is no `carve`: what is no tensor is computed again instead of crossing the cut."""
 
     def __init__(self, gm: GraphModule, index: int, name: str, nodes: list[Node], home: dict[Node, int]) -> None:
         self.gm, self.index, self.name, self.nodes, self.home = gm, index, name, nodes, home

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import Refusal
 from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.expand import map_values
+from ppcl_fx.passes.streaming.partition import carve
 from ppcl_fx.stacks import block_regions
 
 
@@ -67,31 +68,21 @@ def outline(gm: GraphModule, path: str, nodes: Sequence[Node]) -> Node:
     for node in inside:
         if node.op == "call_module" and not str(node.target).startswith(f"{path}."):
             raise Refusal(f"{path} cannot be outlined: {node.name} calls {node.target}, which lies outside of it")
-    inputs = list(dict.fromkeys(source for node in inside for source in node.all_input_nodes if source not in members))
-    outputs = [node for node in inside if any(user not in members for user in node.users)]
-    last = inside[-1]
+    carved = carve(inside)
+    outputs, last = carved.outputs, inside[-1]
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
     early = [u for node in outputs for u in node.users if u not in members and order[u] < order[last]]
     if early:
         raise Refusal(f"{path} cannot be outlined: {early[0].name} stands between its nodes and uses them")
-
-    graph = Graph(tracer_cls=None)
-    values: dict[Node, Any] = {}
-    for source in inputs:
-        values[source] = graph.placeholder(source.name)
-        values[source].meta = {"val": source.meta.get("val")}
-    for node in inside:
-        target = str(node.target).removeprefix(f"{path}.") if node.op in ("call_module", "get_attr") else node.target
-        values[node] = graph.create_node(
-            node.op, target, map_values(tuple(node.args), values), map_values(dict(node.kwargs), values), name=node.name
-        )
-        values[node].meta = dict(node.meta)
-    graph.output(tuple(values[node] for node in outputs))
-    module = GraphModule(gm.get_submodule(path), graph, class_name="Block")
+    for node in carved.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            node.target = str(node.target).removeprefix(f"{path}.")
+    carved.graph.output(tuple(carved.values[node] for node in outputs))
+    module = GraphModule(gm.get_submodule(path), carved.graph, class_name="Block")
     module.train(gm.training)
 
     with gm.graph.inserting_after(last):
-        call = gm.graph.call_module(path, tuple(inputs))
+        call = gm.graph.call_module(path, tuple(carved.inputs))
     call.meta = {
         "val": tuple(node.meta.get("val") for node in outputs),
         "nn_module_stack": OrderedDict({path: (path, GraphModule)}),

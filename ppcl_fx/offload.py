@@ -1,7 +1,7 @@
 """Group offloading of a mixture: its graph in pieces, one a block, so that diffusers' hooks have modules to hang on.
 
 Diffusers moves the weights of a block to the accelerator when the block is called. In a mixture no block is called: its
-nodes lie open in one graph. So the graph is cut after each block, and the pieces are what is moved.
+nodes lie open in one graph. So the graph is cut at its blocks, and the pieces are what is moved.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from ppcl_fx.errors import PpclError
@@ -54,7 +54,7 @@ def offload(
 
 
 class Pieces(nn.Module):
-    """A graph cut after each block; computes what the graph computes.
+    """A graph cut at its blocks; computes what the graph computes.
 
     Args:
         gm: a mixture; its modules and parameters are shared.
@@ -62,35 +62,26 @@ class Pieces(nn.Module):
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__()
+        from ppcl_fx.passes.streaming.partition import grouped, parts  # slow to import
+
         self.inputs: list[list[str]] = []
         self.outputs: list[list[str]] = []
-        self.dead: list[list[str]] = []
-        parts = _cut(gm)
-        self.blocks = nn.ModuleList(self._piece(gm, part) for part in parts)
+        pieces = grouped(parts(node for node in gm.graph.nodes if node.op != "placeholder"))
+        self.blocks = nn.ModuleList(self._piece(gm, piece) for piece in pieces)
         last = {name: at for at, names in enumerate(self.inputs) for name in names}
-        self.dead = [[name for name, end in last.items() if end == at] for at in range(len(parts))]
+        self.dead = [[name for name, end in last.items() if end == at] for at in range(len(pieces))]
         self.train(gm.training)
 
     def _piece(self, gm: GraphModule, nodes: list[Node]) -> GraphModule:
-        members = set(nodes)
-        output = gm.graph.output_node()
-        graph = Graph(tracer_cls=None)
-        values: dict[Node, Node] = {}
-        sources = dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in members)
-        for source in sources:
-            values[source] = graph.placeholder(source.name)
-        for node in nodes:
-            if node is not output:
-                values[node] = graph.node_copy(node, lambda n: values[n])
-        if output in members:
-            leaving: list[Node] = []
-            graph.output(map_arg(output.args[0], lambda n: values[n]))
-        else:
-            leaving = [node for node in nodes if any(user not in members for user in node.users)]
-            graph.output(tuple(values[node] for node in leaving))
-        self.inputs.append([source.name for source in sources])
-        self.outputs.append([node.name for node in leaving])
-        return GraphModule(gm, graph, class_name="Piece")
+        from ppcl_fx.passes.streaming.partition import carve  # slow to import
+
+        carved, output = carve(nodes), gm.graph.output_node()
+        final = nodes[-1] is output
+        results = output.args[0] if final else tuple(carved.outputs)
+        carved.graph.output(map_arg(results, carved.values.__getitem__))
+        self.inputs.append([source.name for source in carved.inputs])
+        self.outputs.append([] if final else [node.name for node in carved.outputs])
+        return GraphModule(gm, carved.graph, class_name="Piece")
 
     def forward(self, **inputs: Any) -> Any:
         """Run the pieces one after the other, forgetting what no later one reads."""
@@ -102,27 +93,6 @@ class Pieces(nn.Module):
             for name in self.dead[at]:
                 values.pop(name, None)
         return result
-
-
-def _cut(gm: GraphModule) -> list[list[Node]]:
-    """Return the nodes in pieces, each ending with a block or a student; the last holds what comes after all blocks."""
-    from ppcl_fx.passes.liveness import owner
-
-    blocks = set(gm.meta.get("ppcl", {}).get("blocks", ()))
-    last: dict[str, Node] = {}
-    for node in gm.graph.nodes:
-        path = owner(node)
-        if path in blocks or path.startswith("students."):
-            last[path] = node
-    ends = set(last.values())
-    parts: list[list[Node]] = [[]]
-    for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            continue
-        parts[-1].append(node)
-        if node in ends:
-            parts.append([])
-    return parts
 
 
 def offloaded(gm: GraphModule, how: Offload) -> Pieces:

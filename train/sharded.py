@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.nn import Parameter
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_fx.errors import PpclError, Refusal
-from ppcl_fx.passes.liveness import owner
 from ppcl_fx.passes.outline import outline
+from ppcl_fx.passes.streaming.partition import regions
 from ppcl_fx.train.executor import Groups, casting, inputs
 from ppcl_fx.train.losses import output_loss
 from ppcl_fx.train.parallel import moved
@@ -171,12 +171,8 @@ def sharded(
 
 def _units(gm: GraphModule, checkpointing: bool, backend: str | None) -> list[list[nn.Module]]:
     """Outline the blocks of `gm`, in place, and return the modules that are sharded together."""
-    regions: dict[str, list[Node]] = {}
-    for node in gm.graph.nodes:
-        if owner(node):
-            regions.setdefault(owner(node), []).append(node)
     units: list[list[nn.Module]] = []
-    for path, nodes in regions.items():
+    for path, nodes in regions(gm).items():
         leaves = list(dict.fromkeys(str(node.target) for node in nodes if node.op == "call_module"))
         try:
             outline(gm, path, nodes)

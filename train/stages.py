@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
-from torch.fx.passes.split_module import split_module
+from torch.fx import GraphModule
 from torch.nn import Module
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.graphs import module_paths
 from ppcl_fx.passes.distil import distil, pairs
-from ppcl_fx.passes.liveness import owner
 from ppcl_fx.passes.outline import outline
 from ppcl_fx.passes.plug import plugged
+from ppcl_fx.passes.streaming.partition import regions, segmented
 from ppcl_fx.retrace import over
 from ppcl_fx.train.config import Weights
 from ppcl_fx.train.executor import Distiller, Groups, Saving, casting, inputs, without_edit
@@ -275,32 +273,11 @@ def outline_students(gm: GraphModule) -> list[Module]:
     """Make each student block of a distillation graph one module, in place, and return them: what gradient
     checkpointing and compilation work on.
     """
-    regions: dict[str, list[Node]] = {}
-    for node in gm.graph.nodes:
-        for path in module_paths(node)[:1]:
-            if path.startswith("students."):
-                regions.setdefault(path, []).append(node)
-    for path, nodes in regions.items():
+    students = {path: nodes for path, nodes in regions(gm).items() if path.startswith("students.")}
+    for path, nodes in students.items():
         outline(gm, path, nodes)
     gm.recompile()
-    return [gm.get_submodule(path) for path in regions]
-
-
-def segmented(gm: GraphModule) -> GraphModule:
-    """Return the graph cut into modules, one from each block's first node to the next block's: the same
-    parameters.
-
-    Blocks are cut along the order of the nodes and not outlined, since a projector may stand between their
-    nodes.
-    """
-    number, current = 0, ""
-    part: dict[Node, int] = {}
-    for node in gm.graph.nodes:
-        block = owner(node)
-        if block and block != current:
-            number, current = number + 1, block
-        part[node] = number
-    return split_module(gm, gm, lambda node: part[node])
+    return [gm.get_submodule(path) for path in students]
 
 
 def mixture(model: PluggableModel, students: Sequence[str]) -> GraphModule:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
 from ppcl_fx.graphs import attribute
@@ -65,11 +65,61 @@ def parts(nodes: Iterable[Node], between: bool = False) -> dict[Node, int]:
     return part
 
 
+def grouped(part: Mapping[Node, int]) -> list[list[Node]]:
+    """Return the nodes of each part, by what `parts` returned."""
+    found: list[list[Node]] = [[] for _ in range(max(part.values(), default=-1) + 1)]
+    for node, number in part.items():
+        found[number].append(node)
+    return found
+
+
 def segmented(gm: GraphModule) -> GraphModule:
-    """Return a graph whose parts are modules, one from each block's first node to the next block's; parameters are
-    shared."""
+    """Return a graph whose parts are modules, over the same parameters: what gradient checkpointing and compilation
+    work on."""
     part = parts(gm.graph.nodes)
     return split_module(gm, gm, lambda node: part[node])
+
+
+def regions(gm: GraphModule) -> dict[str, list[Node]]:
+    """Return the nodes of each block and student by its path, in graph order, wherever they stand."""
+    found: dict[str, list[Node]] = {}
+    for node in gm.graph.nodes:
+        if owner(node):
+            found.setdefault(owner(node), []).append(node)
+    return found
+
+
+@dataclass(frozen=True)
+class Carved:
+    """Copies of some nodes in a graph of their own, without an output.
+
+    Attributes:
+        graph: the graph.
+        values: node of the whole -> node of this graph.
+        inputs: the nodes of the whole whose values it takes, in the order of its placeholders.
+        outputs: those of the nodes that others use.
+    """
+
+    graph: Graph
+    values: dict[Node, Node]
+    inputs: list[Node]
+    outputs: list[Node]
+
+
+def carve(nodes: Sequence[Node]) -> Carved:
+    """Copy nodes, which are in graph order, into a graph of their own."""
+    members = set(nodes)
+    inputs = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in members))
+    outputs = [node for node in nodes if any(user not in members for user in node.users)]
+    graph = Graph(tracer_cls=None)
+    values: dict[Node, Node] = {}
+    for source in inputs:
+        values[source] = graph.placeholder(source.name)
+        values[source].meta = {"val": source.meta.get("val")}
+    for node in nodes:
+        if node.op != "output":
+            values[node] = graph.node_copy(node, values.__getitem__)
+    return Carved(graph, values, inputs, outputs)
 
 
 def reads(node: Node) -> list[Node]:
