@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -89,6 +90,25 @@ def test_streamed_steps_give_what_the_plain_steps_give(
         made.append({name: value for name, value in found.items() if name != "student"})
     assert made[0] == made[1] and made[0]["keep"] <= 0.6
     assert ppcl_fx.load(tmp_path / "streamed").students == ppcl_fx.load(tmp_path / "plain").students
+
+
+def test_rewriting_finds_the_calls_of_its_analysis(folder: Path, program: Program, tmp_path: Path) -> None:
+    """Those beside it, where it was made from them; others only where they are named."""
+    run = tmp_path / "run"
+    shutil.copytree(folder / "run", run)
+    given = ["rewrite", folder / "model", "--analysis", run / "analysis.json", "--keep", 0.6]
+    code, found = program(*given, "-o", tmp_path / "one")
+    assert code == 0, found
+    calls = ppcl_fx.Calls.open(run / "calls")
+    calls[:2].save(run / "calls", overwrite=True)
+    code, found = program(*given, "-o", tmp_path / "two")
+    assert code == 2 and not (tmp_path / "two").exists()
+    assert "not the calls that" in found["error"] and "give those with --calls" in found["error"]
+    code, found = program(*given, "-o", tmp_path / "two", "--calls", run / "calls")
+    assert code == 0, found
+    shutil.rmtree(run / "calls")
+    code, found = program(*given, "-o", tmp_path / "three")
+    assert code == 2 and "no such folder" in found["error"] and "--calls" in found["error"]
 
 
 def test_a_budget_of_time(folder: Path, program: Program, tmp_path: Path) -> None:
