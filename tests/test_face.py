@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import warnings
 from pathlib import Path
@@ -30,7 +31,7 @@ from tests.coverage.case import Case
 from tests.coverage.table import CASES
 from tests.pipeline_reads import pipeline_reads
 
-READS = pipeline_reads()
+READS = functools.cache(pipeline_reads)
 STACK = "transformer_blocks"
 ABSENT = "no such attribute"
 OWN = {"__class__", "cache_context", "config", "dtype", "forward", "named_modules", "parameters"}
@@ -62,9 +63,9 @@ def alike(found: Any, wanted: Any) -> bool:
 
 
 def test_the_scan_finds_what_pipelines_are_known_to_read() -> None:
-    assert {"in_channels", "rope", "inner_dim", "max_seq", "dtype", "cache_context", "head_dim"} <= READS.names.keys()
-    assert {"in_channels", "patch_size", "guidance_embeds"} <= READS.config.keys()
-    assert any(name.startswith("pipeline_wan") for name in READS.names["cache_context"])  # by a local name
+    assert {"in_channels", "rope", "inner_dim", "max_seq", "dtype", "cache_context", "head_dim"} <= READS().names.keys()
+    assert {"in_channels", "patch_size", "guidance_embeds"} <= READS().config.keys()
+    assert any(name.startswith("pipeline_wan") for name in READS().names["cache_context"])  # by a local name
 
 
 @pytest.mark.filterwarnings("ignore")  # the models' own
@@ -72,12 +73,12 @@ def test_the_scan_finds_what_pipelines_are_known_to_read() -> None:
 def test_every_attribute_that_a_pipeline_reads_is_answered_as_the_teacher_does(case: Case, tmp_path: Path) -> None:
     teacher: Any = case.build()
     model = ppcl_fx.PluggableModel(trace(teacher, case.kwargs()), Plan())
-    names = [name for name in READS.names if name not in OWN]
+    names = [name for name in READS().names if name not in OWN]
     odd = {name: (asked(model, name), asked(teacher, name)) for name in names}
     assert {name: both for name, both in odd.items() if not alike(*both)} == {}
     teacher.save_config(tmp_path)
     config = type(teacher).load_config(tmp_path)  # with lists in the place of tuples
-    assert {n: asked(model.config, n) for n in READS.config} == {n: config.get(n, ABSENT) for n in READS.config}
+    assert {n: asked(model.config, n) for n in READS().config} == {n: config.get(n, ABSENT) for n in READS().config}
     assert model.dtype == teacher.dtype
 
 
