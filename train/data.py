@@ -4,7 +4,7 @@ iterator's state.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -205,7 +205,9 @@ def split(calls: Calls, share: float, seed: int) -> tuple[list[int], list[int]]:
     return sorted(set(range(len(calls))) - set(held)), held
 
 
-def moved(kwargs: dict[str, Any], device: torch.device, dtype: torch.dtype | None) -> dict[str, Any]:
+def moved(
+    kwargs: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, Any]:
     """Return a call's arguments on `device`, tensors of their main dtype as `dtype` (as they are when None)."""
     main = _main_dtype(kwargs)
 
@@ -215,7 +217,7 @@ def moved(kwargs: dict[str, Any], device: torch.device, dtype: torch.dtype | Non
     return {name: map_tensors(value, move, name) for name, value in kwargs.items()}
 
 
-def _main_dtype(kwargs: dict[str, Any]) -> torch.dtype | None:
+def _main_dtype(kwargs: Mapping[str, Any]) -> torch.dtype | None:
     """The dtype of the largest floating tensor: what the pipeline computed in.
 
     Positions and timesteps may be wider, and stay so.

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ppcl_fx.calls import map_tensors
 from ppcl_fx.graphs import ancestors
 from ppcl_fx.passes.distil import distil, pairs
 from ppcl_fx.tracing.leaves import has_attention
 from ppcl_fx.train.config import Weights
+from ppcl_fx.train.data import moved
 from ppcl_fx.train.executor import Groups, edit_parameters, live_nodes
 from ppcl_fx.train.ranks import Ranks
-from ppcl_fx.train.stages import Distillation
+from ppcl_fx.train.stages import Compute, Distillation, Stage
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
@@ -33,7 +33,7 @@ BACKWARD = 3
 _log = logging.getLogger("ppcl_fx.train")
 
 
-class Intervals:
+class Intervals(Stage):
     """Stage "depth" or "width", of which this rank trains its share of the edits.
 
     Where there are more ranks than edits, the spare ones have nothing to do in this stage.
@@ -43,7 +43,7 @@ class Intervals:
         name: "depth" or "width".
         weights: The weights of the loss terms.
         ranks: This process among the others.
-        **how: The other options of `Distillation`.
+        compute: How it computes.
 
     Attributes:
         groups: Edit id -> the parameters that train for it on this rank; none for the edits of the others. Which
@@ -54,7 +54,9 @@ class Intervals:
 
     separate = True
 
-    def __init__(self, model: PluggableModel, name: str, weights: Weights, ranks: Ranks, **how: Any) -> None:
+    def __init__(
+        self, model: PluggableModel, name: str, weights: Weights, ranks: Ranks, compute: Compute | None = None
+    ) -> None:
         graph = distil(model, name, attention=weights.attention != 0.0)
         self.whole: Groups = edit_parameters(graph)
         shares = assign(graph, ranks.world)
@@ -69,7 +71,7 @@ class Intervals:
         self._edits = list(self.whole)
         self._stage: Distillation | None = None
         if ranks.rank < len(shares):
-            self._stage = Distillation(model, name, weights, only=shares[ranks.rank], **how)
+            self._stage = Distillation(model, name, weights, only=shares[ranks.rank], compute=compute)
             self._stage.move(self._device)
         self.groups: Groups = {}
         self._regroup(self._edits)
@@ -78,14 +80,13 @@ class Intervals:
         self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0
     ) -> dict[str, Tensor]:
         """See `Stage`: gradients for this rank's edits, the losses of all. Raises PpclError where a rank is lost."""
-        here = self._stage is not None and self._stage.groups
-        mine = self._stage.step(moved(kwargs, self._device), scale=scale) if here and self._stage else {}
-        return self._everyones(mine)
+        busy = self._stage if self._stage is not None and self._stage.groups else None
+        return self._everyones(busy.step(moved(kwargs, self._device), scale=scale) if busy is not None else {})
 
     def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
         """See `Stage`: the losses of all edits."""
-        here = self._stage is not None and self._stage.groups
-        return self._everyones(self._stage.evaluate(moved(kwargs, self._device)) if here and self._stage else {})
+        busy = self._stage if self._stage is not None and self._stage.groups else None
+        return self._everyones(busy.evaluate(moved(kwargs, self._device)) if busy is not None else {})
 
     def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Stage`: all ranks know all of them, so that all stop an edit whose gradient is not finite."""
@@ -96,13 +97,6 @@ class Intervals:
         if self._stage is not None and edit in self._stage.groups:
             self._stage.stop(edit)
         self._regroup([other for other in self.groups if other != edit])
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Nothing: the students are in every checkpoint."""
-        return {}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to set."""
 
     def share(self) -> None:
         """Give every rank all the students, as their owners trained them: the end of the stage."""
@@ -122,11 +116,6 @@ class Intervals:
             row[self._edits.index(edit)] = loss
         found = dict(zip(self._edits, self._ranks.sum(row), strict=True))
         return {edit: loss for edit, loss in found.items() if edit in self.groups}
-
-
-def moved(kwargs: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """Return a call's arguments with all tensors on `device`."""
-    return {name: map_tensors(value, lambda _, t: t.to(device), name) for name, value in kwargs.items()}
 
 
 def assign(graph: GraphModule, world: int) -> list[list[str]]:

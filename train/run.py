@@ -35,7 +35,7 @@ from ppcl_fx.train.ranks import Ranks, current
 from ppcl_fx.train.scoring import shapes_score
 from ppcl_fx.train.signals import StopRequest, listening
 from ppcl_fx.train.sources.source import Feed, Source
-from ppcl_fx.train.stages import Distillation, FineTuning, Stage
+from ppcl_fx.train.stages import Compute, Distillation, FineTuning, Stage
 from ppcl_fx.train.watch import Show, Watch
 
 if TYPE_CHECKING:
@@ -153,102 +153,99 @@ def train(
     if ranks.first:
         save_config(chosen, folder / CONFIG)
     told = progress if ranks.first else None
-    runner = _Runner(model, busy, cast, identity, folder, students, told, follower, score, ranks)
+    compute = Compute(busy.checkpointing, cast, busy.compile_backend if busy.compile else None)
+    named = dict(model.students_module.named_parameters())
+    writer = CheckpointWriter(folder / CHECKPOINTS, identity, named, model.device)
+    runner = _Runner(model, busy, compute, students, writer, ranks, follower, told)
     with _training(model, busy.seed), listening() as asked:
         try:
-            finetuned = runner.run(data, start, agreed(asked, ranks))
+            finetuned = runner.run(data, start, agreed(asked, ranks), score)
         finally:
             follower.close()
     losses = Losses(
-        plan=identity.plan, calls=identity.calls, sequential=busy.sequential, stages=runner.writer.curves
+        plan=identity.plan, calls=identity.calls, sequential=busy.sequential, stages=writer.curves
     )
     if ranks.first:
         losses.save(folder / LOSSES)
     ranks.barrier()
     if busy.effects and ranks.first:
-        _measure(model, *data.measured_on(busy.effects), runner.writer.curves)
+        _measure(model, *data.measured_on(busy.effects), writer.curves)
     return TrainResult(
-        stages=tuple(runner.writer.curves),
+        stages=tuple(writer.curves),
         seconds=time.perf_counter() - began,
         folder=folder,
         losses=folder / LOSSES,
         checkpoints=folder / CHECKPOINTS,
-        finetuned=runner.finetuned_folder if "finetune" in stages else None,
+        finetuned=runner.finetuned if "finetune" in stages else None,
         finetuned_model=finetuned,
     )
 
 
+@dataclass
 class _Runner:
     """Builds each stage when its turn comes and runs it."""
 
-    def __init__(
-        self,
-        model: PluggableModel,
-        options: TrainConfig,
-        cast: torch.dtype | None,
-        identity: Identity,
-        folder: Path,
-        students: tuple[str, ...],
-        progress: Progress | None,
-        watch: Watch,
-        score: Score | None,
-        ranks: Ranks,
-    ) -> None:
-        self._ranks = ranks
-        self._model, self._options, self._cast, self._students = model, options, cast, students
-        self._progress, self._watch, self._score = progress, watch, score
-        self._suffix = _suffix(options)
-        self.finetuned_folder = folder / f"finetuned{self._suffix}"
-        named = dict(model.students_module.named_parameters())
-        self.writer = CheckpointWriter(folder / CHECKPOINTS, identity, named, model.device)
+    model: PluggableModel
+    config: TrainConfig
+    compute: Compute
+    students: tuple[str, ...]
+    writer: CheckpointWriter
+    ranks: Ranks
+    watch: Watch
+    progress: Progress | None
 
-    def run(self, data: Data, start: Checkpoint | None, asked: StopRequest) -> GraphModule | None:
+    @property
+    def finetuned(self) -> Path:
+        """The folder of the fine-tuned model."""
+        return self.writer.folder.parent / f"finetuned{_suffix(self.config)}"
+
+    def run(self, data: Data, start: Checkpoint | None, stop: StopRequest, score: Score | None) -> GraphModule | None:
         """Run all stages that are not done yet; return the fine-tuned model, if there is one."""
-        options = self._options
-        for number, (name, total) in enumerate(zip(options.stages, options.steps, strict=True)):
+        config = self.config
+        for number, (name, total) in enumerate(zip(config.stages, config.steps, strict=True)):
             if start is not None and number < start.state.stage:
                 continue
             resumed = start if start is not None and number == start.state.stage else None
             if resumed is None:
-                self.writer.curves.append(StageCurves(name=name, label=self._label(name)))
+                self.writer.curves.append(StageCurves(name=name, label=name + _suffix(config) * (name == "finetune")))
             else:
-                self.writer.restore(students_alone(self._ranks, resumed, self.writer.students))
-                self._model.weights_changed()
-            train_only(self._model, name)
+                self.writer.restore(students_alone(self.ranks, resumed, self.writer.students))
+                self.model.weights_changed()
+            train_only(self.model, name)
             stage = self._stage(name)
-            resumed = share_checkpoints(self._ranks, stage, self.writer, resumed)
-            feed = data.feed(name, self._model)
+            resumed = share_checkpoints(self.ranks, stage, self.writer, resumed)
+            feed = data.feed(name, self.model)
             recorded = isinstance(stage, FineTuning) and self._use_recorded(stage, feed)
-            held = held_out(data.held_out(name, self._model), recorded)
-            score = self._scorer(name, stage)
-            trainer = StageTrainer(stage, Whole(feed, recorded), self.writer, options, total, held, score, asked)
+            held = held_out(data.held_out(name, self.model), recorded)
+            scored = self._scorer(name, stage, score)
+            trainer = StageTrainer(stage, Whole(feed, recorded), self.writer, config, total, held, scored, stop)
             if resumed is not None:
                 trainer.restore(resumed)
-            run_stage(trainer, self._watch, self._progress)
+            run_stage(trainer, self.watch, self.progress)
             if isinstance(stage, Intervals):
                 stage.share()
             if name == "depth":
-                fit_again(self._model, data.each(self._model), self._ranks)
-            self._model.weights_changed()
+                fit_again(self.model, data.each(self.model), self.ranks)
+            self.model.weights_changed()
             if isinstance(stage, FineTuning):
                 finetuned = stage.result()
                 if finetuned is not None:
-                    save_finetuned(finetuned, self._model, list(self._students), self.finetuned_folder)
+                    save_finetuned(finetuned, self.model, list(self.students), self.finetuned)
                 return finetuned
         return None
 
     def _use_recorded(self, stage: FineTuning, feed: Feed) -> bool:
-        wanted = self._options.recorded
+        wanted = self.config.recorded
         # A share of a batch may round otherwise than the batch that was recorded: with several ranks it is computed.
-        exact = wanted == "exact" and self._ranks.alone
+        exact = wanted == "exact" and self.ranks.alone
         use = wanted == "always" or (isinstance(feed, Batches) and exact and _outputs_are_the_teachers(stage, feed))
         _log.info("finetune: the teacher's outputs are %s", "read from the calls" if use else "computed")
         return use
 
-    def _scorer(self, name: str, stage: Stage) -> Callable[[], float] | None:
-        ask, model = self._score, self._model
+    def _scorer(self, name: str, stage: Stage, ask: Score | None) -> Callable[[], float] | None:
         if ask is None:
             return None
+        model = self.model
 
         def scored() -> float:
             model.weights_changed()
@@ -263,26 +260,17 @@ class _Runner:
 
         return scored
 
-    def _label(self, name: str) -> str:
-        return name + self._suffix if name == "finetune" else name
-
     def _stage(self, name: str) -> Stage:
-        options = self._options
-        how: dict[str, Any] = {
-            "checkpointing": options.checkpointing,
-            "autocast": self._cast,
-            "backend": options.compile_backend if options.compile else None,
-        }
-        weights = options.weights
-        if not self._ranks.alone:
-            if name == "finetune":
-                from ppcl_fx.train.sharded import ShardedFineTuning  # slow to import
-
-                return ShardedFineTuning(self._model, self._students, self._ranks, **how)
-            return Intervals(self._model, name, weights, self._ranks, **how)
+        model, weights, compute = self.model, self.config.weights, self.compute
+        if self.ranks.alone and name == "finetune":
+            return FineTuning(model, self.students, compute)
+        if self.ranks.alone:
+            return Distillation(model, name, weights, sequential=self.config.sequential, compute=compute)
         if name == "finetune":
-            return FineTuning(self._model, self._students, **how)
-        return Distillation(self._model, name, weights, sequential=options.sequential, **how)
+            from ppcl_fx.train.sharded import ShardedFineTuning  # slow to import
+
+            return ShardedFineTuning(model, self.students, self.ranks, compute)
+        return Intervals(model, name, weights, self.ranks, compute)
 
 
 def _suffix(options: TrainConfig) -> str:

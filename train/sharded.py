@@ -23,12 +23,12 @@ from torch.utils.checkpoint import checkpoint
 from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.passes.outline import outline
 from ppcl_fx.passes.streaming.partition import regions
+from ppcl_fx.train.data import moved
 from ppcl_fx.train.executor import Groups, casting, inputs
 from ppcl_fx.train.losses import output_loss
-from ppcl_fx.train.parallel import moved
 from ppcl_fx.train.ranks import Ranks, together
 from ppcl_fx.train.shares import Share
-from ppcl_fx.train.stages import WHOLE, FineTuning, mixture, prediction
+from ppcl_fx.train.stages import WHOLE, Compute, FineTuning, mixture, prediction
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
@@ -44,28 +44,16 @@ class ShardedFineTuning(FineTuning):
         model: The pluggable model.
         students: The edits of the mixture to fine-tune.
         ranks: This process among the others.
-        checkpointing: Recompute the blocks' insides in the backward pass.
-        autocast: The dtype of matrix products, or None.
-        backend: `torch.compile`'s backend for the outlined blocks, None not to compile them.
+        compute: How it computes.
     """
 
     def __init__(
-        self,
-        model: PluggableModel,
-        students: Sequence[str],
-        ranks: Ranks,
-        *,
-        checkpointing: bool = False,
-        autocast: torch.dtype | None = None,
-        backend: str | None = None,
+        self, model: PluggableModel, students: Sequence[str], ranks: Ranks, compute: Compute | None = None
     ) -> None:
-        self._ranks = ranks
+        self._ranks, self._compute = ranks, compute or Compute()
         self._model, self._students = model, list(students)
-        self._teacher = sharded(mixture(model, ()), ranks, trains=False)
-        self.student = sharded(
-            mixture(model, students), ranks, trains=True, checkpointing=checkpointing, backend=backend
-        )
-        self._autocast = autocast
+        self._teacher = sharded(mixture(model, ()), ranks, Compute(), trains=False)
+        self.student = sharded(mixture(model, students), ranks, self._compute, trains=True)
         self._device = ranks.device or model.device
         self.groups: Groups = {WHOLE: list(self.student.parameters())}
 
@@ -108,7 +96,7 @@ class ShardedFineTuning(FineTuning):
         given = moved(kwargs, self._device)
         self._teacher_for(given)
         wanted = super().target(given) if target is None else target.to(self._device)
-        with casting(self._device, self._autocast):
+        with casting(self._device, self._compute.autocast):
             velocity = prediction(self.student(*inputs(self.student, given)))
         return output_loss(velocity, wanted) * (kwargs.samples / kwargs.total)
 
@@ -128,9 +116,7 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded(
-    gm: GraphModule, ranks: Ranks, *, trains: bool, checkpointing: bool = False, backend: str | None = None
-) -> GraphModule:
+def sharded(gm: GraphModule, ranks: Ranks, compute: Compute, *, trains: bool) -> GraphModule:
     """Return a graph module like `gm` whose parameters are sharded over all ranks, block by block.
 
     The modules are new, `gm` and its parameters stay as they are; names are the same. Each outlined block is one unit
@@ -140,23 +126,22 @@ def sharded(
     Args:
         gm: The graph module to copy.
         ranks: This process among the others.
+        compute: Whether outlined blocks are checkpointed and compiled.
         trains: Whether the parameters get gradients.
-        checkpointing: Recompute the insides of outlined blocks in the backward pass.
-        backend: `torch.compile`'s backend for the outlined blocks, or None.
     """
     mine = copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
-    units = _units(mine, checkpointing, backend)
+    units = _units(mine, compute)
     _own_parameters(mine, trains)
     dtype = next(mine.parameters()).dtype
     # Gradients in 16 bits are added up in 32.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if dtype in (torch.bfloat16, torch.float16) else None)
     mesh = ranks.mesh()
     for unit in units:
-        if trains and not backend:
+        if trains and not compute.backend:
             for module in unit:
                 module.forward = functools.partial(_without_views, module.forward)
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    if trains and not backend:
+    if trains and not compute.backend:
         mine.forward = functools.partial(_without_views, mine.forward)
     # The outermost unit is cut again too: a forward pass without a backward one would leave it whole, and what is
     # written into its parts afterwards would not be seen.
@@ -169,7 +154,7 @@ def sharded(
     return mine
 
 
-def _units(gm: GraphModule, checkpointing: bool, backend: str | None) -> list[list[nn.Module]]:
+def _units(gm: GraphModule, compute: Compute) -> list[list[nn.Module]]:
     """Outline the blocks of `gm`, in place, and return the modules that are sharded together."""
     units: list[list[nn.Module]] = []
     for path, nodes in regions(gm).items():
@@ -180,11 +165,11 @@ def _units(gm: GraphModule, checkpointing: bool, backend: str | None) -> list[li
             units.append([gm.get_submodule(leaf) for leaf in leaves])
             continue
         block = gm.get_submodule(path)
-        if checkpointing:
+        if compute.checkpointing:
             # Inside of FSDP's hooks: the block is gathered once for the backward pass and what it computes again.
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if backend:
-            block.compile(backend=backend)
+        if compute.backend:
+            block.compile(backend=compute.backend)
         units.append([block])
     gm.recompile()
     kept = [[module for module in unit if any(True for _ in module.parameters())] for unit in units]

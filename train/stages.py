@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,37 +31,60 @@ WHOLE = "model"
 """The name that fine-tuning's single curve and parameter group go by."""
 
 
-class Stage(Protocol):
+@dataclass(frozen=True)
+class Compute:
+    """How a stage computes.
+
+    Attributes:
+        checkpointing: Recompute the insides of blocks in the backward pass instead of keeping them.
+        autocast: The dtype of matrix products, or None.
+        backend: `torch.compile`'s backend for the blocks that train, None not to compile them.
+    """
+
+    checkpointing: bool = False
+    autocast: torch.dtype | None = None
+    backend: str | None = None
+
+
+class Stage:
     """One stage of training."""
 
     groups: Groups
     """Edit id -> the parameters that train for it; those of stopped edits are gone."""
 
-    separate: bool
+    separate = False
     """Whether each edit's loss and gradients are its own, so that one can stop while the others go on."""
 
-    def step(self, batch: Any, /, *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+    def step(self, batch: Any, *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
         """Add one batch's gradients, times `scale`, to the parameters' `.grad` and return each edit's loss,
         detached and not scaled. `target` is the teacher's recorded output.
         """
+        raise NotImplementedError
 
-    def evaluate(self, batch: Any, /, *, target: Tensor | None = None) -> dict[str, Tensor]:
+    def evaluate(self, batch: Any, *, target: Tensor | None = None) -> dict[str, Tensor]:
         """Return each edit's loss on one batch, without gradients."""
+        raise NotImplementedError
 
     def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return every edit's gradient norm, given those of the parameters in `groups`."""
+        return mine
 
     def stop(self, edit: str) -> None:
         """Train `edit` no further; what only its loss needed is computed no more."""
+        for parameter in self.groups[edit]:
+            parameter.requires_grad_(False)
+            parameter.grad = None
+        self.groups = {other: parameters for other, parameters in self.groups.items() if other != edit}
 
     def tensors(self) -> dict[str, Tensor]:
         """Return what a checkpoint must hold of this stage, beside the students and the optimiser."""
+        return {}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Set what `tensors` returned; other names are left alone."""
 
 
-class Distillation:
+class Distillation(Stage):
     """Stage "depth" (Eq. 6 and 7) or "width" (Eq. 10 to 12): each edit's students learn from the teacher's
     states.
 
@@ -71,9 +95,7 @@ class Distillation:
         sequential: Feed each student what the student before it gives, not what the teacher gives (the
             paper's control).
         only: The ids of the edits to train, some of the stage's; None for all.
-        checkpointing: Recompute the students' insides in the backward pass instead of keeping them.
-        autocast: The dtype of matrix products, or None.
-        backend: `torch.compile`'s backend for the student blocks, None not to compile them.
+        compute: How it computes.
     """
 
     def __init__(
@@ -84,18 +106,10 @@ class Distillation:
         *,
         sequential: bool = False,
         only: Collection[str] | None = None,
-        checkpointing: bool = False,
-        autocast: torch.dtype | None = None,
-        backend: str | None = None,
+        compute: Compute | None = None,
     ) -> None:
-        self._model, self._name, self._backend = model, name, backend
-        self._how: dict[str, Any] = {
-            "sequential": sequential, "attention": weights.attention != 0.0, "only": only,
-        }  # fmt: skip
-        self._weights = weights
-        self._options: dict[str, Any] = {
-            "joint": sequential, "checkpointing": checkpointing, "autocast": autocast,
-        }  # fmt: skip
+        self._model, self._name, self._weights = model, name, weights
+        self._sequential, self._only, self._compute = sequential, only, compute or Compute()
         self.separate = not sequential
         self._stopped: list[str] = []
         self._graphs: dict[GraphModule, GraphModule] = {}
@@ -111,16 +125,30 @@ class Distillation:
 
     def _distiller(self, kind: GraphModule) -> Distiller:
         """Return what runs the distillation graph for one kind of call."""
+        compute = self._compute
         if kind not in self._graphs:
-            graph = self._graphs[kind] = distil(self._model, self._name, graph=kind, **self._how)
-            outlined = (self._options["checkpointing"] or self._backend) and self._name == "depth"
+            graph = self._graphs[kind] = distil(
+                self._model,
+                self._name,
+                graph=kind,
+                sequential=self._sequential,
+                attention=self._weights.attention != 0.0,
+                only=self._only,
+            )
+            outlined = (compute.checkpointing or compute.backend) and self._name == "depth"
             blocks = outline_students(graph) if outlined else []
-            for block in blocks if self._backend else []:
-                block.compile(backend=self._backend)
+            for block in blocks if compute.backend else []:
+                block.compile(backend=compute.backend)
             for edit in self._stopped:
                 without_edit(graph, edit)
         if kind not in self._distillers:
-            self._distillers[kind] = Distiller(self._graphs[kind], self._weights, **self._options)
+            self._distillers[kind] = Distiller(
+                self._graphs[kind],
+                self._weights,
+                joint=self._sequential,
+                checkpointing=compute.checkpointing,
+                autocast=compute.autocast,
+            )
         return self._distillers[kind]
 
     def step(
@@ -133,15 +161,9 @@ class Distillation:
         """See `Stage`."""
         return self._distiller(self._model.graph_for(kwargs)).evaluate(kwargs)
 
-    def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Stage`: all are this process's."""
-        return mine
-
     def stop(self, edit: str) -> None:
         """See `Stage`. The teacher's blocks after the last student that still trains are not run any more."""
-        for parameter in self.groups[edit]:
-            parameter.requires_grad_(False)
-            parameter.grad = None
+        super().stop(edit)
         self._stopped.append(edit)
         for graph in self._graphs.values():
             without_edit(graph, edit)
@@ -153,15 +175,8 @@ class Distillation:
         for graph in self._graphs.values():
             graph.to(device)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Nothing: the students are in every checkpoint."""
-        return {}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to set."""
-
-
-class FineTuning:
+class FineTuning(Stage):
     """Stage "finetune": a copy of one mixture, all of its parameters, learns the teacher's output on the same
     calls.
 
@@ -170,27 +185,18 @@ class FineTuning:
     Args:
         model: The pluggable model; its plugged mixture is the same afterwards.
         students: The edits of the mixture to fine-tune.
-        checkpointing: Recompute the blocks' insides in the backward pass instead of keeping them.
-        autocast: The dtype of matrix products, or None.
-        backend: `torch.compile`'s backend for the mixture's blocks, None not to compile them.
+        compute: How it computes.
     """
-
-    separate = False
 
     def __init__(
         self,
         model: PluggableModel,
         students: Sequence[str],
-        *,
-        checkpointing: bool = False,
-        autocast: torch.dtype | None = None,
-        backend: str | None = None,
+        compute: Compute | None = None,
     ) -> None:
-        self._model, self._students, self._backend = model, list(students), backend
+        self._model, self._students, self._compute = model, list(students), compute or Compute()
         self.student = copy.deepcopy(mixture(model, students)).requires_grad_(True)
-        self._checkpointing = checkpointing
         self._runners: dict[GraphModule, tuple[GraphModule, Saving, GraphModule]] = {}
-        self._autocast = autocast
         self._device = model.device
         self.groups: Groups = {WHOLE: list(self.student.parameters())}
 
@@ -207,18 +213,10 @@ class FineTuning:
         with torch.no_grad():
             return {WHOLE: self._loss(kwargs, target)}
 
-    def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Stage`: all are this process's."""
-        return mine
-
-    def stop(self, edit: str) -> None:
-        """Nothing is left to train: the loop ends here."""
-        self.groups = {}
-
     def target(self, kwargs: Mapping[str, Any]) -> Tensor:
         """Return the teacher's output for a batch, as this stage computes it."""
         teacher = self._teacher_for(kwargs)
-        with casting(self._device, self._autocast), torch.no_grad():
+        with casting(self._device, self._compute.autocast), torch.no_grad():
             return prediction(teacher(*inputs(teacher, kwargs)))
 
     def _teacher_for(self, kwargs: Mapping[str, Any]) -> GraphModule:
@@ -233,18 +231,18 @@ class FineTuning:
             if kind is not self._model.graph:
                 student = over(self.student, plugged(kind, frozenset(self._students)))
             # The blocks as modules of their own, over the same parameters: what gradient checkpointing works on.
-            view = segmented(student) if self._checkpointing or self._backend else student
-            if self._backend:
-                for block in view.children():
-                    block.compile(backend=self._backend)
-            runner = Saving(view, checkpointing=self._checkpointing)
+            compute = self._compute
+            view = segmented(student) if compute.checkpointing or compute.backend else student
+            for block in view.children() if compute.backend else ():
+                block.compile(backend=compute.backend)
+            runner = Saving(view, checkpointing=compute.checkpointing)
             self._runners[kind] = (student, runner, plugged(kind, frozenset()))
         return self._runners[kind]
 
     def _loss(self, kwargs: Mapping[str, Any], target: Tensor | None) -> Tensor:
         wanted = self.target(kwargs) if target is None else target
         student, runner, _ = self._for(kwargs)
-        with casting(self._device, self._autocast):
+        with casting(self._device, self._compute.autocast):
             velocity = prediction(runner.run(*inputs(student, kwargs)))
         return output_loss(velocity, wanted)
 

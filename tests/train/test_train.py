@@ -17,7 +17,7 @@ from ppcl_fx.passes.distil import train_only
 from ppcl_fx.train import Losses, TrainResult, load_finetuned, train
 from ppcl_fx.train.config import Weights
 from ppcl_fx.train.executor import inputs
-from ppcl_fx.train.stages import Distillation, FineTuning, mixture, prediction, terms
+from ppcl_fx.train.stages import Compute, Distillation, FineTuning, mixture, prediction, terms
 from tests.train.pluggable import build
 
 STEPS = {"depth": 6, "width": 4, "finetune": 4}
@@ -161,7 +161,7 @@ def test_gradient_checkpointing_keeps_less(tmp_path: Path) -> None:
     kept: dict[bool, int] = {}
     for checkpointing in (False, True):
         model, calls = build()
-        stage = FineTuning(model, model.edits, checkpointing=checkpointing)
+        stage = FineTuning(model, model.edits, Compute(checkpointing))
         parameters = {p.untyped_storage().data_ptr() for p in stage.student.parameters()}
         seen: dict[int, int] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,10 @@ from ppcl_fx.graphs import copy_graph_module
 from ppcl_fx.train.bounded.problems import Problem, tensor_place
 from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.executor import Distiller, Groups
-from ppcl_fx.train.stages import outline_students
+from ppcl_fx.train.stages import Stage, outline_students
 
 
-class Student:
+class Student(Stage):
     """A problem with its weights in memory: a `ppcl_fx.train.stages.Stage` on the values at its border.
 
     Args:
@@ -63,24 +63,6 @@ class Student:
     def evaluate(self, border: Sequence[Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
         """See `Stage`."""
         return self._distiller.evaluate_on(border)
-
-    def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See `Stage`: all are this process's."""
-        return mine
-
-    def stop(self, edit: str) -> None:
-        """See `Stage`: nothing is left to train."""
-        for parameter in self.groups[edit]:
-            parameter.requires_grad_(False)
-            parameter.grad = None
-        self.groups = {}
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Nothing: the student is in every checkpoint."""
-        return {}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing to set."""
 
     def release(self) -> None:
         """Put the weightless parameters back.
