@@ -37,8 +37,8 @@ from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.train import train
 from ppcl_fx.train.curves import Losses
-from ppcl_fx.train.parallel import assign, division_cost
-from ppcl_fx.train.ranks import joined
+from ppcl_fx.train.edit_parallel import assign, division_cost
+from ppcl_fx.train.process_group import joined
 
 INTERVALS = ((2, 4), (5, 7), (8, 10), (11, 13))
 PROMPTS = ("a red circle", "two blue squares", "a green triangle", "a yellow circle")

@@ -37,7 +37,7 @@ KEPT = 2
 """Checkpoints that stay on disk: the last, and the one before in case the last is damaged."""
 TENSORS = "state.safetensors"
 PIECES = "pieces.json"
-"""In place of the tensors' file, where several ranks wrote (`ppcl_fx.train.pieces`)."""
+"""In place of the tensors' file, where several ranks wrote (`ppcl_fx.train.distributed_checkpoint`)."""
 STATE = "state.json"
 SUMS = "SHA256SUMS"
 """The checksums of the other two files, as `sha256sum -c` reads them."""
@@ -261,9 +261,9 @@ def _tensors(path: Path, shared: bool, check: bool) -> Mapping[str, Tensor]:
     if not shared:
         return read_safetensors(inside(path, TENSORS))
     # Only here: distributed checkpoints are slow to import.
-    from ppcl_fx.train.pieces import Pieces
+    from ppcl_fx.train.distributed_checkpoint import DistributedTensors
 
-    return Pieces(path, check=check)
+    return DistributedTensors(path, check=check)
 
 
 def _check_sum(path: Path, name: str) -> None:

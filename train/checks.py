@@ -12,8 +12,8 @@ from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import check_writable
 from ppcl_fx.train.config import CONFIG, TrainConfig
 from ppcl_fx.train.curves import LOSSES
+from ppcl_fx.train.metrics import EVENTS, LOG
 from ppcl_fx.train.optimizer import try_eight_bit
-from ppcl_fx.train.watch import EVENTS, LOG
 
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"

@@ -21,9 +21,9 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.train import checkpoints
 from ppcl_fx.train.checkpoints import Checkpoint, CheckpointWriter
 from ppcl_fx.train.config import TrainConfig
+from ppcl_fx.train.consensus import StopRequest
 from ppcl_fx.train.curves import Stop
 from ppcl_fx.train.optimizer import EMA, MasterWeights, clip, factor, make_optimizer
-from ppcl_fx.train.signals import StopRequest
 from ppcl_fx.train.stages import Stage
 
 Part = tuple[float, Callable[[], tuple[Any, Tensor | None]]]

@@ -1,11 +1,12 @@
-"""Which recorded calls a step trains on: a pure function of seed and step, so that resuming needs no
-iterator's state.
+"""The data of a run: recorded calls, of which a share may be held out, or a source that makes its own.
+
+Which calls a step trains on is a pure function of seed and step, so that resuming needs no iterator's state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,12 +15,21 @@ from ppcl_fx.calls import Call, Calls, check_finite, collate, map_tensors
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import tensor_digest
 from ppcl_fx.held_out import hold_out
-from ppcl_fx.train.ranks import Ranks
-from ppcl_fx.train.sources.order import Order, Ordered
-from ppcl_fx.train.sources.skips import Skips
+from ppcl_fx.train.batch_split import SplitBatch, cut, portion
+from ppcl_fx.train.config import TrainConfig
+from ppcl_fx.train.process_group import ProcessGroup
+from ppcl_fx.train.sources.bad_samples import BadSamples
+from ppcl_fx.train.sources.sampler import SampledSource, Sampler
+from ppcl_fx.train.sources.source import DistributedSource, Feed, Source
+
+if TYPE_CHECKING:
+    from ppcl_fx.model import PluggableModel
+
+FIRST = 64
+"""Batches of a source that projectors are fitted on."""
 
 
-class Batches(Ordered):
+class Batches(SampledSource):
     """Batches of calls, epoch after epoch; in one epoch each call is drawn exactly once. A `Source`.
 
     Only calls that concatenate to what a pipeline could have passed come together: the same shapes but for
@@ -36,6 +46,7 @@ class Batches(Ordered):
             them.
         ranks: This process among the others, which draw the same; None for one process.
         only: The positions in `calls` to draw from; None for all.
+        split: Whether arguments are this rank's samples of a batch alone, as a `SplitBatch`.
 
     Raises:
         PpclError: There are no calls.
@@ -49,8 +60,9 @@ class Batches(Ordered):
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        ranks: Ranks | None = None,
+        ranks: ProcessGroup | None = None,
         only: Sequence[int] | None = None,
+        split: bool = False,
     ) -> None:
         super().__init__()
         drawn = range(len(calls)) if only is None else only
@@ -59,10 +71,10 @@ class Batches(Ordered):
         self._calls = calls
         self._device = torch.device(device)
         self._dtype = dtype
-        self._order = Order(groups(calls, drawn), batch, seed)
-        self._all = drawn
-        self._ranks = ranks or Ranks()
-        self.skips = Skips("the recorded calls", len(drawn), self._ranks)
+        self._order = Sampler(groups(calls, drawn), batch, seed)
+        self._all, self._split = drawn, split
+        self._ranks = ranks or ProcessGroup()
+        self.skips = BadSamples("the recorded calls", len(drawn), self._ranks)
 
     @property
     def fingerprint(self) -> str:
@@ -82,8 +94,12 @@ class Batches(Ordered):
         return self.joined(self._drawn(step))
 
     def joined(self, calls: Sequence[Call]) -> dict[str, Any]:
-        """Return the arguments of one call that does the work of these, on the device."""
-        return moved(collate(calls), self._device, self._dtype)
+        """Return the arguments of one call that does the work of these, or of this rank's samples, on the device."""
+        if not self._split:
+            return moved(collate(calls), self._device, self._dtype)
+        total = sum(call.batch for call in calls)
+        first, last, counted = portion(total, self._ranks)
+        return SplitBatch(moved(collate(cut(calls, first, last)), self._device, self._dtype), counted, total)
 
     def one(self, index: int) -> dict[str, Any]:
         """Return the keyword arguments of one call, by its position in `calls`, as `kwargs` gives those of a batch.
@@ -109,7 +125,9 @@ class Batches(Ordered):
             if call.output is None or call.output.shape[0] != call.batch:
                 return None
             outputs.append(call.output)
-        return torch.cat(outputs).to(self._device) if len(outputs) > 1 else outputs[0].to(self._device)
+        whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+        first, last, _ = portion(len(whole), self._ranks) if self._split else (0, len(whole), 0)
+        return whole[first:last].to(self._device)
 
     def samples(self, step: int) -> int:
         """Return the number of samples in the batch of `step`."""
@@ -224,3 +242,99 @@ def _main_dtype(kwargs: Mapping[str, Any]) -> torch.dtype | None:
     """
     floating = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
     return max(floating, key=Tensor.numel).dtype if floating else None
+
+
+def spaced(positions: Sequence[int], count: int) -> list[int]:
+    """Return at most `count` of some positions, evenly spaced."""
+    if count >= len(positions):
+        return list(positions)
+    return [positions[step * len(positions) // count] for step in range(count)]
+
+
+class Data:
+    """Gives each stage what it draws from.
+
+    Args:
+        data: recorded calls, or a source.
+        options: of the run.
+        ranks: the processes that train together.
+
+    Raises:
+        PpclError: a share is to be held out of too few calls, or of a source; or a source is not for these ranks.
+    """
+
+    def __init__(self, data: Calls | Source, options: TrainConfig, ranks: ProcessGroup) -> None:
+        self._data, self._options, self._ranks = data, options, ranks
+        self.fingerprint: str = data.fingerprint
+        self._used: list[int] = []
+        self._held: list[int] = []
+        if isinstance(data, Calls):
+            self._used, self._held = split(data, options.held_out, options.seed)
+        elif options.held_out:
+            raise PpclError("training option held_out: only recorded calls can be held out; give it no share")
+        elif options.effects:
+            raise PpclError("training option effects: measured on recorded calls only; leave it out")
+        else:
+            _check_ranks(data, ranks)
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether calls are held out."""
+        return bool(self._held)
+
+    def feed(self, stage: str, model: PluggableModel) -> Feed:
+        """Return what a stage trains on."""
+        if isinstance(self._data, Calls):
+            return self._batches(self._data, stage, model, self._used)
+        if self._split(stage) and isinstance(self._data, DistributedSource):
+            return self._data.split()
+        return self._data
+
+    def each(self, model: PluggableModel) -> Iterator[dict[str, Any]]:
+        """Yield the arguments of every recorded call to train on, one by one, or of a source's first batches."""
+        if isinstance(self._data, Calls):
+            yield from self._batches(self._data, "width", model, self._used).each()
+        else:
+            yield from (self._data.kwargs(step) for step in range(FIRST))
+
+    def held_out(self, stage: str, model: PluggableModel) -> Batches | None:
+        """Return what a stage is evaluated on, None without held-out calls."""
+        if not isinstance(self._data, Calls) or not self._held:
+            return None
+        return self._batches(self._data, stage, model, self._held)
+
+    def measured_on(self, count: int) -> tuple[Calls, list[int]]:
+        """Return the recorded calls and at most `count` positions in them, of held-out ones where there are any."""
+        assert isinstance(self._data, Calls)
+        return self._data, spaced(self._held or self._used, count)
+
+    def _batches(self, calls: Calls, stage: str, model: PluggableModel, only: list[int]) -> Batches:
+        return Batches(
+            calls,
+            self._options.batch,
+            self._options.seed,
+            device=model.device,
+            dtype=model.dtype,
+            ranks=self._ranks,
+            only=only,
+            split=self._split(stage),
+        )
+
+    def _split(self, stage: str) -> bool:
+        """Whether each rank gets its share of a batch, and not all of it."""
+        return stage == "finetune" and not self._ranks.alone
+
+
+def _check_ranks(data: Source, ranks: ProcessGroup) -> None:
+    """Raise PpclError where a source cannot give its data to these ranks."""
+    if isinstance(data, DistributedSource):
+        if data.ranks.world != ranks.world:
+            raise PpclError(
+                f"the data was opened for {data.ranks.world} processes and {ranks.world} train on it; open it after "
+                "they have come together"
+            )
+    elif not ranks.alone:
+        raise PpclError(
+            f"{type(data).__name__} gives its data to one process; train on one, or give it what "
+            "ppcl_fx.train.sources.source.DistributedSource has"
+        )

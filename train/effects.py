@@ -229,13 +229,6 @@ def ratios(model: PluggableModel, count: int = RATIOS) -> list[float]:
     return [min(1.0, math.ceil(1e4 * (least + (1.0 - least) * step / count)) / 1e4) for step in range(count)]
 
 
-def spaced(positions: Sequence[int], count: int) -> list[int]:
-    """Return at most `count` of some positions, evenly spaced."""
-    if count >= len(positions):
-        return list(positions)
-    return [positions[step * len(positions) // count] for step in range(count)]
-
-
 def _host(model: PluggableModel, edit: str, near: frozenset[str]) -> str | None:
     """Return the edit whose student is all that `edit` changes, None where it changes the teacher's blocks."""
     if model.param_count([edit]) != model.teacher_params:

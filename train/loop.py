@@ -8,8 +8,8 @@ from typing import NoReturn
 from ppcl_fx.errors import PpclError, Stopped
 from ppcl_fx.train.core import HeldOut, Part, StageTrainer
 from ppcl_fx.train.data import Batches
+from ppcl_fx.train.metrics import MetricsLogger
 from ppcl_fx.train.sources.source import Feed
-from ppcl_fx.train.watch import Watch
 
 Progress = Callable[[str, int, int, float], None]
 """Told after each step: the stage, the steps done, the stage's steps, and the sum of the losses."""
@@ -41,7 +41,7 @@ def held_out(batches: Batches | None, recorded: bool) -> HeldOut | None:
     return lambda: map(whole.parts, range(len(batches)))
 
 
-def run_stage(trainer: StageTrainer, watch: Watch, progress: Progress | None = None) -> None:
+def run_stage(trainer: StageTrainer, watch: MetricsLogger, progress: Progress | None = None) -> None:
     """Train a stage to its end, from where its trainer stands; a checkpoint it was restored from need not be saved.
 
     Raises:

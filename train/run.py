@@ -22,28 +22,31 @@ from ppcl_fx.train.checkpoints import Checkpoint, CheckpointWriter, Identity
 from ppcl_fx.train.checks import CHECKPOINTS, LOGS, check_here, check_places
 from ppcl_fx.train.config import CONFIG, TrainConfig, resolve
 from ppcl_fx.train.config import save as save_config
+from ppcl_fx.train.consensus import (
+    StopRequest,
+    begin,
+    fit_again,
+    listening,
+    refuse_on_ranks,
+    share_checkpoints,
+    students_alone,
+)
 from ppcl_fx.train.core import StageTrainer
 from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
-from ppcl_fx.train.data import Batches
+from ppcl_fx.train.data import Batches, Data
+from ppcl_fx.train.edit_parallel import EditParallel
 from ppcl_fx.train.effects import with_mixtures
-from ppcl_fx.train.feeds import Data
 from ppcl_fx.train.finetuned import plan_digest, save_finetuned
 from ppcl_fx.train.loop import Progress, Whole, held_out, run_stage
-from ppcl_fx.train.parallel import Intervals
-from ppcl_fx.train.ranked import agreed, begin, fit_again, refuse_on_ranks, share_checkpoints, students_alone
-from ppcl_fx.train.ranks import Ranks, current
-from ppcl_fx.train.scoring import shapes_score
-from ppcl_fx.train.signals import StopRequest, listening
+from ppcl_fx.train.metrics import MetricsLogger, Show
+from ppcl_fx.train.process_group import ProcessGroup, current
 from ppcl_fx.train.sources.source import Feed, Source
 from ppcl_fx.train.stages import Compute, Distillation, FineTuning, Stage
-from ppcl_fx.train.watch import Show, Watch
 
 if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.model import PluggableModel
 
-CHECKED = 8
-"""Kinds of batches whose recorded outputs are compared with the teacher's."""
 Score = Callable[[str, Any], float]
 """Told the stage and the model so far; returns how good it is."""
 _log = logging.getLogger("ppcl_fx.train")
@@ -140,9 +143,9 @@ def train(
     if ranks.first:
         check_places(folder, logs, f"finetuned{_suffix(busy)}" if "finetune" in stages else None)
     if score is None and busy.score_prompts:
-        score = shapes_score(model, busy.score_prompts)
+        score = _shapes_score(model, busy.score_prompts)
     start = begin(ranks, lambda: _starting_point(folder / CHECKPOINTS, identity, resume))
-    follower = Watch(
+    follower = MetricsLogger(
         logs if ranks.first else None,
         model.device,
         log_every=busy.log_every,
@@ -157,9 +160,9 @@ def train(
     named = dict(model.students_module.named_parameters())
     writer = CheckpointWriter(folder / CHECKPOINTS, identity, named, model.device)
     runner = _Runner(model, busy, compute, students, writer, ranks, follower, told)
-    with _training(model, busy.seed), listening() as asked:
+    with _training(model, busy.seed), listening(ranks) as asked:
         try:
-            finetuned = runner.run(data, start, agreed(asked, ranks), score)
+            finetuned = runner.run(data, start, asked, score)
         finally:
             follower.close()
     losses = Losses(
@@ -190,8 +193,8 @@ class _Runner:
     compute: Compute
     students: tuple[str, ...]
     writer: CheckpointWriter
-    ranks: Ranks
-    watch: Watch
+    ranks: ProcessGroup
+    watch: MetricsLogger
     progress: Progress | None
 
     @property
@@ -222,7 +225,7 @@ class _Runner:
             if resumed is not None:
                 trainer.restore(resumed)
             run_stage(trainer, self.watch, self.progress)
-            if isinstance(stage, Intervals):
+            if isinstance(stage, EditParallel):
                 stage.share()
             if name == "depth":
                 fit_again(self.model, data.each(self.model), self.ranks)
@@ -238,7 +241,7 @@ class _Runner:
         wanted = self.config.recorded
         # A share of a batch may round otherwise than the batch that was recorded: with several ranks it is computed.
         exact = wanted == "exact" and self.ranks.alone
-        use = wanted == "always" or (isinstance(feed, Batches) and exact and _outputs_are_the_teachers(stage, feed))
+        use = wanted == "always" or (isinstance(feed, Batches) and exact and stage.gives(feed))
         _log.info("finetune: the teacher's outputs are %s", "read from the calls" if use else "computed")
         return use
 
@@ -267,10 +270,10 @@ class _Runner:
         if self.ranks.alone:
             return Distillation(model, name, weights, sequential=self.config.sequential, compute=compute)
         if name == "finetune":
-            from ppcl_fx.train.sharded import ShardedFineTuning  # slow to import
+            from ppcl_fx.train.fsdp import FSDPFineTuning  # slow to import
 
-            return ShardedFineTuning(model, self.students, self.ranks, compute)
-        return Intervals(model, name, weights, self.ranks, compute)
+            return FSDPFineTuning(model, self.students, self.ranks, compute)
+        return EditParallel(model, name, weights, self.ranks, compute)
 
 
 def _suffix(options: TrainConfig) -> str:
@@ -335,26 +338,34 @@ def _starting_point(folder: Path, identity: Identity, resume: bool) -> Checkpoin
     return None
 
 
-def _outputs_are_the_teachers(stage: FineTuning, batches: Batches) -> bool:
-    """Tell whether the recorded outputs are, to the bit, what the teacher gives in this stage.
+def _shapes_score(model: PluggableModel, count: int) -> Callable[[str, Any], float]:
+    """Return a callback that draws `count` pictures a category with the model so far and returns their overall score.
 
-    One batch of each kind (shapes, and number of calls) is compared, the same ones whenever this is asked, so that
-    a resumed run decides as the first one did. Other precision, autocast or another machine may round differently;
-    so may several calls in one batch.
+    Raises:
+        PpclError: The model's teacher is not the shapes model that ships with the package.
     """
-    seen: set[tuple[int, ...]] = set()
-    for step in range(len(batches)):
-        target = batches.target(step)
-        if target is None:
-            return False
-        kind = (len(batches.indices(step)), *target.shape)
-        if kind in seen or len(seen) >= CHECKED:
-            continue
-        seen.add(kind)
-        computed = stage.target(batches.kwargs(step))
-        if computed.dtype != target.dtype or not torch.equal(computed, target):
-            return False
-    return True
+    from ppcl_fx.fingerprint import fingerprint
+    from ppcl_fx.model import PluggableModel
+    from ppcl_fx.plan import Plan
+    from ppcl_fx.shapes import load_pipeline
+    from ppcl_fx.shapes.score import score
+
+    pipeline = load_pipeline(model.dtype)
+    own = pipeline.transformer
+    if model.plan.model and fingerprint(own) != model.plan.model:
+        raise PpclError(
+            "training option score_prompts: only students of the shipped 'shapes' model have a score; set it to 0"
+        )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def scored(stage: str, whole: Any) -> float:
+        pipeline.transformer = PluggableModel(whole, Plan()) if stage == "finetune" else whole
+        try:
+            return score(pipeline, count)["overall"]
+        finally:
+            pipeline.transformer = own
+
+    return scored
 
 
 @contextmanager

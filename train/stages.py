@@ -26,7 +26,10 @@ from ppcl_fx.train.losses import output_loss
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
+    from ppcl_fx.train.data import Batches
 
+CHECKED = 8
+"""Kinds of batches whose recorded outputs are compared with the teacher's."""
 WHOLE = "model"
 """The name that fine-tuning's single curve and parameter group go by."""
 
@@ -218,6 +221,27 @@ class FineTuning(Stage):
         teacher = self._teacher_for(kwargs)
         with casting(self._device, self._compute.autocast), torch.no_grad():
             return prediction(teacher(*inputs(teacher, kwargs)))
+
+    def gives(self, batches: Batches) -> bool:
+        """Tell whether the recorded outputs are, to the bit, what the teacher gives here.
+
+        One batch of each kind (shapes, and number of calls) is compared, the same ones whenever this is asked, so that
+        a resumed run decides as the first one did. Other precision, autocast or another machine may round differently;
+        so may several calls in one batch.
+        """
+        seen: set[tuple[int, ...]] = set()
+        for step in range(len(batches)):
+            target = batches.target(step)
+            if target is None:
+                return False
+            kind = (len(batches.indices(step)), *target.shape)
+            if kind in seen or len(seen) >= CHECKED:
+                continue
+            seen.add(kind)
+            computed = self.target(batches.kwargs(step))
+            if computed.dtype != target.dtype or not torch.equal(computed, target):
+                return False
+        return True
 
     def _teacher_for(self, kwargs: Mapping[str, Any]) -> GraphModule:
         """Return the teacher for one kind of call."""

@@ -15,7 +15,7 @@ from ppcl_fx.cli.boundary import printable
 from ppcl_fx.memory import size_words
 
 if TYPE_CHECKING:
-    from ppcl_fx.train.watch import Row
+    from ppcl_fx.train.metrics import Row
 
 
 class Report(Protocol):

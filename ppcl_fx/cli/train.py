@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
     from ppcl_fx.train import StageCurves, TrainResult
     from ppcl_fx.train.bounded.trainer import BoundedResult
-    from ppcl_fx.train.ranks import Ranks
+    from ppcl_fx.train.process_group import ProcessGroup
     from ppcl_fx.train.sources.source import Source
 
 REPORT, RECORDED, ENCODED = "report.html", "recorded", "encoded"
@@ -115,14 +115,14 @@ def train(
                 terminal.note(line)
             return _bounded_result(student, training.run(report))
 
-    from ppcl_fx.train.ranks import joined
+    from ppcl_fx.train.process_group import joined
 
     with joined(rank_timeout) as ranks:
         return _run(student, data, chosen, resume, terminal.quieter(not ranks.first), ranks)
 
 
 def _run(
-    student: Path, data: Given, chosen: TrainConfig, resume: bool, terminal: Terminal, ranks: Ranks
+    student: Path, data: Given, chosen: TrainConfig, resume: bool, terminal: Terminal, ranks: ProcessGroup
 ) -> Result | None:
     """Train; on the first rank write the results and return them."""
     from ppcl_fx.report import write_report
@@ -203,7 +203,7 @@ class Given:
             check_source(self.pipeline)
 
     def open(
-        self, student: Path, model: PluggableModel, options: TrainConfig, terminal: Terminal, ranks: Ranks
+        self, student: Path, model: PluggableModel, options: TrainConfig, terminal: Terminal, ranks: ProcessGroup
     ) -> Calls | Source:
         """Open the data, all ranks together; recordings and encoded pictures are kept in the student's folder.
 

@@ -33,8 +33,8 @@ from ppcl_fx.tracing import trace
 from ppcl_fx.train import checkpoints, config
 from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.finetuned import load_finetuned, save_finetuned
+from ppcl_fx.train.sources.captions import open_pairs
 from ppcl_fx.train.sources.encode import _open as open_picture
-from ppcl_fx.train.sources.pairs import open_pairs
 from ppcl_fx.train.stages import mixture
 from ppcl_fx.verify import verify
 from tests import models

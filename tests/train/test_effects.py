@@ -19,7 +19,8 @@ from ppcl_fx.files import read_json, write_json
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.report import write_report
 from ppcl_fx.train import measure_effects, predicted_and_measured, train
-from ppcl_fx.train.effects import OutputErrors, ratios, spaced
+from ppcl_fx.train.data import spaced
+from ppcl_fx.train.effects import OutputErrors, ratios
 from tests import models
 from tests.passes.test_plug import EDITS
 from tests.train.pluggable import build

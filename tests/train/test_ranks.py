@@ -14,7 +14,7 @@ import torch
 
 from ppcl_fx.errors import Stopped
 from ppcl_fx.train import checkpoints
-from ppcl_fx.train.parallel import Intervals
+from ppcl_fx.train.edit_parallel import EditParallel
 from tests.train.world import result, start, trained
 
 # Some builds of torch leave torch.distributed out; there are no ranks then.
@@ -43,17 +43,17 @@ def two_ranks(folder: Path, rank: int) -> dict[str, Any]:
     return trained(folder / "killed", resume=True, **HELD_OUT)
 
 
-_STEP = Intervals.step
+_STEP = EditParallel.step
 
 
 def _at_each_step(act: Callable[[], None]) -> None:
     """Have `act` called before each step of distillation on this rank."""
 
-    def spied(self: Intervals, *args: Any, **kwargs: Any) -> Any:
+    def spied(self: EditParallel, *args: Any, **kwargs: Any) -> Any:
         act()
         return _STEP(self, *args, **kwargs)
 
-    Intervals.step = spied  # type: ignore[method-assign]
+    EditParallel.step = spied  # type: ignore[method-assign]
 
 
 def three_ranks(folder: Path, rank: int) -> dict[str, Any]:

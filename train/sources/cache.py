@@ -24,11 +24,10 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, new_folder, read_json, write_json
 from ppcl_fx.fingerprint import tensor_digest
 from ppcl_fx.train.data import signature
-from ppcl_fx.train.ranks import Ranks
-from ppcl_fx.train.sources.disk import wait_for
+from ppcl_fx.train.process_group import ProcessGroup, wait_for
+from ppcl_fx.train.sources.bad_samples import BadSamples
+from ppcl_fx.train.sources.captions import Pair
 from ppcl_fx.train.sources.encode import Encoder
-from ppcl_fx.train.sources.pairs import Pair
-from ppcl_fx.train.sources.skips import Skips
 from ppcl_fx.train.sources.template import Template, Unsupported, tensors_of
 
 PART = 64
@@ -78,9 +77,9 @@ class Pairs:
     pairs: Sequence[Pair]
 
 
-def cut(pairs: Sequence[Pair], ranks: Ranks | None = None) -> list[Pairs]:
+def cut(pairs: Sequence[Pair], ranks: ProcessGroup | None = None) -> list[Pairs]:
     """Return the parts of a data set; reads every picture's file, for the parts' names, each rank its share."""
-    ranks = ranks or Ranks()
+    ranks = ranks or ProcessGroup()
     parts = [pairs[i : i + PART] for i in range(0, len(pairs), PART)]
     names = ranks.gather([_name(part) for part in parts[ranks.rank :: ranks.world]])
     return [Pairs(names[i % ranks.world][i // ranks.world], part) for i, part in enumerate(parts)]
@@ -91,8 +90,8 @@ def encode(
     parts: Sequence[Pairs],
     cache: str | Path,
     *,
-    ranks: Ranks | None = None,
-    skips: Skips | None = None,
+    ranks: ProcessGroup | None = None,
+    skips: BadSamples | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Encode all pictures that the cache does not hold yet; the ranks take turns, a part each.
@@ -114,10 +113,10 @@ def encode(
         PpclError: More than 1 % of the pictures are corrupt, or the pipeline is not supported; in the same words on
             every rank.
     """
-    ranks = ranks or Ranks()
+    ranks = ranks or ProcessGroup()
     folder = Path(cache) / encoder.key[:32]
     total = sum(len(part.pairs) for part in parts)
-    skips = skips or Skips("the pictures", total, ranks)
+    skips = skips or BadSamples("the pictures", total, ranks)
     ranks.each(lambda: _know_template(encoder, folder))
     missing = _missing(folder, parts, ranks)
     done = total - sum(len(part.pairs) for part in missing)
@@ -132,7 +131,7 @@ def encode(
     return folder
 
 
-def find_parts(folder: Path, parts: Sequence[Pairs], ranks: Ranks | None = None) -> list[Part]:
+def find_parts(folder: Path, parts: Sequence[Pairs], ranks: ProcessGroup | None = None) -> list[Part]:
     """Return the cached parts, in the order of `parts`, from the pipeline's folder in the cache.
 
     With several ranks it waits until this one sees what the others have encoded.
@@ -143,7 +142,7 @@ def find_parts(folder: Path, parts: Sequence[Pairs], ranks: Ranks | None = None)
     found = []
     for part in parts:
         place = folder / part.name
-        wait_for(place, ranks or Ranks())
+        wait_for(place, ranks or ProcessGroup())
         cached = _find(place)
         if cached is None:
             first = part.pairs[0].name
@@ -197,7 +196,7 @@ def _find(place: Path) -> Part | None:
     return part
 
 
-def _missing(folder: Path, parts: Sequence[Pairs], ranks: Ranks) -> list[Pairs]:
+def _missing(folder: Path, parts: Sequence[Pairs], ranks: ProcessGroup) -> list[Pairs]:
     """The parts that are still to be encoded; each rank looks for its share, and all know the same ones."""
     mine = [part.name for part in parts[ranks.rank :: ranks.world] if _find(folder / part.name) is None]
     wanted = {name for names in ranks.gather(mine) for name in names}
@@ -209,14 +208,14 @@ def _know_template(encoder: Encoder, folder: Path) -> None:
         encoder.template = read_json(inside(folder, TEMPLATE), Template)
 
 
-def _encode_all(encoder: Encoder, parts: Sequence[Pairs], folder: Path, skips: Skips) -> None:
+def _encode_all(encoder: Encoder, parts: Sequence[Pairs], folder: Path, skips: BadSamples) -> None:
     for part in parts:
         _encode(encoder, part.pairs, folder / part.name, skips)
         if encoder.template is not None and not (folder / TEMPLATE).is_file():
             write_json(folder / TEMPLATE, encoder.template)
 
 
-def _encode(encoder: Encoder, part: Sequence[Pair], place: Path, skips: Skips) -> None:
+def _encode(encoder: Encoder, part: Sequence[Pair], place: Path, skips: BadSamples) -> None:
     calls: list[Call] = []
     card = Card(names=[], digests=[], groups=[], mu=[], skipped={})
     for pair in part:

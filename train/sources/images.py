@@ -15,24 +15,23 @@ from safetensors import SafetensorError
 from ppcl_fx.calls import Call, Calls, collate
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, read_json
+from ppcl_fx.train.batch_split import SplitBatch, portion
 from ppcl_fx.train.data import moved
-from ppcl_fx.train.ranks import Ranks, current
-from ppcl_fx.train.shares import Share, portion
+from ppcl_fx.train.process_group import ProcessGroup, current, wait_for
+from ppcl_fx.train.sources.bad_samples import BadSamples
 from ppcl_fx.train.sources.cache import TEMPLATE, Pairs, Part, cut, encode, find_parts, sample_digest
-from ppcl_fx.train.sources.disk import wait_for
+from ppcl_fx.train.sources.captions import open_pairs
 from ppcl_fx.train.sources.encode import Encoder
 from ppcl_fx.train.sources.flow import Density, generator_of
-from ppcl_fx.train.sources.order import Order, Ordered
-from ppcl_fx.train.sources.pairs import open_pairs
-from ppcl_fx.train.sources.skips import Skips
+from ppcl_fx.train.sources.sampler import SampledSource, Sampler
 from ppcl_fx.train.sources.template import Template
 
 OPEN = 128
 """Parts of the cache that are kept open."""
 
 
-class ImageSource(Ordered):
-    """Calls at x_t = (1 - sigma) x_0 + sigma eps, from cached latents x_0. A `RankedSource`.
+class ImageSource(SampledSource):
+    """Calls at x_t = (1 - sigma) x_0 + sigma eps, from cached latents x_0. A `DistributedSource`.
 
     eps and sigma depend on the seed, the epoch and the sample alone: not on the batch size, the ranks, or what was
     drawn before. Samples are read when they are drawn, and compared with their checksums. All ranks draw the same
@@ -66,8 +65,8 @@ class ImageSource(Ordered):
         density: Density | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        ranks: Ranks | None = None,
-        skips: Skips | None = None,
+        ranks: ProcessGroup | None = None,
+        skips: BadSamples | None = None,
     ) -> None:
         super().__init__()
         if batch < 1:
@@ -76,16 +75,16 @@ class ImageSource(Ordered):
         self._seed, self._density = seed, density or Density()
         self._device, self._dtype = torch.device(device), dtype
         self._samples = [(part, i) for part in parts for i in range(len(part.card.names))]
-        self._ranks, self._split = ranks or Ranks(), False
+        self._ranks, self._split = ranks or ProcessGroup(), False
         skipped = {name: why for part in parts for name, why in part.card.skipped.items()}
-        self.skips = skips or Skips("the pictures", len(self._samples) + len(skipped), self._ranks)
+        self.skips = skips or BadSamples("the pictures", len(self._samples) + len(skipped), self._ranks)
         for name, why in skipped.items():
             self.skips.meet(name, why)
         self.skips.agree()
         groups: dict[str, list[int]] = {}
         for index, (part, i) in enumerate(self._samples):
             groups.setdefault(part.card.groups[i], []).append(index)
-        self._order = Order(list(groups.values()), batch, seed)
+        self._order = Sampler(list(groups.values()), batch, seed)
         self._drawn_from: list[int] = []
         self._open: dict[Path, Calls] = {}
 
@@ -98,12 +97,12 @@ class ImageSource(Ordered):
         return hashlib.sha256(plain.encode()).hexdigest()
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> ProcessGroup:
         """This process among those that encode together."""
         return self._ranks
 
-    def shares(self) -> Self:
-        """Return the same batches as `ppcl_fx.train.shares.Share`: this rank's pictures of each."""
+    def split(self) -> Self:
+        """Return the same batches as `ppcl_fx.train.batch_split.SplitBatch`: this rank's pictures of each."""
         other = copy.copy(self)
         other._split, other._last = True, (-1, [])
         return other
@@ -116,7 +115,7 @@ class ImageSource(Ordered):
         """
         joined = moved(collate(self._drawn(step)), self._device, self._dtype)
         total = len(self._drawn_from)
-        return Share(joined, portion(total, self._ranks)[2], total) if self._split else joined
+        return SplitBatch(joined, portion(total, self._ranks)[2], total) if self._split else joined
 
     def target(self, step: int) -> None:
         """Return None: the teacher has not seen these noisy pictures yet."""
@@ -188,7 +187,7 @@ def open_images(
     density: Density | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    ranks: Ranks | None = None,
+    ranks: ProcessGroup | None = None,
     progress: Callable[[int, int], None] | None = None,
     **given: Any,
 ) -> ImageSource:
@@ -215,7 +214,7 @@ def open_images(
     ranks = current() if ranks is None else ranks
     encoder = Encoder(pipeline, height, width, **given)
     pairs = ranks.each(lambda: open_pairs(path))
-    skips = Skips("the pictures", len(pairs), ranks)
+    skips = BadSamples("the pictures", len(pairs), ranks)
     wanted = cut(pairs, ranks)
     folder = encode(encoder, wanted, cache, ranks=ranks, skips=skips, progress=progress)
     parts, template = ranks.each(lambda: _read(folder, wanted, ranks))
@@ -224,7 +223,7 @@ def open_images(
     )
 
 
-def _read(folder: Path, wanted: Sequence[Pairs], ranks: Ranks) -> tuple[list[Part], Template]:
+def _read(folder: Path, wanted: Sequence[Pairs], ranks: ProcessGroup) -> tuple[list[Part], Template]:
     parts = find_parts(folder, wanted, ranks)
     wait_for(folder / TEMPLATE, ranks)
     return parts, read_json(inside(folder, TEMPLATE), Template)

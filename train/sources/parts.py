@@ -20,8 +20,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, new_folder, read_json, write_json
 from ppcl_fx.recording import record
 from ppcl_fx.train.data import groups
-from ppcl_fx.train.ranks import Ranks
-from ppcl_fx.train.sources.disk import wait_for
+from ppcl_fx.train.process_group import ProcessGroup, wait_for
 
 CALLS, CARD = "calls", "part.json"
 """What the folder of a part holds."""
@@ -61,7 +60,7 @@ class Parts:
         seed: int,
         batch_size: int,
         device: torch.device,
-        ranks: Ranks,
+        ranks: ProcessGroup,
         told: Callable[[int], None] | None = None,
         **recording: Any,
     ) -> None:

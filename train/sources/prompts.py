@@ -16,8 +16,7 @@ from torch import Tensor
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.train.data import Batches
-from ppcl_fx.train.ranks import Ranks, current
-from ppcl_fx.train.shares import SharedBatches
+from ppcl_fx.train.process_group import ProcessGroup, current
 from ppcl_fx.train.sources.parts import Parts
 from ppcl_fx.train.sources.source import State
 
@@ -26,7 +25,7 @@ PART = 8
 
 
 class PromptSource:
-    """Calls that the teacher's pipeline makes while it draws prompts. A `RankedSource`.
+    """Calls that the teacher's pipeline makes while it draws prompts. A `DistributedSource`.
 
     The prompts are shuffled once and cut into parts. A part is recorded when training comes to it, saved as
     ``FOLDER/<fingerprint>/part-00000`` and so on, and trained on for as many steps as its calls fill. Later
@@ -63,7 +62,7 @@ class PromptSource:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        ranks: Ranks | None = None,
+        ranks: ProcessGroup | None = None,
         part: int = PART,
         batch_size: int = 1,
         model: str | None = None,
@@ -103,12 +102,12 @@ class PromptSource:
         return hashlib.sha256(plain.encode()).hexdigest()
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> ProcessGroup:
         """This process among those that record together."""
         return self._ranks
 
-    def shares(self) -> Self:
-        """Return the same batches as `ppcl_fx.train.shares.Share`: this rank's samples of each."""
+    def split(self) -> Self:
+        """Return the same batches as `ppcl_fx.train.batch_split.SplitBatch`: this rank's samples of each."""
         other = copy.copy(self)
         other._split, other._open = True, None
         return other
@@ -192,8 +191,14 @@ class PromptSource:
         if self._open is None or self._open[:2] != (epoch, part):
             # The epoch is in the seed, because a part's own batches always begin at their step 0.
             seed = self._seed + 1_000_003 * epoch + part
-            kind = SharedBatches if self._split else Batches
-            where: dict[str, Any] = {"device": self._device, "dtype": self._dtype, "ranks": self._ranks}
-            batches = kind(self._recorded.calls(part), self._batch, seed, **where)
+            batches = Batches(
+                self._recorded.calls(part),
+                self._batch,
+                seed,
+                device=self._device,
+                dtype=self._dtype,
+                ranks=self._ranks,
+                split=self._split,
+            )
             self._open = (epoch, part, batches)
         return self._open[2]

@@ -6,7 +6,7 @@ from typing import Any, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor
 
-from ppcl_fx.train.ranks import Ranks
+from ppcl_fx.train.process_group import ProcessGroup
 
 
 class State(TypedDict):
@@ -77,17 +77,17 @@ class Source(Feed, Protocol):
 
 
 @runtime_checkable
-class RankedSource(Source, Protocol):
+class DistributedSource(Source, Protocol):
     """A source for several ranks: they share the work of making the data, and all draw the same batches.
 
     Ranks may wait for each other in every method, so all of them ask for the same in the same order.
     """
 
     @property
-    def ranks(self) -> Ranks:
+    def ranks(self) -> ProcessGroup:
         """This process among the others."""
         ...
 
-    def shares(self) -> Feed:
-        """Return the same batches with `ppcl_fx.train.shares.Share` for arguments: this rank's samples of each."""
+    def split(self) -> Feed:
+        """Return the same batches as `ppcl_fx.train.batch_split.SplitBatch`: this rank's samples of each."""
         ...

@@ -17,10 +17,10 @@ from ppcl_fx.recording import record
 from ppcl_fx.shapes.pipeline import ShapesPipeline, pack
 from ppcl_fx.train.sources import cache as caching
 from ppcl_fx.train.sources.cache import cut
+from ppcl_fx.train.sources.captions import open_pairs
 from ppcl_fx.train.sources.encode import Encoder
 from ppcl_fx.train.sources.flow import Density, generator_of
 from ppcl_fx.train.sources.images import ImageSource, open_images
-from ppcl_fx.train.sources.pairs import open_pairs
 from ppcl_fx.train.sources.source import Source
 from ppcl_fx.train.sources.template import Template
 from tests.train.sources.pictures import CAPTIONS, picture, png, same, write_folder

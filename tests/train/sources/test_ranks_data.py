@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.ranks import Ranks
-from ppcl_fx.train.shares import Share
-from ppcl_fx.train.sources import cache, disk, parts, skips
+from ppcl_fx.train import process_group
+from ppcl_fx.train.batch_split import SplitBatch
+from ppcl_fx.train.process_group import ProcessGroup
+from ppcl_fx.train.sources import bad_samples, cache, parts
 from ppcl_fx.train.sources.encode import Encoder
-from ppcl_fx.train.sources.source import RankedSource
+from ppcl_fx.train.sources.source import DistributedSource
 from tests.train.sources.pictures import same, write_folder
 from tests.train.sources.taught import pictures, prompts, trained
 from tests.train.world import result, start
@@ -52,7 +53,7 @@ class _Count:
 
 def two_ranks(folder: Path, rank: int) -> dict[str, Any]:
     """Train on prompts and on pictures; look at the batches; then at what is corrupt or refused."""
-    cache.PART, skips.LIMIT = PART, LIMIT
+    cache.PART, bad_samples.LIMIT = PART, LIMIT
     drawn, encoded = _Count(), _Count()
     drawn.spy(parts, "record")
     encoded.spy(Encoder, "encode")
@@ -65,19 +66,19 @@ def two_ranks(folder: Path, rank: int) -> dict[str, Any]:
     found["skipped"] = [line for line in encoded.lines if "is skipped" in line]
     found["batches"] = {"prompts": _batches(prompts(folder / "rec")), "pictures": _batches(source)}
     found["refused"] = _refused(folder, rank)
-    skips.LIMIT = 4 * LIMIT
+    bad_samples.LIMIT = 4 * LIMIT
     encoded.lines.clear()
     hurt = pictures(folder / "hurt")
-    shares = hurt.shares()
+    shares = hurt.split()
     found["hurt"] = [_plain(shares.kwargs(step)) for step in range(len(hurt))]
     found["hurt names"] = sorted(hurt.skips.reasons)
     found["hurt lines"] = [line for line in encoded.lines if "is skipped" in line]
     return found
 
 
-def _batches(source: RankedSource) -> dict[str, Any]:
+def _batches(source: DistributedSource) -> dict[str, Any]:
     """The first steps, whole and this rank's share of each, and what else is said of them."""
-    shares = source.shares()
+    shares = source.split()
     return {
         "fingerprint": source.fingerprint,
         "state": dict(source.state(STEPS - 1)),
@@ -88,7 +89,7 @@ def _batches(source: RankedSource) -> dict[str, Any]:
 
 
 def _plain(share: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
-    assert isinstance(share, Share)
+    assert isinstance(share, SplitBatch)
     return dict(share), share.samples, share.total
 
 
@@ -103,7 +104,7 @@ def _refused(folder: Path, rank: int) -> dict[str, str]:
     for name, work in {
         "twice": lambda: pictures(folder / "twice"),
         "draw": lambda: prompts(folder / "never").kwargs(0),
-        "alone": lambda: trained(prompts(folder / "rec", ranks=Ranks()), folder / "x", ["depth"]),
+        "alone": lambda: trained(prompts(folder / "rec", ranks=ProcessGroup()), folder / "x", ["depth"]),
         "bare": lambda: trained(_Bare(), folder / "x", ["depth"]),
     }.items():
         parts.record = never if name == "draw" and rank == 1 else spied
@@ -122,7 +123,7 @@ class _Bare:
 
 def three_ranks(folder: Path, rank: int) -> dict[str, Any]:
     """Go on with what two ranks began."""
-    cache.PART, skips.LIMIT = PART, LIMIT
+    cache.PART, bad_samples.LIMIT = PART, LIMIT
     return _gone_on(folder, 3)
 
 
@@ -139,7 +140,7 @@ def small() -> Iterator[None]:
     """Parts of a few pictures, of which one may be corrupt, so that a few are enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "PART", PART)
-        patch.setattr(skips, "LIMIT", LIMIT)
+        patch.setattr(bad_samples, "LIMIT", LIMIT)
         yield
 
 
@@ -211,7 +212,7 @@ def test_the_ranks_divide_the_drawing_and_the_encoding(runs: Path) -> None:
 @pytest.mark.parametrize("name", ["prompts", "pictures"])
 def test_every_rank_sees_the_batches_of_one_process_and_its_share_of_them(name: str, runs: Path) -> None:
     alone: Any = prompts(runs / "one") if name == "prompts" else pictures(runs / "one")
-    assert isinstance(alone, RankedSource)
+    assert isinstance(alone, DistributedSource)
     found = [result(runs, two_ranks, 2, rank)["batches"][name] for rank in range(2)]
     for mine in found:
         assert mine["fingerprint"] == alone.fingerprint
@@ -252,7 +253,7 @@ def test_what_one_rank_finds_stops_all_with_one_line(runs: Path) -> None:
 
 
 def test_a_damaged_sample_that_one_rank_reads_is_left_out_by_all(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skips, "LIMIT", 4 * LIMIT)
+    monkeypatch.setattr(bad_samples, "LIMIT", 4 * LIMIT)
     alone = pictures(runs / "hurt")
     whole = [alone.kwargs(step) for step in range(len(alone))]
     assert sum(len(batch["timestep"]) for batch in whole) == PICTURES - 4
@@ -265,8 +266,8 @@ def test_a_damaged_sample_that_one_rank_reads_is_left_out_by_all(runs: Path, mon
 
 
 def test_what_another_rank_wrote_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk.time, "sleep", lambda _: (tmp_path / "late").mkdir())
-    disk.wait_for(tmp_path / "late", Ranks(1, 2))
-    monkeypatch.setattr(disk, "SECONDS", -1.0)
+    monkeypatch.setattr(process_group.time, "sleep", lambda _: (tmp_path / "late").mkdir())
+    process_group.wait_for(tmp_path / "late", ProcessGroup(1, 2))
+    monkeypatch.setattr(process_group, "SECONDS", -1.0)
     with pytest.raises(PpclError, match="rank 1 does not see it; keep the data on a disk that all ranks see"):
-        disk.wait_for(tmp_path / "never", Ranks(1, 2))
+        process_group.wait_for(tmp_path / "never", ProcessGroup(1, 2))

@@ -22,7 +22,7 @@ from ppcl_fx.tracing.leaves import has_attention
 from ppcl_fx.train.config import Weights
 from ppcl_fx.train.data import moved
 from ppcl_fx.train.executor import Groups, edit_parameters, live_nodes
-from ppcl_fx.train.ranks import Ranks
+from ppcl_fx.train.process_group import ProcessGroup
 from ppcl_fx.train.stages import Compute, Distillation, Stage
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ BACKWARD = 3
 _log = logging.getLogger("ppcl_fx.train")
 
 
-class Intervals(Stage):
+class EditParallel(Stage):
     """Stage "depth" or "width", of which this rank trains its share of the edits.
 
     Where there are more ranks than edits, the spare ones have nothing to do in this stage.
@@ -55,7 +55,7 @@ class Intervals(Stage):
     separate = True
 
     def __init__(
-        self, model: PluggableModel, name: str, weights: Weights, ranks: Ranks, compute: Compute | None = None
+        self, model: PluggableModel, name: str, weights: Weights, ranks: ProcessGroup, compute: Compute | None = None
     ) -> None:
         graph = distil(model, name, attention=weights.attention != 0.0)
         self.whole: Groups = edit_parameters(graph)
@@ -119,7 +119,7 @@ class Intervals(Stage):
 
 
 def assign(graph: GraphModule, world: int) -> list[list[str]]:
-    """Share a distillation graph's edits out, so that the costliest share costs as little as possible.
+    """SplitBatch a distillation graph's edits out, so that the costliest share costs as little as possible.
 
     A share costs what its students cost, and the teacher's pass as far as the last of them needs it. So a share is
     a run of consecutive edits, and the first ones, whose teacher is short, hold more students. Among all such

@@ -9,11 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from ppcl_fx.calls import Call
-from ppcl_fx.train.data import Batches
-from ppcl_fx.train.ranks import Ranks
+from ppcl_fx.train.process_group import ProcessGroup
 
 
-class Share(dict[str, Any]):
+class SplitBatch(dict[str, Any]):
     """One rank's part of a batch: the transformer's arguments, like any batch's.
 
     Attributes:
@@ -28,25 +27,7 @@ class Share(dict[str, Any]):
         self.total = total
 
 
-class SharedBatches(Batches):
-    """`Batches` whose arguments are this rank's share. All ranks draw the same batches."""
-
-    def joined(self, calls: Sequence[Call]) -> dict[str, Any]:
-        """Return this rank's share of the calls, joined."""
-        total = sum(call.batch for call in calls)
-        first, last, counted = portion(total, self._ranks)
-        return Share(super().joined(cut(calls, first, last)), counted, total)
-
-    def target(self, step: int) -> Tensor | None:
-        """Return the recorded output for this rank's share of the batch, or None where a call has none."""
-        whole = super().target(step)
-        if whole is None:
-            return None
-        first, last, _ = portion(len(whole), self._ranks)
-        return whole[first:last]
-
-
-def portion(total: int, ranks: Ranks) -> tuple[int, int, int]:
+def portion(total: int, ranks: ProcessGroup) -> tuple[int, int, int]:
     """Return a rank's first sample of `total`, the one after its last, and how many of them count.
 
     Portions are in the order of the ranks and differ by one sample at most. One without a sample of its own is a

@@ -23,19 +23,19 @@ from torch.utils.checkpoint import checkpoint
 from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.passes.outline import outline
 from ppcl_fx.passes.streaming.partition import regions
+from ppcl_fx.train.batch_split import SplitBatch
 from ppcl_fx.train.data import moved
 from ppcl_fx.train.executor import Groups, casting, inputs
 from ppcl_fx.train.losses import output_loss
-from ppcl_fx.train.ranks import Ranks, together
-from ppcl_fx.train.shares import Share
+from ppcl_fx.train.process_group import ProcessGroup, collective
 from ppcl_fx.train.stages import WHOLE, Compute, FineTuning, mixture, prediction
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
 
 
-class ShardedFineTuning(FineTuning):
-    """Stage "finetune" on several ranks: `step` takes this rank's `Share` of a batch.
+class FSDPFineTuning(FineTuning):
+    """Stage "finetune" on several ranks: `step` takes this rank's `SplitBatch` of a batch.
 
     Each rank keeps its part of every parameter of teacher and student, of the gradients and of the optimiser's state;
     a block is whole on a rank only while it computes. The pluggable model itself is left as it is, on its own device.
@@ -48,7 +48,7 @@ class ShardedFineTuning(FineTuning):
     """
 
     def __init__(
-        self, model: PluggableModel, students: Sequence[str], ranks: Ranks, compute: Compute | None = None
+        self, model: PluggableModel, students: Sequence[str], ranks: ProcessGroup, compute: Compute | None = None
     ) -> None:
         self._ranks, self._compute = ranks, compute or Compute()
         self._model, self._students = model, list(students)
@@ -61,14 +61,14 @@ class ShardedFineTuning(FineTuning):
         self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0
     ) -> dict[str, Tensor]:
         """See `Stage`. Raises PpclError where a rank is lost."""
-        with together():
+        with collective():
             loss = self._loss(kwargs, target)
             torch.autograd.backward(loss * scale)
         return {WHOLE: self._ranks.sum(loss.detach())}
 
     def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
         """See `Stage`."""
-        with together(), torch.no_grad():
+        with collective(), torch.no_grad():
             loss = self._loss(kwargs, target)
         return {WHOLE: self._ranks.sum(loss)}
 
@@ -91,7 +91,7 @@ class ShardedFineTuning(FineTuning):
 
     def _loss(self, kwargs: Mapping[str, Any], target: Tensor | None) -> Tensor:
         """The share's part of the loss: the mean over the batch is the sum of the shares' means by their samples."""
-        if not isinstance(kwargs, Share):
+        if not isinstance(kwargs, SplitBatch):
             raise RuntimeError("several ranks need a share of the batch each")
         given = moved(kwargs, self._device)
         self._teacher_for(given)
@@ -103,7 +103,7 @@ class ShardedFineTuning(FineTuning):
     def result(self) -> GraphModule | None:
         """Return the fine-tuned model, whole, on rank 0 and the model's own device, and None on the others."""
         whole = copy.deepcopy(mixture(self._model, self._students)) if self._ranks.first else None
-        with together(), torch.no_grad():
+        with collective(), torch.no_grad():
             for name, parameter in self.student.named_parameters():
                 value = full(parameter)
                 if whole is not None:
@@ -116,7 +116,7 @@ def full(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded(gm: GraphModule, ranks: Ranks, compute: Compute, *, trains: bool) -> GraphModule:
+def sharded(gm: GraphModule, ranks: ProcessGroup, compute: Compute, *, trains: bool) -> GraphModule:
     """Return a graph module like `gm` whose parameters are sharded over all ranks, block by block.
 
     The modules are new, `gm` and its parameters stay as they are; names are the same. Each outlined block is one unit

@@ -14,11 +14,12 @@ from ppcl_fx.calls import Call, Calls, collate
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.distil import distil, train_only
 from ppcl_fx.plan import DepthEdit, Plan
-from ppcl_fx.train import ranked
+from ppcl_fx.train import consensus
+from ppcl_fx.train.batch_split import SplitBatch, cut, portion
 from ppcl_fx.train.config import Weights
-from ppcl_fx.train.parallel import assign, division_cost
-from ppcl_fx.train.ranks import Ranks, current, joined, together
-from ppcl_fx.train.shares import Share, SharedBatches, cut, portion
+from ppcl_fx.train.data import Batches
+from ppcl_fx.train.edit_parallel import assign, division_cost
+from ppcl_fx.train.process_group import ProcessGroup, collective, current, joined
 from ppcl_fx.train.stages import Distillation
 from tests.models import flux_kwargs, qwen_kwargs
 from tests.train.pluggable import build
@@ -63,10 +64,10 @@ def test_a_share_runs_the_teacher_only_as_far_as_it_needs_it() -> None:
 def test_the_shares_of_a_batch_are_the_batch(world: int, kwargs: Any) -> None:
     calls = Calls([Call(kwargs(seed=i), (), 0.5, i, len(kwargs(seed=i)["timestep"])) for i in range(2)])
     whole = collate(list(calls))
-    shares = [SharedBatches(calls, 2, 0, ranks=Ranks(rank, world)).kwargs(0) for rank in range(world)]
-    order = SharedBatches(calls, 2, 0, ranks=Ranks(0, world)).indices(0)
+    shares = [Batches(calls, 2, 0, ranks=ProcessGroup(rank, world), split=True).kwargs(0) for rank in range(world)]
+    order = Batches(calls, 2, 0, ranks=ProcessGroup(0, world), split=True).indices(0)
     whole = collate([calls[i] for i in order])
-    counted = [share for share in shares if isinstance(share, Share) and share.samples]
+    counted = [share for share in shares if isinstance(share, SplitBatch) and share.samples]
     total = len(whole["timestep"])
     assert sum(share.samples for share in counted) == total
     assert {share.total for share in counted} == {total}
@@ -84,7 +85,7 @@ def test_the_shares_of_a_batch_are_the_batch(world: int, kwargs: Any) -> None:
 
 def test_shares_cover_the_batch_without_overlap() -> None:
     for total, world in itertools.product(range(1, 9), range(1, 6)):
-        found = [portion(total, Ranks(rank, world)) for rank in range(world)]
+        found = [portion(total, ProcessGroup(rank, world)) for rank in range(world)]
         assert all(low < high for low, high, _ in found), "a rank without a share takes part with one sample"
         own = [(low, high) for low, high, counted in found if counted]
         assert [number for low, high in own for number in range(low, high)] == list(range(total))
@@ -97,7 +98,7 @@ def test_shares_cover_the_batch_without_overlap() -> None:
 def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert current() == Ranks()
+    assert current() == ProcessGroup()
     with joined() as ranks:
         assert (ranks.alone, ranks.first) == (True, True)
         assert ranks.words("x") == "x"
@@ -126,25 +127,25 @@ def test_an_incomplete_environment_is_refused(
 
 def test_communication_errors_become_a_line_and_others_stay() -> None:
     text = "[/pytorch/gloo/transport/tcp/pair.cc:544] Connection closed by peer [10.0.0.2]:1234"
-    with pytest.raises(PpclError, match=r"lost or does not answer \(Connection closed by peer"), together():
+    with pytest.raises(PpclError, match=r"lost or does not answer \(Connection closed by peer"), collective():
         raise RuntimeError(text)
-    with pytest.raises(RuntimeError, match="^shapes differ$"), together():
+    with pytest.raises(RuntimeError, match="^shapes differ$"), collective():
         raise RuntimeError("shapes differ")
 
 
 def test_what_only_one_process_can_do_is_refused(tmp_path: Path) -> None:
     from ppcl_fx.train.config import resolve
 
-    two = Ranks(0, 2)
+    two = ProcessGroup(0, 2)
     for options, scored, reason in (
         ({"sequential": True}, False, "sequential distillation"),
         ({"optimizer": "adamw8bit"}, False, "adamw8bit does not know sharded parameters"),
         ({}, True, "cannot be scored"),
     ):
         with pytest.raises(PpclError, match=reason):
-            ranked.refuse_on_ranks(two, resolve(**options), scored)
-        ranked.refuse_on_ranks(Ranks(), resolve(**options), scored)
-    ranked.refuse_on_ranks(two, resolve(), False)
+            consensus.refuse_on_ranks(two, resolve(**options), scored)
+        consensus.refuse_on_ranks(ProcessGroup(), resolve(**options), scored)
+    consensus.refuse_on_ranks(two, resolve(), False)
 
 
 def test_a_plan_of_one_edit_gives_one_share() -> None:

@@ -7,10 +7,12 @@ alone is a world of one, and everything here then does nothing.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -25,11 +27,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TIMEOUT = 600.0
 """Seconds that a rank waits for the others before it takes them for lost."""
+SECONDS = 90.0
+"""How late a network disk may show what another node wrote; NFS remembers a missing name for up to 60 s."""
 _SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "timeout", "tcpstore", "socket")
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """This process among those that train together.
 
     Attributes:
@@ -71,7 +75,7 @@ class Ranks:
         if self.alone:
             return tensor
         total = tensor.detach().cpu().clone()
-        with together():
+        with collective():
             dist.all_reduce(total)
         return total.to(tensor.device)
 
@@ -83,7 +87,7 @@ class Ranks:
         """Overwrite `tensor` (a plain one) with what rank `source` has in it. Raises PpclError where it is lost."""
         if self.alone:
             return
-        with together(), torch.no_grad():
+        with collective(), torch.no_grad():
             carried = tensor.detach().cpu().contiguous()
             dist.broadcast(carried, source)
             if self.rank != source:
@@ -94,7 +98,7 @@ class Ranks:
         if self.alone:
             return [item]
         found: list[Any] = [None] * self.world
-        with together():
+        with collective():
             dist.all_gather_object(found, item)
         return found
 
@@ -121,15 +125,15 @@ class Ranks:
         return str(self.gather(text if self.first else "")[0])
 
 
-def current() -> Ranks:
+def current() -> ProcessGroup:
     """Return this process's place in `torch.distributed`, or a world of one where that was not begun."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Ranks()
-    return Ranks(dist.get_rank(), dist.get_world_size(), _device())
+        return ProcessGroup()
+    return ProcessGroup(dist.get_rank(), dist.get_world_size(), _device())
 
 
 @contextmanager
-def joined(timeout: float = TIMEOUT) -> Iterator[Ranks]:
+def joined(timeout: float = TIMEOUT) -> Iterator[ProcessGroup]:
     """Join the ranks that the environment names (`torchrun` and `accelerate launch` set it), and leave them after.
 
     gloo carries what is on the CPU, NCCL what is on a GPU; each rank of a node takes the GPU of its local number.
@@ -151,10 +155,10 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Ranks]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    with together(f"the {world} ranks did not come together"):
+    with collective(f"the {world} ranks did not come together"):
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
-        yield Ranks(rank, world, device)
+        yield ProcessGroup(rank, world, device)
     except BaseException:
         # The others may wait in a collective: a closed connection tells them. NCCL would wait itself, and is left
         # to the end of the process.
@@ -165,7 +169,7 @@ def joined(timeout: float = TIMEOUT) -> Iterator[Ranks]:
 
 
 @contextmanager
-def together(what: str = "another rank is lost or does not answer") -> Iterator[None]:
+def collective(what: str = "another rank is lost or does not answer") -> Iterator[None]:
     """Make an error of the communication between ranks one line: what is done inside needs all of them.
 
     Raises:
@@ -181,6 +185,22 @@ def together(what: str = "another rank is lost or does not answer") -> Iterator[
         raise PpclError(
             f"{_name()}{what} ({_short(text)}); the last checkpoint is good, start again with --resume"
         ) from error
+
+
+def wait_for(path: Path, ranks: ProcessGroup) -> None:
+    """Wait until this rank sees what another one has written.
+
+    Raises:
+        PpclError: It does not come to be seen.
+    """
+    end = time.monotonic() + SECONDS
+    while not ranks.alone and not path.exists():
+        if time.monotonic() > end:
+            raise PpclError(
+                f"{path}: was written by another rank, and rank {ranks.rank} does not see it; "
+                "keep the data on a disk that all ranks see"
+            )
+        time.sleep(0.1)
 
 
 def _name() -> str:

@@ -10,14 +10,14 @@ from typing import BinaryIO
 from ppcl_fx.errors import PpclError
 from ppcl_fx.pictures import PICTURE_BYTES
 from ppcl_fx.reading import open_regular
-from ppcl_fx.train.sources.pairs import PICTURES, TEXTS, Pair, caption_among, hidden, plain_name
+from ppcl_fx.train.sources.captions import PICTURES, TEXTS, Pair, caption_among, hidden, plain_name
 
 HEADER_BYTES = 2**20
 """What describes one member may be this large."""
 _AGAIN = "write the shard again with plain files under relative names"
 
 
-def open_tar(path: Path, name: str) -> list[Pair]:
+def open_shard(path: Path, name: str) -> list[Pair]:
     """Return the pairs of a shard, in its order: files with one stem are one sample.
 
     A sample is ``STEM.jpg`` (or another ending of `PICTURES`) with ``STEM.txt``, or with ``STEM.json`` that holds the

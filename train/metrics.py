@@ -1,4 +1,4 @@
-"""Watching a run: what each step cost and gave, as lines of JSON, as TensorBoard events, and for whoever shows it.
+"""The metrics logger: what each step cost and gave, as lines of JSON, as TensorBoard events, and for whoever shows it.
 
 Durations come from a clock that no one can set, so a computer's time may jump.
 """
@@ -19,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import write_text
 from ppcl_fx.reading import INDEX_BYTES, append_regular, read_bytes
-from ppcl_fx.train.flops import Counter
 
 LOG = "log.jsonl"
 EVENTS = "tensorboard"
@@ -31,6 +32,7 @@ WINDOW = 50
 """Steps that rates and the estimate of the end are taken over."""
 ENOUGH = 3
 """Measured steps before there is an estimate."""
+_CPU = "_scaled_dot_product_flash_attention_for_cpu"
 _log = logging.getLogger("ppcl_fx.train")
 
 
@@ -76,7 +78,7 @@ class Row:
 Show = Callable[[Row], None]
 
 
-class Watch:
+class MetricsLogger:
     """Follows one run.
 
     Args:
@@ -285,3 +287,38 @@ def _tensorboard(wanted: bool | None) -> Any:
             f"training option tensorboard: TensorBoard is not here ({error}); pip install 'ppcl-fx[train]'"
         ) from None
     return SummaryWriter
+
+
+class Counter(TorchDispatchMode):
+    """Counts the FLOPs of what runs inside; every operation runs as it would outside, to the bit.
+
+    PyTorch's own counter also follows modules, which a backward pass in the middle of a graph confuses; and it does
+    not know the CPU's attention.
+
+    Attributes:
+        total: Operations so far; a multiplication with an addition is two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operation and count it."""
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            self.total += int(flop_registry[packet](*args, **kwargs, out_val=out))
+        elif packet.__name__ == _CPU:
+            self.total += sdpa_flop_count(*_shapes(args[:3]))
+        elif packet.__name__ == f"{_CPU}_backward":
+            # The gradient of the output comes first.
+            self.total += sdpa_backward_flop_count(*_shapes(args[:4]))
+        return out
+
+
+def _shapes(tensors: tuple[Any, ...]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]

@@ -6,8 +6,8 @@ import pytest
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train.data import Batches
-from ppcl_fx.train.sources.order import Order
-from ppcl_fx.train.sources.skips import Skips
+from ppcl_fx.train.sources.bad_samples import BadSamples
+from ppcl_fx.train.sources.sampler import Sampler
 from ppcl_fx.train.sources.source import Source
 from tests.models import qwen_kwargs
 from tests.train.test_data import _calls
@@ -16,7 +16,7 @@ GROUPS = [list(range(7)), list(range(7, 12))]
 
 
 def test_an_epoch_holds_each_sample_once() -> None:
-    order = Order(GROUPS, 2, 0)
+    order = Sampler(GROUPS, 2, 0)
     assert len(order) == 4 + 3
     dealt = [order.indices(step) for step in range(3 * len(order))]
     for epoch in range(3):
@@ -27,16 +27,16 @@ def test_an_epoch_holds_each_sample_once() -> None:
 
 def test_it_goes_on_from_a_state() -> None:
     steps = 9  # into the second epoch
-    state = Order(GROUPS, 2, 0).state(steps)
+    state = Sampler(GROUPS, 2, 0).state(steps)
     assert (state["epoch"], state["position"]) == (1, 2)
-    later = Order(GROUPS, 2, 0)
+    later = Sampler(GROUPS, 2, 0)
     later.restore(state)
     assert later.state(steps) == state
-    assert later.indices(steps) == Order(GROUPS, 2, 0).indices(steps)
+    assert later.indices(steps) == Sampler(GROUPS, 2, 0).indices(steps)
 
 
 def test_states_of_other_data_are_refused() -> None:
-    order = Order(GROUPS, 2, 0)
+    order = Sampler(GROUPS, 2, 0)
     for change in ({"seed": 1}, {"position": 7}):
         with pytest.raises(PpclError, match="same data, batch and seed"):
             order.restore({**order.state(0), **change})  # type: ignore[typeddict-item]
@@ -70,7 +70,7 @@ def test_one_corrupt_call_in_a_hundred_is_left_out_and_two_stop(caplog: pytest.L
 
 
 def test_the_limit_is_one_in_a_hundred() -> None:
-    skips = Skips("here", 200)
+    skips = BadSamples("here", 200)
     for name in ("a", "b", "b"):
         skips.add(name, "broken")
     with pytest.raises(PpclError, match=r"^here: 3 of 200 samples .* the last is c: broken; mend or remove them$"):

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.ranks import Ranks
+from ppcl_fx.train.process_group import ProcessGroup
 
 LIMIT = 0.01
 """The share of samples that may be corrupt."""
 _log = logging.getLogger("ppcl_fx.train")
 
 
-class Skips:
+class BadSamples:
     """The corrupt samples of one data set: the same ones on all ranks, named by the first.
 
     Args:
@@ -24,11 +24,11 @@ class Skips:
         reasons: What is wrong with each corrupt sample, by its name.
     """
 
-    def __init__(self, where: str, total: int, ranks: Ranks | None = None) -> None:
+    def __init__(self, where: str, total: int, ranks: ProcessGroup | None = None) -> None:
         self.where = where
         self.total = total
         self.reasons: dict[str, str] = {}
-        self._ranks = ranks or Ranks()
+        self._ranks = ranks or ProcessGroup()
         self._met: dict[str, str] = {}
 
     def add(self, name: str, reason: str) -> None:

@@ -1,10 +1,13 @@
-"""What several ranks agree on in a run: what they can do, where they begin, when they stop."""
+"""What the processes of a run agree on: what they can do, where they begin, when a signal stops them."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,19 +18,20 @@ from ppcl_fx.passes.initialise import fit_projectors
 from ppcl_fx.train import checkpoints
 from ppcl_fx.train.checkpoints import Checkpoint
 from ppcl_fx.train.config import TrainConfig
-from ppcl_fx.train.ranks import Ranks
-from ppcl_fx.train.signals import StopRequest
+from ppcl_fx.train.process_group import ProcessGroup
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
     from ppcl_fx.train.checkpoints import CheckpointWriter
     from ppcl_fx.train.stages import Stage
 
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
+"""The signals that are listened to, and the exit codes that they ask for."""
 FAULT = "!"
 """What rank 0's word begins with where it is about a fault."""
 
 
-def refuse_on_ranks(ranks: Ranks, options: TrainConfig, scored: bool) -> None:
+def refuse_on_ranks(ranks: ProcessGroup, options: TrainConfig, scored: bool) -> None:
     """Raise PpclError for what only one process can do."""
     if ranks.alone:
         return
@@ -44,35 +48,70 @@ def refuse_on_ranks(ranks: Ranks, options: TrainConfig, scored: bool) -> None:
         raise PpclError(f"no rank has the whole model while it trains, so it cannot be scored on the way; {mend}")
 
 
-def agreed(asked: StopRequest, ranks: Ranks) -> StopRequest:
-    """Return what all ranks together were asked."""
-    return asked if ranks.alone else AgreedStop(asked, ranks)
+class StopRequest:
+    """Whether a signal has asked to stop, and which one; of several ranks, whether it asked any of them.
 
-
-class AgreedStop(StopRequest):
-    """Whether a signal asked any rank to stop: all ranks ask this at the same points, and get the same answer.
+    All ranks ask this at the same points, and get the same answer.
 
     Args:
-        mine: What this rank was asked.
         ranks: This process among the others.
     """
 
-    def __init__(self, mine: StopRequest, ranks: Ranks) -> None:
-        super().__init__()
-        self._mine, self._ranks = mine, ranks
+    def __init__(self, ranks: ProcessGroup | None = None) -> None:
+        self.by: signal.Signals | None = None
+        self._ranks = ranks or ProcessGroup()
 
     def __bool__(self) -> bool:
         """Ask the others. Raises PpclError where one is lost."""
+        if self._ranks.alone:
+            return self.by is not None
         given = torch.zeros(len(signal.Signals) + 64)
-        if self._mine.by is not None:
-            given[int(self._mine.by)] = 1
+        if self.by is not None:
+            given[int(self.by)] = 1
         found = self._ranks.sum(given).nonzero()
         if len(found):
             self.by = signal.Signals(int(found[-1]))
-        return self.by is not None
+        return bool(len(found))
+
+    @property
+    def words(self) -> str:
+        """The signal for a message."""
+        return "Ctrl-C" if self.by is signal.SIGINT else self.by.name if self.by else ""
+
+    @property
+    def code(self) -> int:
+        """The exit code that the signal asks for."""
+        return CODES[self.by] if self.by is not None else 0
 
 
-def begin(ranks: Ranks, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+@contextmanager
+def listening(ranks: ProcessGroup) -> Iterator[StopRequest]:
+    """Let the first SIGTERM or Ctrl-C only be noted; a second one does what it did before.
+
+    Outside of the main thread, where Python lets nobody listen, nothing is changed.
+    """
+    asked = StopRequest(ranks)
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before: dict[signal.Signals, Any] = {}
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        asked.by = signal.Signals(signum)
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+    for known in CODES:
+        before[known] = signal.getsignal(known) or signal.SIG_DFL
+        signal.signal(known, note)
+    try:
+        yield asked
+    finally:
+        for known, handler in before.items():
+            signal.signal(known, handler)
+
+
+def begin(ranks: ProcessGroup, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
     """Let rank 0 look for the checkpoint to go on from, and have every rank open the same one.
 
     Raises:
@@ -92,29 +131,29 @@ def begin(ranks: Ranks, find: Callable[[], Checkpoint | None]) -> Checkpoint | N
     return found
 
 
-def students_alone(ranks: Ranks, start: Checkpoint, students: Mapping[str, Tensor]) -> Checkpoint:
+def students_alone(ranks: ProcessGroup, start: Checkpoint, students: Mapping[str, Tensor]) -> Checkpoint:
     """Return a checkpoint with the tensors of the students; one process takes it as it is."""
     if ranks.alone:
         return start
-    from ppcl_fx.train.together import students_of  # slow to import
+    from ppcl_fx.train.distributed_checkpoint import students_of  # slow to import
 
     return students_of(start, students)
 
 
 def share_checkpoints(
-    ranks: Ranks, stage: Stage, writer: CheckpointWriter, start: Checkpoint | None
+    ranks: ProcessGroup, stage: Stage, writer: CheckpointWriter, start: Checkpoint | None
 ) -> Checkpoint | None:
     """Have several ranks write a stage's checkpoints together; return what `start` holds for this one."""
     if ranks.alone:
         return start
-    from ppcl_fx.train.together import Together  # slow to import
+    from ppcl_fx.train.distributed_checkpoint import DistributedCheckpoints  # slow to import
 
-    shared = Together(ranks, stage, writer.students)
+    shared = DistributedCheckpoints(ranks, stage, writer.students)
     writer.save = shared.save
     return shared.local(start) if start is not None else None
 
 
-def heard(ranks: Ranks) -> str:
+def heard(ranks: ProcessGroup) -> str:
     """Return rank 0's word on another rank. Raises PpclError where it is about a fault."""
     word = ranks.words("")
     if word.startswith(FAULT):
@@ -122,7 +161,7 @@ def heard(ranks: Ranks) -> str:
     return word
 
 
-def fit_again(model: PluggableModel, calls: Iterable[Mapping[str, Any]], ranks: Ranks) -> None:
+def fit_again(model: PluggableModel, calls: Iterable[Mapping[str, Any]], ranks: ProcessGroup) -> None:
     """Fit the projectors in students to what "depth" made of these; every rank gets the first one's.
 
     Raises:

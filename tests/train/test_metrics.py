@@ -12,9 +12,8 @@ import torch
 
 from ppcl_fx.cli.terminal import watching, words
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train import watch as module
-from ppcl_fx.train.flops import Counter
-from ppcl_fx.train.watch import EVENTS, LOG, Row, Watch
+from ppcl_fx.train import metrics as module
+from ppcl_fx.train.metrics import EVENTS, LOG, Counter, MetricsLogger, Row
 
 
 class Clock:
@@ -27,7 +26,7 @@ class Clock:
         return self.now
 
 
-def _steps(watch: Watch, clock: Clock, numbers: range, seconds: float = 2.0, **facts: Any) -> None:
+def _steps(watch: MetricsLogger, clock: Clock, numbers: range, seconds: float = 2.0, **facts: Any) -> None:
     given = {"losses": {"e": 0.5}, "lr": 0.1, "norms": {"e": 1.0}, "held_out": {}, "score": None, "stopped": {}}
     for number in numbers:
         with watch.step():
@@ -39,7 +38,7 @@ def _steps(watch: Watch, clock: Clock, numbers: range, seconds: float = 2.0, **f
 
 def test_rates_and_the_estimate_come_from_measured_steps() -> None:
     clock, rows = Clock(), list[Row]()
-    watch = Watch(show=rows.append, clock=clock)
+    watch = MetricsLogger(show=rows.append, clock=clock)
     watch.begin("depth", 0, 10)
     _steps(watch, clock, range(1, 2), seconds=60.0)  # warms up: not part of any rate
     _steps(watch, clock, range(2, 7))
@@ -61,7 +60,7 @@ def test_the_time_of_day_may_jump(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     days = iter(range(10**6, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(days)))
     rows: list[Row] = []
-    watch = Watch(tmp_path, show=rows.append, tensorboard=False)
+    watch = MetricsLogger(tmp_path, show=rows.append, tensorboard=False)
     watch.begin("depth", 0, 6)
     _steps(watch, Clock(), range(1, 7))
     assert all(0 <= row.seconds < 60 for row in rows)
@@ -86,7 +85,7 @@ def test_operations_are_counted_by_formula_and_change_nothing() -> None:
 def test_the_log_has_a_line_a_step_and_lost_work_goes(tmp_path: Path) -> None:
     clock = Clock()
     for label, done, numbers in (("depth", 0, range(1, 6)), ("depth", 3, range(4, 5)), ("width", 0, range(1, 2))):
-        watch = Watch(tmp_path, tensorboard=False, clock=clock)
+        watch = MetricsLogger(tmp_path, tensorboard=False, clock=clock)
         watch.begin(label, done, 9)
         _steps(watch, clock, numbers)
         with (tmp_path / LOG).open("a", encoding="utf-8") as file:
@@ -107,7 +106,7 @@ def test_a_full_disk_stops_the_log_and_not_the_run(
     def full(*_: Any, **__: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    watch = Watch(tmp_path, tensorboard=False)
+    watch = MetricsLogger(tmp_path, tensorboard=False)
     watch.begin("depth", 0, 3)
     monkeypatch.setattr(module, "append_regular", full)
     _steps(watch, Clock(), range(1, 4))
@@ -119,7 +118,7 @@ def test_events_are_written_where_tensorboard_is(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    watch = Watch(tmp_path, tensorboard=True)
+    watch = MetricsLogger(tmp_path, tensorboard=True)
     watch.begin("depth", 0, 3)
     _steps(watch, Clock(), range(1, 4))
     watch.close()
@@ -131,7 +130,7 @@ def test_without_tensorboard_asking_for_it_is_an_error(tmp_path: Path, monkeypat
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     assert module._tensorboard(None) is None
     with pytest.raises(PpclError, match=r"pip install 'ppcl-fx\[train\]'"):
-        Watch(tmp_path, tensorboard=True)
+        MetricsLogger(tmp_path, tensorboard=True)
 
 
 def _row(step: int, **changed: Any) -> Row:

@@ -10,7 +10,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.train.sources.source import State
 
 
-class Order:
+class Sampler:
     """Batches of sample numbers, epoch after epoch; in one epoch each sample is drawn exactly once.
 
     A batch holds samples of one group only; a group's last batch may be smaller than `batch`. How many processes train
@@ -70,10 +70,10 @@ class Order:
         return batches
 
 
-class Ordered:
-    """A source whose samples come in an `Order`; those of the step asked for last are at hand."""
+class SampledSource:
+    """A source whose samples come in an `Sampler`; those of the step asked for last are at hand."""
 
-    _order: Order
+    _order: Sampler
 
     def __init__(self) -> None:
         self._last: tuple[int, list[Call]] = (-1, [])

@@ -65,11 +65,11 @@ def open_pairs(path: str | Path) -> list[Pair]:
         PpclError: There is no such data, or none that can be used; a name leads out of the folder or archive, or an
             archive is damaged.
     """
-    from ppcl_fx.train.sources.tars import open_tar
+    from ppcl_fx.train.sources.webdataset import open_shard
 
     path = Path(path)
     if path.suffix == ".tar" and path.exists() and not path.is_dir():
-        pairs = open_tar(path, path.name)
+        pairs = open_shard(path, path.name)
     elif (path / METADATA).exists() and (path / TABLE).exists():
         raise PpclError(f"{path}: holds {METADATA} and {TABLE}; keep the one that counts")
     elif (path / METADATA).exists():
@@ -79,7 +79,7 @@ def open_pairs(path: str | Path) -> list[Pair]:
     elif path.is_dir():
         names = _names(path)
         shards = [name for name in names if name.endswith(".tar")]
-        pairs = [pair for name in shards for pair in open_tar(inside(path, name), name)] or _beside(path, names)
+        pairs = [pair for name in shards for pair in open_shard(inside(path, name), name)] or _beside(path, names)
     else:
         pairs = []
     usable = any(pair.problem is None for pair in pairs)

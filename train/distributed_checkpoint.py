@@ -1,17 +1,18 @@
 """Checkpoints that all ranks write together, each its part, and that any number of ranks reads.
 
 PyTorch's distributed checkpoints (DCP), in its safetensors format: nothing is pickled. Every tensor has the name and
-the shape that it has in the checkpoint of a single process, so either kind goes on from the other.
+the shape that it has in the checkpoint of a single process, so either kind goes on from the other. A rank's optimiser
+numbers its own parameters; in a checkpoint they have the numbers that one process gives them.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,15 +23,19 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn import Parameter
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import inside, read_json, write_json
-from ppcl_fx.reading import open_regular
-from ppcl_fx.train.checkpoints import PIECES
-from ppcl_fx.train.ranks import Ranks, together
+from ppcl_fx.files import inside, read_json, sha256_of, write_json
+from ppcl_fx.train import checkpoints
+from ppcl_fx.train.checkpoints import PIECES, Checkpoint
+from ppcl_fx.train.consensus import FAULT, heard
+from ppcl_fx.train.edit_parallel import EditParallel
+from ppcl_fx.train.optimizer import is_low
+from ppcl_fx.train.process_group import ProcessGroup, collective
+from ppcl_fx.train.stages import Stage
 
 FOLDER = "tensors"
-_CHUNK = 2**22
 
 
 class Piece(BaseModel):
@@ -56,7 +61,7 @@ class Index(BaseModel):
         return sum(piece.size for piece in self.files.values())
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> Index | None:
+def write(folder: Path, tensors: Mapping[str, Tensor], ranks: ProcessGroup) -> Index | None:
     """Write this rank's tensors, and its parts of sharded ones, into `folder`; all ranks call it together.
 
     A name that is not sharded is given by one rank, or is the same on all that give it.
@@ -72,14 +77,14 @@ def write(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> Index | 
     # A number has no dimension to say where in it a piece lies.
     numbers = [name for name, tensor in plain.items() if tensor.ndim == 0]
     plain = {name: tensor.reshape(1) if tensor.ndim == 0 else tensor for name, tensor in plain.items()}
-    with together(), _checkpoint_errors(folder):
+    with collective(), _checkpoint_errors(folder):
         save(plain, storage_writer=HuggingFaceStorageWriter(str(place), save_distributed=True))
     mine = f"shard-{ranks.rank + 1:05d}-"
     fault, files = "", {}
     try:
         files = {p.name: _piece(p).model_dump() for p in place.iterdir() if p.name.startswith(mine)}
-    except OSError as error:
-        fault = f"{place}: rank {ranks.rank} cannot read what it wrote ({error.strerror or error})"
+    except (OSError, PpclError) as error:
+        fault = f"{place}: rank {ranks.rank} cannot read what it wrote ({error})"
     everyone = ranks.gather((fault, numbers, files))
     for fault, _, _ in everyone:
         if fault:
@@ -95,7 +100,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks) -> Index | 
     return index
 
 
-class Pieces(Mapping[str, Tensor]):
+class DistributedTensors(Mapping[str, Tensor]):
     """The tensors of a checkpoint that several ranks wrote, by name.
 
     As a mapping it gives them whole, on the CPU, and reads all of them when the first is asked for. `fill` reads no
@@ -144,7 +149,7 @@ class Pieces(Mapping[str, Tensor]):
         for name, target in flat.items():
             if name not in self._shapes or self._shapes[name][1] != target.shape:
                 raise PpclError(f"{self.folder}: {name} is not in it, or of another shape")
-        with together(), _checkpoint_errors(self.folder), warnings.catch_warnings():
+        with collective(), _checkpoint_errors(self.folder), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # `alone` means that
             load(flat, storage_reader=self._reader(), no_dist=alone)
 
@@ -169,7 +174,7 @@ class Pieces(Mapping[str, Tensor]):
 
 def fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Overwrite each target, plain or sharded, with the stored tensor of its name; all ranks call it together."""
-    if isinstance(tensors, Pieces):
+    if isinstance(tensors, DistributedTensors):
         tensors.fill(targets)
         return
     with torch.no_grad():
@@ -185,18 +190,14 @@ def fill(targets: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
 
 def like(name: str, tensors: Mapping[str, Tensor], parameter: Tensor | None) -> Tensor:
     """Return an empty tensor for what is stored under `name`: sharded as `parameter` is, where it has its shape."""
-    stored = tensors.empty(name) if isinstance(tensors, Pieces) else tensors[name]
+    stored = tensors.empty(name) if isinstance(tensors, DistributedTensors) else tensors[name]
     if isinstance(parameter, DTensor) and parameter.shape == stored.shape:
         return torch.zeros_like(parameter, dtype=stored.dtype)
     return torch.empty_like(stored, device="cpu")
 
 
 def _piece(path: Path) -> Piece:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return Piece(size=path.stat().st_size, sha256=digest.hexdigest())
+    return Piece(size=path.stat().st_size, sha256=sha256_of(path))
 
 
 def _check(path: Path, piece: Piece, thoroughly: bool) -> None:
@@ -221,3 +222,133 @@ class _checkpoint_errors:
             rank, failure = next(iter(error.failures.items()))
             reason = " ".join(str(failure[0]).split())[:200]
             raise PpclError(f"{self._folder}: checkpoint failed on rank {rank} ({reason})") from error
+
+
+class DistributedCheckpoints:
+    """Checkpoints of one stage that all ranks write and read together.
+
+    Args:
+        ranks: This process among the others.
+        stage: The stage.
+        students: The pluggable model's students, state-dict name -> parameter.
+    """
+
+    def __init__(self, ranks: ProcessGroup, stage: Stage, students: Mapping[str, Tensor]) -> None:
+        self._ranks = ranks
+        # Sharded parameters are everyone's; of the students of a stage each is one rank's.
+        whole = stage.whole if isinstance(stage, EditParallel) else stage.groups
+        owners = stage.owners if isinstance(stage, EditParallel) else {}
+        mine = [p for parameters in stage.groups.values() for p in parameters]
+        everyones = [p for parameters in whole.values() for p in parameters]
+        self._groups = {edit: list(parameters) for edit, parameters in stage.groups.items()}
+        self._numbers = _numbers(mine, everyones)
+        self._mine, self._low = mine, [p for p in mine if is_low(p)]
+        self._lows = _numbers(self._low, [p for p in everyones if is_low(p)])
+        self._own = stage.tensors()
+        owner = {id(p): owners[edit] for edit, parameters in whole.items() if edit in owners for p in parameters}
+        # A student that no rank trains now is the same on all; rank 0 writes it.
+        self._written = {name for name, p in students.items() if owner.get(id(p), 0) == ranks.rank}
+
+    def save(
+        self,
+        folder: Path,
+        identity: Any,
+        number: int,
+        step: int,
+        curves: Any,
+        tensors: Mapping[str, Tensor],
+        **rest: Any,
+    ) -> None:
+        """Do what `checkpoints.save` does, all ranks together; rank 0 writes what is written once.
+
+        Raises:
+            PpclError: A rank cannot write or is lost. All ranks raise it, and the checkpoints before are whole.
+        """
+        mine = dict(self._everyones(tensors))
+        if not self._ranks.first:
+            write(Path(heard(self._ranks)), mine, self._ranks)
+            heard(self._ranks)
+            return
+        waiting = True  # whether the others wait for a word of this rank
+
+        def put(beside: Path, _: Mapping[str, Tensor]) -> str:
+            nonlocal waiting
+            waiting = False
+            self._ranks.words(str(beside))
+            write(beside, mine, self._ranks)
+            waiting = True
+            return PIECES
+
+        try:
+            checkpoints.save(folder, identity, number, step, curves, tensors, put=put, **rest)
+        except PpclError as error:
+            if waiting:
+                self._ranks.words(f"{FAULT}{error}")
+            raise
+        self._ranks.words("")
+
+    def local(self, start: Checkpoint) -> Checkpoint:
+        """Return a checkpoint with this rank's tensors under this rank's names, the students left out."""
+        targets: dict[str, Tensor] = {}
+        names: dict[str, str] = {}
+        for name in start.tensors:
+            found = self._place(name)
+            if found is not None:
+                names[found[0]] = name
+                targets[name] = like(name, start.tensors, found[1])
+        fill(targets, start.tensors)
+        return replace(start, tensors={mine: targets[name] for mine, name in names.items()})
+
+    def _place(self, name: str) -> tuple[str, Tensor | None] | None:
+        """Return a stored tensor's name on this rank and the parameter it belongs to, None where it is not ours."""
+        kind, _, rest = name.partition(".")
+        if kind == "rng":
+            return name, None
+        if kind == "optimizer":
+            number, _, key = rest.partition(".")
+            mine = self._numbers.get(int(number))
+            return None if mine is None else (f"optimizer.{mine}.{key}", self._mine[mine])
+        if kind == "master":
+            low = self._lows.get(int(rest))
+            return None if low is None else (f"master.{low}", self._low[low])
+        if kind == "average":
+            edit, index = (int(part) for part in rest.split("."))
+            group = list(self._groups.values())[edit]
+            return (name, group[index]) if index < len(group) else None
+        if kind == "students":
+            return None
+        own = self._own.get(name)
+        return None if own is None else (name, own)
+
+    def _everyones(self, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """What this rank writes, by the names of one process."""
+        numbers = {mine: number for number, mine in self._numbers.items()}
+        lows = {mine: number for number, mine in self._lows.items()}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "optimizer":
+                number, _, key = rest.partition(".")
+                yield f"optimizer.{numbers[int(number)]}.{key}", tensor
+            elif kind == "master":
+                yield f"master.{lows[int(rest)]}", tensor
+            elif kind == "students":
+                if rest in self._written:
+                    yield name, tensor
+            elif kind != "rng" or self._ranks.first:
+                yield name, tensor
+
+
+def students_of(start: Checkpoint, students: Mapping[str, Tensor]) -> Checkpoint:
+    """Return a checkpoint with the tensors of the students alone, read by this rank and whole."""
+    names = [f"students.{name}" for name in students]
+    if not isinstance(start.tensors, DistributedTensors):
+        return start
+    targets = {name: start.tensors.empty(name) for name in names}
+    start.tensors.fill(targets, alone=True)
+    return replace(start, tensors=targets)
+
+
+def _numbers(mine: list[Parameter], everyones: list[Parameter]) -> dict[int, int]:
+    """Return a parameter's number on one process -> its number here."""
+    place = {id(p): number for number, p in enumerate(everyones)}
+    return {place[id(p)]: number for number, p in enumerate(mine)}
