@@ -44,6 +44,7 @@ from ppcl_fx.passes.stream_sites import stream_sites
 from ppcl_fx.passes.streaming.executor import Executor, Residency
 from ppcl_fx.passes.streaming.footprint import state_budget
 from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
+from ppcl_fx.passes.streaming.run_store import Settings
 from ppcl_fx.passes.streaming.states import States
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.plans import named
@@ -167,7 +168,7 @@ def analyze(checkpoint: Checkpoint, recorded: Calls, work: Path, limit: int, sam
     begin = time.perf_counter()
     with _timed(spent, "sums", "add"), _timed(spent, "solving", "_solve"):
         found = analyze_streamed(
-            checkpoint, recorded, work / "run", memory_limit=limit, max_samples=samples, report=report
+            checkpoint, recorded, work / "run", memory_limit=limit, settings=Settings(samples=samples), report=report
         )
     end = time.perf_counter()
     gm = trace(checkpoint.model, recorded.examples())

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.skeleton import Checkpoint
 
+CPU = torch.device("cpu")
 OTHER = "the calls were recorded from another model; record calls of this one"
 _log = logging.getLogger("ppcl_fx")
 
@@ -82,47 +83,36 @@ def analyze(
 def analyze_streamed(
     checkpoint: Checkpoint,
     calls: Calls,
-    work: str | Path,
+    work: Path,
     *,
-    memory_limit: int | None = None,
-    ridge: float = 1e-6,
-    refine_steps: int = 0,
+    settings: Settings | None = None,
     stream: str = "image",
+    memory_limit: int | None = None,
+    device: torch.device = CPU,
     report: Report = silent,
-    max_samples: int = SAMPLES,
-    memory: int = MEMORY,
-    device: str | torch.device = "cpu",
-    keep_work: bool = False,
 ) -> Redundancy:
     """Do what `analyze` does with the weights left on disk: all calls go through one block, then the next.
 
     Probes, kept activations and results go to `work`; a run that was killed goes on from there, with the same result.
-    `work` is removed at the end.
+    `work` is removed at the end; a caller that writes the result down first takes `calibration_on_disk` and `conclude`.
 
     Args:
         checkpoint: the teacher, from `ppcl_fx.sources.Source.checkpoint`.
         calls: recorded calls of it.
         work: a folder for what does not stay in memory; on a disk with room.
+        settings: what is solved and kept; activations are kept on disk.
+        stream: as in `analyze`.
         memory_limit: bytes that this process may hold (memory-mapped weights, which the system takes back when it
             needs to, do not count). What does not fit goes to `work`. None for no limit.
-        ridge: as in `analyze`.
-        refine_steps: as in `analyze`.
-        stream: as in `analyze`.
-        report: told how far it is.
-        max_samples: as in `analyze`.
-        memory: bytes of activations kept for CKA, here on disk.
         device: where to compute.
-        keep_work: leave `work` as it is: for a caller that writes the result down before it removes it.
+        report: told how far it is.
 
     Raises:
         PpclError: as `analyze`; and the limit or the disk is too small, or `work` holds something else.
     """
-    settings = Settings(samples=max_samples, memory=memory, ridge=ridge, refine_steps=refine_steps)
-    work, where = Path(work), torch.device(device)
-    calibration = calibration_on_disk(checkpoint, calls, work, settings, memory_limit, stream, where, report)
-    found = conclude(calibration.run(), calls, stream)
-    if not keep_work:
-        owned.discard(work, owned.ANALYSING)
+    made = calibration_on_disk(checkpoint, calls, work, settings or Settings(), stream, memory_limit, device, report)
+    found = conclude(made.run(), calls, stream)
+    owned.discard(work, owned.ANALYSING)
     return found
 
 
@@ -131,12 +121,12 @@ def calibration_on_disk(
     calls: Calls,
     work: Path,
     settings: Settings,
-    memory_limit: int | None,
     stream: str,
+    memory_limit: int | None,
     device: torch.device,
     report: Report,
 ) -> Calibration:
-    """Return the calibration of `analyze_streamed`, ready to go on; the arguments are its own."""
+    """Return the calibration of `analyze_streamed`, whose arguments these are, ready to run or to go on."""
     check_request(calls, settings.samples)
     owned.check_replaceable(work, owned.ANALYSING)
     if calls.model and calls.model != checkpoint.fingerprint:

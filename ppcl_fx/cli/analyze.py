@@ -78,19 +78,18 @@ def analyze(
     if calls is not None and config.memory_limit is not None:
         recorded = open_calls(calls, terminal).calls
         checkpoint = open_checkpoint(model, terminal, {calls: recorded.model})
-        from ppcl_fx.passes.analyze import analyze_streamed
+        import torch
 
+        from ppcl_fx.passes.analyze import calibration_on_disk, conclude
+        from ppcl_fx.passes.streaming.run_store import Settings
+
+        settings = Settings(samples=config.samples, ridge=config.ridge, refine_steps=config.refine_steps)
+        limit, device = config.memory_limit, torch.device(config.device)
         with terminal.step("analysing") as progress:
-            analysis = analyze_streamed(
-                checkpoint,
-                recorded,
-                out / WORK,
-                memory_limit=config.memory_limit,
-                device=config.device,
-                report=progress,
-                keep_work=True,
-                **chosen,
+            calibration = calibration_on_disk(
+                checkpoint, recorded, out / WORK, settings, config.stream, limit, device, progress
             )
+            analysis = conclude(calibration.run(), recorded, config.stream)
     else:
         if calls is None:
             transformer, recorded = _record(source, texts, config, terminal)

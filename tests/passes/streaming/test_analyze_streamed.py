@@ -63,7 +63,7 @@ def checkpoint(folder: Path, dtype: torch.dtype | None = None) -> Checkpoint:
 
 def begun(teacher: Checkpoint, calls: Calls, work: Path, samples: int) -> Calibration:
     settings = Settings(samples=samples, memory=2**32)
-    return analysis.calibration_on_disk(teacher, calls, work, settings, None, "image", CPU, silent)
+    return analysis.calibration_on_disk(teacher, calls, work, settings, "image", None, CPU, silent)
 
 
 def numbers(value: Any) -> list[float]:
@@ -107,9 +107,8 @@ def test_the_streamed_analysis_gives_the_same_numbers(
 ) -> None:
     model, calls = teacher(name)
     plain = analyze(trace(model, calls.examples()), calls, memory=memory, refine_steps=3)
-    found = analyze_streamed(
-        checkpoint(folders[name]), calls, tmp_path / "work", memory=memory, refine_steps=3
-    )
+    settings = Settings(memory=memory, refine_steps=3)
+    found = analyze_streamed(checkpoint(folders[name]), calls, tmp_path / "work", settings=settings)
     assert alike(found, plain)
     assert found.samples_used == plain.samples_used == (10 if memory == 2**32 else plain.samples_used) >= 1
     assert (found.model, found.calls) == (plain.model, plain.calls)
@@ -148,13 +147,11 @@ def test_a_killed_run_goes_on_where_it_was(
         checkpoint(folders["qwen"]),
         calls,
         tmp_path / "work",
-        max_samples=5,
-        memory=2**32,
+        settings=Settings(samples=5, memory=2**32),
         report=lambda done, total, label="": steps.append(done),
     )
-    whole = analyze_streamed(
-        checkpoint(folders["qwen"]), calls, tmp_path / "other", max_samples=5, memory=2**32
-    )
+    settings = Settings(samples=5, memory=2**32)
+    whole = analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "other", settings=settings)
     assert found == whole
     assert found.samples_used == 5
 
