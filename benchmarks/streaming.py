@@ -42,10 +42,10 @@ from ppcl_fx.passes.analyze import analyze_streamed
 from ppcl_fx.passes.probes import NormalEquations
 from ppcl_fx.passes.stream_sites import stream_sites
 from ppcl_fx.passes.streaming.executor import Executor, Residency
-from ppcl_fx.passes.streaming.footprint import state_budget
+from ppcl_fx.passes.streaming.memory_estimate import state_budget
 from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
 from ppcl_fx.passes.streaming.run_store import Settings
-from ppcl_fx.passes.streaming.states import States
+from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.plans import named
 from ppcl_fx.report.machine import describe, slug
@@ -140,7 +140,7 @@ def plan(blocks: int) -> Plan:
 def forward(checkpoint: Checkpoint, recorded: Calls, work: Path, limit: int, samples: int) -> dict[str, Any]:
     """Run every call through the model, block by block, and nothing else."""
     gm = trace(checkpoint.model, recorded.examples())
-    states = States(work / "states", state_budget(gm, recorded, (), limit), CPU)
+    states = Spill(work / "states", state_budget(gm, recorded, (), limit), CPU)
     residency = Residency(CPU, checkpoint.tensor, states, checkpoint.shards.close)
     executor = Executor(gm, lambda _: [], residency)
     begin = time.perf_counter()

@@ -23,9 +23,9 @@ from ppcl_fx.passes.savings import block_parameters, block_savings, parameters
 from ppcl_fx.passes.similarity import Similarity
 from ppcl_fx.passes.stream_sites import StreamSite, stream_sites
 from ppcl_fx.passes.streaming.executor import Residency
-from ppcl_fx.passes.streaming.footprint import state_budget
+from ppcl_fx.passes.streaming.memory_estimate import state_budget
 from ppcl_fx.passes.streaming.run_store import MEMORY, SAMPLES, Identity, RunStore, Settings
-from ppcl_fx.passes.streaming.states import States
+from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.passes.text_similarity import TextSimilarity
 from ppcl_fx.redundancy import BlockSavings, Redundancy, StackAnalysis, StreamCurves
 from ppcl_fx.sites import ffn_sites
@@ -140,7 +140,7 @@ def calibration_on_disk(
     made_of = {"model": checkpoint.fingerprint, "calls": calls.fingerprint, "dtype": dtype}
     need_room(work, _on_disk(sites, settings.memory))
     store = RunStore(work, Identity(**settings.model_dump(), **made_of))
-    values = States(work / "states", budget, device)
+    values = Spill(work / "states", budget, device)
     residency = Residency(device, checkpoint.tensor, values, checkpoint.shards.close)
     return Calibration(gm, calls, settings, residency, store, report)
 

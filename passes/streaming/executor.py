@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.streaming.partition import Segment, Watch, closure, cut
-from ppcl_fx.passes.streaming.states import States
+from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.passes.switches import is_switch
 from ppcl_fx.tracing import bind, graph_for
 
@@ -46,7 +46,7 @@ class Residency:
 
     device: torch.device
     read: Read | None = None
-    values: States | None = None
+    values: Spill | None = None
     release: Callable[[], None] = lambda: None
 
     @classmethod

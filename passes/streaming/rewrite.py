@@ -21,8 +21,8 @@ from ppcl_fx.passes.calibration import Report, silent
 from ppcl_fx.passes.initialise import fit_on_disk
 from ppcl_fx.passes.rewrite import check_made_for, insert_edits
 from ppcl_fx.passes.streaming.executor import Residency
-from ppcl_fx.passes.streaming.footprint import state_budget
-from ppcl_fx.passes.streaming.states import States
+from ppcl_fx.passes.streaming.memory_estimate import state_budget
+from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.shards import INDEX, ONE_FILE, Shards
 from ppcl_fx.tracing import trace
 
@@ -95,7 +95,7 @@ def rewrite_streamed(
             scratch, where = beside / SCRATCH, torch.device(device)
             scratch.mkdir()
             room = 2**62 if memory_limit is None else state_budget(graph, calls, (), memory_limit)
-            values = States(scratch, room, where)
+            values = Spill(scratch, room, where)
             residency = Residency(where, reader(graph, checkpoint), values, checkpoint.shards.close)
             fitted = fit_on_disk(graph, (c.kwargs for c in calls), len(calls), residency, scratch, report)
         write_students(graph, checkpoint, beside / STUDENTS, fitted, report)

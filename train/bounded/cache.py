@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import need_room, read_json, sha256_of, write_json
 from ppcl_fx.memory import size_words
-from ppcl_fx.passes.streaming.parcels import Parcel, pack, unpack
+from ppcl_fx.passes.streaming.tensor_codec import Encoded, decode, encode
 
 INDEX = "cache.json"
 _log = logging.getLogger("ppcl_fx.train")
@@ -49,7 +49,7 @@ class Cache:
     def __init__(self, folder: Path, key: str, memory: int, disk: int, device: torch.device) -> None:
         self.folder = folder
         self._memory, self._disk, self._device = memory, disk, device
-        self._held: dict[tuple[int, str], Parcel] = {}
+        self._held: dict[tuple[int, str], Encoded] = {}
         self.held_bytes = 0
         """Bytes in memory."""
         if not _same(folder, key):
@@ -69,13 +69,13 @@ class Cache:
         Raises:
             PpclError: there is no room for it, within the budget or on the disk.
         """
-        parcel = pack(values)
-        size = parcel.nbytes
+        encoded = encode(values)
+        size = encoded.nbytes
         if self.held_bytes + size <= self._memory:
-            self._held[call, bundle] = parcel
+            self._held[call, bundle] = encoded
             self.held_bytes += size
             return
-        size = sum(len(piece) for piece in parcel.memory)
+        size = sum(len(piece) for piece in encoded.memory)
         if self.file_bytes + size > self._disk:
             raise PpclError(
                 f"{self.folder}: the cache needs more than the {size_words(self._disk)} it was given; "
@@ -84,7 +84,7 @@ class Cache:
         path = self._path(call, bundle)
         path.parent.mkdir(exist_ok=True)
         need_room(self.folder, size)
-        parcel.write(path)
+        encoded.write(path)
         # The checksum last: a file without one does not count.
         write_json(self._sum(call, bundle), {"sha256": sha256_of(path)})
         self.file_bytes += path.stat().st_size
@@ -95,8 +95,8 @@ class Cache:
         Raises:
             Damaged: it is not there, or not what was written.
         """
-        parcel = self._held.get((call, bundle))
-        return unpack(parcel if parcel is not None else self._read(call, bundle), self._device)
+        encoded = self._held.get((call, bundle))
+        return decode(encoded if encoded is not None else self._read(call, bundle), self._device)
 
     def drop(self, call: int) -> None:
         """Forget a call's bundles."""
@@ -113,13 +113,13 @@ class Cache:
         for call in (filed | {call for call, _ in self._held}) - set(calls):
             self.drop(call)
 
-    def _read(self, call: int, bundle: str) -> Parcel:
+    def _read(self, call: int, bundle: str) -> Encoded:
         path = self._path(call, bundle)
         try:
             expected = read_json(self._sum(call, bundle), _Sum).sha256
             if sha256_of(path) != expected:
                 raise Damaged(f"{path}: its checksum is another than when it was written")
-            return Parcel.read(path)
+            return Encoded.read(path)
         except (PpclError, OSError, SafetensorError) as error:
             raise Damaged(str(error)) from error
 

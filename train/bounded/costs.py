@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl_fx.graphs import attribute
-from ppcl_fx.passes.streaming.footprint import INSIDE, block_bytes, segment_weights, value_bytes
+from ppcl_fx.passes.streaming.memory_estimate import INSIDE, block_bytes, segment_weights, value_bytes
 from ppcl_fx.passes.streaming.partition import Segment
 from ppcl_fx.train.bounded.problems import Problem
 from ppcl_fx.train.executor import live_nodes

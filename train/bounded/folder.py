@@ -27,7 +27,7 @@ from ppcl_fx.files import (
 from ppcl_fx.long_files import Form, form_bytes, write_long
 from ppcl_fx.model import CARD, PLAN, STUDENTS, TEACHER, Card, PluggableModel, check_teacher, saved_dtype
 from ppcl_fx.passes.rewrite import insert_edits
-from ppcl_fx.passes.streaming.footprint import elements
+from ppcl_fx.passes.streaming.memory_estimate import elements
 from ppcl_fx.passes.streaming.rewrite import student_forms
 from ppcl_fx.plan import Plan
 from ppcl_fx.shards import Shards, check_kind

@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ppcl_fx.graphs import ancestors, attribute
 from ppcl_fx.passes.distil import ORIGIN, distil, pairs
-from ppcl_fx.passes.streaming.footprint import value_bytes
+from ppcl_fx.passes.streaming.memory_estimate import value_bytes
 from ppcl_fx.train.executor import live_nodes
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.distil import train_only
 from ppcl_fx.passes.initialise import fit_on_disk, projector_sites
 from ppcl_fx.passes.streaming.executor import Residency
-from ppcl_fx.passes.streaming.footprint import block_bytes, elements
+from ppcl_fx.passes.streaming.memory_estimate import block_bytes, elements
 from ppcl_fx.passes.streaming.partition import cut
-from ppcl_fx.passes.streaming.states import States
+from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.train import checkpoints
 from ppcl_fx.train.bounded.cache import Cache
 from ppcl_fx.train.bounded.costs import ProblemCost, Speeds, TeacherCost, problem_cost, teacher_cost
@@ -85,7 +85,7 @@ class Context:
         if found is None:
             gm, work = opened.model.graph, self.work / FITTED
             scale = max(elements(self.calls[i].kwargs) for i in self.used) / max(1, opened.traced_size)
-            values = States(work, states_room(self.memory_limit, block_bytes(gm, scale)), self.device)
+            values = Spill(work, states_room(self.memory_limit, block_bytes(gm, scale)), self.device)
             fitted = fit_on_disk(
                 gm,
                 prepared(gm, self.batches(1), self.used),

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from ppcl_fx.memory import anonymous
 from ppcl_fx.passes.streaming.executor import Executor, Read, Residency
 from ppcl_fx.passes.streaming.partition import Watch, closure, parts
-from ppcl_fx.passes.streaming.states import States
+from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.tracing import with_rows
 from ppcl_fx.train.bounded.cache import Cache, Damaged
 from ppcl_fx.train.bounded.problems import Problem
@@ -101,7 +101,7 @@ class Teacher:
     ) -> None:
         self._route, self._batches, self._cache = route, batches, cache
         self._work, self._room, self._report = work, room, report
-        self._states = States(work, 0, device)
+        self._states = Spill(work, 0, device)
         self._call = -1
         self._wanted: set[str] = set()
         self._last = -1

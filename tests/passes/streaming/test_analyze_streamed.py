@@ -20,9 +20,9 @@ from ppcl_fx.passes.analyze import analyze, analyze_streamed
 from ppcl_fx.passes.calibration import Calibration, silent
 from ppcl_fx.passes.reservoir import Reservoir, ranks
 from ppcl_fx.passes.streaming.executor import Executor, Residency
-from ppcl_fx.passes.streaming.parcels import Parcel, pack, unpack
 from ppcl_fx.passes.streaming.run_store import Settings
-from ppcl_fx.passes.streaming.states import States
+from ppcl_fx.passes.streaming.spill import Spill
+from ppcl_fx.passes.streaming.tensor_codec import Encoded, decode, encode
 from ppcl_fx.redundancy import Redundancy
 from ppcl_fx.skeleton import Checkpoint
 from ppcl_fx.sources import open_source
@@ -88,7 +88,7 @@ def test_a_streamed_run_computes_what_the_model_computes(
     model, calls = teacher(name)
     mine = checkpoint(folders[name])
     gm = trace(mine.model, calls.examples())
-    executor = Executor(gm, lambda _: [], Residency(CPU, mine.tensor, States(tmp_path, budget, CPU)))
+    executor = Executor(gm, lambda _: [], Residency(CPU, mine.tensor, Spill(tmp_path, budget, CPU)))
     results: dict[int, Any] = {}
     for sweep in executor.sweeps:
         arguments = (call.kwargs for call in calls)
@@ -109,7 +109,7 @@ def test_the_streamed_analysis_gives_the_same_numbers(
     plain = analyze(trace(model, calls.examples()), calls, memory=memory, refine_steps=3)
     settings = Settings(memory=memory, refine_steps=3)
     found = analyze_streamed(checkpoint(folders[name]), calls, tmp_path / "work", settings=settings)
-    assert alike(found, plain)
+    assert found == plain  # to the bit
     assert found.samples_used == plain.samples_used == (10 if memory == 2**32 else plain.samples_used) >= 1
     assert (found.model, found.calls) == (plain.model, plain.calls)
     assert not (tmp_path / "work").exists()
@@ -118,14 +118,14 @@ def test_the_streamed_analysis_gives_the_same_numbers(
 def test_values_that_do_not_fit_are_spilled(folders: dict[str, Path], tmp_path: Path) -> None:
     model, calls = teacher("qwen")
     spilled: list[bool] = []
-    original = States.spilled
+    original = Spill.spilled
 
-    def note(self: States, cut: int) -> bool:
+    def note(self: Spill, cut: int) -> bool:
         spilled.append(original(self, cut))
         return spilled[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(States, "spilled", note)
+        patch.setattr(Spill, "spilled", note)
         patch.setattr(analysis, "state_budget", lambda *args: 3000)
         found = analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "work", memory_limit=1)
     assert spilled == [True] * 6
@@ -257,7 +257,7 @@ def test_the_choice_is_a_reservoirs_and_never_smaller_with_part_of_the_sizes() -
         assert set(whole.kept()) <= set(part.kept())
 
 
-def test_parcels_keep_values_and_what_they_share(tmp_path: Path) -> None:
+def test_the_tensor_codec_keeps_values_and_what_they_share(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
     values = [
         base[1:3],
@@ -269,9 +269,9 @@ def test_parcels_keep_values_and_what_they_share(tmp_path: Path) -> None:
         torch.ones(2, dtype=torch.bfloat16),
         (1, 2.5, "a", None, True, torch.Size([2, 3]), torch.float16, slice(None, 3), {"k": [base[0]], 2: ()}),
     ]
-    parcel = pack(values)
-    parcel.write(tmp_path / "parcel.safetensors")
-    for found in (unpack(parcel, CPU), unpack(Parcel.read(tmp_path / "parcel.safetensors"), CPU)):
+    encoded = encode(values)
+    encoded.write(tmp_path / "encoded.safetensors")
+    for found in (decode(encoded, CPU), decode(Encoded.read(tmp_path / "encoded.safetensors"), CPU)):
         for mine, theirs in zip(found[:7], values[:7], strict=True):
             assert (
                 torch.equal(mine, theirs) and mine.dtype == theirs.dtype and mine.stride() == theirs.stride()
@@ -282,9 +282,9 @@ def test_parcels_keep_values_and_what_they_share(tmp_path: Path) -> None:
         found[1][1] == base.T[2][1] and found[0].untyped_storage()._cdata == found[1].untyped_storage()._cdata
     )
     with pytest.raises(RuntimeError, match="set crosses two blocks"):
-        pack([{1, 2}])
+        encode([{1, 2}])
 
 
 def test_a_small_part_does_not_keep_the_whole() -> None:
     whole = torch.zeros(10**6)
-    assert pack([whole[:10]]).nbytes < 1000
+    assert encode([whole[:10]]).nbytes < 1000

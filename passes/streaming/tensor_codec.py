@@ -1,9 +1,8 @@
-"""Values on their way to disk and back: tensors with what they share, inside lists, tuples and dicts, no pickle."""
+"""The tensor codec: nested values to bytes and back, tensors with what they share, without pickle."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from ppcl_fx.files import write_safetensors
 
@@ -18,8 +18,8 @@ _SCALARS = (bool, int, float, str)
 
 
 @dataclass
-class Parcel:
-    """Values as bytes and a description.
+class Encoded:
+    """Nested values as bytes and a description.
 
     Tensors that share memory share it again after unpacking, so that an operation in place reaches all of them.
 
@@ -49,7 +49,7 @@ class Parcel:
         write_safetensors(path, pieces, {"spec": json.dumps({"sizes": sizes, "value": self.spec})})
 
     @classmethod
-    def read(cls, path: Path) -> Parcel:
+    def read(cls, path: Path) -> Encoded:
         """Read what `write` wrote."""
         with safe_open(path, framework="pt") as file:
             found = json.loads(file.metadata()["spec"])
@@ -61,14 +61,16 @@ class Parcel:
         return cls(found["value"], memory)
 
 
-def pack(value: Any) -> Parcel:
+def encode(value: Any) -> Encoded:
     """Take nested values apart. Tensors are copied only where they are on an accelerator.
 
     Raises:
         RuntimeError: a value of a kind that no traced graph hands on.
     """
     found: dict[int, list[Tensor]] = {}
-    _visit(value, lambda tensor: found.setdefault(_storage(tensor), []).append(tensor))
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.setdefault(_storage(leaf), []).append(leaf)
     places: dict[int, tuple[int, int]] = {}
     memory = []
     for number, (storage, tensors) in enumerate(found.items()):
@@ -80,13 +82,13 @@ def pack(value: Any) -> Parcel:
         piece = whole[start:stop].cpu()
         # A small part of a large tensor does not keep the large one.
         memory.append(piece.clone() if 2 * len(piece) < piece.untyped_storage().nbytes() else piece)
-    return Parcel(_spec(value, places), memory)
+    return Encoded(_spec(value, places), memory)
 
 
-def unpack(parcel: Parcel, device: torch.device) -> Any:
+def decode(encoded: Encoded, device: torch.device) -> Any:
     """Put the values together again, their tensors on `device`."""
-    memory = [piece.to(device) for piece in parcel.memory]
-    return _value(parcel.spec, memory, device)
+    memory = [piece.to(device) for piece in encoded.memory]
+    return _value(encoded.spec, memory, device)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -100,17 +102,6 @@ def _span(tensor: Tensor) -> tuple[int, int]:
         return first, first
     reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return first, first + int(reach + 1) * tensor.element_size()
-
-
-def _visit(value: Any, see: Callable[[Tensor], object]) -> None:
-    if isinstance(value, Tensor):
-        see(value)
-    elif isinstance(value, dict):
-        for item in value.values():
-            _visit(item, see)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _visit(item, see)
 
 
 def _spec(value: Any, places: dict[int, tuple[int, int]]) -> Any:
@@ -134,8 +125,8 @@ def _spec(value: Any, places: dict[int, tuple[int, int]]) -> Any:
     if type(value) is dict:
         return {"dict": [[_spec(key, places), _spec(item, places)] for key, item in value.items()]}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        raise RuntimeError(f"a {type(value).__name__} crosses two blocks; give it a form of its own in parcels.py")
-    raise RuntimeError(f"a {type(value).__name__} crosses two blocks, and parcels.py has no form for it")
+        raise RuntimeError(f"a {type(value).__name__} crosses two blocks; give it a form of its own in tensor_codec.py")
+    raise RuntimeError(f"a {type(value).__name__} crosses two blocks, and tensor_codec.py has no form for it")
 
 
 def _value(spec: Any, memory: list[Tensor], device: torch.device) -> Any:

@@ -1,4 +1,4 @@
-"""What each call holds between two segments: in memory as far as a budget goes, the rest in files."""
+"""Spill: what each call holds between two segments, in memory as far as a budget goes, the rest in files."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from ppcl_fx.files import need_room
-from ppcl_fx.passes.streaming.parcels import Parcel, pack, unpack
+from ppcl_fx.passes.streaming.tensor_codec import Encoded, decode, encode
 
 
-class States:
-    """The values of every call at the cut that a streamed run has come to.
+class Spill:
+    """Keeps the values of every call at the cut that a run has come to.
 
     Args:
         folder: where files go; made when the first is written.
@@ -27,7 +27,7 @@ class States:
         self.device = device
         self.peak = 0
         """Most bytes that one cut took, in memory and in files."""
-        self._held: dict[tuple[int, int], Parcel] = {}
+        self._held: dict[tuple[int, int], Encoded] = {}
         self._bytes = 0
         self._at_cut: dict[int, int] = {}
 
@@ -37,24 +37,24 @@ class States:
         Raises:
             PpclError: they go to disk, and the disk is full.
         """
-        parcel = pack(values)
-        size = parcel.nbytes
+        encoded = encode(values)
+        size = encoded.nbytes
         self._at_cut[cut] = self._at_cut.get(cut, 0) + size
         self.peak = max(self.peak, self._at_cut[cut])
         if self._bytes + size <= self.budget:
-            self._held[cut, call] = parcel
+            self._held[cut, call] = encoded
             self._bytes += size
         else:
-            self._write(cut, call, parcel)
+            self._write(cut, call, encoded)
 
     def take(self, cut: int, call: int) -> Any:
         """Return a call's values at a cut. Those in memory are handed over: they can be taken once."""
-        parcel = self._held.pop((cut, call), None)
-        if parcel is not None:
-            self._bytes -= parcel.nbytes
+        encoded = self._held.pop((cut, call), None)
+        if encoded is not None:
+            self._bytes -= encoded.nbytes
         else:
-            parcel = Parcel.read(self._path(cut, call))
-        return unpack(parcel, self.device)
+            encoded = Encoded.read(self._path(cut, call))
+        return decode(encoded, self.device)
 
     def spilled(self, cut: int) -> bool:
         """Tell whether any call's values at a cut are in a file."""
@@ -62,9 +62,9 @@ class States:
 
     def flush(self, cut: int) -> None:
         """Write what memory holds of a cut to files too, so that a killed run can go on from there."""
-        for (at, call), parcel in self._held.items():
+        for (at, call), encoded in self._held.items():
             if at == cut and not self._path(cut, call).exists():
-                self._write(cut, call, parcel)
+                self._write(cut, call, encoded)
 
     def forget_all_but(self, cut: int) -> None:
         """Remove the files of all other cuts."""
@@ -73,11 +73,11 @@ class States:
                 if path.name != f"{cut:04d}":
                     shutil.rmtree(path)
 
-    def _write(self, cut: int, call: int, parcel: Parcel) -> None:
+    def _write(self, cut: int, call: int, encoded: Encoded) -> None:
         path = self._path(cut, call)
         path.parent.mkdir(parents=True, exist_ok=True)
-        need_room(path.parent, sum(len(piece) for piece in parcel.memory))
-        parcel.write(path)
+        need_room(path.parent, sum(len(piece) for piece in encoded.memory))
+        encoded.write(path)
 
     def _path(self, cut: int, call: int) -> Path:
         return self.folder / f"{cut:04d}" / f"{call:06d}.safetensors"
