@@ -6,49 +6,56 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppcl_fx.export.agreement import Agreement, Gate, SamplingAgreement
-    from ppcl_fx.export.artefacts import check_artefacts
     from ppcl_fx.export.complex_to_real import ComplexToReal
     from ppcl_fx.export.config import ExportConfig
-    from ppcl_fx.export.deployed import compare_artefacts
     from ppcl_fx.export.drop_guards import DropGuards
     from ppcl_fx.export.exporting import ExportResult, export, export_graph
+    from ppcl_fx.export.gate import compare_artefacts
+    from ppcl_fx.export.integrity import check_artefacts
     from ppcl_fx.export.lowering import Lowered, lower
+    from ppcl_fx.export.manifest import Manifest
+    from ppcl_fx.export.metrics import Agreement, Gate, SamplingAgreement
     from ppcl_fx.export.one_graph import Exported
     from ppcl_fx.export.positions import PositionsAsInputs
     from ppcl_fx.export.runtime import EngineTransformer
     from ppcl_fx.export.sampling import SamplingRun
-    from ppcl_fx.export.sidecar import Sidecar
     from ppcl_fx.export.stitching import Translations
-    from ppcl_fx.export.tensorrt import BuildOptions, EngineCard, Profile, build_engine, load_engine, refit
+    from ppcl_fx.export.tensorrt import (
+        BuildOptions,
+        EngineManifest,
+        Profile,
+        build_engine,
+        load_engine,
+        refit,
+    )
     from ppcl_fx.export.tensorrt.places import Origin
     from ppcl_fx.export.tensorrt.request import BuildConfig
     from ppcl_fx.export.tuples_apart import TuplesApart
 
 _HOME = {
-    "Agreement": "agreement",
+    "Agreement": "metrics",
     "BuildOptions": "tensorrt",
     "ComplexToReal": "complex_to_real",
     "DropGuards": "drop_guards",
-    "EngineCard": "tensorrt",
+    "EngineManifest": "tensorrt",
     "EngineTransformer": "runtime",
     "BuildConfig": "tensorrt.request",
     "ExportConfig": "config",
     "ExportResult": "exporting",
     "Exported": "one_graph",
-    "Gate": "agreement",
+    "Gate": "metrics",
     "Lowered": "lowering",
     "Origin": "tensorrt.places",
     "PositionsAsInputs": "positions",
     "Profile": "tensorrt",
-    "SamplingAgreement": "agreement",
+    "SamplingAgreement": "metrics",
     "SamplingRun": "sampling",
-    "Sidecar": "sidecar",
+    "Manifest": "manifest",
     "Translations": "stitching",
     "TuplesApart": "tuples_apart",
     "build_engine": "tensorrt",
-    "check_artefacts": "artefacts",
-    "compare_artefacts": "deployed",
+    "check_artefacts": "integrity",
+    "compare_artefacts": "gate",
     "export": "exporting",
     "export_graph": "exporting",
     "load_engine": "tensorrt",
@@ -62,19 +69,19 @@ __all__ = [
     "BuildOptions",
     "ComplexToReal",
     "DropGuards",
-    "EngineCard",
+    "EngineManifest",
     "EngineTransformer",
     "ExportConfig",
     "ExportResult",
     "Exported",
     "Gate",
     "Lowered",
+    "Manifest",
     "Origin",
     "PositionsAsInputs",
     "Profile",
     "SamplingAgreement",
     "SamplingRun",
-    "Sidecar",
     "Translations",
     "TuplesApart",
     "build_engine",

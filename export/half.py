@@ -15,13 +15,14 @@ from torch.utils._pytree import tree_leaves
 
 from ppcl_fx.dtypes import main_dtype
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.answers import Answers
 from ppcl_fx.export.clamp_half import END
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.graph_run import run_graph
 from ppcl_fx.export.inputs import in_type
+from ppcl_fx.export.metrics import difference
 from ppcl_fx.export.onnx_file import Prepared, floats_as
-from ppcl_fx.export.parity import difference, run, session
+from ppcl_fx.export.onnx_runner import run, session
+from ppcl_fx.export.reference import Answers
 from ppcl_fx.tracing import bind, with_rows
 
 if TYPE_CHECKING:

@@ -15,24 +15,23 @@ from torch.fx import GraphModule
 from ppcl_fx._version import __version__
 from ppcl_fx.dtypes import main_dtype
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.agreement import Gate
-from ppcl_fx.export.answers import Answers
 from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.gate import gated
 from ppcl_fx.export.graph_run import alike_once
 from ppcl_fx.export.half import HALF, compare_in_float32, largest_value, rounding
 from ppcl_fx.export.inputs import in_type
+from ppcl_fx.export.integrity import sample_of
+from ppcl_fx.export.manifest import HalfPrecision, Manifest, WeightFile
+from ppcl_fx.export.metrics import Gate
 from ppcl_fx.export.names import manifest_path, typed_graph_path
 from ppcl_fx.export.onnx_file import Prepared, compare, parameters_in, ports, prepare, save, translated
+from ppcl_fx.export.onnx_runner import latency
 from ppcl_fx.export.opened import Opened
-from ppcl_fx.export.parity import latency
 from ppcl_fx.export.publish import beside, publish
-from ppcl_fx.export.samples import sample_of
-from ppcl_fx.export.sidecar import HalfPrecision, Sidecar, WeightFile
-from ppcl_fx.export.unused import drop_unused, weights_of
+from ppcl_fx.export.reference import Answers
 from ppcl_fx.export.weight_source import WeightSource, weightless
-from ppcl_fx.export.weight_store import Store, stored
+from ppcl_fx.export.weight_store import Store, drop_unused, stored, weights_of
 from ppcl_fx.files import sha256_of
 from ppcl_fx.graphs import parameter_count
 from ppcl_fx.passes.expand import traced_once
@@ -151,7 +150,7 @@ class Work:
             data = save(made, path, embed=embed)
             self.job.step()
             checked = self._checked(prepared, path, mixture)
-            card = Sidecar(
+            card = Manifest(
                 **_described(prepared, made),
                 file=final.name,
                 sha256=sha256_of(path),
@@ -237,7 +236,7 @@ def write_graphs(
     Args:
         opened: the model.
         mixtures: what to write.
-        folder: where the graphs lie; held by the caller (`ppcl_fx.export.claim`).
+        folder: where the graphs lie; held by the caller (`ppcl_fx.export.publish`).
         job: what is asked.
         axes: sizes that may change, where they are known already.
         written: called after each mixture that is there.

@@ -15,9 +15,10 @@ from ppcl_fx.export.axes import Axis, find_axes, resized, still_fit, variants, w
 from ppcl_fx.export.extras import check_export, need
 from ppcl_fx.export.graph_run import Seen, run_graph
 from ppcl_fx.export.lowering import Lowered, lower
+from ppcl_fx.export.manifest import Port
+from ppcl_fx.export.metrics import difference
 from ppcl_fx.export.names import data_path
-from ppcl_fx.export.parity import difference, run, session
-from ppcl_fx.export.sidecar import Port
+from ppcl_fx.export.onnx_runner import run, session
 from ppcl_fx.export.weight_source import state
 from ppcl_fx.files import need_room
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.agreement import SamplingAgreement, agreement, worst
-from ppcl_fx.export.answers import Answer, Answers
+from ppcl_fx.export.metrics import SamplingAgreement, agreement, worst
+from ppcl_fx.export.reference import Answer, Answers
 from ppcl_fx.face import PipelineFace
 from ppcl_fx.pipeline_arguments import run_arguments
 from ppcl_fx.recording import quiet

@@ -5,27 +5,25 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.artefacts import used_by_others
 from ppcl_fx.export.byte_ranges import ByteRange, byte_ranges
-from ppcl_fx.export.claim import is_store
-from ppcl_fx.export.names import WEIGHTS
-from ppcl_fx.export.publish import writing
-from ppcl_fx.export.samples import sample_of
-from ppcl_fx.export.sidecar import WeightFile
-from ppcl_fx.export.unused import prune
+from ppcl_fx.export.integrity import cards_in, sample_of, used_by_others
+from ppcl_fx.export.manifest import WeightFile
+from ppcl_fx.export.names import DATA, WEIGHTS
+from ppcl_fx.export.publish import is_store, writing
 from ppcl_fx.export.weight_source import Piece, WeightSource
-from ppcl_fx.files import need_room, sha256_of, sync
+from ppcl_fx.files import inside, need_room, sha256_of, sync
 from ppcl_fx.long_files import form_bytes, write_long
 from ppcl_fx.memory import size_words
 from ppcl_fx.reading import open_regular
@@ -297,3 +295,38 @@ def _main(forms: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> torch.dtype:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def weights_of(folder: Path, manifests: Collection[str]) -> set[str]:
+    """Return the weight files that manifests of a folder name."""
+    cards = cards_in(folder)
+    return {weight.file for name in manifests if name in cards for weight in cards[name].weights}
+
+
+def drop_unused(folder: Path, names: Collection[str]) -> None:
+    """Remove those of some weight files that exports wrote and no manifest names; a student's own files stay."""
+    kept = weights_of(folder, list(cards_in(folder)))
+    ours = is_store(folder / WEIGHTS)
+    # What an export that ended early replaced is named by no manifest any more.
+    files = {path.relative_to(folder).as_posix() for path in (folder / WEIGHTS).rglob("*") if path.is_file()}
+    families = {_family(name) for name in {*names, *kept}}
+    for name in sorted({*names, *(file for file in files if _family(file) in families)} - kept):
+        first = PurePosixPath(name).parts[0]
+        if (first == WEIGHTS and ours) or (first == name and name.endswith(DATA)):
+            inside(folder, name).unlink(missing_ok=True)
+    if ours:
+        prune(folder / WEIGHTS)
+
+
+def _family(name: str) -> str:
+    """Return the name that a file would have if it had not been put aside (`ppcl_fx.export.weight_store`)."""
+    return re.sub(r"-[0-9a-f]{8}(?=\.safetensors$)", "", name)
+
+
+def prune(folder: Path) -> None:
+    """Remove a folder and what is in it where they are empty."""
+    for child in list(folder.iterdir()) if folder.is_dir() else ():
+        if child.is_dir():
+            prune(child)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

@@ -123,7 +123,7 @@ def latencies(
 
     They take turns, so that whatever else the machine does falls on all of them alike.
     """
-    from ppcl_fx.export.parity import latency, session
+    from ppcl_fx.export.onnx_runner import latency, session
 
     running = [session(path) for path in files]
     times: list[list[float]] = [[] for _ in files]

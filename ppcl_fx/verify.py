@@ -99,11 +99,11 @@ def _finetuned(folder: Path) -> Iterator[Checked]:
 
 
 def _engines(folder: Path) -> Iterator[Checked]:
-    from ppcl_fx.export.artefacts import check_artefacts
+    from ppcl_fx.export.integrity import check_artefacts
     from ppcl_fx.export.names import manifest_path
     from ppcl_fx.export.runtime.folder import artefacts
     from ppcl_fx.export.runtime.head import HEAD, check_head, pluggable_graph, read_head
-    from ppcl_fx.export.tensorrt.manifest import EngineCard
+    from ppcl_fx.export.tensorrt.manifest import EngineManifest
     from ppcl_fx.files import inside, read_json, sha256_of
 
     ratios = artefacts(folder)
@@ -119,7 +119,7 @@ def _engines(folder: Path) -> Iterator[Checked]:
         pluggable_graph(head, torch.float32, folder, [one.manifest for one in ratios.values()])
         yield Checked(folder / HEAD, "model spec", "plans of the graphs, traced call")
     for path in sorted(folder.glob("*.engine.json")):
-        engine = read_json(path, EngineCard)
+        engine = read_json(path, EngineManifest)
         if sha256_of(inside(folder, engine.file)) != engine.engine.sha256:
             raise PpclError(f"{folder / engine.file}: its content is not what was written (sha256); build it again")
         yield Checked(folder / engine.file, "engine", "sha256")

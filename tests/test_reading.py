@@ -15,9 +15,8 @@ from pydantic import BaseModel
 from ppcl_fx import reading
 from ppcl_fx.cli.analyze import read_prompts
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.artefacts import external_data
 from ppcl_fx.export.byte_ranges import byte_ranges
-from ppcl_fx.export.samples import sample_of
+from ppcl_fx.export.integrity import external_data, sample_of
 from ppcl_fx.files import read_json, read_safetensors, sha256_of, tensor_shapes
 from ppcl_fx.reading import (
     append_regular,

@@ -8,9 +8,9 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.manifest import Manifest
 from ppcl_fx.export.names import manifest_path, ratio_of
-from ppcl_fx.export.sidecar import Sidecar
-from ppcl_fx.export.tensorrt import EngineCard, find_graphs
+from ppcl_fx.export.tensorrt import EngineManifest, find_graphs
 from ppcl_fx.export.tensorrt.places import Place
 from ppcl_fx.files import inside, own_file, read_json
 
@@ -36,9 +36,9 @@ class Artefact:
 
     keep: float
     graph: Path
-    manifest: Sidecar
+    manifest: Manifest
     engine: Path | None = None
-    card: EngineCard | None = None
+    card: EngineManifest | None = None
 
 
 def artefacts(folder: str | Path) -> dict[float, Artefact]:
@@ -54,11 +54,11 @@ def artefacts(folder: str | Path) -> dict[float, Artefact]:
         PpclError: there are none, one is damaged, or names a file that is not there, is cut, or not in the folder.
     """
     folder = Path(folder)
-    graphs: dict[float, tuple[Path, Sidecar]] = {}
+    graphs: dict[float, tuple[Path, Manifest]] = {}
     for path in sorted(folder.glob("keep-*.json")) if folder.is_dir() else []:
         kind = read_json(own_file(path), _Kind).kind
         if kind == "onnx" and ratio_of(path) is not None:  # not one that is there for an engine alone
-            manifest = read_json(path, Sidecar)
+            manifest = read_json(path, Manifest)
             graphs[manifest.keep] = (_there(folder, manifest.file, path), manifest)
             for weights in manifest.weights:
                 _there(folder, weights.file, path, weights.size)
@@ -74,14 +74,15 @@ def artefacts(folder: str | Path) -> dict[float, Artefact]:
     return found
 
 
-def _engine(place: Place | None, manifest: Sidecar) -> tuple[Path, EngineCard] | tuple[()]:
+def _engine(place: Place | None, manifest: Manifest) -> tuple[Path, EngineManifest] | tuple[()]:
     """Return a ratio's engine, where it was built from the graph that is there now.
 
     An engine may be older than the graph, or from a graph in bfloat16 that was withdrawn; then there is none.
     """
     if place is None or not (place.card.is_file() and manifest_path(place.onnx).is_file()):
         return ()
-    card, made = read_json(own_file(place.card), EngineCard), read_json(own_file(manifest_path(place.onnx)), Sidecar)
+    card = read_json(own_file(place.card), EngineManifest)
+    made = read_json(own_file(manifest_path(place.onnx)), Manifest)
     built_from = (card.onnx, card.graph.bytes, card.graph.sha256)
     same = built_from == (place.onnx.name, made.size, made.sha256)
     if not same or (card.students, card.plan) != (manifest.students, manifest.plan):

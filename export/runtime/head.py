@@ -13,10 +13,10 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.examples import build_call
+from ppcl_fx.export.manifest import Manifest
 from ppcl_fx.export.onnx_file import floats_as
 from ppcl_fx.export.positions import POSITIONS, PositionsAsInputs
 from ppcl_fx.export.runtime.sizes_only import SizesOnly
-from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.export.tuples_apart import TuplesApart
 from ppcl_fx.files import Sealed, inside, read_json, write_json
 from ppcl_fx.graphs import draft
@@ -88,7 +88,7 @@ def read_head(folder: Path) -> Head:
     return read_json(inside(folder, HEAD), Head)
 
 
-def check_head(head: Head, manifest: Sidecar, folder: Path) -> None:
+def check_head(head: Head, manifest: Manifest, folder: Path) -> None:
     """Refuse a graph that was exported from another model, or by another plan, than ``head.json``.
 
     Raises:
@@ -101,7 +101,7 @@ def check_head(head: Head, manifest: Sidecar, folder: Path) -> None:
         )
 
 
-def pluggable_graph(head: Head, dtype: torch.dtype, folder: Path, manifests: Iterable[Sidecar]) -> GraphModule:
+def pluggable_graph(head: Head, dtype: torch.dtype, folder: Path, manifests: Iterable[Manifest]) -> GraphModule:
     """Trace the model again, on the meta device, with all its edits.
 
     Args:

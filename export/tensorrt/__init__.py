@@ -13,14 +13,14 @@ from ppcl_fx.errors import near
 if TYPE_CHECKING:
     from ppcl_fx.export.tensorrt.build import build_engine, load_tensorrt
     from ppcl_fx.export.tensorrt.loading import LoadedEngine, load_engine, refit
-    from ppcl_fx.export.tensorrt.manifest import EngineCard, Hashes, check_card, read_card
+    from ppcl_fx.export.tensorrt.manifest import EngineManifest, Hashes, check_card, read_card
     from ppcl_fx.export.tensorrt.options import BuildOptions
     from ppcl_fx.export.tensorrt.places import find_graphs, read_graph
     from ppcl_fx.export.tensorrt.profiles import Profile, Range, Spec, default_profile, resolve
 
 _HOME = {
     "BuildOptions": "options",
-    "EngineCard": "manifest",
+    "EngineManifest": "manifest",
     "Hashes": "manifest",
     "LoadedEngine": "loading",
     "Profile": "profiles",
@@ -40,7 +40,7 @@ _HOME = {
 
 __all__ = [
     "BuildOptions",
-    "EngineCard",
+    "EngineManifest",
     "Hashes",
     "LoadedEngine",
     "Profile",

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.names import engine_manifest_path
-from ppcl_fx.export.tensorrt.manifest import EngineCard, Hashes
+from ppcl_fx.export.tensorrt.manifest import EngineManifest, Hashes
 from ppcl_fx.export.tensorrt.monitor import Messages, Monitor, Report, stoppable
 from ppcl_fx.export.tensorrt.options import BuildOptions, check_version, configure, network_flags
 from ppcl_fx.export.tensorrt.places import Origin, read_graph
@@ -57,7 +57,7 @@ def build_engine(
     origin: Origin | None = None,
     hashes: Hashes | None = None,
     report: Report | None = None,
-) -> EngineCard:
+) -> EngineManifest:
     """Build an engine and write it, its manifest, and the timing cache.
 
     Args:
@@ -92,7 +92,7 @@ def build_engine(
             monitor.stop,
         )
         engine_manifest_path(engine).unlink(missing_ok=True)  # of the engine that is replaced: never beside this one
-    card = EngineCard(
+    card = EngineManifest(
         file=engine.name,
         engine=hashes.mark(engine),
         onnx=onnx.name,

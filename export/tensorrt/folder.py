@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.artefacts import check_artefacts
+from ppcl_fx.export.integrity import check_artefacts
 from ppcl_fx.export.names import TIMINGS, manifest_path
 from ppcl_fx.export.tensorrt.build import build_engine, load_tensorrt
-from ppcl_fx.export.tensorrt.manifest import EngineCard, Hashes, check_card, read_card
+from ppcl_fx.export.tensorrt.manifest import EngineManifest, Hashes, check_card, read_card
 from ppcl_fx.export.tensorrt.options import check_version
 from ppcl_fx.export.tensorrt.places import Place, find_graphs, read_graph, read_origin
 from ppcl_fx.export.tensorrt.profiles import Profile
@@ -34,7 +34,7 @@ class Built:
 
     name: str
     engine: Path
-    card: EngineCard
+    card: EngineManifest
     kept: bool
 
     def to_json(self) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def build_folder(
 
 def _there(
     place: Place, profiles: list[Profile], request: BuildConfig, api: Api, gpu: Gpu, hashes: Hashes
-) -> EngineCard | None:
+) -> EngineManifest | None:
     """Return the manifest of an engine that is there and is the one wanted."""
     if not place.engine.exists():
         return None

@@ -9,7 +9,7 @@ from typing import Any
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.tensorrt.build import load_tensorrt
-from ppcl_fx.export.tensorrt.manifest import EngineCard, Hashes, check_card, read_card
+from ppcl_fx.export.tensorrt.manifest import EngineManifest, Hashes, check_card, read_card
 from ppcl_fx.export.tensorrt.monitor import Messages
 from ppcl_fx.export.tensorrt.places import rebuild_command
 from ppcl_fx.export.tensorrt_api import Api, Gpu
@@ -29,7 +29,7 @@ class LoadedEngine:
     """
 
     engine: Any
-    card: EngineCard
+    card: EngineManifest
     api: Api
     keepalive: tuple[Any, ...]
 

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.manifest import Port
 from ppcl_fx.export.names import engine_manifest_path
-from ppcl_fx.export.sidecar import Port
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import rebuild_command
 from ppcl_fx.export.tensorrt.profiles import Profile
@@ -33,7 +33,7 @@ class FileMark(_Strict):
     sha256: str
 
 
-class EngineCard(_Strict):
+class EngineManifest(_Strict):
     """The JSON beside an engine.
 
     Attributes:
@@ -104,7 +104,7 @@ class Hashes:
         return self._known[key]
 
 
-def read_card(engine: Path) -> EngineCard:
+def read_card(engine: Path) -> EngineManifest:
     """Return an engine's manifest.
 
     Raises:
@@ -118,11 +118,11 @@ def read_card(engine: Path) -> EngineCard:
             f"{card}: no such file, so nothing says what the engine is for; build it here: {rebuild_command(engine)}"
         )
     own_file(engine)
-    return read_json(own_file(card), EngineCard)
+    return read_json(own_file(card), EngineManifest)
 
 
 def check_card(
-    card: EngineCard, engine: Path, *, gpu: Gpu, tensorrt: str, hashes: Hashes | None = None, weights: bool = False
+    card: EngineManifest, engine: Path, *, gpu: Gpu, tensorrt: str, hashes: Hashes | None = None, weights: bool = False
 ) -> None:
     """Refuse an engine that does not belong here.
 
@@ -144,7 +144,7 @@ def check_card(
         raise PpclError(f"{engine}: {reason}; build it here: {rebuild_command(engine)}")
 
 
-def _misfit(card: EngineCard, engine: Path, gpu: Gpu, tensorrt: str) -> str | None:
+def _misfit(card: EngineManifest, engine: Path, gpu: Gpu, tensorrt: str) -> str | None:
     if engine.stat().st_size != card.engine.bytes:
         return f"has {engine.stat().st_size} bytes and {card.engine.bytes} are expected: truncated or replaced"
     if (card.gpu, card.capability) != (gpu.name, gpu.capability):
@@ -152,7 +152,7 @@ def _misfit(card: EngineCard, engine: Path, gpu: Gpu, tensorrt: str) -> str | No
     return None if card.tensorrt == tensorrt else f"built with TensorRT {card.tensorrt}, and this is {tensorrt}"
 
 
-def _changed(card: EngineCard, engine: Path, hashes: Hashes, weights: bool) -> str | None:
+def _changed(card: EngineManifest, engine: Path, hashes: Hashes, weights: bool) -> str | None:
     sources: Mapping[str, FileMark] = {card.onnx: card.graph, **card.weights}
     for name, mark in sources.items():
         path = inside(engine.parent, name)

@@ -17,7 +17,7 @@ from ppcl_fx.files import inside, own_file, read_json
 from ppcl_fx.plan import Plan
 
 if TYPE_CHECKING:
-    from ppcl_fx.export.sidecar import Port
+    from ppcl_fx.export.manifest import Port
 
 REQUEST = "build.json"
 SCRIPT = "build.sh"

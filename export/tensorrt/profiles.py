@@ -13,7 +13,7 @@ from ppcl_fx.config import Config, Flag
 from ppcl_fx.errors import PpclError, near
 
 if TYPE_CHECKING:
-    from ppcl_fx.export.sidecar import Port
+    from ppcl_fx.export.manifest import Port
 
 BATCH = "batch"
 Kind = Literal["min", "opt", "max"]

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.manifest import Port
 from ppcl_fx.export.names import TIMINGS
-from ppcl_fx.export.sidecar import Port
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import SCRIPT, Place, read_graph
 from ppcl_fx.export.tensorrt.profiles import KINDS, Profile, shapes_of

@@ -13,9 +13,10 @@ import torch
 import ppcl_fx
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import ExportConfig, Sidecar, export, one_graph
+from ppcl_fx.export import ExportConfig, Manifest, export, one_graph
+from ppcl_fx.export.metrics import difference
 from ppcl_fx.export.names import manifest_path
-from ppcl_fx.export.parity import difference, session
+from ppcl_fx.export.onnx_runner import session
 from ppcl_fx.files import read_json
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.plan import DepthEdit, Plan
@@ -95,7 +96,7 @@ def test_file_agrees_with_the_model_on_a_call_it_never_saw(exported: Any, qwen: 
 
 def test_sidecar_says_how_the_file_was_made(exported: Any, qwen: PluggableModel) -> None:
     for ratio in exported[0].ratios:
-        card = read_json(manifest_path(ratio.onnx), Sidecar)
+        card = read_json(manifest_path(ratio.onnx), Manifest)
         assert card.opset == 23
         assert card.params == ratio.params == qwen.param_count(ratio.students)
         # The text half of the last block has no effect on the picture, so it is not in the file.
@@ -112,7 +113,7 @@ def test_sidecar_says_how_the_file_was_made(exported: Any, qwen: PluggableModel)
 
 
 def test_smaller_ratio_has_fewer_weights(exported: Any) -> None:
-    cards = [read_json(manifest_path(ratio.onnx), Sidecar) for ratio in exported[0].ratios]
+    cards = [read_json(manifest_path(ratio.onnx), Manifest) for ratio in exported[0].ratios]
     assert cards[1].params_in_file < 0.8 * cards[0].params_in_file
     assert cards[0].weights == cards[1].weights
 

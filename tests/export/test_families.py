@@ -15,8 +15,9 @@ from torch.fx import GraphModule
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.export import ExportConfig, Translations, export_graph, lower
 from ppcl_fx.export.fusing import fused_operators, operators
+from ppcl_fx.export.metrics import difference
 from ppcl_fx.export.one_graph import Exported
-from ppcl_fx.export.parity import difference, run, session
+from ppcl_fx.export.onnx_runner import run, session
 from ppcl_fx.tracing import bind, trace
 from tests import models
 from tests.coverage import dual

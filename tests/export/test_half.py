@@ -20,8 +20,8 @@ from ppcl_fx.export.fusing import fused_operators
 from ppcl_fx.export.graph_run import run_graph
 from ppcl_fx.export.half import check_range, largest_values, widen
 from ppcl_fx.export.inputs import in_type
+from ppcl_fx.export.manifest import Manifest
 from ppcl_fx.export.onnx_file import floats_as
-from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.files import read_json
 from ppcl_fx.tracing import trace
 from tests import models
@@ -90,7 +90,7 @@ def test_file_is_compared_on_widened_types_to_the_accuracy_of_float32(written: t
     dtype, done = written
     assert 0 < done.parity_max_abs < 1e-5
     assert done.latency_ms is None and done.unchecked is None
-    card = read_json(done.onnx.with_suffix(".json"), Sidecar)
+    card = read_json(done.onnx.with_suffix(".json"), Manifest)
     assert card.dtype == str(dtype).removeprefix("torch.")
     assert card.half is not None and card.half.compared_in == "float32"
     assert 0 < card.half.rounding < {torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]

@@ -17,11 +17,11 @@ from ppcl_fx import EngineTransformer
 from ppcl_fx.calls import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.export import ExportConfig, SamplingRun, compare_artefacts, export, lower
+from ppcl_fx.export.manifest import Port
 from ppcl_fx.export.runtime import artefacts, sessions
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import choose
-from ppcl_fx.export.sidecar import Port
-from ppcl_fx.export.tensorrt import BuildOptions, EngineCard, Profile, Range
+from ppcl_fx.export.tensorrt import BuildOptions, EngineManifest, Profile, Range
 from ppcl_fx.export.tensorrt.manifest import FileMark
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.plan import DepthEdit, Plan
@@ -87,7 +87,7 @@ def answer(model: Any, kwargs: dict[str, Any]) -> torch.Tensor:
 
 def test_a_stock_pipeline_draws_the_same_pictures_at_every_ratio(made: Any, opened: Any) -> None:
     (pipeline, model, _), engine = made, opened
-    assert engine.keeps == KEEPS
+    assert engine.keeps == list(KEEPS)
     scores = []
     for keep in KEEPS:
         expected = draw(pipeline, model.plug(keep=keep))
@@ -130,7 +130,7 @@ def test_the_folder_as_it_is_deployed_is_compared(made: Any) -> None:
     calls = Calls([Call(a_call(batch=batch), ("a",) * batch, 1 / batch, batch, batch) for batch in (1, 2)])
     model.plug(students=model.edits[:1])
     found = compare_artefacts(folder, model, calls, backend="torch", device="cpu", tolerance=0.0)
-    assert list(found) == KEEPS and model.students == tuple(model.edits[:1])
+    assert list(found) == list(KEEPS) and model.students == tuple(model.edits[:1])
     assert {(one.compared, one.relative) for one in found.values()} == {(2, 0.0)}
     assert all(one.cosine == pytest.approx(1.0, abs=1e-15) for one in found.values())
     near = compare_artefacts(folder, model, calls, backend="onnxruntime", device="cpu", check_calls=1)
@@ -281,7 +281,7 @@ def test_a_ratio_with_an_engine(made: Any, tmp_path: Path) -> None:
     shutil.copytree(made[2], folder)
     manifest, mark = artefacts(folder)[0.7].manifest, FileMark(bytes=6, sha256="0" * 64)
     graph = FileMark(bytes=manifest.size, sha256=manifest.sha256)
-    card = EngineCard(
+    card = EngineManifest(
         file="keep-0.7.engine", engine=mark, onnx="keep-0.7.onnx", graph=graph, weights={}, dtype="bfloat16",
         keep=0.7, students=manifest.students, plan=manifest.plan, tensorrt="11.4.0", cuda="13.0", gpu="NVIDIA H100",
         capability="9.0",

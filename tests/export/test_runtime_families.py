@@ -18,7 +18,7 @@ from torch import nn
 
 from ppcl_fx import EngineTransformer
 from ppcl_fx.calls import Call, Calls
-from ppcl_fx.export import ExportConfig, Exported, SamplingRun, Sidecar, export
+from ppcl_fx.export import ExportConfig, Exported, Manifest, SamplingRun, export
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.files import read_json
 from ppcl_fx.passes.rewrite import rewrite
@@ -135,7 +135,7 @@ def test_its_own_pipeline_gives_the_same_latents(family: Family, build: Any, fir
 
 def check_gate(made: Exported, transformer_calls: int) -> None:
     """The export compared the recorded call and the run, and its manifest says so."""
-    gate = read_json(manifest_path(made.onnx), Sidecar).gate
+    gate = read_json(manifest_path(made.onnx), Manifest).gate
     assert gate is not None and gate == made.gate
     assert gate.not_checked == [] and made.unchecked is None
     assert gate.calls is not None and gate.sampling is not None

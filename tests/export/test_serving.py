@@ -10,7 +10,7 @@ from torch import nn
 
 from ppcl_fx.export.axes import Axis
 from ppcl_fx.export.onnx_file import Prepared, prepare
-from ppcl_fx.export.serving import _at, refused
+from ppcl_fx.export.sizes import _at, refused
 from ppcl_fx.tracing import trace
 
 Tiny = tuple[nn.Module, dict[str, Any]]

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.manifest import Manifest, Port, WeightFile
 from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.runtime import artefacts
 from ppcl_fx.export.runtime.sessions import Choice, Sessions, choose, device_of
-from ppcl_fx.export.sidecar import Port, Sidecar, WeightFile
 from ppcl_fx.export.tensorrt import build_engine
 from ppcl_fx.export.tensorrt.places import find_graphs, read_origin
 from ppcl_fx.files import sha256_of, write_json
@@ -37,7 +37,7 @@ def write_ratio(folder: Path, name: str = "keep-0.7", **fields: Any) -> Path:
         "outputs": [port], "positions": [], "parity": {}, "parity_max_abs": None, "unchecked": None, "tolerance": 1e-4,
         "latency_ms": None, "made": {},
     }  # fmt: skip
-    write_json(manifest_path(graph), Sidecar(**told | fields))
+    write_json(manifest_path(graph), Manifest(**told | fields))
     return graph
 
 

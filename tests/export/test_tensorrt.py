@@ -33,7 +33,7 @@ from ppcl_fx.export.tensorrt import (
     load_tensorrt,
     read_card,
 )
-from ppcl_fx.export.tensorrt.manifest import EngineCard
+from ppcl_fx.export.tensorrt.manifest import EngineManifest
 from ppcl_fx.export.tensorrt.monitor import Monitor
 from ppcl_fx.export.tensorrt.options import check_version
 from ppcl_fx.export.tensorrt.places import read_graph
@@ -83,7 +83,7 @@ def graph(tmp_path: Path) -> Path:
     return write_graph(tmp_path / "keep-0.7.onnx")
 
 
-def build(graph: Path, api: FakeApi, *, options: BuildOptions | None = None, **more: Any) -> EngineCard:
+def build(graph: Path, api: FakeApi, *, options: BuildOptions | None = None, **more: Any) -> EngineManifest:
     engine, cache = graph.with_suffix(".engine"), graph.parent / "t.cache"
     return build_engine(graph, engine, [PROFILE], options, api=api, gpu=GPU, cache=cache, **more)
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.manifest import Manifest
 from ppcl_fx.export.runtime.folder import Artefact
 from ppcl_fx.export.runtime.sessions import TENSORRT, Choice, Sessions
 from ppcl_fx.export.runtime.tensorrt_session import GRAPHS, TensorRTSession
-from ppcl_fx.export.sidecar import Sidecar
 from ppcl_fx.export.tensorrt import BuildOptions, Hashes, build_engine, loading
 from tests.export.fake_trt import GPU, FakeApi, Thing, working
 from tests.export.test_tensorrt import PROFILE, write_graph
@@ -172,7 +172,7 @@ def choice(tmp_path: Path) -> Choice:
     engine = graph.with_suffix(".engine")
     options = BuildOptions(stripped=True)
     card = build_engine(graph, engine, [PROFILE, PROFILE], options, api=working(), gpu=GPU)
-    manifest = Sidecar.model_construct(outputs=card.outputs, keep=0.7)
+    manifest = Manifest.model_construct(outputs=card.outputs, keep=0.7)
     return Choice(TENSORRT, Artefact(0.7, graph, manifest, engine, card), torch.device("cpu"))
 
 

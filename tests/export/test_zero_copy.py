@@ -16,11 +16,12 @@ from torch import nn
 
 import ppcl_fx
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import ExportConfig, Sidecar, check_artefacts, export, lower
+from ppcl_fx.export import ExportConfig, Manifest, check_artefacts, export, lower
 from ppcl_fx.export import weight_store as stores
-from ppcl_fx.export.artefacts import external_data
+from ppcl_fx.export.integrity import external_data
+from ppcl_fx.export.metrics import difference
 from ppcl_fx.export.names import manifest_path
-from ppcl_fx.export.parity import difference, run, session
+from ppcl_fx.export.onnx_runner import run, session
 from ppcl_fx.files import read_json
 from ppcl_fx.owned import ENGINES, foreign
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan
@@ -169,7 +170,7 @@ def test_other_dtype_is_converted_once(qwen: Path, tmp_path: Path) -> None:
     assert store.name == "bfloat16.safetensors" and "converted, once for all ratios" in notes[0]
     original, converted = load_file(qwen / "students.safetensors"), load_file(store)
     assert all(torch.equal(converted[name], tensor.bfloat16()) for name, tensor in original.items())
-    assert {read_json(manifest_path(r.onnx), Sidecar).dtype for r in made.ratios} == {"bfloat16"}
+    assert {read_json(manifest_path(r.onnx), Manifest).dtype for r in made.ratios} == {"bfloat16"}
     graph = onnx.load(str(made.ratios[0].onnx), load_external_data=False).graph
     kinds = {t.data_type for t in graph.initializer if t.external_data}
     assert kinds == {onnx.TensorProto.BFLOAT16}

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, JsonValue
 
-from ppcl_fx.export.agreement import Gate
+from ppcl_fx.export.metrics import Gate
 from ppcl_fx.files import Sealed
 from ppcl_fx.plan import Plan
 
@@ -26,7 +26,7 @@ class Port(_Strict):
 class WeightFile(_Strict):
     """A file that holds weights of a graph: its path within the graph's folder, its content, its size in bytes.
 
-    ``sample`` is what `ppcl_fx.export.samples.sample_of` said of it; older manifests have none.
+    ``sample`` is what `ppcl_fx.export.integrity.sample_of` said of it; older manifests have none.
     """
 
     file: str
@@ -49,7 +49,7 @@ class HalfPrecision(_Strict):
     largest_value: float | None
 
 
-class Sidecar(_Strict, Sealed):
+class Manifest(_Strict, Sealed):
     """The JSON beside an ONNX file: its manifest.
 
     Attributes:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import os
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.byte_ranges import byte_ranges
 from ppcl_fx.export.extras import need
+from ppcl_fx.export.manifest import Manifest, WeightFile
 from ppcl_fx.export.names import manifest_path
-from ppcl_fx.export.samples import sample_of
-from ppcl_fx.export.sidecar import Sidecar, WeightFile
 from ppcl_fx.files import inside, own_file, read_json, sha256_of
-from ppcl_fx.reading import read_bytes
+from ppcl_fx.reading import open_regular, read_bytes
 
 AGAIN = "export it again, or copy the whole folder again"
 GRAPH_BYTES = 2**31
@@ -22,7 +24,7 @@ GRAPH_BYTES = 2**31
 
 def check_artefacts(
     path: str | Path, *, hashes: bool = True, sha256: Callable[[Path], str] = sha256_of
-) -> list[Sidecar]:
+) -> list[Manifest]:
     """Check exported graphs and their weights against their manifests.
 
     Args:
@@ -45,8 +47,8 @@ def check_artefacts(
     return [_check(graph, hashes, once) for graph in graphs]
 
 
-def _check(graph: Path, hashes: bool, sha256: Callable[[Path], str]) -> Sidecar:
-    card = read_json(own_file(manifest_path(graph)), Sidecar)
+def _check(graph: Path, hashes: bool, sha256: Callable[[Path], str]) -> Manifest:
+    card = read_json(own_file(manifest_path(graph)), Manifest)
     if card.file != graph.name:
         raise PpclError(f"{manifest_path(graph)}: is about {card.file} and not about {graph.name}; {AGAIN}")
     if not graph.is_file():
@@ -125,12 +127,12 @@ def _place(graph: Path, tensor: Any) -> tuple[str, int, int]:
         raise PpclError(f"{graph}: does not say where the weight {tensor.name} lies; {AGAIN}") from None
 
 
-def cards_in(folder: Path) -> dict[str, Sidecar]:
+def cards_in(folder: Path) -> dict[str, Manifest]:
     """Return the manifests of a folder's graphs by their names; what is not ours, or older, is passed over."""
     found = {}
     for path in (manifest_path(graph) for graph in sorted(folder.glob("*.onnx"))):
         try:
-            found[path.name] = read_json(path, Sidecar)
+            found[path.name] = read_json(path, Manifest)
         except PpclError:
             continue
     return found
@@ -142,3 +144,45 @@ def used_by_others(folder: Path, name: str, apart: Collection[str]) -> str | Non
         if card not in apart and any(weight.file == name for weight in found.weights):
             return card
     return None
+
+
+SPOT = 256
+"""Bytes read at the beginning, in the middle and at the end of each tensor."""
+
+PIECES = 256
+"""Into how many pieces a file that does not name its tensors is cut."""
+
+
+def sample_of(path: Path) -> str:
+    """Return a digest of a file's size, of where its tensors lie, and of some bytes of each of them.
+
+    A step of training moves every value of a weight, so the digest is another one then. It does not see a single
+    changed byte: that takes a hash.
+
+    Raises:
+        PpclError: the file cannot be read, or is a safetensors file whose header is damaged.
+    """
+    try:
+        return _digest(path)
+    except OSError as error:
+        raise PpclError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions"
+        ) from error
+
+
+def _digest(path: Path) -> str:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+    if path.suffix == ".safetensors":
+        places = sorted((part.offset, part.length) for part in byte_ranges(path).values())
+    else:
+        step = max(1, -(-size // PIECES))
+        places = [(first, min(step, size - first)) for first in range(0, size, step)]
+    found = hashlib.sha256(f"{size} {places}".encode())
+    with open_regular(path) as file:
+        for first, length in places:
+            last = first + length
+            for at in sorted({first, first + length // 2, max(first, last - SPOT)}):
+                file.seek(at)
+                found.update(file.read(min(SPOT, last - at)))
+    return found.hexdigest()

@@ -97,6 +97,14 @@ def agreement(found: torch.Tensor, expected: torch.Tensor, name: str) -> Agreeme
     )
 
 
+def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """Return the largest absolute difference; infinity where the shapes differ or a value is not a number."""
+    if result.shape != expected.shape:
+        return float("inf")
+    largest = float((result.double() - expected.double()).abs().max())
+    return largest if largest == largest else float("inf")
+
+
 def worst(found: Sequence[Agreement]) -> Agreement:
     """Return the agreement over several results.
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 from ppcl_fx.dtypes import main_dtype
 from ppcl_fx.export.graph_run import run_graph
 from ppcl_fx.export.onnx_file import Prepared, floats_as
-from ppcl_fx.export.parity import run
+from ppcl_fx.export.onnx_runner import run
 from ppcl_fx.tracing import bind, with_rows
 
 Answer = Callable[[dict[str, Any]], torch.Tensor]

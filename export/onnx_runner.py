@@ -63,14 +63,6 @@ def run(running: Any, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
     return torch.from_numpy(outputs[0])
 
 
-def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest absolute difference; infinity where the shapes differ or a value is not a number."""
-    if result.shape != expected.shape:
-        return float("inf")
-    largest = float((result.double() - expected.double()).abs().max())
-    return largest if largest == largest else float("inf")
-
-
 def latency(running: Any, feeds: Mapping[str, torch.Tensor], runs: int = 10, warmup: int = 2) -> float:
     """Return the median time of one run in milliseconds.
 
