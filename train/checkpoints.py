@@ -71,7 +71,10 @@ class Identity(BaseModel):
 
 
 class State(BaseModel):
-    """The JSON half of a checkpoint: where the run stood and the curves up to there."""
+    """The JSON half of a checkpoint: where the run stood and the curves up to there.
+
+    `stage` counts the run's stages from 0, `step` the steps of that stage that are done.
+    """
 
     model_config = ConfigDict(extra="forbid")
     version: Literal[1] = 1
@@ -99,28 +102,23 @@ class Checkpoint:
 
 def save(
     folder: Path,
-    identity: Identity,
-    stage: int,
-    step: int,
-    curves: list[StageCurves],
+    state: State,
     tensors: Mapping[str, Tensor],
     *,
-    over: bool = False,
     put: Callable[[Path, Mapping[str, Tensor]], str] | None = None,
 ) -> Path:
     """Write a checkpoint into `folder`, drop all but the last `KEPT`, and return the new checkpoint's folder.
 
-    `stage` counts the run's stages from 0, `step` the steps of that stage that are done. Later checkpoints are
-    dropped too: the run went on from an earlier one because they were damaged. `put` writes the tensors into the
-    folder in another form and returns the name of the file that says how.
+    Later checkpoints are dropped too: the run went on from an earlier one because they were damaged. `put` writes the
+    tensors into the folder in another form and returns the name of the file that says how.
 
     Raises:
         PpclError: The place cannot be written; the checkpoints that were there still are.
     """
-    target = folder / f"{stage:02d}-{step:08d}"
+    target = folder / f"{state.stage:02d}-{state.step:08d}"
     with new_folder(target, replaces=owned.CHECKPOINT) as beside:
         written = (put or _put)(beside, tensors)
-        write_json(beside / STATE, State(identity=identity, stage=stage, step=step, over=over, curves=curves))
+        write_json(beside / STATE, state)
         write_text(beside / SUMS, "".join(f"{sha256_of(beside / name)}  {name}\n" for name in (written, STATE)))
     found = existing(folder)
     place = found.index(target) + 1
@@ -156,7 +154,9 @@ class CheckpointWriter:
         students = {f"students.{name}": value.detach() for name, value in self.students.items()}
         states = rng_state(self.device) if self.device is not None else {}
         everything = {**students, **tensors, **states}
-        self.save(self.folder, self.identity, len(self.curves) - 1, step, self.curves, everything, over=over)
+        stage = len(self.curves) - 1
+        state = State(identity=self.identity, stage=stage, step=step, over=over, curves=self.curves)
+        self.save(self.folder, state, everything)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Set the students and the curves to what the checkpoint holds."""

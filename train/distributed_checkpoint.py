@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,7 +28,7 @@ from torch.nn import Parameter
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, read_json, sha256_of, write_json
 from ppcl_fx.train import checkpoints
-from ppcl_fx.train.checkpoints import PIECES, Checkpoint
+from ppcl_fx.train.checkpoints import PIECES, Checkpoint, State
 from ppcl_fx.train.consensus import FAULT, heard
 from ppcl_fx.train.edit_parallel import EditParallel
 from ppcl_fx.train.optimizer import is_low
@@ -249,16 +249,7 @@ class DistributedCheckpoints:
         # A student that no rank trains now is the same on all; rank 0 writes it.
         self._written = {name for name, p in students.items() if owner.get(id(p), 0) == ranks.rank}
 
-    def save(
-        self,
-        folder: Path,
-        identity: Any,
-        number: int,
-        step: int,
-        curves: Any,
-        tensors: Mapping[str, Tensor],
-        **rest: Any,
-    ) -> None:
+    def save(self, folder: Path, state: State, tensors: Mapping[str, Tensor]) -> None:
         """Do what `checkpoints.save` does, all ranks together; rank 0 writes what is written once.
 
         Raises:
@@ -280,7 +271,7 @@ class DistributedCheckpoints:
             return PIECES
 
         try:
-            checkpoints.save(folder, identity, number, step, curves, tensors, put=put, **rest)
+            checkpoints.save(folder, state, tensors, put=put)
         except PpclError as error:
             if waiting:
                 self._ranks.words(f"{FAULT}{error}")

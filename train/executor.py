@@ -91,33 +91,26 @@ class Distiller(Saving):
         self._losses: dict[str, Tensor] = {}
         self.groups = edit_parameters(gm)
 
-    def step(self, kwargs: Mapping[str, Any], scale: float = 1.0) -> dict[str, Tensor]:
-        """Run the graph on a call's `kwargs` and add each edit's gradients, times `scale`, to its parameters'
-        `.grad`.
+    def step(self, batch: Mapping[str, Any] | Sequence[Any], scale: float = 1.0) -> dict[str, Tensor]:
+        """Run the graph on a call's arguments, or on its placeholders' values in order, and add each edit's gradients,
+        times `scale`, to its parameters' `.grad`.
 
         Returns:
             Edit id -> its loss, a detached float32 scalar on the model's device, not scaled.
         """
-        return self.step_on(inputs(self._gm, kwargs), scale)
-
-    def step_on(self, values: Sequence[Any], scale: float = 1.0) -> dict[str, Tensor]:
-        """Do what `step` does on the values of the graph's placeholders, in order."""
         self._live, self._scale = self._trained, scale
-        losses = self._run_losses(values)
+        losses = self._run_losses(batch)
         if self._joint:
             torch.autograd.backward(total_loss(losses.values()) * scale)
         return {edit: loss.detach() for edit, loss in losses.items()}
 
-    def evaluate(self, kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Return each edit's loss on a call's `kwargs`, without gradients."""
-        return self.evaluate_on(inputs(self._gm, kwargs))
-
-    def evaluate_on(self, values: Sequence[Any]) -> dict[str, Tensor]:
-        """Do what `evaluate` does on the values of the graph's placeholders, in order."""
+    def evaluate(self, batch: Mapping[str, Any] | Sequence[Any]) -> dict[str, Tensor]:
+        """Return each edit's loss on what `step` takes, without gradients."""
         self._live = set()
-        return self._run_losses(values)
+        return self._run_losses(batch)
 
-    def _run_losses(self, values: Sequence[Any]) -> dict[str, Tensor]:
+    def _run_losses(self, batch: Mapping[str, Any] | Sequence[Any]) -> dict[str, Tensor]:
+        values = inputs(self._gm, batch) if isinstance(batch, Mapping) else batch
         self._losses = {}
         with _restored_grad_mode(), casting(_device(self._gm), self._autocast):
             self.run(*values)

@@ -161,22 +161,37 @@ class MetricsLogger:
         self._samples = samples
         return self.clock() - self._began
 
-    def row(self, step: int, seconds: float, **facts: Any) -> None:
+    def row(
+        self,
+        step: int,
+        seconds: float,
+        *,
+        losses: dict[str, float],
+        lr: float,
+        norms: dict[str, float],
+        held_out: dict[str, float],
+        score: float | None,
+        stopped: dict[str, str],
+    ) -> None:
         """Tell of a step that is done, its evaluation included."""
         self._measure()
+        mean, flops = self._mean, self._flops
         row = Row(
             stage=self._stage,
             step=step,
             steps=self._total,
+            loss=sum(losses.values()),
+            losses=losses,
+            lr=lr,
+            norms=norms,
+            held_out=held_out,
+            score=score,
+            stopped=stopped,
             seconds=seconds,
-            loss=sum(facts["losses"].values()),
+            samples_per_second=None if mean is None else self._samples / mean,
+            flops_per_second=None if mean is None or not flops else flops * self._samples / mean,
             peak_bytes=peak_bytes(self._device),
-            left=None if self._mean is None else self._mean * (self._total - step),
-            samples_per_second=None if self._mean is None else self._samples / self._mean,
-            flops_per_second=(
-                None if self._mean is None or not self._flops else self._flops * self._samples / self._mean
-            ),
-            **facts,
+            left=None if mean is None else mean * (self._total - step),
         )
         if step % self._every == 0 or step == self._total or row.held_out or row.stopped:
             self._write(row)

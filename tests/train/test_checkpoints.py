@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train import checkpoints
-from ppcl_fx.train.checkpoints import Identity
+from ppcl_fx.train.checkpoints import Identity, State
 from ppcl_fx.train.curves import StageCurves
 from ppcl_fx.train.optimizer import make_optimizer
 
@@ -22,7 +22,7 @@ IDENTITY = Identity(plan="p", calls="c", options={"lr": 0.1, "steps": [10, 10]})
 def _save(folder: Path, stage: int, step: int, value: float | None = None) -> Path:
     curves = [StageCurves(name="depth", label="depth", steps=2, losses={"e": [0.1, 0.3]})]
     tensors = {"students.w": torch.full((3,), step if value is None else value)}
-    return checkpoints.save(folder, IDENTITY, stage, step, curves, tensors)
+    return checkpoints.save(folder, State(identity=IDENTITY, stage=stage, step=step, curves=curves), tensors)
 
 
 def test_the_last_two_are_kept_and_the_newest_is_read(tmp_path: Path) -> None:
@@ -117,7 +117,7 @@ def test_what_a_fallback_left_behind_goes_with_the_next_checkpoint(tmp_path: Pat
 def test_a_failing_write_leaves_nothing(tmp_path: Path) -> None:
     _save(tmp_path, 0, 1)
     with pytest.raises(AttributeError):
-        checkpoints.save(tmp_path, IDENTITY, 0, 2, [], {"w": "no tensor"})  # type: ignore[dict-item]
+        checkpoints.save(tmp_path, State(identity=IDENTITY, stage=0, step=2, curves=[]), {"w": "no tensor"})  # type: ignore[dict-item]
     assert [path.name for path in tmp_path.iterdir()] == ["00-00000001"]
 
 
@@ -144,7 +144,7 @@ def test_the_optimizer_goes_on_to_the_bit(tmp_path: Path) -> None:
     _train(optimizer, half, 3)
     state = checkpoints.optimizer_state(optimizer)
     assert sorted(state) == ["optimizer.0.exp_avg", "optimizer.0.exp_avg_sq", "optimizer.0.step"]
-    checkpoints.save(tmp_path, IDENTITY, 0, 3, [], {"w": half, **state})
+    checkpoints.save(tmp_path, State(identity=IDENTITY, stage=0, step=3, curves=[]), {"w": half, **state})
 
     found = checkpoints.latest(tmp_path, IDENTITY)
     assert found is not None

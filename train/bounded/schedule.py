@@ -1,6 +1,6 @@
 """The schedule: which students train at a time, and whether the teacher's values are cached or recomputed for them.
 
-`plan_schedule` is a pure function of costs and limits. It prices every way of doing the work and takes the fastest that
+`Pricing.plan` is a pure function of costs and limits. It prices every way of doing the work and takes the fastest that
 fits (of two that are about as fast the plainer one):
 
 - how many students are in memory at a time: as many as fit, or fewer, which leaves memory for the cache;
@@ -188,203 +188,178 @@ def kind(sweeps: Sequence[Sweep]) -> str:
     return "cached" if len(sweeps) == 1 else "cached in turns"
 
 
-def plan_schedule(
-    problems: Sequence[ProblemCost],
-    teacher: TeacherCost,
-    work: Work,
-    capacity: Capacity,
-    speeds: Speeds,
-    checkpoints: int,
-) -> Schedule:
-    """Choose the fastest way that fits the limits.
+@dataclass(frozen=True)
+class Pricing:
+    """Prices the ways of training a stage.
 
-    Args:
+    Attributes:
         problems: the students, in the order of the teacher's blocks.
         teacher: the teacher's costs.
         work: the steps and their calls.
         capacity: what may be used.
         speeds: how fast the machine is.
-        checkpoints: checkpoints of a student that lie on the disk at a time.
-
-    Raises:
-        PpclError: one student alone, or the teacher's heaviest block, needs more memory, or the disk is too small.
     """
-    _check_memory(problems, teacher, work, capacity.free)
-    # Each trained weight once as a finished student's file, once in the new students' file.
-    fixed = 2 * sum(problem.weights for problem in problems)
-    best: dict[str, tuple[tuple[Sweep, ...], Price, int]] = {}
-    least_disk = None
-    for sweeps in _candidates(problems, work, capacity.free):
-        price = _price(problems, teacher, work, speeds, capacity, sweeps)
-        if price is None:
-            continue
+
+    problems: Sequence[ProblemCost]
+    teacher: TeacherCost
+    work: Work
+    capacity: Capacity
+    speeds: Speeds
+
+    def plan(self, checkpoints: int) -> Schedule:
+        """Choose the fastest way that fits; of a student so many checkpoints lie on the disk at a time.
+
+        Raises:
+            PpclError: one student alone, or the teacher's heaviest block, needs more memory, or the disk is too small.
+        """
+        self._check_memory()
+        problems, limit = self.problems, self.capacity.disk
+        # Each trained weight once as a finished student's file, once in the new students' file.
+        fixed = 2 * sum(problem.weights for problem in problems)
+        best: dict[str, tuple[tuple[Sweep, ...], Price, int]] = {}
+        too_large: list[int] = []
+        for sweeps in self._candidates():
+            price = self._price(sweeps)
+            if price is None:
+                continue
+            training = max((sum(problems[n].saved for n in group) for s in sweeps for group in s.groups), default=0)
+            disk = fixed + checkpoints * training + price.cache_disk
+            name = kind(sweeps)
+            if disk > limit:
+                too_large.append(disk)
+            elif name not in best or price.seconds < CLEARLY * best[name][1].seconds:
+                best[name] = (sweeps, price, disk)
+        if not best:
+            raise PpclError(
+                f"--disk-limit {size_words(limit)}: too small for this training; give at least "
+                f"{size_words(min(too_large))}"
+            )
+        ways = [name for name in KINDS if name in best]
+        chosen = ways[0]
+        for name in ways[1:]:
+            if best[name][1].seconds < CLEARLY * best[chosen][1].seconds:
+                chosen = name
+        return Schedule(*best[chosen], tuple((name, best[name][1]) for name in ways if name != chosen))
+
+    def cache_room(self, sweep: Sweep) -> int:
+        """Return how many bytes of memory the cache may hold while a sweep is done."""
+        return max(0, min(self.capacity.cache_memory, self.capacity.free - max(self._phases(sweep))))
+
+    def _check_memory(self) -> None:
+        scale, teacher = self.work.largest(), self.teacher
+        need = max(problem.held + int(scale * problem.step) for problem in self.problems)
+        need = max(need, teacher.block + int(scale * max(teacher.states, default=0)))
+        if need > self.capacity.free:
+            raise PpclError(
+                f"--memory-limit: too small by {size_words(need - self.capacity.free)} for the largest student or "
+                "block; give that much more, or shorter calls"
+            )
+
+    def _candidates(self) -> Iterator[tuple[Sweep, ...]]:
+        """Every way of doing the work, those with more students at a time first."""
+        steps = len(self.work.order)
+        seen: set[tuple[tuple[int, ...], ...]] = set()
+        for at_once in range(len(self.problems), 0, -1):
+            groups = self._groups(at_once)
+            if groups in seen:
+                continue
+            seen.add(groups)
+            for together in range(len(groups), 0, -1):
+                parts = [groups[i : i + together] for i in range(0, len(groups), together)]
+                yield tuple(Sweep(part, ((0, steps),)) for part in parts)
+            count = 2
+            while count < 2 * steps:
+                # A part's students stay in memory to the end of the steps, so a sweep has one group here.
+                windows = _windows(steps, min(count, steps))
+                yield tuple(Sweep((group,), windows) for group in groups)
+                count *= 2
+
+    def _groups(self, at_once: int) -> tuple[tuple[int, ...], ...]:
+        """Fill groups with problems in order, as long as they fit into memory."""
+        groups: list[list[int]] = []
+        held = step = 0
+        for number, problem in enumerate(self.problems):
+            more = int(self.work.largest() * problem.step)
+            room = self.capacity.free - problem.held - max(step, more)
+            if groups and len(groups[-1]) < at_once and held <= room:
+                groups[-1].append(number)
+                held, step = held + problem.held, max(step, more)
+            else:
+                groups.append([number])
+                held, step = problem.held, more
+        return tuple(tuple(group) for group in groups)
+
+    def _price(self, sweeps: Sequence[Sweep]) -> Price | None:
+        """Return what a way costs; None where it does not fit into memory."""
+        prices: list[Price] = []
+        for sweep in sweeps:
+            one = self._sweep_price(sweep)
+            if one is None:
+                return None
+            prices.append(one)
+        return Price(
+            sum(one.seconds for one in prices),
+            sum(one.teacher_flops for one in prices),
+            sum(one.training_flops for one in prices),
+            sum(one.passes for one in prices),
+            max(one.memory for one in prices),
+            max(one.cache_memory for one in prices),
+            max(one.cache_disk for one in prices),
+        )
+
+    def _phases(self, sweep: Sweep) -> tuple[int, int]:
+        """Return the most bytes in memory while students train, and while the teacher runs, both without the cache."""
+        problems, largest = self.problems, self.work.largest()
         training = max(
-            (sum(problems[n].saved for n in group) for s in sweeps for group in s.groups), default=0
+            sum(problems[n].held for n in group) + int(largest * max(problems[n].step for n in group))
+            for group in sweep.groups
         )
-        disk = fixed + checkpoints * training + price.cache_disk
-        if disk > capacity.disk:
-            least_disk = disk if least_disk is None else min(least_disk, disk)
-            continue
-        name = kind(sweeps)
-        if name not in best or price.seconds < CLEARLY * best[name][1].seconds:
-            best[name] = (sweeps, price, disk)
-    if not best:
-        assert least_disk is not None
-        raise PpclError(
-            f"--disk-limit {size_words(capacity.disk)}: too small for this training; "
-            f"give at least {size_words(least_disk)}"
+        # With several parts the students stay in memory while the teacher runs.
+        beside = sum(problems[n].held for n in sweep.problems) if len(sweep.windows) > 1 else 0
+        return training, beside + self.teacher.block
+
+    def _sweep_price(self, sweep: Sweep) -> Price | None:
+        teacher, work, speeds = self.teacher, self.work, self.speeds
+        mine = [self.problems[number] for number in sweep.problems]
+        border = {name: size for problem in mine for name, size in problem.border.items()}
+        one_call = sum(border.values())
+        last = max(problem.last for problem in mine)
+        training, running = self._phases(sweep)
+        if max(training, running) > self.capacity.free:
+            return None
+        room = self.cache_room(sweep)
+        states = max(teacher.states[: last + 1], default=0)
+        flops, weights = sum(teacher.flops[: last + 1]), sum(teacher.weights[: last + 1])
+        seconds = teacher_flops = 0.0
+        most_memory = most_disk = 0
+        for start, stop in sweep.windows:
+            distinct = sum(work.scales[call] for call in work.calls(start, stop))
+            reads = work.trained(start, stop) + work.looked_at(start, stop)
+            cached = int(distinct * one_call)
+            held = min(cached, room)
+            spilled = max(0, int(distinct * states) - max(0, self.capacity.free - running - held))
+            share = (cached - held) / cached if cached else 0.0
+            teacher_flops += distinct * flops
+            seconds += distinct * flops / speeds.flops + weights / speeds.read
+            seconds += (last + 1) * spilled * (1 / speeds.write + 1 / speeds.read)
+            # Every group reads the values that its own students need, at each step and evaluation.
+            seconds += (cached - held) / speeds.write + reads * one_call * share / speeds.read
+            most_memory, most_disk = max(most_memory, held), max(most_disk, cached - held + spilled)
+        steps = len(work.order)
+        # An evaluation is a forward pass, a third of a step.
+        passes = work.trained(0, steps) + work.looked_at(0, steps) / 3
+        training_flops = passes * sum(problem.flops for problem in mine)
+        return Price(
+            seconds + training_flops / speeds.flops,
+            teacher_flops,
+            training_flops,
+            len(sweep.windows),
+            most_memory + max(training, running),
+            most_memory,
+            most_disk,
         )
-    ways = [name for name in KINDS if name in best]
-    chosen = ways[0]
-    for name in ways[1:]:
-        if best[name][1].seconds < CLEARLY * best[chosen][1].seconds:
-            chosen = name
-    others = tuple((name, best[name][1]) for name in ways if name != chosen)
-    return Schedule(*best[chosen], others)
-
-
-def _check_memory(problems: Sequence[ProblemCost], teacher: TeacherCost, work: Work, free: int) -> None:
-    scale = work.largest()
-    need = max(problem.held + int(scale * problem.step) for problem in problems)
-    need = max(need, teacher.block + int(scale * max(teacher.states, default=0)))
-    if need > free:
-        raise PpclError(
-            f"--memory-limit: too small by {size_words(need - free)} for the largest student or block; "
-            "give that much more, or shorter calls"
-        )
-
-
-def _candidates(problems: Sequence[ProblemCost], work: Work, free: int) -> Iterator[tuple[Sweep, ...]]:
-    """Every way of doing the work, those with more students at a time first."""
-    steps = len(work.order)
-    seen: set[tuple[tuple[int, ...], ...]] = set()
-    for at_once in range(len(problems), 0, -1):
-        groups = _groups(problems, work, free, at_once)
-        if groups in seen:
-            continue
-        seen.add(groups)
-        for together in range(len(groups), 0, -1):
-            parts = [groups[i : i + together] for i in range(0, len(groups), together)]
-            yield tuple(Sweep(part, ((0, steps),)) for part in parts)
-        count = 2
-        while count < 2 * steps:
-            # A part's students stay in memory to the end of the steps, so a sweep has one group here.
-            windows = _windows(steps, min(count, steps))
-            yield tuple(Sweep((group,), windows) for group in groups)
-            count *= 2
-
-
-def _groups(
-    problems: Sequence[ProblemCost], work: Work, free: int, at_once: int
-) -> tuple[tuple[int, ...], ...]:
-    """Fill groups with problems in order, as long as they fit into memory."""
-    groups: list[list[int]] = []
-    held = step = 0
-    for number, problem in enumerate(problems):
-        more = int(work.largest() * problem.step)
-        fits = groups and len(groups[-1]) < at_once and held + problem.held + max(step, more) <= free
-        if fits:
-            groups[-1].append(number)
-            held, step = held + problem.held, max(step, more)
-        else:
-            groups.append([number])
-            held, step = problem.held, more
-    return tuple(tuple(group) for group in groups)
 
 
 def _windows(steps: int, count: int) -> tuple[tuple[int, int], ...]:
     edges = [round(i * steps / count) for i in range(count + 1)]
     return tuple((a, b) for a, b in pairwise(edges) if a < b)
-
-
-def _price(
-    problems: Sequence[ProblemCost],
-    teacher: TeacherCost,
-    work: Work,
-    speeds: Speeds,
-    capacity: Capacity,
-    sweeps: Sequence[Sweep],
-) -> Price | None:
-    """Return what a way costs; None where it does not fit into memory."""
-    seconds = teacher_flops = training_flops = 0.0
-    passes = memory = in_memory = on_disk = 0
-    for sweep in sweeps:
-        one = _sweep_price(problems, teacher, work, speeds, capacity, sweep)
-        if one is None:
-            return None
-        seconds += one.seconds
-        teacher_flops += one.teacher_flops
-        training_flops += one.training_flops
-        passes += one.passes
-        memory = max(memory, one.memory)
-        in_memory = max(in_memory, one.cache_memory)
-        on_disk = max(on_disk, one.cache_disk)
-    return Price(seconds, teacher_flops, training_flops, passes, memory, in_memory, on_disk)
-
-
-def cache_room(
-    problems: Sequence[ProblemCost], teacher: TeacherCost, work: Work, capacity: Capacity, sweep: Sweep
-) -> int:
-    """Return how many bytes of memory the cache may hold while a sweep is done."""
-    return max(0, min(capacity.cache_memory, capacity.free - max(_phases(problems, teacher, work, sweep))))
-
-
-def _phases(
-    problems: Sequence[ProblemCost], teacher: TeacherCost, work: Work, sweep: Sweep
-) -> tuple[int, int]:
-    """Return the most bytes in memory while students train, and while the teacher runs, both without the cache."""
-    training = max(
-        sum(problems[n].held for n in group) + int(work.largest() * max(problems[n].step for n in group))
-        for group in sweep.groups
-    )
-    # With several parts the students stay in memory while the teacher runs.
-    beside = sum(problems[n].held for n in sweep.problems) if len(sweep.windows) > 1 else 0
-    return training, beside + teacher.block
-
-
-def _sweep_price(
-    problems: Sequence[ProblemCost],
-    teacher: TeacherCost,
-    work: Work,
-    speeds: Speeds,
-    capacity: Capacity,
-    sweep: Sweep,
-) -> Price | None:
-    mine = [problems[number] for number in sweep.problems]
-    border = {name: size for problem in mine for name, size in problem.border.items()}
-    one_call = sum(border.values())
-    last = max(problem.last for problem in mine)
-    training, running = _phases(problems, teacher, work, sweep)
-    if max(training, running) > capacity.free:
-        return None
-    room = min(capacity.cache_memory, capacity.free - max(training, running))
-    states = max(teacher.states[: last + 1], default=0)
-    flops, weights = sum(teacher.flops[: last + 1]), sum(teacher.weights[: last + 1])
-    seconds = teacher_flops = 0.0
-    most_memory = most_disk = 0
-    for start, stop in sweep.windows:
-        distinct = sum(work.scales[call] for call in work.calls(start, stop))
-        reads = work.trained(start, stop) + work.looked_at(start, stop)
-        cached = int(distinct * one_call)
-        held = min(cached, room)
-        spilled = max(0, int(distinct * states) - max(0, capacity.free - running - held))
-        share = (cached - held) / cached if cached else 0.0
-        teacher_flops += distinct * flops
-        seconds += distinct * flops / speeds.flops + weights / speeds.read
-        seconds += (last + 1) * spilled * (1 / speeds.write + 1 / speeds.read)
-        # Every group reads the values that its own students need, at each step and evaluation.
-        seconds += (cached - held) / speeds.write + reads * one_call * share / speeds.read
-        most_memory, most_disk = max(most_memory, held), max(most_disk, cached - held + spilled)
-    steps = len(work.order)
-    # An evaluation is a forward pass, a third of a step.
-    training_flops = (work.trained(0, steps) + work.looked_at(0, steps) / 3) * sum(problem.flops for problem in mine)
-    seconds += training_flops / speeds.flops
-    return Price(
-        seconds,
-        teacher_flops,
-        training_flops,
-        len(sweep.windows),
-        most_memory + max(training, running),
-        most_memory,
-        most_disk,
-    )

@@ -21,18 +21,10 @@ from ppcl_fx.passes.streaming.partition import cut
 from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.train import checkpoints
 from ppcl_fx.train.bounded.cache import Cache
-from ppcl_fx.train.bounded.costs import ProblemCost, Speeds, TeacherCost, problem_cost, teacher_cost
+from ppcl_fx.train.bounded.costs import Speeds, problem_cost, teacher_cost
 from ppcl_fx.train.bounded.folder import StudentFolder, load_finished, save_finished
 from ppcl_fx.train.bounded.problems import Problem, problems
-from ppcl_fx.train.bounded.schedule import (
-    Capacity,
-    Schedule,
-    StageSchedule,
-    Sweep,
-    Work,
-    cache_room,
-    plan_schedule,
-)
+from ppcl_fx.train.bounded.schedule import Capacity, Pricing, Schedule, StageSchedule, Sweep, Work
 from ppcl_fx.train.bounded.student import Student
 from ppcl_fx.train.bounded.teacher import Report, Route, Teacher, prepared, states_room
 from ppcl_fx.train.checkpoints import CheckpointWriter, Identity
@@ -116,8 +108,7 @@ class Stage:
         self._context, self._number, self._problems = context, number, found
         self._name, self._steps = context.options.stages[number], context.options.steps[number]
         self._finished: dict[int, StageCurves] = {}
-        self._costs: list[ProblemCost] = []
-        self._teacher: TeacherCost | None = None
+        self._pricing: Pricing | None = None
         options = context.options
         batches, count = context.batches(options.batch, context.used), options.accumulate
         self._batches = [batches.indices(position) for position in range(self._steps * count)]
@@ -148,14 +139,14 @@ class Stage:
         context, gm = self._context, self._context.opened.model.graph
         route = Route(gm, left)
         segments = cut(gm, skip=route.skip)
-        self._teacher = teacher_cost(gm, segments, route.skip, self._work.largest())
+        teacher = teacher_cost(gm, segments, route.skip, self._work.largest())
         checkpointing = context.options.checkpointing and self._name == "depth"
         kept = (context.options.optimizer, context.options.ema is not None)
-        self._costs = [problem_cost(problem, route.last(problem), checkpointing, *kept) for problem in left]
+        costs = tuple(problem_cost(problem, route.last(problem), checkpointing, *kept) for problem in left)
+        self._pricing = Pricing(costs, teacher, self._work, context.capacity, speeds)
         saved = 0 if context.options.every >= self._steps else checkpoints.KEPT + 1
-        schedule = plan_schedule(self._costs, self._teacher, self._work, context.capacity, speeds, saved)
         students = tuple(problem.edit for problem in left)
-        return StageSchedule(self._name, self._steps, students, schedule, tuple(self._costs), self._teacher)
+        return StageSchedule(self._name, self._steps, students, self._pricing.plan(saved), costs, teacher)
 
     def run(self, schedule: Schedule | None) -> None:
         """Train what is not finished, and lay the results over the saved students.
@@ -189,10 +180,10 @@ class Stage:
         )
 
     def _sweep(self, sweep: Sweep, mine: Sequence[Problem], number: int, left: Sequence[Problem]) -> None:
-        assert self._teacher is not None
+        assert self._pricing is not None
         context, opened = self._context, self._context.opened
-        route, block = Route(opened.model.graph, mine), self._teacher.block
-        room = cache_room(self._costs, self._teacher, self._work, context.capacity, sweep)
+        route, block = Route(opened.model.graph, mine), self._pricing.teacher.block
+        room = self._pricing.cache_room(sweep)
         cache = Cache(
             context.work / "cache",
             route.key(self._name, context.identity.plan, context.identity.calls),

@@ -58,11 +58,11 @@ class Student(Stage):
         self, border: Sequence[Any], *, target: Tensor | None = None, scale: float = 1.0
     ) -> dict[str, Tensor]:
         """See `Stage`; the students' targets are among the border's values."""
-        return self._distiller.step_on(border, scale)
+        return self._distiller.step(border, scale)
 
     def evaluate(self, border: Sequence[Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
         """See `Stage`."""
-        return self._distiller.evaluate_on(border)
+        return self._distiller.evaluate(border)
 
     def release(self) -> None:
         """Put the weightless parameters back.

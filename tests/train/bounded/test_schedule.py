@@ -9,7 +9,7 @@ import pytest
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train.bounded.costs import ProblemCost, Speeds, TeacherCost, moment_bytes
-from ppcl_fx.train.bounded.schedule import CLEARLY, MARGIN, Capacity, Schedule, Work, plan_schedule
+from ppcl_fx.train.bounded.schedule import CLEARLY, MARGIN, Capacity, Pricing, Schedule, Work
 
 MIB = 2**20
 BLOCKS = 12
@@ -36,8 +36,8 @@ def planned(memory: int, disk: int, speeds: Speeds = EVEN, **more: Any) -> Sched
     order = [(step % given["calls"],) for step in range(given["steps"])]
     work = Work(order, [1.0] * given["calls"])
     students = [student(number) for number in range(4)]
-    return plan_schedule(
-        students, TEACHER, work, Capacity(memory + MARGIN, disk), speeds, given["checkpoints"]
+    return Pricing(students, TEACHER, work, Capacity(memory + MARGIN, disk), speeds).plan(
+        given["checkpoints"]
     )
 
 
@@ -89,7 +89,7 @@ def test_the_caches_memory_can_be_bounded_by_itself() -> None:
     students = [student(number) for number in range(4)]
     work = Work([(0,), (1,)], [1.0, 1.0])
     limits = Capacity(1000 * MIB + MARGIN, 1000 * MIB, cache_memory=5 * MIB)
-    price = plan_schedule(students, TEACHER, work, limits, EVEN, 0).price
+    price = Pricing(students, TEACHER, work, limits, EVEN).plan(0).price
     assert price.cache_memory == 5 * MIB
     assert price.cache_disk == 2 * (15 * MIB + 4096) - 5 * MIB
 
@@ -112,7 +112,7 @@ def test_call_sizes_count() -> None:
     even = Work([(0,), (1,)], [1.0, 1.0])
     uneven = Work([(0,), (1,)], [1.0, 3.0])
     limits = Capacity(1000 * MIB + MARGIN, 1000 * MIB)
-    prices = [plan_schedule([student(0)], TEACHER, work, limits, EVEN, 0).price for work in (even, uneven)]
+    prices = [Pricing([student(0)], TEACHER, work, limits, EVEN).plan(0).price for work in (even, uneven)]
     assert prices[1].training_flops == 2 * prices[0].training_flops
     assert prices[1].cache_memory == 2 * prices[0].cache_memory
 
@@ -124,7 +124,7 @@ def test_held_out_calls_are_cached_and_their_evaluations_priced() -> None:
     assert work.calls(0, 2) == [0, 1]
     assert work.calls(13, 15) == [5, 6, 8, 9]
     students = [student(number) for number in range(4)]
-    price = plan_schedule(students, TEACHER, work, Capacity(1000 * MIB + MARGIN, 1000 * MIB), EVEN, 0).price
+    price = Pricing(students, TEACHER, work, Capacity(1000 * MIB + MARGIN, 1000 * MIB), EVEN).plan(0).price
     assert price.cache_memory == 10 * (15 * MIB + 4096)
     assert price.teacher_flops == 10 * BLOCKS * 1e9
     # A forward pass is a third of a step: two evaluations on two calls.
