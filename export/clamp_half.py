@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.liveness import owner
+from ppcl_fx.passes.dead_code import owner
 
 END = float(torch.finfo(torch.float16).max)
 """The largest value of float16, 65504."""
 
 
 @dataclass(frozen=True)
-class ClampHalf(Pass):
+class ClampHalf(Pass, name="clamp-half", kind="rewrite", numerics="approximate"):
     """Clamp each float16 tensor that leaves a block to ±65504.
 
     Finite values stay as they are, to the bit; an infinity becomes the largest number, and so no NaN comes of it in the
     next norm. That this never happens on recorded calls is shown elsewhere (`ppcl_fx.export.half.check_range`).
     """
-
-    name: ClassVar[str] = "clamp-half"
-    numerics: ClassVar[Literal["exact", "approximate"]] = "approximate"
 
     def apply(self, gm: GraphModule) -> Result:
         found = [node for node in gm.graph.nodes if _leaves_block(node) and not _clamps(node)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -21,7 +21,7 @@ Emit = Callable[..., Node]
 
 
 @dataclass(frozen=True)
-class ComplexToReal(Pass):
+class ComplexToReal(Pass, name="complex-to-real", kind="rewrite", numerics="exact"):
     """Rewrite complex values as real ones ``[..., 2]``, real part first.
 
     A product is ``(ac - bd, ad + bc)`` of the parts, as PyTorch's own vectorised kernel computes it: equal to the
@@ -31,13 +31,12 @@ class ComplexToReal(Pass):
     A complex operation the pass does not know refuses the whole graph, which then stays as it was.
     """
 
-    name: ClassVar[str] = "complex-to-real"
-
     def apply(self, gm: GraphModule) -> Result:
         found = complex_nodes(gm)
         users = {user for node in found for user in node.users}
         todo = [n for n in gm.graph.nodes if (n in found or n in users) and not is_guard(n)]
-        unknown = [n for n in todo if operation(n) not in RULES and n.op != "get_attr"]
+        # A tuple of complex numbers has no real form: `TuplesApart` and `PositionsAsInputs` come first.
+        unknown = [n for n in todo if n.op != "get_attr" and (operation(n) not in RULES or _from_tuple(n, found))]
         if unknown:
             names = sorted({operation(n) for n in unknown})
             reason = f"no real form is known for {', '.join(names)} of complex numbers"
@@ -81,6 +80,12 @@ def complex_nodes(gm: GraphModule) -> set[Node]:
             if makes or keeps:
                 found.add(node)
     return found
+
+
+def _from_tuple(node: Node, found: set[Node]) -> bool:
+    """Tell whether a complex value comes out of a tuple that a module gives."""
+    source = node.args[0] if operation(node) == "getitem" else None
+    return node in found and isinstance(source, Node) and source.op == "call_module"
 
 
 def _rewrite(gm: GraphModule, node: Node, found: set[Node], real: dict[Node, Node]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch.fx import GraphModule
 
@@ -12,10 +11,8 @@ from ppcl_fx.tracing.guards import guards
 
 
 @dataclass(frozen=True)
-class DropGuards(Pass):
+class DropGuards(Pass, name="drop-guards", kind="rewrite", numerics="exact"):
     """Erase every guard. What they protect must be checked otherwise: export runs the file on other shapes."""
-
-    name: ClassVar[str] = "drop-guards"
 
     def apply(self, gm: GraphModule) -> Result:
         found = guards(gm)

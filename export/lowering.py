@@ -6,42 +6,32 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.clamp_half import ClampHalf
 from ppcl_fx.export.complex_to_real import ComplexToReal
 from ppcl_fx.export.drop_guards import DropGuards
 from ppcl_fx.export.positions import PositionsAsInputs, tables
-from ppcl_fx.export.tuples_apart import TuplesApart, holds_tensors
+from ppcl_fx.export.tuples_apart import TuplesApart
 from ppcl_fx.graphs import draft
-from ppcl_fx.passes.contract import Pass, run
+from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.dead_code import DeadCode
 from ppcl_fx.passes.expand import Expand
 
-
-def works_with_complex(gm: GraphModule, node: Node) -> bool:
-    """Tell whether a module takes or returns complex tensors, so that its inside must be seen."""
-    return any(_complex(value) for value in (node.meta.get("val"), *(n.meta.get("val") for n in node.all_input_nodes)))
-
-
-def _complex(value: Any) -> bool:
-    if holds_tensors(value):
-        return any(_complex(item) for item in value)
-    return isinstance(value, torch.Tensor) and value.is_complex()
-
-
-PASSES: tuple[Pass, ...] = (
-    TuplesApart(),
-    PositionsAsInputs(),
-    DropGuards(),
-    Expand(works_with_complex),
-    DropGuards(),
-    TuplesApart(),
-    DeadCode(sinks=False),
-    ComplexToReal(),
-    DeadCode(sinks=False),
-    ClampHalf(),
+LOWERING = Pipeline(
+    (
+        TuplesApart(),
+        PositionsAsInputs(),
+        DropGuards(),
+        Expand("complex"),
+        DropGuards(),
+        TuplesApart(),
+        DeadCode(sinks=False),
+        ComplexToReal(),
+        DeadCode(sinks=False),
+        ClampHalf(),
+    )
 )
 """What `lower` runs, in order. Every pass is exact; the last one is so for what float16 holds."""
 
@@ -73,7 +63,7 @@ def lower(gm: GraphModule) -> Lowered:
     Raises:
         PpclError: the graph holds something that cannot leave PyTorch; the message names the nodes.
     """
-    result = run(PASSES, draft(gm))
+    result = LOWERING(draft(gm))
     if result.refused:
         first = result.refused[0]
         raise PpclError(

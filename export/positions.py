@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.graph import _PyTreeCodeGen
 
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.export.graph_run import buffers_on_meta, on_meta
 from ppcl_fx.graphs import ancestors
 from ppcl_fx.passes.contract import Pass, Refused, Result
@@ -21,7 +22,7 @@ _LOOKS = ("shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda",
 
 
 @dataclass(frozen=True)
-class PositionsAsInputs(Pass):
+class PositionsAsInputs(Pass, name="positions-as-inputs", kind="rewrite", numerics="exact"):
     """Give what follows from Python arguments and sizes alone a place among the inputs.
 
     A node belongs to the positions when it depends on an argument that is no tensor (``img_shapes``), perhaps on
@@ -31,7 +32,9 @@ class PositionsAsInputs(Pass):
     A graph whose arguments are all tensors stays as it is: its positions are inputs already.
     """
 
-    name: ClassVar[str] = "positions-as-inputs"
+    def requires(self, gm: GraphModule) -> None:
+        if isinstance(gm.graph._codegen, _PyTreeCodeGen):
+            raise Refusal(f"{self.name}: a graph of torch.export keeps its inputs; trace the model instead")
 
     def apply(self, gm: GraphModule) -> Result:
         inside = position_nodes(gm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -14,13 +14,11 @@ from ppcl_fx.passes.expand import map_arg_to
 
 
 @dataclass(frozen=True)
-class TuplesApart(Pass):
+class TuplesApart(Pass, name="tuples-apart", kind="rewrite", numerics="exact"):
     """Right behind a node whose value is a tuple of tensors put one ``getitem`` for each item, and use only those.
 
     Afterwards a graph can be cut anywhere and each value that crosses the cut is one tensor.
     """
-
-    name: ClassVar[str] = "tuples-apart"
 
     def apply(self, gm: GraphModule) -> Result:
         modified = False

@@ -173,7 +173,7 @@ def conclude(calibration: Calibration, calls: Calls, stream: str) -> Redundancy:
             TextSimilarity(calibration),
             FfnFits(calibration),
         ]
-        contract.run(passes, gm)
+        contract.Pipeline(passes)(gm)
     found = stacks(gm)
     savings = block_savings(gm, found)
     return Redundancy(

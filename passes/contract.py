@@ -1,23 +1,36 @@
-"""The contract of a pass, and the runner.
+"""The contract of a pass: what it declares, how it is run, and the pipeline of several.
 
-A pass is a frozen dataclass: its fields are its options. ``pass_(gm)`` edits `gm` in place and returns a `Result`
-with ``graph_module`` and ``modified``, the convention of PyTorch's own `PassManager`.
+A pass is a frozen dataclass: its fields are its options. ``pass_(gm)`` edits `gm` in place and returns a `Result`,
+which is PyTorch's own `PassResult`, so that any pass manager of that convention runs it as it is.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
+import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
+from torch import nn
 from torch.fx import GraphModule
+from torch.fx.passes.infra.pass_base import PassResult
 
 from ppcl_fx._version import __version__
 
 log = logging.getLogger("ppcl_fx.passes")
+
+Kind = Literal["analysis", "rewrite"]
+Numerics = Literal["exact", "approximate"]
+
+REGISTRY: dict[str, type[Pass]] = {}
+"""Every pass class by its name; a class enters it when it is created (see `ppcl_fx.passes.registry`)."""
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+_BARE = re.compile(r"[\w.:+-]+")
 
 
 @dataclass(frozen=True)
@@ -29,36 +42,72 @@ class Refused:
     nodes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a pass did.
+class Result(PassResult):
+    """What a pass did: PyTorch's `PassResult` with two attributes more.
 
     Attributes:
         graph_module: the graph module, edited in place.
-        modified: whether anything changed; verified by the runner in debug mode.
+        modified: whether anything changed; verified by a `Pipeline` in debug mode.
         refused: the edits that were not made.
         names: old state-dict name -> new name, for the names that changed or were copied.
     """
 
-    graph_module: GraphModule
-    modified: bool
-    refused: tuple[Refused, ...] = ()
-    names: Mapping[str, str] = field(default_factory=dict)
+    refused: tuple[Refused, ...]
+    names: Mapping[str, str]
+
+    def __new__(
+        cls,
+        graph_module: nn.Module,
+        modified: bool,
+        refused: Iterable[Refused] = (),
+        names: Mapping[str, str] | None = None,
+    ) -> Result:
+        made = super().__new__(cls, graph_module, modified)
+        assert isinstance(made, Result)
+        made.refused, made.names = tuple(refused), dict(names or {})
+        return made
 
 
 @dataclass(frozen=True)
 class Pass:
-    """Base of every pass. Subclasses are frozen dataclasses and write `apply`.
+    """Base of every pass. Subclasses are frozen dataclasses, declare three things, and write `apply`::
+
+        @dataclass(frozen=True)
+        class DropGuards(Pass, name="drop-guards", kind="rewrite", numerics="exact"):
 
     Attributes:
-        name: kebab case.
+        name: kebab case, one pass a name.
+        kind: an ``analysis`` only annotates ``node.meta["ppcl"]``; a ``rewrite`` only edits.
         numerics: ``exact`` passes leave every output as it was, to the bit.
-        kind: ``analysis`` passes only annotate ``node.meta["ppcl"]``; ``rewrite`` passes only edit.
     """
 
-    name: ClassVar[str] = ""
-    numerics: ClassVar[Literal["exact", "approximate"]] = "exact"
-    kind: ClassVar[Literal["analysis", "rewrite"]] = "rewrite"
+    name: ClassVar[str]
+    kind: ClassVar[Kind]
+    numerics: ClassVar[Numerics]
+
+    def __init_subclass__(cls, *, name: str, kind: Kind, numerics: Numerics) -> None:
+        super().__init_subclass__()
+        if not _NAME.fullmatch(name):
+            raise TypeError(f"{cls.__qualname__}: a pass's name is in kebab case, not {name!r}")
+        for said, known in ((kind, get_args(Kind)), (numerics, get_args(Numerics))):
+            if said not in known:
+                raise TypeError(f"{cls.__qualname__}: {said!r} is none of {', '.join(known)}")
+        other = REGISTRY.get(name)
+        if other is not None and (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"{cls.__qualname__}: {other.__module__}.{other.__qualname__} is called {name!r} already")
+        cls.name, cls.kind, cls.numerics = name, kind, numerics
+        REGISTRY[name] = cls
+
+    @property
+    def __name__(self) -> str:
+        """The pass's name, which the pass managers of other compilers ask for."""
+        return self.name
+
+    def __str__(self) -> str:
+        """The pass as `ppcl_fx.passes.registry.parse` reads it, ``cut-depth{stack=blocks,first=3,last=5}``."""
+        own = [f for f in dataclasses.fields(self) if f.init]
+        shown = [f"{f.name}={_text(getattr(self, f.name))}" for f in own if getattr(self, f.name) != _default(f)]
+        return f"{self.name}{{{','.join(shown)}}}" if shown else self.name
 
     def requires(self, gm: GraphModule) -> None:
         """Raise `PpclError` when the pass cannot run on this graph at all."""
@@ -72,13 +121,77 @@ class Pass:
 
     def __call__(self, gm: GraphModule) -> Result:
         """Run the pass on a graph module, in place."""
-        self.requires(gm)
-        result = self.apply(gm)
+        result = self._step(gm)
         if result.modified:
             result.graph_module.graph.lint()
             result.graph_module.recompile()
-        self.ensures(result)
         return result
+
+    def _step(self, gm: GraphModule) -> Result:
+        """Run the pass and stamp what it changed: ``gm.meta["ppcl"]["passes"]`` and ``["names"]``."""
+        started = time.perf_counter()
+        self.requires(gm)
+        result = self.apply(gm)
+        self.ensures(result)
+        log.debug("%s: %.1f ms, modified=%s", self, 1e3 * (time.perf_counter() - started), result.modified)
+        if result.modified:
+            self._stamp(result)
+        return result
+
+    def _stamp(self, result: Result) -> None:
+        info = result.graph_module.meta["ppcl"] = dict(result.graph_module.meta.get("ppcl", {}))
+        record = {"name": self.name, "options": options(self), "version": __version__}
+        info["passes"] = [*info.get("passes", []), record]
+        info["names"] = {**info.get("names", {}), **result.names}
+        info.pop("kinds", None)  # the graphs for other kinds of call were not changed
+
+
+@dataclass(frozen=True)
+class Pipeline(Pass, name="pipeline", kind="rewrite", numerics="approximate"):
+    """Run passes one after the other, as one pass.
+
+    It is an analysis when all of them are, and exact when all of them are. The graph is linted once, at the end.
+
+    Attributes:
+        passes: the passes, in order.
+        debug: hold each pass to what it declares and says: lint after each one, and raise where ``modified`` is not
+            the truth or an analysis edits.
+
+    Raises:
+        RuntimeError: in debug mode, a pass that lies.
+    """
+
+    passes: Iterable[Pass]
+    debug: bool = False
+
+    def __post_init__(self) -> None:
+        members = tuple(self.passes)
+        kind = "analysis" if all(member.kind == "analysis" for member in members) else "rewrite"
+        numerics = "exact" if all(member.numerics == "exact" for member in members) else "approximate"
+        for attribute, value in (("passes", members), ("kind", kind), ("numerics", numerics)):
+            object.__setattr__(self, attribute, value)
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.passes))
+
+    def apply(self, gm: GraphModule) -> Result:
+        refused: list[Refused] = []
+        names: dict[str, str] = {}
+        modified = False
+        for member in self.passes:
+            before = _state(gm) if self.debug else {}
+            result = member._step(gm)
+            gm = result.graph_module
+            if self.debug:
+                _hold(member, result.modified, before, _state(gm))
+                gm.graph.lint()
+            modified |= result.modified
+            refused += result.refused
+            names |= result.names
+        return Result(gm, modified, refused, names)
+
+    def _stamp(self, result: Result) -> None:
+        """Stamp nothing: each member did."""
 
 
 def options(pass_: Pass) -> dict[str, Any]:
@@ -86,43 +199,79 @@ def options(pass_: Pass) -> dict[str, Any]:
     return {f.name: getattr(pass_, f.name) for f in dataclasses.fields(pass_) if f.init}
 
 
-def run(passes: Iterable[Pass], gm: GraphModule, *, debug: bool = False) -> Result:
-    """Run passes one after the other and record them on the graph module.
+def as_lowering(pass_: Pass) -> Callable[..., GraphModule]:
+    """Return a pass as a function of a graph module and settings, as Torch-TensorRT's lowering passes are."""
 
-    Each pass that changed something leaves ``{name, options, version}`` in ``gm.meta["ppcl"]["passes"]``.
+    def lowering(gm: GraphModule, settings: object = None) -> GraphModule:
+        made = pass_(gm).graph_module
+        assert isinstance(made, GraphModule)
+        return made
 
-    Args:
-        passes: the passes, in order.
-        gm: the graph module; edited in place.
-        debug: compare the graph's text before and after, and raise where ``modified`` is not the truth.
-
-    Raises:
-        RuntimeError: in debug mode, a pass whose ``modified`` is wrong.
-    """
-    refused: list[Refused] = []
-    names: dict[str, str] = {}
-    modified = False
-    for pass_ in passes:
-        before = _text(gm) if debug else ""
-        started = time.perf_counter()
-        result = pass_(gm)
-        log.debug("%s: %.1f ms, modified=%s", pass_.name, 1e3 * (time.perf_counter() - started), result.modified)
-        gm = result.graph_module
-        if debug and (before != _text(gm)) != result.modified:
-            raise RuntimeError(
-                f"the pass {pass_.name} says modified={result.modified}, but its graph "
-                f"{'changed' if before != _text(gm) else 'did not change'}; return the truth in Result.modified"
-            )
-        modified |= result.modified
-        refused += result.refused
-        names |= result.names
-        if result.modified:
-            info = gm.meta.setdefault("ppcl", {})
-            record = {"name": pass_.name, "options": options(pass_), "version": __version__}
-            info["passes"] = [*info.get("passes", []), record]
-            info.pop("kinds", None)  # the graphs for other kinds of call were not changed
-    return Result(gm, modified, tuple(refused), names)
+    lowering.__name__ = pass_.__name__.replace("-", "_")
+    return lowering
 
 
-def _text(gm: GraphModule) -> str:
-    return "\n".join(node.format_node() or str(node) for node in gm.graph.nodes)
+def _default(option: dataclasses.Field[Any]) -> Any:
+    made = option.default_factory
+    return option.default if made is dataclasses.MISSING else made()
+
+
+def _text(value: Any) -> str:
+    """Write one option's value."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, frozenset | tuple):
+        value = "+".join(sorted(map(str, value)) if isinstance(value, frozenset) else map(str, value))
+    text = str(value)
+    return text if _BARE.fullmatch(text) else json.dumps(text)
+
+
+# ---- debug mode --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    """An object by identity; it is held, so that no other object gets its id."""
+
+    value: object = field(repr=False)
+    state: object = None
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held) and self.value is other.value and self.state == other.state
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _state(gm: GraphModule) -> dict[str, list[Any]]:
+    """Return all of a graph module that a pass may change, comparable with ``==``."""
+    tensors = (*gm.named_parameters(), *gm.named_buffers())
+    return {
+        "graph": [(n, n.name, n.op, n.target, n.args, n.kwargs) for n in gm.graph.nodes],
+        "modules": [
+            (name, _Held(module, (type(module), module.extra_repr(), module.training)))
+            for name, module in gm.named_modules()
+            if module is not gm
+        ],
+        "weights": [
+            (name, _Held(tensor, (None if tensor.is_inference() else tensor._version, tensor.requires_grad)))
+            for name, tensor in tensors
+        ],
+        "node metas": [
+            {key: _Held(value) for key, value in node.meta.items() if key != "ppcl"} for node in gm.graph.nodes
+        ],
+    }
+
+
+def _hold(pass_: Pass, modified: bool, before: Mapping[str, list[Any]], after: Mapping[str, list[Any]]) -> None:
+    changed = [part for part in before if before[part] != after[part]]
+    if pass_.kind == "analysis" and changed:
+        raise RuntimeError(
+            f"the pass {pass_.name} is an analysis, but it changed the {changed[0]}; "
+            'write on node.meta["ppcl"] alone, or make it a rewrite'
+        )
+    truth = any(part != "node metas" for part in changed)
+    if truth != modified:
+        what = f"{changed[0]} changed" if truth else "graph did not change, nor did a module or a weight"
+        raise RuntimeError(
+            f"the pass {pass_.name} says modified={modified}, but its {what}; return the truth in Result.modified"
+        )

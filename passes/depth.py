@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from ppcl_fx.errors import Refusal, near
 from ppcl_fx.graphs import module_paths
+from ppcl_fx.passes.context import Context
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.dead_code import DeadCode
-from ppcl_fx.passes.liveness import SINK, mark
-from ppcl_fx.passes.regions import copy_nodes
-from ppcl_fx.passes.residuals import between, with_residuals
-from ppcl_fx.passes.switches import insert_switch, switches
+from ppcl_fx.passes.dead_code import SINK, DeadCode, mark
+from ppcl_fx.passes.residuals import residuals, with_residuals
+from ppcl_fx.passes.switches import SWITCH, insert_switch, switches
 from ppcl_fx.plan import DepthEdit
-from ppcl_fx.stacks import Block, Stack, block_outputs, block_regions, stacks
+from ppcl_fx.stacks import Block, Stack, block_outputs, block_regions
+from ppcl_fx.tracing.guards import is_guard
 
 
 def student_path(edit: DepthEdit) -> str:
@@ -50,7 +52,7 @@ def interval(found: list[Stack], stack: str, first: int, last: int) -> tuple[Sta
 
 
 @dataclass(frozen=True)
-class Depth(Pass):
+class Depth(Pass, name="depth", kind="rewrite", numerics="exact"):
     """Put a switchable student beside the blocks ``first`` to ``last`` of a block list.
 
     The student is a copy of block ``first``, fed by that block's own inputs; the users of block ``last`` read its
@@ -58,7 +60,6 @@ class Depth(Pass):
     the student. Nothing is removed: `Plug` chooses. Idempotent.
     """
 
-    name: ClassVar[str] = "depth"
     stack: str
     first: int
     last: int
@@ -72,16 +73,15 @@ class Depth(Pass):
     def apply(self, gm: GraphModule) -> Result:
         if switches(gm, self.edit.id):
             return Result(gm, False)
-        home, begin, end = interval(stacks(gm), self.stack, self.first, self.last)
-        return self.insert(gm, home, begin, end)
-
-    def insert(self, gm: GraphModule, home: Stack, begin: Block, end: Block) -> Result:
-        """Do the edit for blocks that are known already (see `interval`)."""
-        mark(gm)
+        context = Context.of(gm)
+        home, begin, end = interval(context.stacks, self.stack, self.first, self.last)
+        self._check_free(gm, context)
+        context.begin()
         path = student_path(self.edit)
-        added = between([b for b in home.blocks if self.first <= b.index <= self.last])
+        run = [b for b in home.blocks if self.first <= b.index <= self.last]
+        added = {stream: residuals(run, stream) for stream in end.outputs}
         copies = copy_nodes(begin.nodes, end.nodes[-1], begin.path, path)
-        middle = next(b for b in home.blocks if b.index == (self.first + self.last) // 2)
+        middle = next(b for b in run if b.index == (self.first + self.last) // 2)
         source = middle if self.init == "middle" else begin
         gm.add_submodule(path, copy.deepcopy(gm.get_submodule(source.path)))
         inside = set(end.nodes)
@@ -91,14 +91,22 @@ class Depth(Pass):
             insert_switch(teacher, student, self.edit.id, path, stream, keep=lambda user: user in inside)
         for copied in copies.values():
             copied.meta.pop(SINK, None) if not copied.users else None
-        names = {
-            f"{source.path}.{name}": f"{path}.{name}" for name in gm.get_submodule(path).state_dict()
-        }
-        return Result(gm, True, names=names)
+        context.keep_stacks()
+        kept = gm.get_submodule(path).state_dict()
+        return Result(gm, True, names={f"{source.path}.{name}": f"{path}.{name}" for name in kept})
+
+    def _check_free(self, gm: GraphModule, context: Context) -> None:
+        """Raise `Refusal` where one of the blocks has an edit already: depth comes first, and once."""
+        blocks = {f"{self.stack}.{index}" for index in range(self.first, self.last + 1)}
+        spans = [span for span in context.spans if span.stack == self.stack]
+        taken = [span.edit for span in spans if span.first <= self.last and self.first <= span.last]
+        taken += [str(node.args[2]) for node in switches(gm) if node.meta[SWITCH]["block"] in blocks]
+        if taken:
+            raise Refusal(f"{self.edit.id}: {taken[0]} has edited a block of it already; make depth edits first")
 
 
 @dataclass(frozen=True)
-class CutDepth(Pass):
+class CutDepth(Pass, name="cut-depth", kind="rewrite", numerics="approximate"):
     """Remove the blocks ``first + 1`` to ``last`` for good, in traced and in exported graphs.
 
     The users of block ``last``'s outputs are rewired to the corresponding outputs of block ``first``. Where a model
@@ -106,8 +114,6 @@ class CutDepth(Pass):
     added to a stream between the blocks goes on being added.
     """
 
-    name: ClassVar[str] = "cut-depth"
-    numerics: ClassVar[Literal["exact", "approximate"]] = "approximate"
     stack: str
     first: int
     last: int
@@ -118,9 +124,10 @@ class CutDepth(Pass):
             f"{self.stack}.{i}" in regions for i in range(self.first + 1, self.last + 1)
         ):
             return Result(gm, False)
-        home, begin, end = interval(stacks(gm), self.stack, self.first, self.last)
+        home, begin, end = interval(Context.of(gm).stacks, self.stack, self.first, self.last)
         mark(gm)
-        added = between([b for b in home.blocks if self.first <= b.index <= self.last])
+        run = [b for b in home.blocks if self.first <= b.index <= self.last]
+        added = {stream: residuals(run, stream) for stream in end.outputs}
         gone = {f"{self.stack}.{i}" for i in range(self.first + 1, self.last + 1)}
         inside = set(end.nodes)
         streams = {node: stream for stream, node in end.outputs.items()}
@@ -145,3 +152,51 @@ def _pairs(begin: Block, end: Block) -> list[tuple[Node, Node]]:
     first: Mapping[int, Node] = block_outputs(begin.path, list(begin.nodes))
     last: Mapping[int, Node] = block_outputs(end.path, list(end.nodes))
     return [(first[position], last[position]) for position in last if position in first]
+
+
+def copy_nodes(nodes: Iterable[Node], after: Node, old: str, new: str) -> dict[Node, Node]:
+    """Copy nodes behind another node; module targets and paths below `old` become paths below `new`.
+
+    Guards are not copied: the copies answer to the same inputs as the nodes they were copied from.
+
+    Returns:
+        Original node -> copy.
+    """
+    copies: dict[Node, Node] = {}
+    graph = after.graph
+    at = after
+    for node in nodes:
+        if is_guard(node):
+            continue
+        target = node.target
+        if node.op in ("call_module", "get_attr"):
+            target = moved(str(target), old, new)
+        with graph.inserting_after(at):
+            at = copies[node] = graph.create_node(
+                node.op,
+                target,
+                map_arg(node.args, lambda n: copies.get(n, n)),
+                map_arg(node.kwargs, lambda n: copies.get(n, n)),
+                name=f"student_{node.name}",
+            )
+        at.meta = _moved_meta(node, old, new)
+    return copies
+
+
+def moved(path: str, old: str, new: str) -> str:
+    """Return a dotted path with the prefix `old` replaced by `new`."""
+    return new + path[len(old) :] if path == old or path.startswith(f"{old}.") else path
+
+
+def _moved_meta(node: Node, old: str, new: str) -> dict[str, object]:
+    meta = {key: value for key, value in node.meta.items() if key not in ("block_in", "ppcl")}
+    stack = OrderedDict()
+    for _, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
+        stack[moved(path, old, new)] = (moved(path, old, new), kind)
+    meta["nn_module_stack"] = stack
+    noted = tuple((new, position) for path, position in node.meta.get("block_out", ()) if path == old)
+    if noted:
+        meta["block_out"] = noted
+    else:
+        meta.pop("block_out", None)
+    return meta

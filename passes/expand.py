@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.liveness import SINK, USED, used_items
+from ppcl_fx.passes.dead_code import SINK, USED, used_items
 from ppcl_fx.tracing import trace_inside
 from ppcl_fx.tracing.guards import expect_tensor
 
@@ -35,30 +35,47 @@ def traced_once() -> Iterator[None]:
         _TRACED.reset(token)
 
 
-def lost_items(gm: GraphModule, node: Node) -> bool:
-    """Tell whether a module's node has results that the model used when it was traced and nothing uses now."""
+def _lost_items(node: Node) -> bool:
     return USED in node.meta and used_items(node) < node.meta[USED]
 
 
+def _works_with_complex(node: Node) -> bool:
+    values = tree_leaves([node.meta.get("val"), *(source.meta.get("val") for source in node.all_input_nodes)])
+    return any(isinstance(value, torch.Tensor) and value.is_complex() for value in values)
+
+
 @dataclass(frozen=True)
-class Expand(Pass):
+class Expand(Pass, name="expand", kind="rewrite", numerics="exact"):
     """Replace ``call_module`` nodes by the traced inside of their module, down to `torch.nn` modules.
 
+    A module whose inside cannot be traced from shapes alone stays whole.
+
     Attributes:
-        which: tells which nodes to expand; by default those with results that were used once and are not any more
-            (an attention whose text output nobody reads, a modulation whose feed-forward is gone). A module whose
-            inside cannot be traced from shapes alone stays whole.
+        which: ``lost`` means modules with results that were used when the model was traced and are not any more (an
+            attention whose text output nobody reads, a modulation whose feed-forward is gone), ``complex`` those that
+            take or return complex tensors.
+        modules: paths of the modules to expand instead.
     """
 
-    name: ClassVar[str] = "expand"
-    which: Callable[[GraphModule, Node], bool] = field(default=lost_items)
+    which: Literal["lost", "complex"] = "lost"
+    modules: frozenset[str] = frozenset()
 
     def apply(self, gm: GraphModule) -> Result:
-        chosen = [n for n in gm.graph.nodes if n.op == "call_module" and self.which(gm, n)]
+        wanted = _lost_items if self.which == "lost" else _works_with_complex
+        chosen = [
+            node
+            for node in gm.graph.nodes
+            if node.op == "call_module" and (node.target in self.modules if self.modules else wanted(node))
+        ]
         chosen = [n for n in chosen if sum(other.target == n.target for other in gm.graph.nodes) == 1]
-        chosen = [n for n in chosen if not type(gm.get_submodule(str(n.target))).__module__.startswith("torch.nn")]
+        chosen = [n for n in chosen if _opens(gm.get_submodule(str(n.target)))]
         opened = [_splice(gm, node) for node in chosen]
         return Result(gm, any(opened))
+
+
+def _opens(module: nn.Module) -> bool:
+    """Tell whether to look into a module: a graph module is for `Inline`."""
+    return not isinstance(module, GraphModule) and not type(module).__module__.startswith("torch.nn")
 
 
 def _splice(gm: GraphModule, node: Node) -> bool:

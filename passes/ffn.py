@@ -5,19 +5,16 @@ from __future__ import annotations
 import operator
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import Refusal
+from ppcl_fx.passes.context import Context
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.liveness import mark
 from ppcl_fx.passes.switches import insert_switch, switches
 from ppcl_fx.plan import FfnEdit
-from ppcl_fx.sites import ffn_sites
-from ppcl_fx.stacks import Block, stacks
 
 
 def add_projector(gm: GraphModule, path: str, source: Node, after: Node) -> Node:
@@ -57,14 +54,13 @@ def projector_path(edit_id: str, part: str = "") -> str:
 
 
 @dataclass(frozen=True)
-class Ffn(Pass):
+class Ffn(Pass, name="ffn", kind="rewrite", numerics="exact"):
     """Put a switchable linear projector beside the feed-forward of every stream of a block.
 
     ``h <- h + W h + b`` on the state after the gated attention residual: no norm, no modulation, no gate. When it is
     plugged, the feed-forward's half of the modulation has no reader and `Narrow` drops it. Idempotent.
     """
 
-    name: ClassVar[str] = "ffn"
     stack: str
     block: int
 
@@ -76,15 +72,10 @@ class Ffn(Pass):
     def apply(self, gm: GraphModule) -> Result:
         if switches(gm, self.edit.id):
             return Result(gm, False)
-        found = [b for s in stacks(gm) for b in s.blocks if (b.stack, b.index) == (self.stack, self.block)]
-        if not found:
-            raise Refusal(f"the model has no block {self.stack}.{self.block}; see ppcl_fx.stacks for those it has")
-        return self.insert(gm, found[0])
-
-    def insert(self, gm: GraphModule, block: Block) -> Result:
-        """Do the edit for a block that is known already, a student block for example."""
-        mark(gm)
-        sites = ffn_sites(gm, block)
+        context = Context.of(gm)
+        block = context.block(self.edit.id, self.stack, self.block)
+        context.begin()
+        sites = context.ffn_sites(block)
         if not sites:
             raise Refusal(
                 f"{block.path} has no feed-forward that stands alone (outputs "
@@ -95,4 +86,5 @@ class Ffn(Pass):
             path = projector_path(self.edit.id, site.stream)
             student = add_projector(gm, path, site.before, site.before)
             insert_switch(site.after, student, self.edit.id, block.path, site.stream)
+        context.keep_stacks()
         return Result(gm, True)

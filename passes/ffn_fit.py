@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FfnFits(Pass):
+class FfnFits(Pass, name="ffn-fit", kind="analysis", numerics="exact"):
     """Fit ``h + W h + b`` to each feed-forward by least squares, over the tokens that are not held out.
 
     Annotates the node after the gated feed-forward with ``node.meta["ppcl"]["ffn"]``, a
@@ -23,9 +23,6 @@ class FfnFits(Pass):
     """
 
     calibration: Calibration
-
-    name: ClassVar[str] = "ffn-fit"
-    kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
 
     def requires(self, gm: GraphModule) -> None:
         """Raises `PpclError` if the measurements are of another graph."""

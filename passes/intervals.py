@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from torch.fx import GraphModule
 
@@ -92,16 +91,13 @@ def shifted(intervals: Sequence[Interval], first: int) -> list[Interval]:
 
 
 @dataclass(frozen=True)
-class CandidateIntervals(Pass):
+class CandidateIntervals(Pass, name="candidate-intervals", kind="analysis", numerics="exact"):
     """Run Algorithm 1 on the curves that `Similarity` left on the graph, for every stack and stream by
     itself.
 
     Annotates ``node.meta["ppcl"]["candidate"]`` of the output nodes inside a candidate with its `Interval`
     (indices in the ModuleList).
     """
-
-    name: ClassVar[str] = "candidate-intervals"
-    kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
 
     def requires(self, gm: GraphModule) -> None:
         """Raises `PpclError` where a block's output has no curve yet."""

@@ -6,7 +6,7 @@ import operator
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule, Node
@@ -19,27 +19,25 @@ from ppcl_fx.stacks import block_regions
 
 
 @dataclass(frozen=True)
-class Outline(Pass):
+class Outline(Pass, name="outline", kind="rewrite", numerics="exact"):
     """Turn each block into one ``call_module`` of its own `GraphModule`, at the block's own path.
 
     What sharding, gradient checkpointing, block streaming and timing want to see. `Inline` is the way back.
     State-dict names stay as they are.
     """
 
-    name: ClassVar[str] = "outline"
-
     def apply(self, gm: GraphModule) -> Result:
         found = {path: nodes for path, nodes in block_regions(gm).items() if not _outlined(gm, nodes)}
+        for path, nodes in found.items():
+            _inside(gm, path, nodes)  # all of them or none
         for path, nodes in found.items():
             outline(gm, path, nodes)
         return Result(gm, bool(found))
 
 
 @dataclass(frozen=True)
-class Inline(Pass):
+class Inline(Pass, name="inline", kind="rewrite", numerics="exact"):
     """Put the nodes of every module that is a `GraphModule` back into the graph."""
-
-    name: ClassVar[str] = "inline"
 
     def apply(self, gm: GraphModule) -> Result:
         found = [
@@ -63,17 +61,10 @@ def outline(gm: GraphModule, path: str, nodes: Sequence[Node]) -> Node:
     Raises:
         Refusal: something between the nodes needs their values, or they call a module from elsewhere.
     """
-    inside = [node for node in nodes if node.op != "get_attr" or str(node.target).startswith(f"{path}.")]
-    members = set(inside)
-    for node in inside:
-        if node.op == "call_module" and not str(node.target).startswith(f"{path}."):
-            raise Refusal(f"{path} cannot be outlined: {node.name} calls {node.target}, which lies outside of it")
+    inside = _inside(gm, path, nodes)
+    members, last = set(inside), inside[-1]
     carved = carve(inside)
-    outputs, last = carved.outputs, inside[-1]
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    early = [u for node in outputs for u in node.users if u not in members and order[u] < order[last]]
-    if early:
-        raise Refusal(f"{path} cannot be outlined: {early[0].name} stands between its nodes and uses them")
+    outputs = carved.outputs
     for node in carved.graph.nodes:
         if node.op in ("call_module", "get_attr"):
             node.target = str(node.target).removeprefix(f"{path}.")
@@ -98,6 +89,20 @@ def outline(gm: GraphModule, path: str, nodes: Sequence[Node]) -> Node:
         gm.graph.erase_node(node)
     gm.set_submodule(path, module)
     return call
+
+
+def _inside(gm: GraphModule, path: str, nodes: Sequence[Node]) -> list[Node]:
+    """Return those of some nodes that go into a module at `path`, or raise `Refusal`."""
+    inside = [node for node in nodes if node.op != "get_attr" or str(node.target).startswith(f"{path}.")]
+    members = set(inside)
+    for node in inside:
+        if node.op == "call_module" and not str(node.target).startswith(f"{path}."):
+            raise Refusal(f"{path} cannot be outlined: {node.name} calls {node.target}, which lies outside of it")
+    order = {node: i for i, node in enumerate(gm.graph.nodes)}
+    early = [u for n in inside for u in n.users if u not in members and order[u] < order[inside[-1]]]
+    if early:
+        raise Refusal(f"{path} cannot be outlined: {early[0].name} stands between its nodes and uses them")
+    return inside
 
 
 def _outlined(gm: GraphModule, nodes: Sequence[Node]) -> bool:

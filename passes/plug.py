@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
 
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.graphs import Draft, draft, finished
-from ppcl_fx.passes.contract import Pass, Result, run
-from ppcl_fx.passes.dead_code import DeadCode
+from ppcl_fx.passes.contract import Pass, Pipeline, Result
+from ppcl_fx.passes.dead_code import SINK, DeadCode
 from ppcl_fx.passes.expand import Expand
-from ppcl_fx.passes.liveness import SINK
 from ppcl_fx.passes.narrow import Narrow
 from ppcl_fx.passes.switches import switches
 
 
 @dataclass(frozen=True)
-class Plug(Pass):
+class Plug(Pass, name="plug", kind="rewrite", numerics="approximate"):
     """Resolve every switch: to the student for the given edits, to the teacher for all others.
 
     With no edit given the graph computes what the teacher computes, to the bit.
     """
 
-    name: ClassVar[str] = "plug"
-    numerics: ClassVar[Literal["exact", "approximate"]] = "approximate"
     students: frozenset[str] = frozenset()
 
     def apply(self, gm: GraphModule) -> Result:
@@ -52,5 +48,5 @@ def mixture_draft(gm: GraphModule, students: frozenset[str]) -> Draft:
     """Return what `plugged` returns, as a draft: enough to look at or to count."""
     view = draft(gm)
     view.meta.get("ppcl", {}).pop("kinds", None)  # they are plugged one by one
-    run([Plug(students), DeadCode(), Expand(), DeadCode(), Narrow(), DeadCode()], view)
+    Pipeline([Plug(students), DeadCode(), Expand(), DeadCode(), Narrow(), DeadCode()])(view)
     return view

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -213,7 +213,7 @@ class NormalEquations:
 
 
 @dataclass(frozen=True)
-class LinearProbes(Pass):
+class LinearProbes(Pass, name="linear-probes", kind="analysis", numerics="exact"):
     """Write the relative fit of every block's and stream's solved probe to the block's output nodes.
 
     Annotates ``node.meta["ppcl"]`` with ``fit`` (Eq. 2 relative to the block's own change) and ``energy`` (the mean
@@ -221,9 +221,6 @@ class LinearProbes(Pass):
     """
 
     calibration: Calibration
-
-    name: ClassVar[str] = "linear-probes"
-    kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
 
     def requires(self, gm: GraphModule) -> None:
         """Raises `PpclError` if the measurements are of another graph."""

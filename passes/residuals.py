@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from torch.fx import Node
 
@@ -84,8 +84,3 @@ def bare(value: Node) -> Node:
         assert isinstance(value.args[0], Node)
         value = value.args[0]
     return value
-
-
-def between(blocks: Sequence[Block]) -> Mapping[str, list[Node]]:
-    """Return `residuals` of every stream that the last block gives."""
-    return {stream: residuals(blocks, stream) for stream in blocks[-1].outputs}

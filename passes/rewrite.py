@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from dataclasses import replace
 
 from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.calls import Calls
-from ppcl_fx.errors import PpclError, Refusal
+from ppcl_fx.errors import PpclError
 from ppcl_fx.graphs import Draft, draft, finished, parameter_count
 from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.contract import Result, options
-from ppcl_fx.passes.depth import Depth, interval, student_path
+from ppcl_fx.passes.context import Context
+from ppcl_fx.passes.contract import Pass, Pipeline
+from ppcl_fx.passes.depth import Depth
 from ppcl_fx.passes.ffn import Ffn
 from ppcl_fx.passes.initialise import fit_projectors
-from ppcl_fx.passes.liveness import mark
 from ppcl_fx.passes.plug import mixture_draft
-from ppcl_fx.passes.residuals import bare
-from ppcl_fx.passes.switches import surface, switches
 from ppcl_fx.passes.text_stream import TextStream
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.plan import FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.retrace import over
-from ppcl_fx.stacks import Block, Stack, stacks
 
 
 def rewrite(gm: GraphModule, plan: Plan, calls: Calls | None = None) -> PluggableModel:
@@ -67,7 +62,7 @@ def insert_edits(gm: GraphModule, plan: Plan) -> GraphModule:
         Refusal: an edit does not fit the model; the message says why.
     """
     made = finished(edited(gm, plan))
-    kinds = made.meta["ppcl"].get("kinds") or {}
+    kinds = gm.meta["ppcl"].get("kinds") or {}
     # The edits are made without weights, and then put over the students that are there.
     made.meta["ppcl"]["kinds"] = {
         kind: over(made, finished(edited(_weightless(other), plan))) for kind, other in kinds.items()
@@ -84,83 +79,21 @@ def _weightless(gm: GraphModule) -> GraphModule:
 def edited(gm: GraphModule, plan: Plan) -> Draft:
     """Return what `insert_edits` returns, as a draft."""
     plan.check()
-    gm = draft(gm)
-    mark(gm)
-    have = {str(node.args[2]) for node in switches(gm)}
-    found = stacks(gm)
-    teacher = {block.path: block for stack in found for block in stack.blocks}
-    current = dict(teacher)
-    gm.meta["ppcl"]["ends"] = {
-        path: {stream: node.name for stream, node in block.outputs.items()} for path, block in teacher.items()
-    }
-    for edit in plan.depth():
-        _, begin, _ = interval(found, edit.stack, edit.first, edit.last)
-        for index in range(edit.first, edit.last + 1):
-            current.pop(f"{edit.stack}.{index}")
-        if edit.id not in have:
-            pass_ = Depth(edit.stack, edit.first, edit.last, edit.init)
-            _record(gm, pass_, pass_.insert(gm, *interval(found, edit.stack, edit.first, edit.last)))
-        current[begin.path] = _student_block(gm, edit, begin)
-    for width in plan.edits:
-        if width.id in have:
-            continue
-        if isinstance(width, FfnEdit):
-            block = _block(found, current, width.id, width.stack, width.block)
-            ffn = Ffn(width.stack, width.block)
-            _record(gm, ffn, ffn.insert(gm, block))
-        elif isinstance(width, TextStreamEdit):
-            source, blocks = _group(found, current, width, plan.depth(width.stack))
-            text = TextStream(width.stack, width.source, width.last)
-            _record(gm, text, text.insert(gm, source, blocks))
-    gm.graph.lint()
-    return gm
+    made = draft(gm)
+    Context.of(made).begin()
+    Pipeline(passes_of(plan))(made)
+    return made
 
 
-def _record(gm: GraphModule, pass_: Depth | Ffn | TextStream, result: Result) -> None:
-    info = gm.meta["ppcl"] = dict(gm.meta["ppcl"])
-    info["passes"] = [*info.get("passes", []), {"name": pass_.name, "options": options(pass_)}]
-    info["names"] = {**info.get("names", {}), **result.names}
-
-
-def _student_block(gm: GraphModule, edit: DepthEdit, begin: Block) -> Block:
-    """Return the student of a depth edit as a block: block ``first`` under another path."""
-    path = student_path(edit)
-    nodes = tuple(n for n in gm.graph.nodes if path in (n.meta.get("nn_module_stack") or {}))
-    outputs = {
-        str(node.meta["ppcl_switch"]["stream"]): bare(node.args[1])  # type: ignore[arg-type]
-        for node in switches(gm, edit.id)
-    }
-    return Block(path, edit.stack, edit.first, nodes, begin.inputs, outputs)
-
-
-def _block(found: list[Stack], current: dict[str, Block], edit: str, stack: str, index: int) -> Block:
-    path = f"{stack}.{index}"
-    if path in current:
-        return _facing(current[path])
-    if any(block.path == path for s in found for block in s.blocks):
-        raise Refusal(f"{edit}: {path} lies inside a depth interval of the plan; only its first block can be edited")
-    names = sorted({block.stack for s in found for block in s.blocks})
-    raise Refusal(f"{edit}: the model has no block {path}; its block lists are {', '.join(names)}")
-
-
-def _group(
-    found: list[Stack], current: dict[str, Block], edit: TextStreamEdit, intervals: Iterable[DepthEdit]
-) -> tuple[Block, list[Block]]:
-    """Return a text group's source and those of its blocks that the depth edits left."""
-    source = _block(found, current, edit.id, edit.stack, edit.source)
-    for depth in intervals:
-        if depth.first <= edit.source <= depth.last:
-            raise Refusal(f"{edit.id}: its source block {edit.source} lies in {depth.id}; choose a source outside")
-        if depth.first <= edit.last < depth.last:
-            raise Refusal(f"{edit.id}: it ends inside {depth.id}; let it end at {depth.first - 1} or {depth.last}")
-    _block(found, {b.path: b for s in found for b in s.blocks}, edit.id, edit.stack, edit.last)
-    wanted = [f"{edit.stack}.{i}" for i in range(edit.source + 1, edit.last + 1)]
-    return source, [_facing(current[path]) for path in wanted if path in current]
-
-
-def _facing(block: Block) -> Block:
-    """Return a block whose inputs are what it reads now, after the edits before it."""
-    return replace(block, inputs={stream: surface(node) for stream, node in block.inputs.items()})
+def passes_of(plan: Plan) -> list[Pass]:
+    """Return the passes that make a plan's edits, depth first: width edits work on what depth leaves."""
+    made: list[Pass] = [Depth(edit.stack, edit.first, edit.last, edit.init) for edit in plan.depth()]
+    for edit in plan.edits:
+        if isinstance(edit, FfnEdit):
+            made.append(Ffn(edit.stack, edit.block))
+        elif isinstance(edit, TextStreamEdit):
+            made.append(TextStream(edit.stack, edit.source, edit.last))
+    return made
 
 
 def count(gm: GraphModule, plan: Plan) -> int:

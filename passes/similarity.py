@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -125,7 +125,7 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class Similarity(Pass):
+class Similarity(Pass, name="similarity", kind="analysis", numerics="exact"):
     """Compute the CKA curves of every stack and stream, and write row u to block u's output node.
 
     Annotates ``node.meta["ppcl"]`` with ``cka``, ``delta``, ``gap`` and ``similarity``: lists over the
@@ -133,9 +133,6 @@ class Similarity(Pass):
     """
 
     calibration: Calibration
-
-    name: ClassVar[str] = "similarity"
-    kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
 
     def requires(self, gm: GraphModule) -> None:
         """Raises `PpclError` if the measurements are of another graph."""

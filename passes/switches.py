@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from ppcl_fx.passes.liveness import SINK
+from ppcl_fx.passes.dead_code import SINK
 
 SWITCH = "ppcl_switch"
 
@@ -60,6 +60,13 @@ def surface(node: Node) -> Node:
         if not over:
             return node
         node = over[0]
+
+
+def under(node: Node) -> Node:
+    """Return the teacher's value below a switch, or below several; any other node is its own."""
+    while is_switch(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def is_depth(node: Node) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import GraphModule
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class TextSimilarity(Pass):
+class TextSimilarity(Pass, name="text-similarity", kind="analysis", numerics="exact"):
     """CKA between the text state that enters a block and the one that leaves it, for each block of each
     stack.
 
@@ -27,9 +27,6 @@ class TextSimilarity(Pass):
 
     calibration: Calibration
     stream: str = "text"
-
-    name: ClassVar[str] = "text-similarity"
-    kind: ClassVar[Literal["analysis", "rewrite"]] = "analysis"
 
     def requires(self, gm: GraphModule) -> None:
         """Raises `PpclError` if the measurements are of another graph."""

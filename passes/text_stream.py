@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
+from ppcl_fx.passes.context import Context
 from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.ffn import add_projector, projector_path
-from ppcl_fx.passes.liveness import mark
 from ppcl_fx.passes.switches import insert_switch, surface, switches
 from ppcl_fx.plan import TextStreamEdit
-from ppcl_fx.sites import TextSite, text_site
-from ppcl_fx.stacks import Block, stacks
+from ppcl_fx.sites import TextSite
+from ppcl_fx.stacks import Block
 
 
 @dataclass(frozen=True)
-class TextStream(Pass):
+class TextStream(Pass, name="text-stream", kind="rewrite", numerics="exact"):
     """Put switchable projectors beside the text streams of the blocks after ``source`` up to ``last``.
 
     ``z_p = z_r + W_z z_r + b_z``, where ``z_r`` is what feeds the text Q, K, V projections of block ``source``
@@ -28,7 +26,6 @@ class TextStream(Pass):
     have no reader and vanish. Idempotent.
     """
 
-    name: ClassVar[str] = "text-stream"
     stack: str
     source: int
     last: int
@@ -41,25 +38,34 @@ class TextStream(Pass):
     def apply(self, gm: GraphModule) -> Result:
         if switches(gm, self.edit.id):
             return Result(gm, False)
-        at = {b.index: b for s in stacks(gm) for b in s.blocks if b.stack == self.stack}
-        wanted = range(self.source, self.last + 1)
-        missing = [i for i in wanted if i not in at]
-        if missing:
-            raise Refusal(f"the model has no block {self.stack}.{missing[0]}; see ppcl_fx.stacks for those it has")
-        return self.insert(gm, at[self.source], [at[i] for i in wanted[1:]])
-
-    def insert(self, gm: GraphModule, source: Block, blocks: Sequence[Block]) -> Result:
-        """Do the edit for blocks that are known already; student blocks stand in for the runs they replace."""
-        mark(gm)
-        origin = text_site(gm, source)
-        sites = [text_site(gm, block) for block in blocks]
+        context = Context.of(gm)
+        source, blocks = self._blocks(context)
+        context.begin()
+        origin = context.text_site(source)
+        sites = [context.text_site(block) for block in blocks]
         if not sites:
             raise Refusal(f"{self.edit.id} has no block left to edit; depth edits replace all of them")
         for site in sites:
             self._replace_z(gm, origin, site)
         for site in sites:
             self._replace_state(gm, source, site, last=site is sites[-1])
+        context.keep_stacks()
         return Result(gm, True)
+
+    def _blocks(self, context: Context) -> tuple[Block, list[Block]]:
+        """Return the source, and those of the blocks that depth edits left, students for the runs they replace."""
+        edit, stack = self.edit.id, self.stack
+        source = context.block(edit, stack, self.source)
+        context.teacher(edit, stack, self.last)
+        spans = [span for span in context.spans if span.stack == stack]
+        for span in spans:
+            if span.first <= self.source <= span.last:
+                raise Refusal(f"{edit}: its source block {self.source} lies in {span.edit}; choose a source outside")
+            if span.first <= self.last < span.last:
+                raise Refusal(f"{edit}: it ends inside {span.edit}; let it end at {span.first - 1} or {span.last}")
+        wanted = range(self.source + 1, self.last + 1)
+        left = [i for i in wanted if not any(span.first < i <= span.last for span in spans)]
+        return source, [context.block(edit, stack, i) for i in left]
 
     def _replace_z(self, gm: GraphModule, origin: TextSite, site: TextSite) -> None:
         path = projector_path(self.edit.id, f"{_key(site.block)}.z")

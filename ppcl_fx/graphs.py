@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 import re
 from collections.abc import Iterable
@@ -125,6 +126,7 @@ class Draft(GraphModule):
 def draft(gm: GraphModule) -> Draft:
     """Return a draft with a graph of its own over the modules and parameters of `gm`."""
     graph = Graph(tracer_cls=None)
+    graph.set_codegen(copy.copy(gm.graph._codegen))  # an exported graph's says how arguments and results are nested
     result = graph.graph_copy(gm.graph, {})
     output = gm.graph.output_node()
     graph.output(result)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.graphs import ancestors, attribute, descendants, module_paths
+from ppcl_fx.passes.switches import is_switch, under
 from ppcl_fx.tracing.guards import is_guard
 from ppcl_fx.tracing.leaves import has_attention
 
@@ -92,7 +93,19 @@ def block_regions(gm: GraphModule) -> dict[str, list[Node]]:
     for path in regions:
         lists.setdefault(path.rpartition(".")[0], []).append(path)
     kept = [paths for paths in lists.values() if all(_holds_attention(gm, regions[path]) for path in paths)]
-    return {path: regions[path] for paths in kept for path in paths}
+    return _with_weights(gm, {path: regions[path] for paths in kept for path in paths})
+
+
+def _with_weights(gm: GraphModule, regions: dict[str, list[Node]]) -> dict[str, list[Node]]:
+    """Add the nodes that fetch a block's own weights, which exported graphs have at their beginning."""
+    insides = {path: set(nodes) for path, nodes in regions.items()}
+    weights: dict[str, list[Node]] = {path: [] for path in regions}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        parts = str(node.target).split(".")
+        path = next((p for p in (".".join(parts[:n]) for n in range(1, len(parts))) if p in regions), None)
+        if path is not None and node.users and not module_paths(node) and insides[path].issuperset(node.users):
+            weights[path].append(node)
+    return {path: weights[path] + nodes for path, nodes in regions.items()}
 
 
 def _holds_attention(gm: GraphModule, nodes: Iterable[Node]) -> bool:
@@ -110,7 +123,7 @@ def shape_of_block(gm: GraphModule, path: str, nodes: Iterable[Node]) -> str:
     lines: list[str] = []
 
     def name(node: Node) -> str:
-        return local.setdefault(node, f"in{len(local)}")
+        return local.setdefault(under(node), f"in{len(local)}")
 
     for node in nodes:
         if is_guard(node):
@@ -146,7 +159,7 @@ def _renamed(argument: object, name: Callable[[Node], str]) -> object:
 
 def _runs(gm: GraphModule, regions: dict[str, list[Node]]) -> list[list[str]]:
     order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    paths = sorted(regions, key=lambda path: order[regions[path][0]])
+    paths = sorted(regions, key=lambda path: order[next(n for n in regions[path] if n.op != "get_attr")])
     runs: list[list[str]] = []
     last: tuple[str, int, str] | None = None
     for path in paths:
@@ -170,14 +183,23 @@ def block_outputs(path: str, nodes: list[Node]) -> dict[int, Node]:
                 noted[position] = node
     if noted:
         return noted
-    leaving = [n for n in nodes if any(user not in inside and not is_guard(user) for user in n.users)]
+    leaving = [n for n in nodes if any(user not in inside and not is_guard(user) for user in _readers(n))]
     return {nodes.index(node): node for node in leaving}
+
+
+def _readers(node: Node) -> Iterator[Node]:
+    """Yield who reads a value in the teacher: through switches, and without students and projectors."""
+    for user in node.users:
+        if is_switch(user):
+            yield from _readers(user) if user.args[0] is node else ()
+        elif not any(path.startswith(("students.", "projectors.")) for path in module_paths(user)):
+            yield user
 
 
 def _inputs(nodes: list[Node]) -> list[Node]:
     """Return the nodes a block takes from outside, in the order of their first use."""
     inside = set(nodes)
-    return list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in inside))
+    return list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if under(n) not in inside))
 
 
 def _stack(

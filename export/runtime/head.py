@@ -20,7 +20,7 @@ from ppcl_fx.export.runtime.sizes_only import SizesOnly
 from ppcl_fx.export.tuples_apart import TuplesApart
 from ppcl_fx.files import Sealed, inside, read_json, write_json
 from ppcl_fx.graphs import draft
-from ppcl_fx.passes.contract import run
+from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.plan import Plan, plan_digest
@@ -135,7 +135,7 @@ class Front:
 
     def __init__(self, graph: GraphModule, students: Sequence[str]) -> None:
         self.gm = plugged(graph, frozenset(students))
-        result = run((TuplesApart(), PositionsAsInputs()), draft(self.gm))
+        result = Pipeline((TuplesApart(), PositionsAsInputs()))(draft(self.gm))
         if result.refused:
             raise PpclError(f"the model's positions cannot become inputs: {result.refused[0].reason}; export again")
         parted = result.graph_module

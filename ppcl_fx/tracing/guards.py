@@ -45,7 +45,13 @@ def autocast_enabled(device_type: str) -> bool:
 has_side_effect(expect)
 has_side_effect(expect_tensor)
 
-GUARDS = (expect, expect_tensor)
+# The last two are what torch.export writes.
+GUARDS = (
+    expect,
+    expect_tensor,
+    torch.ops.aten._assert_tensor_metadata.default,
+    torch.ops.aten._assert_scalar.default,
+)
 
 
 def is_guard(node: Node) -> bool:

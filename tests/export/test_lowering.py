@@ -20,7 +20,7 @@ from ppcl_fx.export.onnx_file import compare, prepare, save, translated
 from ppcl_fx.export.positions import position_nodes, tables
 from ppcl_fx.export.stitching import Translations
 from ppcl_fx.graphs import copy_graph_module
-from ppcl_fx.passes.contract import run
+from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.tracing import bind, trace
 from ppcl_fx.tracing.guards import guards
 from tests import models
@@ -71,14 +71,14 @@ def test_positions_pass_alone_is_exact_and_idempotent(tiny_qwen: Tiny) -> None:
     model, kwargs = tiny_qwen
     gm = trace(model, kwargs)
     view = copy_graph_module(gm)
-    first = run([TuplesApart(), PositionsAsInputs()], view, debug=True)
+    first = Pipeline([TuplesApart(), PositionsAsInputs()], debug=True)(view)
     assert first.modified and not first.refused
     assert position_nodes(view) == set()
     call = bind(gm, kwargs)
     with torch.no_grad():
         expected = model(**kwargs)[0]
     assert torch.equal(run_graph(view, {**call, **tables(view, call)})[0], expected)
-    assert not run([TuplesApart(), PositionsAsInputs()], view, debug=True).modified
+    assert not Pipeline([TuplesApart(), PositionsAsInputs()], debug=True)(view).modified
 
 
 def test_tensor_positions_stay_as_they_are(tiny_flux: Tiny) -> None:
@@ -112,10 +112,10 @@ def test_drop_guards_removes_all_and_nothing_else(tiny: Tiny) -> None:
     gm = trace(*tiny)
     count, all_nodes = len(guards(gm)), len(gm.graph.nodes)
     assert count > 0
-    result = run([DropGuards()], gm, debug=True)
+    result = Pipeline([DropGuards()], debug=True)(gm)
     assert result.modified
     assert len(gm.graph.nodes) == all_nodes - count
-    assert not run([DropGuards()], gm, debug=True).modified
+    assert not Pipeline([DropGuards()], debug=True)(gm).modified
 
 
 def test_tuples_apart_leaves_one_getitem_for_each_item(tiny: Tiny) -> None:
@@ -123,14 +123,14 @@ def test_tuples_apart_leaves_one_getitem_for_each_item(tiny: Tiny) -> None:
     gm = trace(model, kwargs)
     with torch.no_grad():
         expected = model(**kwargs)[0]
-    run([DropGuards(), TuplesApart()], gm, debug=True)
+    Pipeline([DropGuards(), TuplesApart()], debug=True)(gm)
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         if node.op == "call_module" and isinstance(value, tuple):
             assert all(user.target.__name__ == "getitem" for user in node.users)
             assert len({user.args[1] for user in node.users}) == len(node.users)
     assert torch.equal(run_graph(gm, bind(gm, kwargs))[0], expected)
-    assert not run([TuplesApart()], gm, debug=True).modified
+    assert not Pipeline([TuplesApart()], debug=True)(gm).modified
 
 
 EXPECTED_AXES = {

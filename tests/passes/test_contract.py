@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
@@ -13,12 +12,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.contract import Pass, Refused, Result, options, run
-from ppcl_fx.passes.dead_code import DeadCode
+from ppcl_fx.passes.contract import Pass, Pipeline, Refused, Result, options
+from ppcl_fx.passes.dead_code import DeadCode, mark
 from ppcl_fx.passes.depth import CutDepth, Depth
 from ppcl_fx.passes.expand import Expand
 from ppcl_fx.passes.ffn import Ffn
-from ppcl_fx.passes.liveness import mark
 from ppcl_fx.passes.narrow import Narrow
 from ppcl_fx.passes.outline import Inline, Outline
 from ppcl_fx.passes.plug import Plug
@@ -55,10 +53,9 @@ def graph() -> GraphModule:
 
 
 @dataclass(frozen=True)
-class Says(Pass):
+class Says(Pass, name="says", kind="rewrite", numerics="exact"):
     """Erase the unused node, or not, and say what one is told to say."""
 
-    name: ClassVar[str] = "says"
     erases: bool = True
     says: bool = True
 
@@ -70,10 +67,8 @@ class Says(Pass):
 
 
 @dataclass(frozen=True)
-class Annotates(Pass):
+class Annotates(Pass, name="annotates", kind="analysis", numerics="exact"):
     """Write on the nodes and nowhere else."""
-
-    name: ClassVar[str] = "annotates"
 
     def apply(self, gm: GraphModule) -> Result:
         for node in gm.graph.nodes:
@@ -82,10 +77,8 @@ class Annotates(Pass):
 
 
 @dataclass(frozen=True)
-class Breaks(Pass):
+class Breaks(Pass, name="breaks", kind="rewrite", numerics="exact"):
     """Leave a graph that does not lint: a node before the one that it reads."""
-
-    name: ClassVar[str] = "breaks"
 
     def apply(self, gm: GraphModule) -> Result:
         mul, add = [n for n in gm.graph.nodes if n.op == "call_function"]
@@ -110,7 +103,7 @@ def test_names_are_unique() -> None:
 
 
 def test_the_truth_about_modified_is_accepted() -> None:
-    result = run([Says(), Says(erases=True, says=False), Annotates()], graph(), debug=True)
+    result = Pipeline([Says(), Says(erases=True, says=False), Annotates()], debug=True)(graph())
     assert result.modified
     assert [n.op for n in result.graph_module.graph.nodes] == ["placeholder", "call_function", "output"]
     assert torch.equal(result.graph_module(torch.ones(2)), torch.full((2,), 2.0))
@@ -125,18 +118,18 @@ def test_the_truth_about_modified_is_accepted() -> None:
 )
 def test_debug_mode_catches_a_lie(pass_: Pass, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
-        run([pass_], graph(), debug=True)
-    run([pass_], graph())
+        Pipeline([pass_], debug=True)(graph())
+    Pipeline([pass_])(graph())
 
 
 def test_refusals_and_names_of_all_passes_are_collected() -> None:
-    result = run([Says(), Annotates(), Says(says=False)], graph())
+    result = Pipeline([Says(), Annotates(), Says(says=False)])(graph())
     assert [r.reason for r in result.refused] == ["why", "why"]
     assert result.names == {"old": "new"}
 
 
 def test_what_changed_something_is_recorded_with_its_options() -> None:
-    gm = run([Says(), Annotates(), Says(erases=False, says=False)], graph()).graph_module
+    gm = Pipeline([Says(), Annotates(), Says(erases=False, says=False)])(graph()).graph_module
     (record,) = gm.meta["ppcl"]["passes"]
     assert record["name"] == "says"
     assert record["options"] == {"erases": True, "says": True}
@@ -156,14 +149,12 @@ def test_the_convention_is_that_of_torch_s_own_pass_manager() -> None:
 
 def test_a_failing_precondition_stops_the_pass() -> None:
     @dataclass(frozen=True)
-    class Never(Pass):
-        name: ClassVar[str] = "never"
-
+    class Never(Pass, name="never", kind="rewrite", numerics="exact"):
         def requires(self, gm: GraphModule) -> None:
             raise PpclError(f"no use on {len(gm.graph.nodes)} nodes")
 
     with pytest.raises(PpclError, match="no use on 4 nodes"):
-        run([Never()], graph())
+        Pipeline([Never()])(graph())
 
 
 def unused(gm: GraphModule) -> list[Node]:
@@ -178,7 +169,7 @@ def test_dead_code_goes_and_the_rest_stays_to_the_bit() -> None:
         dead = gm.graph.call_method("tanh", (next(iter(gm.graph.nodes)),))
         dead.meta["val"] = None
     assert len(unused(gm)) == 1
-    assert run([DeadCode()], gm, debug=True).modified
+    assert Pipeline([DeadCode()], debug=True)(gm).modified
     assert unused(gm) == []
     assert torch.equal(gm(**toys.example())[0], expected)
 

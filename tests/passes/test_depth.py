@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
 from ppcl_fx.graphs import copy_graph_module, module_paths, parameter_count
-from ppcl_fx.passes.contract import run
+from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.depth import CutDepth, Depth, student_path
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.switches import switches
@@ -68,7 +68,7 @@ def test_cutting_is_exact_against_a_shortened_model(
 ) -> None:
     model, kwargs, gm = traced[name]
     cut = copy_graph_module(gm)
-    assert run([CutDepth(stack, first, last)], cut, debug=True).modified
+    assert Pipeline([CutDepth(stack, first, last)], debug=True)(cut).modified
     shorter = shortened(model, stack, first, last)
     for given in (kwargs, models.other_kwargs(model)):
         with torch.no_grad():
@@ -88,7 +88,7 @@ def test_an_untrained_student_computes_what_cutting_would(
     edit = Depth(stack, first, last)
     blocks = next(s for s in stacks(gm) if any(b.path == f"{stack}.{first}" for b in s.blocks))
     before = len(gm.graph.nodes)
-    result = run([edit], pluggable, debug=True)
+    result = Pipeline([edit], debug=True)(pluggable)
     assert result.modified
     # A copy of the block without its guards, and one switch for each stream.
     begin = next(b for b in blocks.blocks if b.index == first)
@@ -110,7 +110,7 @@ def test_an_inserted_edit_is_inserted_once(traced: Traced) -> None:
     edit = Depth("transformer_blocks", 1, 3)
     assert edit(gm).modified
     nodes = [node.name for node in gm.graph.nodes]
-    assert not run([edit], gm, debug=True).modified
+    assert not Pipeline([edit], debug=True)(gm).modified
     assert [node.name for node in gm.graph.nodes] == nodes
 
 
@@ -158,7 +158,7 @@ def test_several_cuts_make_one_model(traced: Traced) -> None:
     cut = copy_graph_module(gm)
     cuts = [CutDepth("transformer_blocks", 1, 2), CutDepth("single_transformer_blocks", 0, 1)]
     cuts.append(CutDepth("single_transformer_blocks", 2, 4))
-    run(cuts, cut, debug=True)
+    Pipeline(cuts, debug=True)(cut)
     shorter = shortened(model, "transformer_blocks", 1, 2)
     shorter.single_transformer_blocks = nn.ModuleList(shorter.single_transformer_blocks[i] for i in (0, 2))
     with torch.no_grad():

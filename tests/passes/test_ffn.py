@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
 from ppcl_fx.graphs import copy_graph_module, parameter_count
-from ppcl_fx.passes.contract import run
+from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.ffn import Ffn, projector_path
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.switches import switches
@@ -40,7 +40,7 @@ def edited(gm: GraphModule, block: int) -> tuple[GraphModule, GraphModule, str]:
     """Return the pluggable graph with random projectors, the plugged one, and the edit's id."""
     pluggable = copy_graph_module(gm)
     pass_ = Ffn(STACK, block)
-    assert run([pass_], pluggable, debug=True).modified
+    assert Pipeline([pass_], debug=True)(pluggable).modified
     randomise(pluggable)
     return pluggable, plugged(pluggable, frozenset([pass_.edit.id])), pass_.edit.id
 
@@ -110,8 +110,8 @@ def test_the_count_is_arithmetic(traced: Traced, name: str, block: int, streams:
 
 def test_it_is_inserted_once(traced: Traced) -> None:
     gm = copy_graph_module(traced["sd3"][2])
-    run([Ffn(STACK, 4)], gm, debug=True)
-    assert not run([Ffn(STACK, 4)], gm, debug=True).modified
+    Pipeline([Ffn(STACK, 4)], debug=True)(gm)
+    assert not Pipeline([Ffn(STACK, 4)], debug=True)(gm).modified
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ppcl_fx.graphs import copy_graph_module, parameter_count
-from ppcl_fx.passes.contract import run
+from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.dead_code import DeadCode
 from ppcl_fx.passes.expand import Expand
 from ppcl_fx.passes.narrow import Narrow
@@ -68,7 +68,7 @@ def graph(module: nn.Module) -> tuple[GraphModule, Tensor, Tensor]:
 def test_neighbouring_rows_become_a_view_of_the_weight(used: tuple[int, ...], bias: bool) -> None:
     module = Chunks(used, bias)
     gm, x, expected = graph(module)
-    assert run([Narrow()], gm, debug=True).modified
+    assert Pipeline([Narrow()], debug=True)(gm).modified
     linear = gm.get_submodule("linear")
     rows = slice(used[0] * WIDTH, (used[-1] + 1) * WIDTH)
     assert isinstance(linear, nn.Linear)
@@ -77,13 +77,13 @@ def test_neighbouring_rows_become_a_view_of_the_weight(used: tuple[int, ...], bi
     assert (linear.bias is None) == (not bias)
     assert torch.allclose(gm(x), expected, atol=1e-6)
     assert module.linear.out_features == 4 * WIDTH
-    assert not run([Narrow()], gm, debug=True).modified
+    assert not Pipeline([Narrow()], debug=True)(gm).modified
 
 
 def test_rows_apart_are_put_together() -> None:
     module = Chunks((0, 3))
     gm, x, expected = graph(module)
-    assert run([Narrow()], gm, debug=True).modified
+    assert Pipeline([Narrow()], debug=True)(gm).modified
     weight = gm.get_parameter("linear.weight")
     assert torch.equal(weight, torch.cat([module.linear.weight[:WIDTH], module.linear.weight[3 * WIDTH :]]))
     assert torch.allclose(gm(x), expected, atol=1e-6)
@@ -102,7 +102,7 @@ def wrapped(used: tuple[int, ...]) -> nn.Module:
 )
 def test_what_must_not_shrink_does_not(module: nn.Module) -> None:
     gm, x, expected = graph(module)
-    assert not run([Narrow()], gm, debug=True).modified
+    assert not Pipeline([Narrow()], debug=True)(gm).modified
     assert torch.equal(gm(x), expected)
 
 
@@ -117,7 +117,7 @@ def test_looking_inside_a_module_is_exact(case: tuple[Any, dict[str, Any], Graph
     model, kwargs, gm = case
     expanded = copy_graph_module(gm)
     chosen = ("transformer_blocks.1.attn", "transformer_blocks.0.norm1")
-    result = run([Expand(lambda _, node: node.target in chosen)], expanded, debug=True)
+    result = Pipeline([Expand(modules=frozenset(chosen))], debug=True)(expanded)
     assert result.modified
     called = {str(node.target) for node in expanded.graph.nodes if node.op == "call_module"}
     assert not called & set(chosen)
@@ -137,4 +137,4 @@ def test_looking_inside_a_module_is_exact(case: tuple[Any, dict[str, Any], Graph
 
 def test_a_module_with_all_of_its_results_in_use_stays_whole(case: tuple[Any, dict[str, Any], GraphModule]) -> None:
     expanded = copy_graph_module(case[2])
-    assert not run([Expand()], expanded, debug=True).modified
+    assert not Pipeline([Expand()], debug=True)(expanded).modified

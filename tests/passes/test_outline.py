@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
 from ppcl_fx.graphs import copy_graph_module, parameter_count
-from ppcl_fx.passes.contract import run
+from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.outline import Inline, Outline, outline
 from ppcl_fx.stacks import stacks
 from ppcl_fx.tracing import bind, trace
@@ -41,7 +41,7 @@ def test_there_and_back_again(case: tuple[Any, dict[str, Any], GraphModule]) -> 
     text = [node.format_node() for node in gm.graph.nodes]
     names, found = set(gm.state_dict()), [(s.name, s.streams, len(s.blocks)) for s in stacks(gm)]
 
-    assert run([Outline()], gm, debug=True).modified
+    assert Pipeline([Outline()], debug=True)(gm).modified
     blocks = original.meta["ppcl"]["blocks"]
     calls = [n.target for n in gm.graph.nodes if n.op == "call_module" and n.target in blocks]
     assert calls == blocks
@@ -50,15 +50,15 @@ def test_there_and_back_again(case: tuple[Any, dict[str, Any], GraphModule]) -> 
     assert set(gm.state_dict()) == names
     assert parameter_count(gm) == parameter_count(original)
     assert same(gm, model)
-    assert not run([Outline()], gm, debug=True).modified
+    assert not Pipeline([Outline()], debug=True)(gm).modified
 
-    assert run([Inline()], gm, debug=True).modified
+    assert Pipeline([Inline()], debug=True)(gm).modified
     assert len(gm.graph.nodes) == len(text)
     assert [(n.op, str(n.target)) for n in gm.graph.nodes] == [(n.op, str(n.target)) for n in original.graph.nodes]
     assert set(gm.state_dict()) == names
     assert [(s.name, s.streams, len(s.blocks)) for s in stacks(gm)] == found
     assert same(gm, model)
-    assert not run([Inline()], gm, debug=True).modified
+    assert not Pipeline([Inline()], debug=True)(gm).modified
     assert [node.format_node() for node in original.graph.nodes] == text
 
 

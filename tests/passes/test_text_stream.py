@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
 from ppcl_fx.graphs import copy_graph_module, parameter_count
-from ppcl_fx.passes.contract import run
+from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.ffn import Ffn, projector_path
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.rewrite import insert_edits
@@ -44,7 +44,7 @@ def edited(gm: GraphModule, source: int, last: int) -> tuple[GraphModule, GraphM
     """Return the pluggable graph with random projectors, the plugged one, and the edit's id."""
     pluggable = copy_graph_module(gm)
     pass_ = TextStream(STACK, source, last)
-    assert run([pass_], pluggable, debug=True).modified
+    assert Pipeline([pass_], debug=True)(pluggable).modified
     randomise(pluggable)
     return pluggable, plugged(pluggable, frozenset([pass_.edit.id])), pass_.edit.id
 
@@ -117,8 +117,8 @@ def test_the_count_is_arithmetic(traced: Traced, name: str, source: int, last: i
 
 def test_it_is_inserted_once(traced: Traced) -> None:
     gm = copy_graph_module(traced["qwen"][2])
-    run([TextStream(STACK, 1, 3)], gm, debug=True)
-    assert not run([TextStream(STACK, 1, 3)], gm, debug=True).modified
+    Pipeline([TextStream(STACK, 1, 3)], debug=True)(gm)
+    assert not Pipeline([TextStream(STACK, 1, 3)], debug=True)(gm).modified
 
 
 @pytest.mark.parametrize(
