@@ -16,6 +16,7 @@ from ppcl_fx.files import need_room
 from ppcl_fx.graphs import descendants
 from ppcl_fx.passes import contract
 from ppcl_fx.passes.calibration import Calibration, Progress, Report, calibrate, check_request, silent
+from ppcl_fx.passes.config import AnalyzeConfig
 from ppcl_fx.passes.ffn_fit import FfnFits
 from ppcl_fx.passes.intervals import CandidateIntervals, algorithm_1, shifted
 from ppcl_fx.passes.probes import LinearProbes
@@ -24,7 +25,7 @@ from ppcl_fx.passes.similarity import Similarity
 from ppcl_fx.passes.stream_sites import StreamSite, stream_sites
 from ppcl_fx.passes.streaming.executor import Residency
 from ppcl_fx.passes.streaming.memory_estimate import state_budget
-from ppcl_fx.passes.streaming.run_store import MEMORY, SAMPLES, Identity, RunStore, Settings
+from ppcl_fx.passes.streaming.run_store import MEMORY, Identity, RunStore, Settings
 from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.passes.text_similarity import TextSimilarity
 from ppcl_fx.redundancy import BlockSavings, Redundancy, StackAnalysis, StreamCurves
@@ -44,12 +45,9 @@ _log = logging.getLogger("ppcl_fx")
 def analyze(
     gm: GraphModule,
     calls: Calls,
+    config: AnalyzeConfig | None = None,
     *,
-    ridge: float = 1e-6,
-    refine_steps: int = 0,
-    stream: str = "image",
     progress: Progress | None = None,
-    max_samples: int = SAMPLES,
     memory: int = MEMORY,
 ) -> Redundancy:
     """Find what is redundant in a diffusion transformer (Sec. 3.2 and appendix 6 of the paper).
@@ -61,23 +59,23 @@ def analyze(
     Args:
         gm: the traced teacher.
         calls: recorded calls of it.
-        ridge: of the probes' normal equations, relative to the mean squared channel.
-        refine_steps: gradient steps on Eq. 2 after the closed form of Eq. 1.
-        stream: the stream that intervals are decided on, where a stack has several.
+        config: the options; those of recording and of working block by block are the command's.
         progress: called after each call with the number done and the number of all.
-        max_samples: sample-timesteps that CKA averages over.
         memory: bytes of activations kept for CKA.
 
     Raises:
         PpclError: no stack of blocks, no such stream, no calls or too few (half a token a channel), or NaN in
             calls or weights.
     """
-    check_stream(stream_sites(gm), stream)
+    config = config or AnalyzeConfig()
+    check_stream(stream_sites(gm), config.stream)
     traced = gm.meta.get("ppcl", {}).get("model")
     if traced and calls.model and traced != calls.model:
         raise PpclError(OTHER)
-    settings = Settings(samples=max_samples, memory=memory, ridge=ridge, refine_steps=refine_steps)
-    return conclude(calibrate(gm, calls, settings, progress=progress), calls, stream)
+    settings = Settings(
+        samples=config.samples, memory=memory, ridge=config.ridge, refine_steps=config.refine_steps
+    )
+    return conclude(calibrate(gm, calls, settings, progress=progress), calls, config.stream)
 
 
 def analyze_streamed(

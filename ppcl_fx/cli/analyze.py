@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -69,12 +69,6 @@ def analyze(
 
     with terminal.step("loading the model"):
         source = open_source(model)
-    chosen: dict[str, Any] = {
-        "ridge": config.ridge,
-        "max_samples": config.samples,
-        "stream": config.stream,
-        "refine_steps": config.refine_steps,
-    }
     if calls is not None and config.memory_limit is not None:
         recorded = open_calls(calls, terminal).calls
         checkpoint = open_checkpoint(model, terminal, {calls: recorded.model})
@@ -100,7 +94,7 @@ def analyze(
         with terminal.step("tracing"):
             graph = ppcl_fx.trace(transformer, recorded.examples())
         with terminal.step("analysing") as progress:
-            analysis = ppcl_fx.analyze(graph, recorded, progress=progress, **chosen)
+            analysis = ppcl_fx.analyze(graph, recorded, config, progress=progress)
     analysis.save(out / ANALYSIS)
     # Not before the result is safe: a run killed in between goes on from here.
     discard(out / WORK, ANALYSING)

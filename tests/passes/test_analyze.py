@@ -19,6 +19,7 @@ from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.held_out import hold_out
 from ppcl_fx.passes.analyze import analyze
 from ppcl_fx.passes.calibration import calibrate
+from ppcl_fx.passes.config import AnalyzeConfig
 from ppcl_fx.passes.ffn_fit import FfnFits
 from ppcl_fx.passes.held_out import SHARE
 from ppcl_fx.passes.intervals import CandidateIntervals
@@ -303,9 +304,9 @@ def test_bad_requests_are_refused(tiny_qwen: tuple[nn.Module, Kwargs]) -> None:
     with pytest.raises(PpclError, match="no calls"):
         analyze(gm, Calls([]))
     with pytest.raises(PpclError, match="did you mean 'image'"):
-        analyze(gm, _calls(model, kwargs), stream="imgae")
-    with pytest.raises(PpclError, match="at least one sample"):
-        analyze(gm, _calls(model, kwargs), max_samples=0)
+        analyze(gm, _calls(model, kwargs), AnalyzeConfig(stream="imgae"))
+    with pytest.raises(PpclError, match="option samples: input should be greater than or equal to 1"):
+        AnalyzeConfig(samples=0)
     with pytest.raises(PpclError, match="recorded from another model"):
         analyze(gm, Calls([_call(kwargs, 0)], "0" * 64))
     with pytest.raises(PpclError, match="no transformer blocks"):

@@ -18,6 +18,7 @@ from ppcl_fx.passes import analyze as analysis
 from ppcl_fx.passes import calibration
 from ppcl_fx.passes.analyze import analyze, analyze_streamed
 from ppcl_fx.passes.calibration import Calibration, silent
+from ppcl_fx.passes.config import AnalyzeConfig
 from ppcl_fx.passes.reservoir import Reservoir, ranks
 from ppcl_fx.passes.streaming.executor import Executor, Residency
 from ppcl_fx.passes.streaming.run_store import Settings
@@ -106,7 +107,7 @@ def test_the_streamed_analysis_gives_the_same_numbers(
     name: str, memory: int, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     model, calls = teacher(name)
-    plain = analyze(trace(model, calls.examples()), calls, memory=memory, refine_steps=3)
+    plain = analyze(trace(model, calls.examples()), calls, AnalyzeConfig(refine_steps=3), memory=memory)
     settings = Settings(memory=memory, refine_steps=3)
     found = analyze_streamed(checkpoint(folders[name]), calls, tmp_path / "work", settings=settings)
     assert found == plain  # to the bit
