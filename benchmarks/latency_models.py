@@ -17,6 +17,7 @@ import ppcl_fx
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.examples import build, describe
 from ppcl_fx.model import PluggableModel
+from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.plans import named
@@ -370,7 +371,7 @@ def _shapes(dtype: str) -> Spec:
     prompts = [prompt.text for prompt in every_prompt("position")][:8]
     calls = ppcl_fx.record(pipeline, prompts, batch_size=8, num_inference_steps=4, seed=0)
     gm = trace(pipeline.transformer, calls.examples())
-    plan = ppcl_fx.select(ppcl_fx.analyze(gm, calls), keep=0.5, rule="paper")
+    plan = ppcl_fx.select(ppcl_fx.analyze(gm, calls), keep=0.5, config=RewriteConfig(select="paper"))
     example = {name: value for name, value in calls[0].kwargs.items() if name != "return_dict"}
     return _spec(
         type(pipeline.transformer).__name__,

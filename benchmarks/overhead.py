@@ -30,6 +30,7 @@ import ppcl_fx
 from benchmarks.clock import RESULTS
 from benchmarks.selection import texts
 from ppcl_fx.files import write_json
+from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.passes.distil import distil, pairs, train_only
 from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
@@ -119,7 +120,8 @@ def clear(model: ppcl_fx.PluggableModel) -> None:
 def prepare(calls: ppcl_fx.Calls) -> ppcl_fx.PluggableModel:
     """Return a pluggable model of its own: the shipped model, and the paper's plan for half of its parameters."""
     gm = ppcl_fx.trace(load_pipeline().transformer, calls.examples())
-    return ppcl_fx.rewrite(gm, ppcl_fx.select(ppcl_fx.analyze(gm, calls[:8]), keep=0.5, rule="paper"), calls[:8])
+    plan = ppcl_fx.select(ppcl_fx.analyze(gm, calls[:8]), config=RewriteConfig(keep=0.5, select="paper"))
+    return ppcl_fx.rewrite(gm, plan, calls[:8])
 
 
 def measure(stage: str, calls: ppcl_fx.Calls, steps: int, batch: int) -> dict[str, Any]:

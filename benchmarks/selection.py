@@ -27,6 +27,7 @@ from ppcl_fx import demo
 from ppcl_fx.calls import Calls
 from ppcl_fx.files import write_json
 from ppcl_fx.model import PluggableModel
+from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
@@ -131,7 +132,8 @@ def one_seed(seed: int, rules: Sequence[str], work: Path, steps: tuple[int, int]
     analysis = ppcl_fx.analyze(gm, some)
     for (rule, keep), path in paths.items():
         uniform = rule == "uniform"
-        plan = ppcl_fx.select(analysis, keep=keep + UNIFORM_MARGIN * uniform, rule=rule, width=not uniform)
+        config = RewriteConfig(keep=keep + UNIFORM_MARGIN * uniform, select=rule, width=not uniform)
+        plan = ppcl_fx.select(analysis, config=config)
         if path.is_file() and json.loads(path.read_text())["edits"] == plan.ids:
             continue
         model = ppcl_fx.rewrite(gm, plan, some)

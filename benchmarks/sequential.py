@@ -23,6 +23,7 @@ from benchmarks.clock import RESULTS
 from benchmarks.selection import RECORDED, distil, recorded, scored, velocity_error
 from ppcl_fx import demo
 from ppcl_fx.files import write_json
+from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
 
@@ -39,7 +40,7 @@ def one_seed(seed: int, work: Path, keep: float, steps: tuple[int, int], per_cat
         calls, held = recorded(pipeline, settings, seed)
         gm = ppcl_fx.trace(pipeline.transformer, calls.examples())
         some = calls[:: max(1, len(calls) // settings.analysed)]
-        plan = ppcl_fx.select(ppcl_fx.analyze(gm, some), keep=keep, rule="paper")
+        plan = ppcl_fx.select(ppcl_fx.analyze(gm, some), keep=keep, config=RewriteConfig(select="paper"))
         for way, path in paths.items():
             model = ppcl_fx.rewrite(gm, plan, some)
             run = work / f"seed-{seed}-{way}"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from ppcl_fx.config import MOST_STEPS, Bytes, Config, Count, Flag, Seed, Share
+from ppcl_fx.errors import near
 
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
 MOST_PARAMS = 10**15
@@ -53,19 +54,29 @@ def _params(value: object) -> object:
     return round(number)
 
 
+RULE_NAMES = ["budget", "paper", "uniform"]
+"""Names of the rules that choose; `ppcl_fx.passes.select.rule` adds others."""
+
+
+def _rule(value: str | None) -> str | None:
+    if value is not None and value not in RULE_NAMES:
+        raise ValueError(f"not one of {', '.join(RULE_NAMES)}{near(value, RULE_NAMES)}")
+    return value
+
+
 class RewriteConfig(Config):
-    """Every option of ``ppcl-fx rewrite``: the budget, and how a plan is chosen by an analysis."""
+    """Every option of `ppcl_fx.select` and of ``ppcl-fx rewrite``: the budget, and how a plan is chosen."""
 
     keep: Share | None = Field(None, description="share of the parameters that stays, 0.5 if left out")
     params: Annotated[int | None, BeforeValidator(_params), Flag(metavar="NUMBER")] = Field(
         None, ge=1, le=MOST_PARAMS, description="instead of --keep: how many stay at most, such as 12B"
     )
-    latency: Annotated[str | None, Flag(metavar="SHARE_OR_MS")] = Field(
+    latency: Annotated[float | str | None, Flag(metavar="SHARE_OR_MS")] = Field(
         None,
         description="instead of --keep: how much of the teacher's time may stay, a share such as 0.6 or a time such as "
         "120ms; by --costs",
     )
-    select: Annotated[Literal["budget", "paper", "uniform"] | None, Flag(also=("--rule",), metavar="RULE")] = Field(
+    select: Annotated[str | None, AfterValidator(_rule), Flag(also=("--rule",), metavar="RULE")] = Field(
         None,
         description="how to choose: 'paper' if left out, 'budget' for the least predicted damage (if left out with "
         "--latency), or 'uniform' as a control",
@@ -75,5 +86,9 @@ class RewriteConfig(Config):
         "first", description="block a student starts from: 'first' or 'middle'"
     )
     width: bool = Field(True, description="allow feed-forward and text-stream projectors")
+    ffn: Annotated[int, Flag(hidden=True)] = Field(3, ge=0, description="blocks whose feed-forwards may go")
+    text_cka: Annotated[float, Flag(hidden=True)] = Field(
+        0.999, description="least text-stream similarity for a text-stream edit"
+    )
     memory_limit: MemoryLimit = None
     device: Device = "cpu"

@@ -9,6 +9,7 @@ from typing import Literal
 
 from ppcl_fx.costs import Costs
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.passes.config import RULE_NAMES, RewriteConfig
 from ppcl_fx.passes.savings import saved
 from ppcl_fx.plan import Edit, Plan
 from ppcl_fx.redundancy import Redundancy
@@ -56,6 +57,8 @@ def rule(name: str) -> Callable[[Rule], Rule]:
         if name in RULES:
             raise RuntimeError(f"the selection rule {name!r} is registered twice")
         RULES[name] = function
+        if name not in RULE_NAMES:
+            RULE_NAMES.append(name)
         return function
 
     return register
@@ -64,16 +67,9 @@ def rule(name: str) -> Callable[[Rule], Rule]:
 def select(
     analysis: Redundancy,
     keep: float | None = None,
+    config: RewriteConfig | None = None,
     *,
-    params: int | None = None,
-    latency: float | str | None = None,
     costs: Costs | None = None,
-    rule: str | None = None,
-    stream: str | None = None,
-    width: bool = True,
-    ffn: int = 3,
-    text_cka: float = 0.999,
-    init: Literal["first", "middle"] = "first",
 ) -> Plan:
     """Choose edits so that at most `keep` of the teacher's parameters stay, and as few less as the rule can.
 
@@ -81,20 +77,11 @@ def select(
 
     Args:
         analysis: what `analyze` found.
-        keep: share of the transformer's parameters that stays, in (0, 1]; 0.5 when neither it nor `params` is
-            given.
-        params: the same as a number of parameters.
-        latency: instead of both: the share of the teacher's time that stays, in (0, 1], or milliseconds such as
-            ``"120ms"``. Only the rule "budget" knows time.
-        costs: with `latency`, what each block costs; see `ppcl_fx.costs`.
-        rule: "paper" (candidates of Algorithm 1 by least predicted damage, then the width edits of appendix
-            6), "budget" (the least predicted damage of all sets of edits: `ppcl_fx.passes.frontier`) or
-            "uniform" (evenly spaced blocks: a control). Default: "paper", and "budget" with `latency`.
-        stream: decide on this stream; default: the one the analysis was made with.
-        width: allow feed-forward and text-stream edits.
-        ffn: number of blocks whose feed-forwards may go.
-        text_cka: least text-stream similarity for a text-stream edit.
-        init: which block of an interval a student starts from (Sec. 3.3: the first).
+        keep: share of the transformer's parameters that stays, in (0, 1], as in `config`; 0.5 when no budget is given.
+        config: the options: the budget, and how it is met. The rules are "paper" (candidates of Algorithm 1 by least
+            predicted damage, then the width edits of appendix 6), "budget" (the least predicted damage of all sets of
+            edits: `ppcl_fx.passes.frontier`) and "uniform" (evenly spaced blocks: a control).
+        costs: with a latency, what each block costs; see `ppcl_fx.costs`.
 
     Returns:
         A plan with its exact parameter count, the predicted damage of each edit and the reasons.
@@ -105,17 +92,17 @@ def select(
     """
     from ppcl_fx.passes import rules  # noqa: F401  (registers the rules)
 
-    if rule is None:
-        rule = "paper" if latency is None else "budget"
+    config = config or RewriteConfig()
+    keep = config.keep if keep is None else keep
+    rule = config.select or ("paper" if config.latency is None else "budget")
     if rule not in RULES:
-        raise PpclError(
-            f"no selection rule {rule!r}{near(rule, RULES)}; the rules are {', '.join(sorted(RULES))}"
-        )
-    options = Options(0, stream or analysis.stream, width, ffn, text_cka, init)
-    if latency is None and costs is None:
-        options = replace(options, budget=_budget(analysis, keep, params))
+        raise PpclError(f"no selection rule {rule!r}{near(rule, RULES)}; the rules are {', '.join(sorted(RULES))}")
+    options = Options(0, config.stream or analysis.stream, config.width, config.ffn, config.text_cka, config.init)
+    if config.latency is None and costs is None:
+        options = replace(options, budget=_budget(analysis, keep, config.params))
     else:
-        options = _timed(options, rule, latency, costs, given=keep is not None or params is not None)
+        given = keep is not None or config.params is not None
+        options = _timed(options, rule, config.latency, costs, given=given)
     choice = RULES[rule](analysis, options)
     left = analysis.teacher_params - saved(analysis, choice.edits)
     if options.costs is None and left > options.budget:
@@ -139,7 +126,7 @@ def select(
 
 def uniform(analysis: Redundancy, keep: float | None = None, *, params: int | None = None) -> Plan:
     """Remove evenly spaced blocks for the same budget: the control that knows nothing about the blocks."""
-    return select(analysis, keep, params=params, rule="uniform", width=False)
+    return select(analysis, keep, RewriteConfig(params=params, select="uniform", width=False))
 
 
 def _timed(options: Options, rule: str, latency: float | str | None, costs: Costs | None, *, given: bool) -> Options:

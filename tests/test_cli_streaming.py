@@ -21,6 +21,7 @@ from ppcl_fx.cli.terminal import time_words
 from ppcl_fx.costs import BlockCost, Costs, StackCost
 from ppcl_fx.errors import PpclError
 from ppcl_fx.memory import parse_size
+from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.passes.latency import milliseconds
 from ppcl_fx.redundancy import Redundancy
 from tests.shapes_folder import save_pipeline
@@ -128,7 +129,7 @@ def test_a_budget_of_time(folder: Path, program: Program, tmp_path: Path) -> Non
         code, found = program(*options, "--latency", latency, "-o", tmp_path / place, *more)
         assert code == 0, found
         assert "rule budget: at most 6.5 of 13 ms may stay; " in found["reason"][0]
-        plan = ppcl_fx.select(analysis, latency=latency, costs=costs)
+        plan = ppcl_fx.select(analysis, config=RewriteConfig(latency=latency), costs=costs)
         assert found["edits"] == plan.ids and found["params"] == plan.params
         assert milliseconds(analysis, costs, plan.edits) <= 6.5
     costs.model_copy(update={"model": "0" * 64}).save(tmp_path / "costs.json")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch.fx import GraphModule
 
     from ppcl_fx.calls import Calls
+    from ppcl_fx.costs import Costs
     from ppcl_fx.model import PluggableModel
     from ppcl_fx.plan import Plan
     from ppcl_fx.plans import NamedPlan
@@ -72,8 +73,7 @@ def rewrite(
     """
     wish = Wish(analysis, plan, released, config)
     wish.check()
-    budget = config.model_dump(include={"keep", "params"}, exclude_none=True)
-    budget |= timed(config.latency, costs, config.select)
+    measured = timed(config, costs)
     named = wish.named()
     if config.memory_limit is not None and released is not None:
         raise PpclError("--memory-limit, --released: a released checkpoint is joined in memory; leave one of them out")
@@ -94,14 +94,7 @@ def rewrite(
     chosen = wish.plan_given(named)
     promised = None
     if chosen is None and analysis is not None:
-        chosen = ppcl_fx.select(
-            ppcl_fx.Redundancy.load(analysis),
-            **budget,
-            rule=config.select,
-            stream=config.stream,
-            width=config.width,
-            init=config.init,
-        )
+        chosen = ppcl_fx.select(ppcl_fx.Redundancy.load(analysis), config=config, costs=measured)
         promised = chosen.params
     recorded = open_calls(folder, terminal)
     if analysis is not None and calls is None:
@@ -219,24 +212,26 @@ class Wish:
         return predicted(analysis, plan).model_copy(update={"model": analysis.model})
 
 
-def timed(latency: str | None, costs: Path | None, rule: str | None) -> dict[str, Any]:
-    """Return what `select` takes for a budget of time: nothing where there is none.
+def timed(config: RewriteConfig, costs: Path | None) -> Costs | None:
+    """Return the costs for a budget of time; None where there is none.
 
     Raises:
         PpclError: one of --latency and --costs is missing, the file is no costs, the budget is no time, or the rule
             knows no time.
     """
+    latency = config.latency
     if latency is None:
         if costs is not None:
             raise PpclError("--costs: is for --latency; give how much time may stay, or leave --costs out")
-        return {}
+        return None
     if costs is None:
         raise PpclError(
             f"--latency {latency}: what each block costs is not known; measure it with "
             "'python -m benchmarks.blocks MODEL' and give the file with --costs"
         )
-    if rule not in (None, "budget"):
-        raise PpclError(f"--latency, --select {rule}: this rule knows no time; leave --select out, or give 'budget'")
+    if config.select not in (None, "budget"):
+        words = "this rule knows no time; leave --select out, or give 'budget'"
+        raise PpclError(f"--latency, --select {config.select}: {words}")
     from ppcl_fx.costs import Costs
 
     measured = Costs.load(costs)
@@ -244,7 +239,7 @@ def timed(latency: str | None, costs: Path | None, rule: str | None) -> dict[str
         measured.milliseconds(latency)
     except PpclError as error:
         raise PpclError(f"--{error}") from None
-    return {"latency": latency, "costs": measured}
+    return measured
 
 
 def _rewritten(graph: GraphModule, plan: Plan, named: NamedPlan | None, calls: Calls) -> PluggableModel:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.passes.damage import LEARNED, predicted
 from ppcl_fx.passes.frontier import frontier
 from ppcl_fx.passes.intervals import first_difference
@@ -179,19 +180,19 @@ def test_each_point_is_a_plan_whose_parameters_and_damage_are_the_edits_own() ->
 @pytest.mark.parametrize("width", [False, True])
 def test_the_rule_takes_the_frontier_s_point_and_is_never_worse_than_the_paper_s(keep: float, width: bool) -> None:
     analysis = analysis_of(random_stack(8, 10))
-    plan = select(analysis, keep, rule="budget", width=width)
+    plan = select(analysis, keep, RewriteConfig(select="budget", width=width))
     assert plan.params <= keep * analysis.teacher_params
     points = frontier(analysis, Options(budget=0, width=width))
     (point,) = [point for point in points if point.params == plan.params]
     assert list(point.edits) == plan.edits
     assert not [p for p in points if p.params <= keep * analysis.teacher_params and p.damage < point.damage]
     assert width or not [edit for edit in plan.edits if not isinstance(edit, DepthEdit)]
-    paper = predicted(analysis, select(analysis, keep, rule="paper", width=width))
+    paper = predicted(analysis, select(analysis, keep, RewriteConfig(select="paper", width=width)))
     assert point.damage <= sum(edit.damage or 0.0 for edit in paper.edits) + 1e-12
 
 
 def test_the_reasons_say_what_a_step_along_the_frontier_costs() -> None:
-    plan = select(analysis_of(random_stack(8, 10)), 0.6, rule="budget")
+    plan = select(analysis_of(random_stack(8, 10)), 0.6, RewriteConfig(select="budget"))
     text = "\n".join(plan.reason)
     assert "the least predicted damage" in text and "the next larger model:" in text
     assert "the next smaller model:" in text
@@ -201,9 +202,9 @@ def test_the_reasons_say_what_a_step_along_the_frontier_costs() -> None:
 def test_a_budget_below_the_smallest_model_is_refused_with_its_size() -> None:
     analysis = analysis_of(random_stack(8, 6))
     least = frontier(analysis, Options(budget=0))[-1].params
-    assert select(analysis, params=least, rule="budget").params == least
+    assert select(analysis, config=RewriteConfig(params=least, select="budget")).params == least
     with pytest.raises(PpclError, match=rf"the smallest keeps {least:,}; ask for more"):
-        select(analysis, params=least - 1, rule="budget")
+        select(analysis, config=RewriteConfig(params=least - 1, select="budget"))
 
 
 def test_a_model_as_deep_as_qwen_image_has_its_frontier_in_seconds() -> None:

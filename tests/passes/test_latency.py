@@ -12,6 +12,7 @@ import pytest
 
 from ppcl_fx.costs import BlockCost, Costs, StackCost
 from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.passes.damage import predicted
 from ppcl_fx.passes.latency import in_time, milliseconds, time_frontier
 from ppcl_fx.passes.savings import saved
@@ -109,7 +110,7 @@ def test_the_frontier_over_time_is_that_of_all_plans(analysis: Redundancy) -> No
 def test_a_plan_for_a_latency_does_the_least_damage_within_it(share: float) -> None:
     analysis = analysis_of(random_stack(8, 8))
     costs = random_costs(analysis, 2)
-    plan = select(analysis, latency=share, costs=costs)
+    plan = select(analysis, config=RewriteConfig(latency=share), costs=costs)
     spent = milliseconds(analysis, costs, plan.edits)
     assert spent <= share * costs.total + 1e-6
     points = time_frontier(analysis, costs, Options(budget=0))
@@ -118,7 +119,8 @@ def test_a_plan_for_a_latency_does_the_least_damage_within_it(share: float) -> N
     assert plan.params == analysis.teacher_params - saved(analysis, plan.edits)
     assert "rule budget: at most " in plan.reason[0] and " ms may stay; " in plan.reason[0]
     assert any(line.startswith("the next ") and " ms, predicted damage " in line for line in plan.reason)
-    assert select(analysis, latency=f"{share * costs.total}ms", costs=costs, rule="budget").edits == plan.edits
+    config = RewriteConfig(latency=f"{share * costs.total}ms", select="budget")
+    assert select(analysis, config=config, costs=costs).edits == plan.edits
 
 
 def test_time_is_counted_in_whole_nanoseconds() -> None:
@@ -128,7 +130,7 @@ def test_time_is_counted_in_whole_nanoseconds() -> None:
     timed = in_time(analysis, costs)
     assert timed.stacks[0].block_params == [300_000, 300_000] and timed.teacher_params == 600_000
     assert timed.stacks[0].savings[0].ffn == 0 and timed.stacks[0].savings[1].text_last is None
-    assert select(analysis, latency="0.3ms", costs=costs).ids == ["depth:blocks.0-1"]
+    assert select(analysis, config=RewriteConfig(latency="0.3ms"), costs=costs).ids == ["depth:blocks.0-1"]
 
 
 def test_a_deep_model_with_alike_blocks_has_its_frontier_in_seconds() -> None:
@@ -150,8 +152,8 @@ def test_refusals() -> None:
         (costs, {"latency": "-3ms"}, "latency -3ms: neither a share"),
         (costs, {"latency": "nan"}, "latency nan: neither a share"),
         (costs, {"latency": 0.5, "keep": 0.5}, "either latency or a size"),
-        (costs, {"latency": 0.5, "rule": "paper"}, "the rule 'paper' knows no time; with latency take the rule"),
-        (costs, {"latency": 0.5, "rule": "uniform"}, "the rule 'uniform' knows no time"),
+        (costs, {"latency": 0.5, "select": "paper"}, "the rule 'paper' knows no time; with latency take the rule"),
+        (costs, {"latency": 0.5, "select": "uniform"}, "the rule 'uniform' knows no time"),
         (costs, {}, "costs are given and no latency"),
         (None, {"latency": 0.5}, "needs to know what each block costs; measure it with python -m benchmarks.blocks"),
         (costs.model_copy(update={"model": "other"}), {"latency": 0.5}, r"on another model \(fingerprint other"),
@@ -173,7 +175,7 @@ def test_refusals() -> None:
     ]
     for given, options, words in cases:
         with pytest.raises(PpclError, match=words):
-            select(analysis, costs=given, **options)
+            select(analysis, config=RewriteConfig(**options), costs=given)
 
 
 def test_a_file_of_costs_comes_back_and_a_bad_one_is_refused(tmp_path: Path) -> None:

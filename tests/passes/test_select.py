@@ -7,6 +7,7 @@ import itertools
 import pytest
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.passes.cover import cheapest_covers, within
 from ppcl_fx.passes.damage import LEARNED
 from ppcl_fx.passes.intervals import first_difference
@@ -83,7 +84,7 @@ def _eight() -> Redundancy:
 
 
 def test_depth_alone_meets_the_budget_with_the_least_damage() -> None:
-    plan = select(_eight(), keep=0.75, width=False)
+    plan = select(_eight(), keep=0.75, config=RewriteConfig(width=False))
     assert plan.params == 6000
     # Of the pairs inside the candidates: [1, 2] and [3, 4] change least; [3, 5] and [6, 7] cost more.
     assert plan.ids == ["depth:blocks.1-2", "depth:blocks.3-4"]
@@ -97,11 +98,11 @@ def test_depth_alone_meets_the_budget_with_the_least_damage() -> None:
 @pytest.mark.parametrize("width", [False, True])
 def test_params_are_below_the_budget_and_no_more_than_one_block_below(keep: float, width: bool) -> None:
     analysis = _eight()
-    plan = select(analysis, keep, width=width)
+    plan = select(analysis, keep, RewriteConfig(width=width))
     plan.check()
     assert plan.params == analysis.teacher_params - saved(analysis, plan.edits)
     assert keep * 8000 - BLOCK < plan.params <= keep * 8000
-    assert select(analysis, keep, width=width) == plan
+    assert select(analysis, keep, RewriteConfig(width=width)) == plan
 
 
 def test_keeping_everything_replaces_nothing() -> None:
@@ -110,27 +111,27 @@ def test_keeping_everything_replaces_nothing() -> None:
 
 
 def test_a_number_of_parameters_is_a_budget_too() -> None:
-    assert select(_eight(), params=6999, width=False).params == 6000
-    assert select(_eight(), width=False) == select(_eight(), 0.5, width=False)
+    assert select(_eight(), config=RewriteConfig(params=6999, width=False)).params == 6000
+    assert select(_eight(), config=RewriteConfig(width=False)) == select(_eight(), 0.5, RewriteConfig(width=False))
 
 
 def test_neighbours_merge_where_that_does_less_damage() -> None:
-    single = select(_eight(), params=6000, width=False)
+    single = select(_eight(), config=RewriteConfig(params=6000, width=False))
     assert single.ids == ["depth:blocks.1-2", "depth:blocks.3-4"]
     assert not any("merged" in line for line in single.reason)
     # [0, 2], [3, 5] and [6, 7] would do, but a change of 0.9 at block 0 and of 0.8 at block 7 can be left alone.
-    merged = select(_eight(), params=3000, width=False)
+    merged = select(_eight(), config=RewriteConfig(params=3000, width=False))
     assert merged.ids == ["depth:blocks.1-6"]
     assert any("3 neighbouring candidates were merged" in line for line in merged.reason)
-    assert select(_eight(), params=1000, width=False).ids == ["depth:blocks.0-7"]
+    assert select(_eight(), config=RewriteConfig(params=1000, width=False)).ids == ["depth:blocks.0-7"]
 
 
 def test_an_early_error_counts_by_its_size_against_the_last_state() -> None:
     change, candidates = [0.1] * 6, [(0, 1), (2, 3), (4, 5)]
     even = _stack(change, candidates)
     growing = even.streams["image"].model_copy(update={"energy": [1.0, 1.0, 0.5, 0.3, 0.8, 1.0]})
-    assert select(_analysis(even), params=5000).ids == ["depth:blocks.0-1"]
-    plan = select(_analysis(even.model_copy(update={"streams": {"image": growing}})), params=5000)
+    assert select(_analysis(even), config=RewriteConfig(params=5000)).ids == ["depth:blocks.0-1"]
+    plan = select(_analysis(even.model_copy(update={"streams": {"image": growing}})), config=RewriteConfig(params=5000))
     assert plan.ids == ["depth:blocks.2-3"]
     assert plan.edits[0].damage == pytest.approx(LEARNED * 0.1 * 1.1 * 0.3)
 
@@ -139,20 +140,20 @@ def test_only_the_deciding_stream_counts() -> None:
     stack = _stack([0.1, 0.1, 0.1, 0.2], [(0, 1), (2, 3)], text=[0.9] * 4)
     noisy = _curves([0.1, 5.0, 0.1, 0.1], [(0, 1), (2, 3)], 0)
     analysis = _analysis(stack.model_copy(update={"streams": {**stack.streams, "text": noisy}}))
-    assert select(analysis, params=3000).ids == ["depth:blocks.0-1"]
-    assert select(analysis, params=3000, stream="text").ids == ["depth:blocks.2-3"]
+    assert select(analysis, config=RewriteConfig(params=3000)).ids == ["depth:blocks.0-1"]
+    assert select(analysis, config=RewriteConfig(params=3000, stream="text")).ids == ["depth:blocks.2-3"]
 
 
 def test_a_budget_below_one_block_is_refused() -> None:
     with pytest.raises(PpclError, match="no plan keeps 999 of 8,000 parameters"):
-        select(_eight(), params=999, width=False)
+        select(_eight(), config=RewriteConfig(params=999, width=False))
 
 
 def test_top_feed_forwards_outside_of_intervals_go() -> None:
     stack = _eight().stacks[0]
     third = stack.ffn[3].model_copy(update={"similarity": 1 - LEARNED * 0.025})
     fits = [third if fit.block == 3 else fit for fit in stack.ffn]
-    plan = select(_analysis(stack.model_copy(update={"ffn": fits})), params=6000, ffn=2)
+    plan = select(_analysis(stack.model_copy(update={"ffn": fits})), config=RewriteConfig(params=6000, ffn=2))
     # Depth takes [1, 2]; of the blocks left, 7 is the most similar, then 3: less damage than a second interval.
     assert plan.ids == ["depth:blocks.1-2", "ffn:blocks.7", "ffn:blocks.3"]
     assert plan.edits[1].damage == pytest.approx(LEARNED * 0.04)
@@ -160,20 +161,20 @@ def test_top_feed_forwards_outside_of_intervals_go() -> None:
 
 
 def test_width_edits_that_are_not_needed_are_dropped_weakest_first() -> None:
-    assert select(_eight(), params=8000 - 1000).ids == ["ffn:blocks.1", "ffn:blocks.7"]
-    assert select(_eight(), params=8000 - 550).ids == ["ffn:blocks.1"]
-    assert select(_eight(), params=8000 - 550, width=False).ids == ["depth:blocks.1-2"]
+    assert select(_eight(), config=RewriteConfig(params=8000 - 1000)).ids == ["ffn:blocks.1", "ffn:blocks.7"]
+    assert select(_eight(), config=RewriteConfig(params=8000 - 550)).ids == ["ffn:blocks.1"]
+    assert select(_eight(), config=RewriteConfig(params=8000 - 550, width=False)).ids == ["depth:blocks.1-2"]
 
 
 def test_text_streams_go_deeper_first_and_around_intervals() -> None:
     text = [0.1, 0.9995, 0.9, 0.9, 0.9995, 0.9995, 0.9995, 0.9995]
     analysis = _analysis(_stack([1, 1, 1, 1, 1, 0.1, 1, 1], [(0, 3), (4, 5), (6, 7)], text=text))
-    plan = select(analysis, params=8000 - 2 * 390 - 360)
+    plan = select(analysis, config=RewriteConfig(params=8000 - 2 * 390 - 360))
     # (3, 7] are four blocks: 3 x 390 + 360. The budget needs three of them, the deepest.
     assert plan.ids == ["text_stream:blocks.4-7"]
     assert plan.params == 8000 - 2 * 390 - 360
     assert plan.edits[0].damage == pytest.approx(0.001 * 1.1 + 0.002 * 1.2 + 0.003 * 1.3)
-    every = select(analysis, params=8000 - 1000 - 2 * 390 - 360)
+    every = select(analysis, config=RewriteConfig(params=8000 - 1000 - 2 * 390 - 360))
     assert every.ids == ["depth:blocks.4-5", "text_stream:blocks.3-7"]
     # Block 5 is gone, so three blocks lose their text stream: 4, 6 and 7.
     assert saved(analysis, every.edits) == 1000 + 2 * 390 + 360
@@ -217,16 +218,16 @@ def test_feed_forward_and_text_stream_of_one_block_are_not_counted_twice() -> No
 def test_two_stacks_share_one_budget_and_no_interval_crosses() -> None:
     double = _stack([0.1] * 4, [(0, 3)], path="double", block=1000)
     single = _stack([0.4] * 6, [(0, 5)], path="single", block=400)
-    plan = select(_analysis(double, single), params=6400 - 1000, width=False)
+    plan = select(_analysis(double, single), config=RewriteConfig(params=6400 - 1000, width=False))
     assert plan.ids == ["depth:double.0-1"]
-    smallest = select(_analysis(double, single), params=1400, width=False)
+    smallest = select(_analysis(double, single), config=RewriteConfig(params=1400, width=False))
     assert smallest.ids == ["depth:double.0-3", "depth:single.0-5"]
 
 
 def test_two_stacks_of_one_module_list_keep_their_indices() -> None:
     one = _stack([0.9] * 3, [(0, 2)], name="blocks:0-2")
     two = _stack([0.1] * 4, [(0, 3)], name="blocks:3-6", first=3)
-    plan = select(_analysis(one, two), params=5000, width=False)
+    plan = select(_analysis(one, two), config=RewriteConfig(params=5000, width=False))
     assert plan.ids == ["depth:blocks.3-4", "depth:blocks.5-6"]
     assert plan.params == 5000
 
@@ -275,15 +276,17 @@ def test_a_share_outside_of_0_to_1_is_refused(keep: float) -> None:
 
 def test_misspelt_names_are_refused_with_a_near_match() -> None:
     with pytest.raises(PpclError, match="did you mean 'paper'"):
-        select(_eight(), rule="papper")
+        select(_eight(), config=RewriteConfig(select="papper"))
     two = _eight().stacks[0]
     both = two.model_copy(update={"streams": {"image": two.streams["image"], "text": two.streams["image"]}})
     with pytest.raises(PpclError, match="did you mean 'image'"):
-        select(_analysis(both), stream="imgae")
+        select(_analysis(both), config=RewriteConfig(stream="imgae"))
     with pytest.raises(PpclError, match="not both"):
-        select(_eight(), 0.5, params=5)
+        select(_eight(), 0.5, RewriteConfig(params=5))
     with pytest.raises(PpclError, match="between 1 and"):
-        select(_eight(), params=0)
+        select(_eight(), config=RewriteConfig(params=10**9))
+    with pytest.raises(PpclError, match="option params: .* greater than or equal to 1"):
+        RewriteConfig(params=0)
 
 
 def test_a_rule_can_be_added() -> None:
@@ -291,7 +294,7 @@ def test_a_rule_can_be_added() -> None:
     name = "nothing-at-all"
     try:
         rule(name)(lambda analysis, options: RULES["uniform"](analysis, options))
-        assert isinstance(select(_eight(), rule=name), Plan)
+        assert isinstance(select(_eight(), config=RewriteConfig(select=name)), Plan)
         with pytest.raises(RuntimeError, match="twice"):
             rule(name)(RULES["paper"])
     finally:
