@@ -125,6 +125,21 @@ class ProcessGroup:
         return str(self.gather(text if self.first else "")[0])
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a source's tensors go.
+
+    Attributes:
+        device: their device.
+        dtype: what the floating tensors of the calls' main dtype become; None leaves them.
+        ranks: this process among the others; None for what `torch.distributed` says.
+    """
+
+    device: torch.device | str = "cpu"
+    dtype: torch.dtype | None = None
+    ranks: ProcessGroup | None = None
+
+
 def current() -> ProcessGroup:
     """Return this process's place in `torch.distributed`, or a world of one where that was not begun."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

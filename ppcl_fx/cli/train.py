@@ -215,18 +215,27 @@ class Given:
             recording.check(student, model.plan.model)
             return recording.calls
         pipeline = self._pipeline(student, model, terminal)
-        how: dict[str, Any] = {"device": model.device, "dtype": model.dtype, "ranks": ranks}
+        from ppcl_fx.train.process_group import Place
+
+        place = Place(model.device, model.dtype, ranks)
         if self.prompts is not None:
             from ppcl_fx.train.sources.prompts import PromptSource
 
             texts = read_prompts(self.prompts)
-            return PromptSource(pipeline, texts, student / RECORDED, options.batch, options.seed, **how)
+            return PromptSource(pipeline, texts, student / RECORDED, options.batch, options.seed, place)
+        from ppcl_fx.train.sources.encode import Encoder
         from ppcl_fx.train.sources.images import open_images
 
         assert self.images is not None
         with terminal.step("encoding the pictures") as report:
             return open_images(
-                pipeline, self.images, student / ENCODED, options.batch, options.seed, progress=report, **how
+                Encoder(pipeline),
+                self.images,
+                student / ENCODED,
+                options.batch,
+                options.seed,
+                place=place,
+                progress=report,
             )
 
     def _pipeline(self, student: Path, model: PluggableModel, terminal: Terminal) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -43,16 +44,22 @@ class Encoder:
         pipeline: A pipeline of a rectified flow.
         height: Of the pictures, in pixels; None for their own.
         width: Of the pictures, in pixels; None for their own.
-        **given: Further arguments of the pipeline (``guidance_scale``), part of what the cache belongs to.
+        arguments: Further arguments of the pipeline (``guidance_scale``), part of what the cache belongs to.
 
     Raises:
         PpclError: One of height and width is given without the other, or is not a multiple of what the pipeline takes.
     """
 
-    def __init__(self, pipeline: Any, height: int | None = None, width: int | None = None, **given: Any) -> None:
+    def __init__(
+        self,
+        pipeline: Any,
+        height: int | None = None,
+        width: int | None = None,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         self.pipeline = pipeline
         self.template: Template | None = None
-        self._given = given
+        self._given = dict(arguments or {})
         self._vae: Any = getattr(pipeline, "vae", None)
         known = inspect.signature(pipeline.__call__).parameters
         self._sized = "height" in known and "width" in known
@@ -86,7 +93,7 @@ class Encoder:
         pixels = self._pixels(_open(data), caption)
         size = self._arguments(pixels)
         if self.template is None:
-            self.template = find_template(self.pipeline, caption, **size)
+            self.template = find_template(self.pipeline, caption, size)
             self._prove(pixels, caption, self.template)
         latent = self._latent(pixels)
         with Noise(latent) as noise, noted_mu(self.pipeline.scheduler) as mu:

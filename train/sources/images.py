@@ -17,7 +17,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, read_json
 from ppcl_fx.train.batch_split import SplitBatch, portion
 from ppcl_fx.train.data import moved
-from ppcl_fx.train.process_group import ProcessGroup, current, wait_for
+from ppcl_fx.train.process_group import Place, ProcessGroup, current, wait_for
 from ppcl_fx.train.sources.bad_samples import BadSamples
 from ppcl_fx.train.sources.cache import TEMPLATE, Pairs, Part, cut, encode, find_parts, sample_digest
 from ppcl_fx.train.sources.captions import open_pairs
@@ -43,9 +43,7 @@ class ImageSource(SampledSource):
         batch: Pictures of one step.
         seed: Decides order, noise and noise levels.
         density: Of the noise levels, before the scheduler's shift.
-        device: Where the tensors go.
-        dtype: What the floating tensors of the calls' main dtype become; None leaves them.
-        ranks: This process among the others; None for one process.
+        place: Where the tensors go.
         skips: Where corrupt samples are counted; None: nowhere else yet.
 
     Attributes:
@@ -63,9 +61,7 @@ class ImageSource(SampledSource):
         seed: int,
         *,
         density: Density | None = None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        ranks: ProcessGroup | None = None,
+        place: Place | None = None,
         skips: BadSamples | None = None,
     ) -> None:
         super().__init__()
@@ -73,9 +69,10 @@ class ImageSource(SampledSource):
             raise PpclError(f"the batch size is {batch}; use 1 or more")
         self._parts, self._template = parts, template
         self._seed, self._density = seed, density or Density()
-        self._device, self._dtype = torch.device(device), dtype
+        place = place or Place()
+        self._device, self._dtype = torch.device(place.device), place.dtype
         self._samples = [(part, i) for part in parts for i in range(len(part.card.names))]
-        self._ranks, self._split = ranks or ProcessGroup(), False
+        self._ranks, self._split = current() if place.ranks is None else place.ranks, False
         skipped = {name: why for part in parts for name, why in part.card.skipped.items()}
         self.skips = skips or BadSamples("the pictures", len(self._samples) + len(skipped), self._ranks)
         for name, why in skipped.items():
@@ -176,51 +173,39 @@ class ImageSource(SampledSource):
 
 
 def open_images(
-    pipeline: Any,
+    encoder: Encoder,
     path: str | Path,
     cache: str | Path,
     batch: int,
     seed: int,
     *,
-    height: int | None = None,
-    width: int | None = None,
     density: Density | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    ranks: ProcessGroup | None = None,
+    place: Place | None = None,
     progress: Callable[[int, int], None] | None = None,
-    **given: Any,
 ) -> ImageSource:
     """Encode what is not in the cache yet, all ranks together, and return the pictures as a source.
 
     Args:
-        pipeline: A pipeline of a rectified flow, with its VAE and text encoders.
+        encoder: Of a pipeline of a rectified flow, with its VAE and text encoders.
         path: A folder with ``metadata.jsonl``, a folder of WebDataset shards, or one shard.
         cache: The folder of the cache; a disk that all ranks see.
         batch: Pictures of one step.
         seed: Decides order, noise and noise levels.
-        height: Of the pictures; None for their own.
-        width: Of the pictures; None for their own.
         density: Of the noise levels.
-        device: Where the tensors go.
-        dtype: What the floating tensors of the calls' main dtype become.
-        ranks: This process among the others; None for what `torch.distributed` says.
+        place: Where the tensors go.
         progress: Called with the pictures that are done and all of them.
-        **given: Further arguments of the pipeline.
 
     Raises:
         PpclError: The data or the pipeline is not supported, or more than 1 % of the pictures are corrupt.
     """
-    ranks = current() if ranks is None else ranks
-    encoder = Encoder(pipeline, height, width, **given)
+    place = place or Place()
+    ranks = current() if place.ranks is None else place.ranks
     pairs = ranks.each(lambda: open_pairs(path))
     skips = BadSamples("the pictures", len(pairs), ranks)
     wanted = cut(pairs, ranks)
     folder = encode(encoder, wanted, cache, ranks=ranks, skips=skips, progress=progress)
     parts, template = ranks.each(lambda: _read(folder, wanted, ranks))
-    return ImageSource(
-        parts, template, batch, seed, density=density, device=device, dtype=dtype, ranks=ranks, skips=skips
-    )
+    return ImageSource(parts, template, batch, seed, density=density, place=place, skips=skips)
 
 
 def _read(folder: Path, wanted: Sequence[Pairs], ranks: ProcessGroup) -> tuple[list[Part], Template]:

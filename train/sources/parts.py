@@ -6,8 +6,8 @@ A run draws `batch_size` prompts with seeds of its own, so who draws it, and whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +34,25 @@ class _Card(BaseModel):
     groups: list[int]
 
 
+@dataclass(frozen=True)
+class Recording:
+    """How prompts are recorded.
+
+    Attributes:
+        part: Prompts that are recorded at a time.
+        batch_size: Prompts in one run of the pipeline, and samples in one call.
+        model: The teacher's fingerprint; None: that of the pipeline's transformer now.
+        told: Called with the number of a part before it is recorded.
+        arguments: Goes to `ppcl_fx.record`: ``num_inference_steps``, and the pipeline's own arguments.
+    """
+
+    part: int = 8
+    batch_size: int = 1
+    model: str | None = None
+    told: Callable[[int], None] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
 class Parts:
     """Recorded parts of a list of prompts. With several ranks all of them ask for the same part at the same time.
 
@@ -41,13 +60,10 @@ class Parts:
         pipeline: Draws the prompts.
         prompts: Those of each part.
         folder: Where the parts are kept; a disk that all ranks see.
-        model: The fingerprint of the pipeline's transformer.
         seed: Prompt number i of all starts from noise of the seed ``seed + i``.
-        batch_size: Prompts in one run of the pipeline.
+        recording: How they are recorded; its `model` is known.
         device: Whose random state is left as it was.
         ranks: This process among the others.
-        told: Called with the number of a part before it is recorded.
-        **recording: Goes to `ppcl_fx.record`.
     """
 
     def __init__(
@@ -55,18 +71,13 @@ class Parts:
         pipeline: Any,
         prompts: Sequence[Sequence[str]],
         folder: Path,
-        model: str,
-        *,
         seed: int,
-        batch_size: int,
+        recording: Recording,
         device: torch.device,
         ranks: ProcessGroup,
-        told: Callable[[int], None] | None = None,
-        **recording: Any,
     ) -> None:
-        self._pipeline, self._prompts, self._folder, self._model = pipeline, prompts, folder, model
-        self._seed, self._batch_size, self._device = seed, batch_size, device
-        self._ranks, self._told, self._recording = ranks, told, recording
+        self._pipeline, self._prompts, self._folder, self._seed = pipeline, prompts, folder, seed
+        self._recording, self._device, self._ranks = recording, device, ranks
         self._groups: dict[int, list[int]] = {}
 
     def __len__(self) -> int:
@@ -98,7 +109,7 @@ class Parts:
         folder = self._place(part)
         calls = Calls.open(folder / CALLS)
         texts = {text for call in calls for text in call.prompts}
-        if calls.model != self._model or texts != set(self._prompts[part]):
+        if calls.model != self._recording.model or texts != set(self._prompts[part]):
             raise PpclError(f"{folder}: was recorded from something else; remove {self._folder}")
         return calls
 
@@ -114,8 +125,8 @@ class Parts:
         # Rank 0 alone looks, and before the rest is done: the ranks must not be of two minds.
         missing = self._ranks.gather(self._missing(part) if self._ranks.first else None)[0]
         if missing is not None:
-            if self._told is not None:
-                self._told(part)
+            if self._recording.told is not None:
+                self._recording.told(part)
             self._ranks.each(lambda: self._draw(part, missing[self._ranks.rank :: self._ranks.world]))
             self._ranks.each(lambda: self._join(part))
         self._ranks.each(lambda: wait_for(folder, self._ranks))
@@ -131,7 +142,7 @@ class Parts:
         return [start for start in self._starts(part) if f"{start:03d}" not in there]
 
     def _starts(self, part: int) -> range:
-        return range(0, len(self._prompts[part]), self._batch_size)
+        return range(0, len(self._prompts[part]), self._recording.batch_size)
 
     def _draw(self, part: int, starts: Sequence[int]) -> None:
         """Draw some runs of a part, and keep each: a kill costs no more than one."""
@@ -143,13 +154,13 @@ class Parts:
                 torch.manual_seed(seed)
                 calls = record(
                     self._pipeline,
-                    self._prompts[part][start : start + self._batch_size],
-                    batch_size=self._batch_size,
+                    self._prompts[part][start : start + self._recording.batch_size],
+                    batch_size=self._recording.batch_size,
                     seed=seed,
-                    **self._recording,
+                    **self._recording.arguments,
                 )
             # The students may have changed since, where the pipeline runs a pluggable model; the teacher has not.
-            Calls(list(calls), self._model).save(self._runs(part) / f"{start:03d}")
+            Calls(list(calls), self._recording.model or "").save(self._runs(part) / f"{start:03d}")
 
     def _join(self, part: int) -> None:
         """On rank 0, make one part of its runs, in the order of the prompts."""
@@ -160,7 +171,7 @@ class Parts:
             run = self._runs(part) / f"{start:03d}"
             wait_for(run, self._ranks)
             found += list(Calls.open(run))
-        calls = Calls([replace(call, index=number) for number, call in enumerate(found)], self._model)
+        calls = Calls([replace(call, index=number) for number, call in enumerate(found)], self._recording.model or "")
         with new_folder(self._place(part)) as new:
             calls.save(new / CALLS)
             write_json(new / CARD, _Card(groups=[len(group) for group in groups(calls)]))

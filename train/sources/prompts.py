@@ -6,7 +6,8 @@ import copy
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,12 +17,9 @@ from torch import Tensor
 from ppcl_fx.errors import PpclError
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.train.data import Batches
-from ppcl_fx.train.process_group import ProcessGroup, current
-from ppcl_fx.train.sources.parts import Parts
+from ppcl_fx.train.process_group import Place, ProcessGroup, current
+from ppcl_fx.train.sources.parts import Parts, Recording
 from ppcl_fx.train.sources.source import State
-
-PART = 8
-"""Prompts that are recorded at a time."""
 
 
 class PromptSource:
@@ -39,14 +37,8 @@ class PromptSource:
         folder: Where the recorded parts are kept; a disk that all ranks see.
         batch: Calls for one step.
         seed: Decides the parts, their order, and the starting noise.
-        device: Where the tensors go.
-        dtype: What the floating tensors of the calls' main dtype become; None leaves them.
-        ranks: This process among the others; None for what `torch.distributed` says.
-        part: Prompts that are recorded at a time.
-        batch_size: Prompts in one run of the pipeline, and samples in one call.
-        model: The teacher's fingerprint; None: that of the pipeline's transformer now.
-        told: Called with the number of a part before it is recorded.
-        **recording: Goes to `ppcl_fx.record`: ``num_inference_steps``, and the pipeline's own arguments.
+        place: Where the tensors go.
+        recording: How prompts are recorded.
 
     Raises:
         PpclError: There are no prompts, or too few at a time.
@@ -59,46 +51,29 @@ class PromptSource:
         folder: str | Path,
         batch: int,
         seed: int,
-        *,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype | None = None,
-        ranks: ProcessGroup | None = None,
-        part: int = PART,
-        batch_size: int = 1,
-        model: str | None = None,
-        told: Callable[[int], None] | None = None,
-        **recording: Any,
+        place: Place | None = None,
+        recording: Recording | None = None,
     ) -> None:
+        place, how = place or Place(), recording or Recording()
         if not prompts:
             raise PpclError("there are no prompts to train on; give a file with one prompt a line")
-        if part < 1 or batch_size < 1:
-            raise PpclError(f"{min(part, batch_size)} prompts at a time are too few; use 1 or more")
+        if how.part < 1 or how.batch_size < 1:
+            raise PpclError(f"{min(how.part, how.batch_size)} prompts at a time are too few; use 1 or more")
         shuffled = random.Random(f"ppcl-fx prompts {seed}").sample(list(prompts), len(prompts))
-        self._parts = [shuffled[i : i + part] for i in range(0, len(shuffled), part)]
-        self._batch, self._seed, self._device, self._dtype = batch, seed, torch.device(device), dtype
-        self._batch_size, self._recording = batch_size, recording
-        self._model = fingerprint(pipeline.transformer) if model is None else model
-        self._ranks, self._split = current() if ranks is None else ranks, False
-        self._recorded = Parts(
-            pipeline,
-            self._parts,
-            Path(folder) / self.fingerprint[:16],
-            self._model,
-            seed=seed,
-            batch_size=batch_size,
-            device=self._device,
-            ranks=self._ranks,
-            told=told,
-            **recording,
-        )
+        self._parts = [shuffled[i : i + how.part] for i in range(0, len(shuffled), how.part)]
+        self._batch, self._seed, self._device, self._dtype = batch, seed, torch.device(place.device), place.dtype
+        self._recording = how if how.model is not None else replace(how, model=fingerprint(pipeline.transformer))
+        self._ranks, self._split = current() if place.ranks is None else place.ranks, False
+        parts = Path(folder) / self.fingerprint[:16]
+        self._recorded = Parts(pipeline, self._parts, parts, seed, self._recording, self._device, self._ranks)
         self._open: tuple[int, int, Batches] | None = None
         self._start = State(seed=seed, step=0, epoch=0, position=0, within=0)
 
     @property
     def fingerprint(self) -> str:
         """The hash of the prompts, the teacher, and how they are recorded."""
-        how = {name: repr(value) for name, value in sorted(self._recording.items())}
-        plain = json.dumps([self._model, self._parts, self._seed, self._batch_size, how])
+        arguments = {name: repr(value) for name, value in sorted(self._recording.arguments.items())}
+        plain = json.dumps([self._recording.model, self._parts, self._seed, self._recording.batch_size, arguments])
         return hashlib.sha256(plain.encode()).hexdigest()
 
     @property

@@ -6,7 +6,7 @@ are only laid out anew is refused in one line.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -88,17 +88,18 @@ class Template(BaseModel):
         return self.scale * (1 - sigma if self.inverted else sigma)
 
 
-def find_template(pipeline: Any, caption: str, **given: Any) -> Template:
+def find_template(pipeline: Any, caption: str, given: Mapping[str, Any] | None = None) -> Template:
     """Run a pipeline and find out how its transformer is called.
 
     Args:
         pipeline: The pipeline. Its transformer runs a few steps and is made to answer zero.
         caption: Any prompt that it takes.
-        **given: Further arguments of the pipeline, such as height and width.
+        given: Further arguments of the pipeline, such as height and width.
 
     Raises:
         Unsupported: It is not a rectified flow, or it does more to its latents than lay them out.
     """
+    given = given or {}
     noisy, noise = _noisy(pipeline, caption, given)
     with standing_still(pipeline.transformer):
         calls = record(pipeline, [caption], batch_size=1, num_inference_steps=STEPS, **given)
@@ -139,7 +140,7 @@ def tensors_of(kwargs: dict[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def _noisy(pipeline: Any, caption: str, given: dict[str, Any]) -> tuple[tuple[str, ...], Tensor]:
+def _noisy(pipeline: Any, caption: str, given: Mapping[str, Any]) -> tuple[tuple[str, ...], Tensor]:
     """The arguments that follow the noise and nothing else, and the noise."""
     seen = []
     for seed in (0, 1):

@@ -14,7 +14,10 @@ from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.recording import first_call
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.train import train
+from ppcl_fx.train.process_group import Place
+from ppcl_fx.train.sources.encode import Encoder
 from ppcl_fx.train.sources.images import ImageSource, open_images
+from ppcl_fx.train.sources.parts import Recording
 from ppcl_fx.train.sources.prompts import PromptSource
 from tests.shapes_folder import save_pipeline
 
@@ -42,13 +45,13 @@ def _pluggable() -> Any:
 
 def prompts(folder: Path, **how: Any) -> PromptSource:
     """Two parts, of four prompts and of one; two calls a prompt: batches of 3, 3, 2, 2 calls."""
-    given = {"part": 4, "num_inference_steps": 2, "guidance_scale": 1.0, **how}
-    return PromptSource(teacher(), PROMPTS, folder, BATCH, SEED, **given)
+    recording = Recording(part=4, arguments={"num_inference_steps": 2, "guidance_scale": 1.0})
+    return PromptSource(teacher(), PROMPTS, folder, BATCH, SEED, Place(**how), recording)
 
 
 def pictures(root: Path, **how: Any) -> ImageSource:
     """The pictures of ``root/data``, with the cache beside them."""
-    return open_images(teacher(), root / "data", root / "cache", BATCH, SEED, **how)
+    return open_images(Encoder(teacher()), root / "data", root / "cache", BATCH, SEED, **how)
 
 
 def trained(source: Any, out: Path, stages: list[str], **options: Any) -> dict[str, Any]:

@@ -34,12 +34,12 @@ def few(pipeline: ShapesPipeline, tmp_path_factory: pytest.TempPathFactory) -> P
     """A small data set with its cache beside it."""
     root = tmp_path_factory.mktemp("few")
     write_folder(root / "data", FEW)
-    open_images(pipeline, root / "data", root / "cache", 1, 0)
+    open_images(Encoder(pipeline), root / "data", root / "cache", 1, 0)
     return root
 
 
 def few_source(pipeline: Any, root: Path, **how: Any) -> ImageSource:
-    return open_images(pipeline, root / "data", root / "cache", BATCH, 0, **how)
+    return open_images(Encoder(pipeline), root / "data", root / "cache", BATCH, 0, **how)
 
 
 def test_the_template_of_the_shapes_pipeline(pipeline: Any, few: Path) -> None:
@@ -117,11 +117,11 @@ def test_a_changed_picture_is_encoded_again_and_no_other(
         return original(self, data, caption)
 
     monkeypatch.setattr(Encoder, "encode", counted)
-    before = open_images(pipeline, folder, tmp_path / "cache", 6, 0)
+    before = open_images(Encoder(pipeline), folder, tmp_path / "cache", 6, 0)
     assert encoded == CAPTIONS * 2
     encoded.clear()
     (folder / "3.png").write_bytes(png(picture(99)))
-    after = open_images(pipeline, folder, tmp_path / "cache", 6, 0)
+    after = open_images(Encoder(pipeline), folder, tmp_path / "cache", 6, 0)
     assert encoded == [CAPTIONS[2], CAPTIONS[0]], "the part with the changed picture"
     rows = zip(before.kwargs(0)["hidden_states"], after.kwargs(0)["hidden_states"], strict=True)
     assert sum(not torch.equal(a, b) for a, b in rows) == 1
@@ -132,14 +132,14 @@ def test_a_changed_picture_is_encoded_again_and_no_other(
     whole = part.read_bytes()
     part.unlink()  # the open sources keep theirs
     part.write_bytes(whole[:100])
-    again = open_images(pipeline, folder, tmp_path / "cache", 6, 0)
+    again = open_images(Encoder(pipeline), folder, tmp_path / "cache", 6, 0)
     assert encoded == CAPTIONS[:2]
     assert same(again.kwargs(0), after.kwargs(0))
     # Another pipeline has a cache of its own.
     other = ShapesPipeline(
         pipeline.transformer, FlowMatchEulerDiscreteScheduler(shift=2.0), pipeline.text_encoder
     )
-    open_images(other, folder, tmp_path / "cache", 6, 0)
+    open_images(Encoder(other), folder, tmp_path / "cache", 6, 0)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
@@ -151,7 +151,7 @@ def test_shards_are_encoded_like_the_folder(pipeline: Any, tmp_path: Path) -> No
                 info = tarfile.TarInfo(f"{i}.{kind}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    sources = [open_images(pipeline, path, tmp_path / "cache", 3, 0) for path in (folder, tmp_path / "0.tar")]
+    sources = [open_images(Encoder(pipeline), path, tmp_path / "cache", 3, 0) for path in (folder, tmp_path / "0.tar")]
     assert same(sources[0].kwargs(0), sources[1].kwargs(0))
     assert sources[0].fingerprint == sources[1].fingerprint
 
@@ -161,17 +161,17 @@ def test_one_corrupt_picture_in_a_hundred_is_skipped_and_two_stop(
 ) -> None:
     folder = write_folder(tmp_path / "data", MANY)
     (folder / "7.png").write_bytes((folder / "7.png").read_bytes()[:200])
-    source = open_images(pipeline, folder, tmp_path / "cache", 10, 0)
+    source = open_images(Encoder(pipeline), folder, tmp_path / "cache", 10, 0)
     name = "metadata.jsonl line 8 (7.png)"
     assert list(source.skips.reasons) == [name]
     assert f"{name} is skipped (no picture that can be read" in caplog.text
     assert sum(len(source.kwargs(step)["timestep"]) for step in range(10)) == 100
     # Skipped samples are remembered with the cache.
-    assert list(open_images(pipeline, folder, tmp_path / "cache", 10, 0).skips.reasons) == [name]
+    assert list(open_images(Encoder(pipeline), folder, tmp_path / "cache", 10, 0).skips.reasons) == [name]
     lines = (folder / "metadata.jsonl").read_text().replace(CAPTIONS[1], "a purple elephant", 1)
     (folder / "metadata.jsonl").write_text(lines)
     with pytest.raises(PpclError, match="2 of 101 samples are corrupt, which is more than 1 %") as caught:
-        open_images(pipeline, folder, tmp_path / "cache", 10, 0)
+        open_images(Encoder(pipeline), folder, tmp_path / "cache", 10, 0)
     assert "\n" not in str(caught.value)
 
 
@@ -191,7 +191,7 @@ def test_a_damaged_sample_of_the_cache_is_skipped(pipeline: Any, tmp_path: Path)
 
 def _copy(pipeline: Any, root: Path) -> Path:
     write_folder(root / "data", 3)
-    open_images(pipeline, root / "data", root / "cache", 1, 0)
+    open_images(Encoder(pipeline), root / "data", root / "cache", 1, 0)
     return root
 
 

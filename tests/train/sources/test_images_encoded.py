@@ -55,7 +55,7 @@ def video_vae() -> AutoencoderKLQwenImage:
 def test_flux_with_a_shift_that_depends_on_the_size(tmp_path: Path) -> None:
     pipe, given = with_vae(pipelines.flux, image_vae(), use_dynamic_shifting=True)
     folder = write_folder(tmp_path / "data", 2, 48, 70)
-    source = open_images(pipe, folder, tmp_path / "cache", 2, 0, guidance_scale=2.5, **given)
+    source = open_images(Encoder(pipe, arguments={"guidance_scale": 2.5, **given}), folder, tmp_path / "cache", 2, 0)
     template = source._template
     assert (template.noisy, template.scale, template.shift) == (("hidden_states",), 1.0, "exponential")
     got = source.kwargs(0)
@@ -72,7 +72,7 @@ def test_flux_with_a_shift_that_depends_on_the_size(tmp_path: Path) -> None:
 def test_sd3_with_both_branches_of_guidance_in_one_call(tmp_path: Path) -> None:
     pipe, given = with_vae(pipelines.sd3, image_vae())
     folder = write_folder(tmp_path / "data", 2, 60, 90)
-    source = open_images(pipe, folder, tmp_path / "cache", 2, 0, height=32, width=48, **given)
+    source = open_images(Encoder(pipe, 32, 48, given), folder, tmp_path / "cache", 2, 0)
     assert (source._template.repeats, source._template.scale) == (2, 1000.0)
     got = source.kwargs(0)["hidden_states"]
     assert got.shape == (4, 4, 4, 6)
@@ -82,7 +82,7 @@ def test_sd3_with_both_branches_of_guidance_in_one_call(tmp_path: Path) -> None:
     time = source.kwargs(0)["timestep"]
     assert 0 < time[0] == time[1] < 1000
     alone = open_images(
-        pipe, folder, tmp_path / "cache", 2, 0, height=32, width=48, guidance_scale=1.0, **given
+        Encoder(pipe, 32, 48, {"guidance_scale": 1.0, **given}), folder, tmp_path / "cache", 2, 0
     )
     assert alone.kwargs(0)["hidden_states"].shape == (2, 4, 4, 6)
 
@@ -92,7 +92,7 @@ def test_qwen_image_with_a_vae_of_videos(tmp_path: Path) -> None:
     given["prompt_embeds_mask"] = torch.ones(1, 5, dtype=torch.long)
     del given["negative_prompt_embeds"]
     folder = write_folder(tmp_path / "data", 2, 32, 48)
-    source = open_images(pipe, folder, tmp_path / "cache", 2, 0, **given)
+    source = open_images(Encoder(pipe, arguments=given), folder, tmp_path / "cache", 2, 0)
     assert source._template.noise == (1, 1, 4, 4, 6)
     got = source.kwargs(0)
     assert got["hidden_states"].shape == (2, 6, 16)
@@ -140,7 +140,7 @@ def test_pipelines_that_do_something_else_are_refused(
     odd = Odd(**pipeline.components)
     odd.way = way
     with pytest.raises(Unsupported, match="use --prompts or --calls with this pipeline") as caught:
-        open_images(odd, write_folder(tmp_path / "data", 1), tmp_path / "cache", 1, 0)
+        open_images(Encoder(odd), write_folder(tmp_path / "data", 1), tmp_path / "cache", 1, 0)
     assert reason in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -151,8 +151,9 @@ def test_a_vae_whose_scale_is_not_the_pipeline_s_is_refused(tmp_path: Path) -> N
     pipe.vae.register_to_config(
         latents_mean=[0.0] * 4, latents_std=[2.0] * 4
     )  # the pipeline does not know of them
+    encoder = Encoder(pipe, arguments=given)
     with pytest.raises(Unsupported, match="it does not decode a latent to what its VAE encoded"):
-        open_images(pipe, write_folder(tmp_path / "data", 1, 32, 32), tmp_path / "cache", 1, 0, **given)
+        open_images(encoder, write_folder(tmp_path / "data", 1, 32, 32), tmp_path / "cache", 1, 0)
     assert pipe.vae.decode == decode, "nothing is left on the pipeline"
     assert "set_timesteps" not in vars(pipe.scheduler)
 

@@ -15,13 +15,14 @@ from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.recording import record
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.train.sources import parts
+from ppcl_fx.train.sources.parts import Recording
 from ppcl_fx.train.sources.prompts import PromptSource
 from ppcl_fx.train.sources.source import Source
 from tests.shapes_folder import save_pipeline
 
 PROMPTS = ["a red circle", "a blue square", "two red circles", "a green circle", "a red square", "a blue circle"]
 # Two prompts a part, one picture a call, two denoising steps: four calls, so two batches a part.
-HOW: dict[str, Any] = {"part": 2, "num_inference_steps": 2, "guidance_scale": 1.0}
+ARGUMENTS: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.0}
 BATCHES = 2
 
 
@@ -34,8 +35,11 @@ def pipeline(tmp_path_factory: pytest.TempPathFactory) -> ShapesPipeline:
 
 
 def source(pipeline: Any, folder: Path, told: list[int] | None = None, **how: Any) -> PromptSource:
+    """A source of two prompts a part; what is no field of a recording goes to the pipeline."""
+    own = {name: how.pop(name) for name in ("part", "batch_size") if name in how}
     heard = None if told is None else told.append
-    return PromptSource(pipeline, PROMPTS, folder, 2, 0, told=heard, **{**HOW, **how})
+    recording = Recording(**{"part": 2, **own}, told=heard, arguments={**ARGUMENTS, **how})
+    return PromptSource(pipeline, PROMPTS, folder, 2, 0, recording=recording)
 
 
 def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
