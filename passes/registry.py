@@ -108,7 +108,7 @@ def _made(kind: type[Pass], texts: dict[str, str]) -> Pass:
         first = error.errors()[0]
         option = str(first["loc"][0])
         if first["type"] == "missing":
-            raise PpclError(f"the pass {kind.name} needs the option {option}: {_option(fields[option])}") from None
+            raise PpclError(f"the pass {kind.name} needs the option {_option(fields[option])}") from None
         raise PpclError(f"the pass {kind.name}: {option}={texts[option]}: {first['msg']}") from None
 
 

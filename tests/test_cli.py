@@ -29,7 +29,7 @@ from ppcl_fx.owned import CHECKPOINT
 from ppcl_fx.passes.config import AnalyzeConfig, RewriteConfig
 from tests.options_page import PAGE, page
 
-COMMANDS = ("analyze", "rewrite", "train", "export", "build")
+COMMANDS = ("analyze", "rewrite", "train", "export", "build", "passes", "run-passes")
 NOBODY = 65534
 Run = Callable[..., tuple[int, str, str]]
 

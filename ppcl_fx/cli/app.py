@@ -15,6 +15,7 @@ from ppcl_fx.cli.boundary import Result, guarded
 from ppcl_fx.cli.export import build, export
 from ppcl_fx.cli.flags import flagged
 from ppcl_fx.cli.options import check_folder
+from ppcl_fx.cli.passes import passes, run_passes
 from ppcl_fx.cli.rewrite import rewrite
 from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
 from ppcl_fx.cli.train import train
@@ -53,8 +54,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for command in (analyze, rewrite, train, export, build, verify):
-    app.command(command.__name__)(command)
+for command in (analyze, rewrite, train, export, build, verify, passes, run_passes):
+    app.command(command.__name__.replace("_", "-"))(command)
 
 
 def _print_version(wanted: bool) -> None:
