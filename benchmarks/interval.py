@@ -44,7 +44,7 @@ Result = dict[str, Any]
 def student(scratch: Path, made: dict[str, Any], recorded: Calls, first: int, last: int) -> None:
     """Write the student folder: the interval's student begins as the block in its middle."""
     plan = Plan(edits=[DepthEdit(stack=STACK, first=first, last=last, init="middle")])
-    rewrite_streamed(opened(scratch / "model", made), plan, scratch / "student", recorded, fit=False)
+    rewrite_streamed(opened(scratch / "model", made), plan, scratch / "student", recorded, fit=None)
 
 
 def train(scratch: Path, made: dict[str, Any], recorded: Calls, options: argparse.Namespace) -> Result:

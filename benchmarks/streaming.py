@@ -191,7 +191,7 @@ def rewrite(checkpoint: Checkpoint, recorded: Calls, work: Path, limit: int, sam
     begin = time.perf_counter()
     config: Any = checkpoint.model.config
     edits = plan(config["num_layers"])
-    made = rewrite_streamed(checkpoint, edits, work / "student", recorded, fit=False)
+    made = rewrite_streamed(checkpoint, edits, work / "student", recorded, fit=None)
     seconds = time.perf_counter() - begin
     size = (work / "student" / "students.safetensors").stat().st_size
     return {

@@ -1,4 +1,8 @@
-"""Run a graph node by node: quiet when it fails, and able to remember the shapes on the way."""
+"""Run a graph node by node: quiet when it fails, and able to remember the shapes on the way.
+
+Not the executor's run: nothing is cut or loaded here. It looks at every node, mostly without values, takes what is
+alike from other runs, and goes on after a guard that breaks.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from ppcl_fx.errors import GuardError
 from ppcl_fx.export.meta_results import MetaResults
+from ppcl_fx.passes.streaming.executor import swapped
 
 Seen = tuple[tuple[int, ...], torch.dtype]
 """The shape and the type of a tensor."""
@@ -39,17 +44,9 @@ def buffers_on_meta(module: nn.Module, wanted: bool) -> Iterator[None]:
         module: the module; afterwards it has its own buffers again.
         wanted: do nothing where this is false.
     """
-    kept: list[tuple[nn.Module, str, torch.Tensor]] = []
-    try:
-        for child in module.modules() if wanted else ():
-            for name, buffer in child._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    kept.append((child, name, buffer))
-                    child._buffers[name] = buffer.to("meta")
+    own = {n: b for n, b in module.named_buffers(remove_duplicate=False) if not b.is_meta} if wanted else {}
+    with swapped(module, {name: buffer.to("meta") for name, buffer in own.items()}):
         yield
-    finally:
-        for child, name, buffer in kept:
-            child._buffers[name] = buffer
 
 
 def on_meta(values: Mapping[str, Any]) -> bool:

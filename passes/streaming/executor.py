@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.graphs import attribute
 from ppcl_fx.passes.streaming.partition import Segment, Watch, closure, cut
 from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.passes.switches import is_switch
@@ -123,12 +124,6 @@ class Executor:
                 end(position, run.call(sweep, position, kwargs, self.residency))
         self.residency.release()
 
-    def result(self, kwargs: Mapping[str, Any]) -> Any:
-        """Run one call through the whole graph, all in memory, and return its result; raises as `run`."""
-        found: list[Any] = []
-        self.run(range(len(self.segments)), [kwargs], end=lambda _, result: found.append(result))
-        return found[0]
-
     def _run_of(self, graph: GraphModule) -> _Run:
         if graph not in self._runs:
             run = self._runs[graph] = _Run(graph, self._watches(graph), self._partial)
@@ -151,7 +146,7 @@ class _Run(Interpreter):
         """Load what the segments of a sweep need, until the stack is left."""
         segments = self.segments[sweep.start : sweep.stop]
         names = dict.fromkeys(name for segment in segments for name in segment.tensors)
-        stack.enter_context(loaded(self._gm, list(names), residency))
+        stack.enter_context(swapped(self._gm, _weights(self._gm, names, residency)))
         self._constants = {node: self.run_node(node) for segment in segments for node in segment.constants}
 
     def call(self, sweep: range, position: int, kwargs: Mapping[str, Any], residency: Residency) -> Any:
@@ -191,20 +186,34 @@ class _Run(Interpreter):
         return result
 
 
+def _weights(gm: nn.Module, names: Iterable[str], residency: Residency) -> dict[str, Tensor]:
+    """Return tensors of a module on the device, from where its weights are."""
+    found = {}
+    for name in names:
+        own = attribute(gm, name)
+        if not isinstance(own, Tensor):
+            continue
+        try:
+            tensor = own if residency.read is None else residency.read(name)
+        except KeyError:
+            if own.is_meta:
+                raise RuntimeError(f"no file holds {name}") from None
+            tensor = own
+        found[name] = tensor.to(residency.device)
+    return found
+
+
 @contextmanager
-def loaded(gm: nn.Module, names: Sequence[str], residency: Residency) -> Iterator[None]:
-    """Put tensors on the device in the place of a module's own, from where its weights are, for some time."""
+def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put tensors in the place of a module's own parameters and buffers, by name, for some time."""
     before: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for name in names:
+        for name, tensor in tensors.items():
             path, _, leaf = name.rpartition(".")
-            owner = gm.get_submodule(path)
+            owner = module.get_submodule(path)
             table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-            if leaf not in table:
-                continue  # a plain attribute
-            own = table[leaf]
-            tensor = _weight(name, own, residency)
-            if tensor is own:
+            own = table.get(leaf)
+            if own is None or tensor is own:  # a plain attribute, or there already
                 continue
             before.append((table, leaf, own))
             table[leaf] = nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor
@@ -212,16 +221,6 @@ def loaded(gm: nn.Module, names: Sequence[str], residency: Residency) -> Iterato
     finally:
         for table, leaf, own in reversed(before):
             table[leaf] = own
-
-
-def _weight(name: str, own: Tensor, residency: Residency) -> Tensor:
-    if residency.read is not None:
-        try:
-            return residency.read(name).to(residency.device)
-        except KeyError:
-            if own.is_meta:
-                raise RuntimeError(f"no file holds {name}") from None
-    return own.to(residency.device)
 
 
 def bound(gm: GraphModule, kwargs: Mapping[str, Any]) -> list[Any]:

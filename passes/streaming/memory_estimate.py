@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -36,7 +35,8 @@ def state_budget(gm: GraphModule, calls: Sequence[Call], sites: Sequence[StreamS
     Raises:
         PpclError: the limit is too small for even one block.
     """
-    scale = _largest(calls) / max(1, elements(calls[0].kwargs)) if len(calls) else 1.0
+    largest = max((elements(call.kwargs) for call in calls), default=1)
+    scale = largest / max(1, elements(calls[0].kwargs)) if len(calls) else 1.0
     width = max((int(site.outputs[0].meta["val"].shape[-1]) for site in sites), default=0)
     # A block's sums, of held-out calls too, with the tokens not yet in them, and one of them being solved in float64.
     sums = width**2 * (16 * (8 if width <= WIDE else 4) + 8 * 4 + 6 * 8)
@@ -79,23 +79,17 @@ def _curves(site: StreamSite, scale: float) -> int:
     return max(2 * CHUNK_BYTES, one) + 2 * CHUNK_BYTES + 8 * tokens * width * 4
 
 
-def _largest(calls: Sequence[Call]) -> int:
-    return max(elements(call.kwargs) for call in calls)
-
-
 def elements(value: Any) -> int:
     """Return the number of elements of the tensors in a value: what the cost of a call is taken to grow with."""
-    if isinstance(value, Tensor):
-        return value.numel()
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):  # `Examples` too, which PyTorch's trees take for a leaf
         return sum(elements(item) for item in value.values())
     if isinstance(value, list | tuple):
         return sum(elements(item) for item in value)
-    return 0
+    return value.numel() if isinstance(value, Tensor) else 0
 
 
 def value_bytes(value: Any) -> int:
     """Return the bytes of the tensors in a value, its lists and tuples."""
-    if isinstance(value, torch.Tensor):
-        return int(value.nbytes)
-    return sum(value_bytes(item) for item in value) if isinstance(value, list | tuple) else 0
+    if isinstance(value, list | tuple):
+        return sum(value_bytes(item) for item in value)
+    return int(value.nbytes) if isinstance(value, Tensor) else 0

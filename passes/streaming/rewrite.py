@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,14 @@ if TYPE_CHECKING:
 SCRATCH = "scratch"
 
 
+@dataclass(frozen=True)
+class ProjectorFit:
+    """How projectors are fitted: bytes that the process may hold (as in `analyze_streamed`), and where to compute."""
+
+    memory_limit: int | None = None
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+
+
 def rewrite_streamed(
     checkpoint: Checkpoint,
     plan: Plan,
@@ -42,11 +51,9 @@ def rewrite_streamed(
     calls: Calls,
     *,
     named: NamedPlan | None = None,
-    fit: bool = True,
+    fit: ProjectorFit | None = ProjectorFit(),
     overwrite: bool = False,
-    memory_limit: int | None = None,
     report: Report = silent,
-    device: str | torch.device = "cpu",
 ) -> PluggableModel:
     """Do what `ppcl_fx.rewrite` and `PluggableModel.save` do, with the weights left on disk.
 
@@ -60,11 +67,9 @@ def rewrite_streamed(
         calls: recorded calls; the first is what the model is traced with.
         named: where the plan is one of the paper's, that plan: the model must have the blocks that it was made for, and
             it says which students are plugged.
-        fit: initialise projectors by least squares over the calls; else they start as the identity.
+        fit: how projectors are initialised by least squares over the calls; None to let them start as the identity.
         overwrite: replace a folder that exists.
-        memory_limit: as in `analyze_streamed`; for the fit.
         report: told how far it is.
-        device: where the fit computes.
 
     Returns:
         The pluggable model without weights, plugged as it was saved (every edit, or as `named` says): for its plan and
@@ -91,12 +96,12 @@ def rewrite_streamed(
         for source, target in copied:
             _copy(source, target)
         fitted: Mapping[str, Tensor] = {}
-        if fit:
-            scratch, where = beside / SCRATCH, torch.device(device)
+        if fit is not None:
+            scratch = beside / SCRATCH
             scratch.mkdir()
-            room = 2**62 if memory_limit is None else state_budget(graph, calls, (), memory_limit)
-            values = Spill(scratch, room, where)
-            residency = Residency(where, reader(graph, checkpoint), values, checkpoint.shards.close)
+            room = 2**62 if fit.memory_limit is None else state_budget(graph, calls, (), fit.memory_limit)
+            values = Spill(scratch, room, fit.device)
+            residency = Residency(fit.device, reader(graph, checkpoint), values, checkpoint.shards.close)
             fitted = fit_on_disk(graph, (c.kwargs for c in calls), len(calls), residency, scratch, report)
         write_students(graph, checkpoint, beside / STUDENTS, fitted, report)
         shutil.rmtree(beside / SCRATCH, ignore_errors=True)

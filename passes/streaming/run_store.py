@@ -146,16 +146,9 @@ class RunStore:
     def _note(self, found: Found) -> None:
         if self.folder is not None:
             self._probes.update(dict.fromkeys(found.fits, self.folder / "probes" / f"{self._added:04d}.safetensors"))
-        mine = self.found
-        for many, more in (
-            (mine.fits, found.fits),
-            (mine.energies, found.energies),
-            (mine.few, found.few),
-            (mine.ffn, found.ffn),
-            (mine.shelves, found.shelves),
-        ):
-            many.update(more)  # type: ignore[arg-type]
-        mine.notes.extend(found.notes)
+        for name in ("fits", "energies", "few", "ffn", "shelves"):
+            getattr(self.found, name).update(getattr(found, name))
+        self.found.notes.extend(found.notes)
         self._added += 1
 
     def finish(self, cut: int) -> None:

@@ -102,7 +102,9 @@ def rewrite(
     fingerprints = {analysis or Path(plan or ""): chosen.model} if chosen is not None else {}
     fingerprints[recorded.folder] = recorded.calls.model
     if config.memory_limit is not None:
-        from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
+        import torch
+
+        from ppcl_fx.passes.streaming.rewrite import ProjectorFit, rewrite_streamed
 
         assert chosen is not None
         checkpoint = open_checkpoint(model, terminal, fingerprints)
@@ -113,10 +115,9 @@ def rewrite(
                 out,
                 recorded.calls,
                 named=named,
+                fit=ProjectorFit(config.memory_limit, torch.device(config.device)),
                 overwrite=overwrite,
-                memory_limit=config.memory_limit,
                 report=progress,
-                device=config.device,
             )
     elif released is not None:
         from ppcl_fx.folders.released import with_teacher

@@ -64,6 +64,12 @@ def _analysed(name: str) -> tuple[nn.Module, GraphModule, Calls, Redundancy]:
     return model, gm, calls, analyze(gm, calls)
 
 
+def _result(executor: Executor, kwargs: Kwargs) -> Any:
+    found: list[Any] = []
+    executor.run(*executor.sweeps, [kwargs], end=lambda _, result: found.append(result))
+    return found[0]
+
+
 NAMES = pytest.mark.parametrize("name", ["qwen", "flux", "sd3"])
 
 
@@ -96,7 +102,7 @@ def test_watching_leaves_the_result_to_the_bit_and_sees_every_value(tiny: tuple[
     ]
     for call in (kwargs, models.other_kwargs(model)):
         seen.clear()
-        result = Executor(gm, lambda _: watches).result(call)
+        result = _result(Executor(gm, lambda _: watches), call)
         with torch.no_grad():
             assert torch.equal(result[0], model(**call)[0])
         eager = _eager_outputs(model, call, "transformer_blocks")[: len(found.blocks)]
@@ -122,7 +128,7 @@ def test_watched_values_are_freed_after_their_last_watch(tiny_qwen: tuple[nn.Mod
 
     watches = [Watch(pair, count) for pair in itertools.pairwise(nodes)]
     executor = Executor(gm, lambda _: watches)
-    executor.result(tiny_qwen[1])
+    _result(executor, tiny_qwen[1])
     assert held == [2] * len(watches)
 
 
@@ -343,7 +349,7 @@ def test_graph_modules_without_our_trace_can_be_watched() -> None:
     linear = next(iter(gm.graph.find_nodes(op="call_module", target="0")))
     seen: list[Tensor] = []
     x = torch.ones(1, 2)
-    result = Executor(gm, lambda _: [Watch((linear,), seen.append)]).result({"input": x})
+    result = _result(Executor(gm, lambda _: [Watch((linear,), seen.append)]), {"input": x})
     assert torch.equal(result, seen[0].relu())
     with pytest.raises(PpclError, match="lacks the argument 'input'"):
-        Executor(gm, lambda _: []).result({})
+        _result(Executor(gm, lambda _: []), {})

@@ -191,15 +191,13 @@ class Stage:
             context.capacity.disk,
             context.device,
         )
+        values = Spill(context.work / "states", 0, context.device)
         teacher = Teacher(
             route,
             context.batches(1),
-            opened.read,
-            opened.release,
+            Residency(context.device, opened.read, values, opened.release),
             cache,
-            context.work / "states",
             lambda: states_room(context.memory_limit, block, max(0, room - cache.held_bytes)),
-            context.device,
             context.report,
         )
         for group in sweep.groups:

@@ -7,16 +7,13 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.memory import anonymous
-from ppcl_fx.passes.streaming.executor import Executor, Read, Residency
+from ppcl_fx.passes.streaming.executor import Executor, Residency
 from ppcl_fx.passes.streaming.partition import Watch, closure, parts
-from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.tracing import with_rows
 from ppcl_fx.train.bounded.cache import Cache, Damaged
 from ppcl_fx.train.bounded.problems import Problem
@@ -78,12 +75,9 @@ class Teacher:
     Args:
         route: what to run.
         batches: the calls.
-        read: gives the graph's weights by name.
-        release: called after each segment.
-        cache: where values go.
-        work: a folder for the calls' states between segments.
-        room: tells how many bytes these states may take in memory.
-        device: where to compute.
+        residency: where the weights come from, and what keeps the calls' values between segments.
+        cache: where the borders go.
+        room: tells how many bytes these values may take in memory.
         report: told how far it is.
     """
 
@@ -91,24 +85,21 @@ class Teacher:
         self,
         route: Route,
         batches: Batches,
-        read: Read,
-        release: Callable[[], None],
+        residency: Residency,
         cache: Cache,
-        work: Path,
         room: Callable[[], int],
-        device: torch.device,
         report: Report,
     ) -> None:
         self._route, self._batches, self._cache = route, batches, cache
-        self._work, self._room, self._report = work, room, report
-        self._states = Spill(work, 0, device)
+        self._room, self._report = room, report
+        assert residency.values is not None
+        self._states = residency.values
         self._call = -1
         self._wanted: set[str] = set()
         self._last = -1
         self.passes = 0
         """Runs of the teacher so far."""
         watches = [Watch(nodes, self._keeper(name)) for name, nodes in route.bundles.items()]
-        residency = Residency(device, read, self._states, release)
         self._executor = Executor(route.gm, lambda gm: watches, residency, partial=True)
 
     def narrow(self, problems: Sequence[Problem]) -> None:
@@ -126,7 +117,7 @@ class Teacher:
         if not missing:
             return
         self.passes += 1
-        shutil.rmtree(self._work, ignore_errors=True)
+        shutil.rmtree(self._states.folder, ignore_errors=True)
         self._states.budget = self._room()
         total = (self._last + 1) * len(missing)
         for number in range(self._last + 1):
@@ -141,7 +132,7 @@ class Teacher:
             self._executor.run(range(number, number + 1), given, begin, end)
             self._states.forget_all_but(number + 1)
         # States of the last segment are nobody's input.
-        shutil.rmtree(self._work, ignore_errors=True)
+        shutil.rmtree(self._states.folder, ignore_errors=True)
 
     def border(self, problem: Problem, call: int) -> list[Any]:
         """Return a problem's border for a call. What is damaged on disk is computed again, with a warning."""

@@ -132,7 +132,7 @@ def test_a_named_plan_for_other_blocks_is_refused_before_anything_is_written(tmp
 def test_the_teachers_files_are_linked_and_not_copied(tmp_path: Path) -> None:
     plan, calls = saved("qwen", tmp_path / "teacher")
     rewrite_streamed(
-        open_source(str(tmp_path / "teacher")).checkpoint(), plan, tmp_path / "out", calls, fit=False
+        open_source(str(tmp_path / "teacher")).checkpoint(), plan, tmp_path / "out", calls, fit=None
     )
     for shard in (tmp_path / "teacher").glob("*.safetensors"):
         assert (tmp_path / "out" / TEACHER / shard.name).samefile(shard)
@@ -152,7 +152,7 @@ def test_they_are_copied_where_links_are_not_possible(
 
     monkeypatch.setattr(os, "link", refuse)
     rewrite_streamed(
-        open_source(str(tmp_path / "teacher")).checkpoint(), plan, tmp_path / "out", calls, fit=False
+        open_source(str(tmp_path / "teacher")).checkpoint(), plan, tmp_path / "out", calls, fit=None
     )
     for shard in (tmp_path / "teacher").glob("*.safetensors"):
         copy = tmp_path / "out" / TEACHER / shard.name
@@ -199,7 +199,7 @@ def test_a_disk_that_fills_up_leaves_no_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(PpclError, match=r"cannot be written \(No space left on device\)"):
         rewrite_streamed(
-            open_source(str(tmp_path / "teacher")).checkpoint(), plan, tmp_path / "out", calls, fit=False
+            open_source(str(tmp_path / "teacher")).checkpoint(), plan, tmp_path / "out", calls, fit=None
         )
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
 
