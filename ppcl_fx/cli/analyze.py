@@ -103,11 +103,7 @@ def analyze(
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Return the lines of a UTF-8 file that are not empty.
-
-    Raises:
-        PpclError: the file cannot be read as UTF-8 or holds no prompt.
-    """
+    """Return the lines of a UTF-8 file that are not empty."""
     # Not splitlines: it also cuts at U+2028 and the like, within a prompt.
     prompts = [line.strip() for line in read_text(path).split("\n") if line.strip()]
     if not prompts:
@@ -158,16 +154,7 @@ def _record(
 
 
 def shipped_prompts(source: Source, seed: int, missing: str) -> list[str]:
-    """Return the prompts that come with the shipped model.
-
-    Args:
-        source: the model.
-        seed: decides which ones, and their order.
-        missing: what to say of another model, which has none.
-
-    Raises:
-        PpclError: it is another model.
-    """
+    """Return the prompts that come with the shipped model."""
     from ppcl_fx.shapes.captions import CATEGORIES
     from ppcl_fx.shapes.captions import prompts as draw
 

@@ -177,11 +177,7 @@ def _opened(
 
 
 def _open_sampling(name: str, student: Path, model: str, recorded: Recorded | None, terminal: Terminal) -> SamplingRun:
-    """Open a pipeline and say what it may draw: prompts of the recorded calls, or the shipped model's own.
-
-    Raises:
-        PpclError: there is no such pipeline, it is not the teacher's, or there are no prompts.
-    """
+    """Open a pipeline and say what it may draw: prompts of the recorded calls, or the shipped model's own."""
     from ppcl_fx.export.sampling import SamplingRun
     from ppcl_fx.sources import SHAPES, open_source
 

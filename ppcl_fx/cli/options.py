@@ -19,26 +19,13 @@ DEVICES = ("cpu", "cuda", "mps", "xpu")
 
 
 def refuse(config: Config, names: Iterable[str], why: str) -> None:
-    """Refuse options that were given and have no use.
-
-    Raises:
-        PpclError: one of the fields `names` was given; the line ends with `why`.
-    """
+    """Refuse options that were given and have no use."""
     for name in config.given(names):
         raise PpclError(f"{flag_of(type(config), name)}: {why}")
 
 
 def check_folder(folder: Path | None, what: str, manifest: str | None = None) -> None:
-    """Refuse a folder that is not there, or lacks the file that tells it, before anything slow is imported.
-
-    Args:
-        folder: the folder; None passes.
-        what: what to give instead, for the line.
-        manifest: the name of a file in it; None for any folder.
-
-    Raises:
-        PpclError: there is no such folder or file.
-    """
+    """Refuse a folder that is not there, or lacks the file that tells it, before anything slow is imported."""
     if folder is None:
         return
     if not folder.is_dir():
@@ -49,22 +36,14 @@ def check_folder(folder: Path | None, what: str, manifest: str | None = None) ->
 
 
 def check_file(path: Path | None, what: str) -> None:
-    """Refuse a file that is not there, before anything slow is imported.
-
-    Raises:
-        PpclError: there is no such file.
-    """
+    """Refuse a file that is not there, before anything slow is imported."""
     if path is not None and not path.exists():
         beside = [str(path.parent / p.name) for p in path.parent.iterdir()] if path.parent.is_dir() else []
         raise PpclError(f"{path}: no such file{near(str(path), beside)}; give {what}")
 
 
 def check_device(text: str, limited: bool) -> None:
-    """Refuse a device that torch does not have here.
-
-    Raises:
-        PpclError: there is no such device, or it is given where nothing limits the memory.
-    """
+    """Refuse a device that torch does not have here."""
     kind, colon, index = text.partition(":")
     if kind not in DEVICES or (colon and not (index.isascii() and index.isdecimal() and len(index) < 4)):
         raise PpclError(f"--device {text}: no device{near(kind, DEVICES)}; give one such as 'cpu', 'cuda' or 'cuda:1'")
@@ -83,18 +62,7 @@ def check_device(text: str, limited: bool) -> None:
 def check_output(
     path: Path, *, kind: Kind | None = None, overwrite: bool = False, reads: Iterable[str | Path | None] = ()
 ) -> None:
-    """Refuse an output that exists or cannot be written, before any work is done; nothing is left behind.
-
-    Args:
-        path: the folder to be written.
-        kind: what it will be; None where files are added to what is there.
-        overwrite: replace a folder of that kind.
-        reads: what the command reads; None and names of nothing are passed over.
-
-    Raises:
-        PpclError: `path` is a file, is a folder with something in it (unless `overwrite`, and it may be replaced), or
-            cannot be written.
-    """
+    """Refuse an output that exists or cannot be written, before any work is done; nothing is left behind."""
     if path.exists() and not path.is_dir():
         raise PpclError(f"{path}: is a file, and a folder is to be written there; choose another output")
     if kind is not None and path.is_dir() and any(path.iterdir()):

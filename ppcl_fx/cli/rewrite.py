@@ -181,11 +181,7 @@ class Wish:
         return found
 
     def calls_beside(self) -> Path:
-        """Return where recorded calls lie when nobody says so: beside the analysis or the plan.
-
-        Raises:
-            PpclError: there is no such file.
-        """
+        """Return where recorded calls lie when nobody says so: beside the analysis or the plan."""
         from ppcl_fx.plans import is_name
 
         if self.analysis is not None:
@@ -196,11 +192,7 @@ class Wish:
         raise PpclError(f"{what}; give recorded calls with --calls")
 
     def plan_given(self, named: NamedPlan | None) -> Plan | None:
-        """Return the plan to follow; None where an analysis chooses, or weights tell.
-
-        Raises:
-            PpclError: a file is missing, damaged, or holds no edit.
-        """
+        """Return the plan to follow; None where an analysis chooses, or weights tell."""
         if named is None:
             return _read_plan(Path(self.plan)) if self.plan is not None else None
         plan = named.plan(self.config.init)
@@ -214,12 +206,7 @@ class Wish:
 
 
 def timed(config: RewriteConfig, costs: Path | None) -> Costs | None:
-    """Return the costs for a budget of time; None where there is none.
-
-    Raises:
-        PpclError: one of --latency and --costs is missing, the file is no costs, the budget is no time, or the rule
-            knows no time.
-    """
+    """Return the costs for a budget of time; None where there is none."""
     latency = config.latency
     if latency is None:
         if costs is not None:

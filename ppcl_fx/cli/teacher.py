@@ -45,11 +45,7 @@ class Recorded:
 
 
 def open_calls(folder: Path, terminal: Terminal) -> Recorded:
-    """Open recorded calls and check every tensor.
-
-    Raises:
-        PpclError: the folder is missing, a file is damaged, or a tensor holds NaN.
-    """
+    """Open recorded calls and check every tensor."""
     from ppcl_fx.calls import Calls
 
     if not folder.is_dir():
@@ -59,16 +55,7 @@ def open_calls(folder: Path, terminal: Terminal) -> Recorded:
 
 
 def open_teacher(name: str, terminal: Terminal, fingerprints: Mapping[Path, str]) -> nn.Module:
-    """Load a transformer that certain files were made for, in the dtype that their fingerprint names.
-
-    Args:
-        name: MODEL, as it was typed.
-        fingerprints: file -> the fingerprint of the model that it names; empty where it names none. Where none does, it
-            is loaded in float32.
-
-    Raises:
-        PpclError: there is no such model, or a file belongs to another one.
-    """
+    """Load a transformer that certain files were made for, in the dtype that their fingerprint names."""
     from ppcl_fx.sources import open_source
 
     dtype = open_checkpoint(name, terminal, fingerprints).dtype if any(fingerprints.values()) else None
@@ -77,18 +64,7 @@ def open_teacher(name: str, terminal: Terminal, fingerprints: Mapping[Path, str]
 
 
 def open_pipeline(option: str, source: Source, student: Path, model: str, terminal: Terminal) -> Any:
-    """Load the pipeline of a student's teacher; its progress bar is off.
-
-    Args:
-        option: what named it, for messages.
-        source: where it is.
-        student: the student's folder, for messages.
-        model: fingerprint of the teacher; empty where it is not known.
-        terminal: where to show what is going on.
-
-    Raises:
-        PpclError: it is a bare transformer, is damaged, or is another model's.
-    """
+    """Load the pipeline of a student's teacher; its progress bar is off."""
     if source.kind != "pipeline":
         raise PpclError(f"{source.name}: a bare transformer draws nothing; give the teacher's whole pipeline")
     with terminal.step("loading the pipeline"), quiet_diffusers():
@@ -105,13 +81,6 @@ def open_checkpoint(name: str, terminal: Terminal, fingerprints: Mapping[Path, s
     """Open a transformer that certain files were made for, its weights left on disk.
 
     It is used in the dtype that the files name, by its fingerprint; where they name none, as it is stored.
-
-    Args:
-        name: MODEL, as it was typed.
-        fingerprints: file -> the fingerprint of the model that it names; empty where it names none.
-
-    Raises:
-        PpclError: there is no such model, it is damaged, or a file belongs to another one.
     """
     from ppcl_fx.sources import open_source
 
@@ -128,16 +97,7 @@ def open_checkpoint(name: str, terminal: Terminal, fingerprints: Mapping[Path, s
 
 
 def open_student(folder: Path, terminal: Terminal, recorded: Recorded | None = None) -> PluggableModel:
-    """Load a pluggable model.
-
-    Args:
-        folder: its folder.
-        terminal: where to show what is going on.
-        recorded: calls; with them a released checkpoint, which has no teacher, is taken too, as it is.
-
-    Raises:
-        PpclError: the folder is missing, or holds no pluggable model.
-    """
+    """Load a pluggable model."""
     import ppcl_fx
     from ppcl_fx.model import PluggableModel
 

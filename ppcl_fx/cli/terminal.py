@@ -15,6 +15,8 @@ from ppcl_fx.cli.boundary import printable
 from ppcl_fx.memory import size_words
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
     from ppcl_fx.train.metrics import Row
 
 
@@ -86,26 +88,20 @@ def quiet_diffusers() -> Iterator[None]:
             diffusers_logging.enable_progress_bar()
 
 
+def _progress(last: ProgressColumn, width: int | None = 40) -> Progress:
+    """Return bars on stderr with a column of one's own."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(width), MofNCompleteColumn(), TimeElapsedColumn(), last)
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
 @contextmanager
 def _bar(label: str) -> Iterator[Report]:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+    from rich.progress import TimeRemainingColumn
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with _progress(TimeRemainingColumn()) as bars:
         task = bars.add_task(label, total=None)
 
         def report(done: int, total: int, label: str = label) -> None:
@@ -216,18 +212,10 @@ def _row_lines(clock: Callable[[], float]) -> Callable[[Row], None]:
 
 @contextmanager
 def _row_bar() -> Iterator[Callable[[Row], None]]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import TextColumn
 
     # rich's own estimate knows nothing of evaluations, checkpoints and students that stopped: ours does.
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[facts]}"),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+    with _progress(TextColumn("{task.fields[facts]}"), width=20) as bars:
         task = bars.add_task("training", total=None, facts="")
 
         def show(row: Row) -> None:

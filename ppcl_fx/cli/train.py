@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from ppcl_fx.calls import Calls
     from ppcl_fx.effects import Effects
     from ppcl_fx.model import PluggableModel
-    from ppcl_fx.train import StageCurves, TrainResult
+    from ppcl_fx.plan import Plan
+    from ppcl_fx.train import StageCurves
     from ppcl_fx.train.bounded.trainer import BoundedResult
     from ppcl_fx.train.process_group import ProcessGroup
     from ppcl_fx.train.sources.source import Source
@@ -125,7 +126,6 @@ def _run(
     student: Path, data: Given, chosen: TrainConfig, resume: bool, terminal: Terminal, ranks: ProcessGroup
 ) -> Result | None:
     """Train; on the first rank write the results and return them."""
-    from ppcl_fx.report import write_report
     from ppcl_fx.train import train as run
     from ppcl_fx.train.checks import check_backend
 
@@ -138,43 +138,27 @@ def _run(
     if not ranks.first:
         return None
     model.save_students(student)
-    curves = {stage.label: stage.losses for stage in trained.stages}
-    write_report(
-        student / REPORT, plan=model.plan, losses=curves, effects=model.effects, title=f"{student.name}: training"
-    )
-    return _result(student, trained, model.effects)
-
-
-def _result(student: Path, trained: TrainResult, effects: Effects | None) -> Result:
-    data = {
-        "student": str(student),
+    effects = model.effects
+    found = _report(student, model.plan, trained.stages, effects) | {
         "losses": str(trained.losses),
         "checkpoints": str(trained.checkpoints),
         "finetuned": str(trained.finetuned) if trained.finetuned is not None else None,
         "effects": None if effects is None else effects.model_dump(mode="json"),
-        "report": str(student / REPORT),
         "seconds": round(trained.seconds, 3),
-        "stages": stage_rows(trained.stages),
     }
-    lines = stage_lines(trained.stages)
+    lines = _stage_lines(student, trained.stages)
+    report = lines.pop()
     for mixture in effects.mixtures if effects is not None else ():
         measured = f"{mixture.measured:.4g} measured, {mixture.predicted:.4g} predicted"
         lines.append(f"keep {mixture.keep:g}: error of the output {measured}")
     if trained.finetuned is not None:
         lines.append(f"fine-tuned model: {trained.finetuned} (ppcl-fx export {trained.finetuned} -o ENGINES)")
-    return Result(data, [*lines, f"report: {student / REPORT}"])
+    return Result(found, [*lines, report])
 
 
 @dataclass(frozen=True)
 class Given:
-    """The data that the command line names; exactly one of the first three.
-
-    Attributes:
-        calls: folder of recorded calls.
-        prompts: file with one prompt a line.
-        images: folder with ``metadata.jsonl``, or WebDataset shards.
-        pipeline: the teacher's pipeline, for prompts and images.
-    """
+    """The data that the command line names: one of calls, prompts and images; a pipeline with the last two."""
 
     calls: Path | None
     prompts: Path | None
@@ -183,10 +167,7 @@ class Given:
 
     def check(self) -> None:
         """Raise `PpclError` where not exactly one kind of data is named, or one lacks its pipeline."""
-        named = [
-            name for name, value in (("--calls", self.calls), ("--prompts", self.prompts), ("--images", self.images))
-            if value is not None
-        ]  # fmt: skip
+        named = [f"--{name}" for name in ("calls", "prompts", "images") if getattr(self, name) is not None]
         if len(named) != 1:
             raise PpclError(f"{' and '.join(named) or 'no data'}: give one of --calls, --prompts, --images")
         if self.calls is None and self.pipeline is None:
@@ -205,18 +186,16 @@ class Given:
     def open(
         self, student: Path, model: PluggableModel, options: TrainConfig, terminal: Terminal, ranks: ProcessGroup
     ) -> Calls | Source:
-        """Open the data, all ranks together; recordings and encoded pictures are kept in the student's folder.
-
-        Raises:
-            PpclError: the data is missing or damaged, or the pipeline is not the teacher's.
-        """
+        """Open the data, all ranks together; recordings and encoded pictures are kept in the student's folder."""
         if self.calls is not None:
             recording = open_calls(self.calls, terminal)
             recording.check(student, model.plan.model)
             return recording.calls
-        pipeline = self._pipeline(student, model, terminal)
+        from ppcl_fx.sources import open_source
         from ppcl_fx.train.process_group import Place
 
+        assert self.pipeline is not None
+        pipeline = open_pipeline("--pipeline", open_source(self.pipeline), student, model.plan.model, terminal)
         place = Place(model.device, model.dtype, ranks)
         if self.prompts is not None:
             from ppcl_fx.train.sources.prompts import PromptSource
@@ -238,34 +217,28 @@ class Given:
                 progress=report,
             )
 
-    def _pipeline(self, student: Path, model: PluggableModel, terminal: Terminal) -> Any:
-        from ppcl_fx.sources import open_source
-
-        assert self.pipeline is not None
-        return open_pipeline("--pipeline", open_source(self.pipeline), student, model.plan.model, terminal)
-
 
 def _bounded_result(student: Path, done: BoundedResult) -> Result:
     from ppcl_fx.files import inside, read_json
     from ppcl_fx.plan import Plan
+
+    report = _report(student, read_json(inside(student, "plan.json"), Plan), done.stages)
+    more = {"schedule": list(done.lines), "losses": str(done.losses), "stopped": done.stopped}
+    return Result(report | more | {"seconds": round(done.seconds, 3)}, _stage_lines(student, done.stages))
+
+
+def _report(
+    student: Path, plan: Plan, stages: Sequence[StageCurves], effects: Effects | None = None
+) -> dict[str, Any]:
+    """Write the report of a training, and return what both schedules say of it in JSON."""
     from ppcl_fx.report import write_report
 
-    curves = {stage.label: stage.losses for stage in done.stages}
-    plan = read_json(inside(student, "plan.json"), Plan)
-    write_report(student / REPORT, plan=plan, losses=curves, title=f"{student.name}: training")
-    data = {
-        "student": str(student),
-        "schedule": list(done.lines),
-        "losses": str(done.losses),
-        "report": str(student / REPORT),
-        "seconds": round(done.seconds, 3),
-        "stages": stage_rows(done.stages),
-        "stopped": done.stopped,
-    }
-    return Result(data, [*stage_lines(done.stages), f"report: {student / REPORT}"])
+    curves = {stage.label: stage.losses for stage in stages}
+    write_report(student / REPORT, plan=plan, losses=curves, effects=effects, title=f"{student.name}: training")
+    return {"student": str(student), "report": str(student / REPORT), "stages": _stage_rows(stages)}
 
 
-def stage_rows(stages: Iterable[StageCurves]) -> list[dict[str, Any]]:
+def _stage_rows(stages: Iterable[StageCurves]) -> list[dict[str, Any]]:
     """Return the JSON object of each stage."""
     return [
         {
@@ -282,8 +255,8 @@ def stage_rows(stages: Iterable[StageCurves]) -> list[dict[str, Any]]:
     ]
 
 
-def stage_lines(stages: Iterable[StageCurves]) -> list[str]:
-    """Return a line for each stage, and under it one for each student."""
+def _stage_lines(student: Path, stages: Iterable[StageCurves]) -> list[str]:
+    """Return a line for each stage, under it one for each student, and where the report is."""
     lines = []
     for stage in stages:
         lines.append(f"{stage.label}: {stage.steps} steps, {stage.seconds:.1f} s")
@@ -291,7 +264,7 @@ def stage_lines(stages: Iterable[StageCurves]) -> list[str]:
             f"  {edit}: loss {values[0]:.4g} -> {values[-1]:.4g}{_more(stage, edit)}"
             for edit, values in stage.losses.items()
         ]
-    return lines
+    return [*lines, f"report: {student / REPORT}"]
 
 
 def _more(stage: StageCurves, edit: str) -> str:
