@@ -14,6 +14,7 @@ from ppcl_fx.errors import PpclError, foreign
 from ppcl_fx.export.graph_run import refresh_examples
 from ppcl_fx.export.onnx_file import floats_as
 from ppcl_fx.export.weight_source import weightless
+from ppcl_fx.meta import graph_info
 from ppcl_fx.tracing import bind
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def example(gm: GraphModule, calls: Calls | None) -> tuple[dict[str, Any], int]:
     if calls is not None:
         if len(calls) == 0:
             raise PpclError("there are no calls to take an example from; record some")
-        wanted = set(gm.meta["ppcl"]["inputs"])
+        wanted = set(graph_info(gm)["inputs"])
         # One that has every argument by itself, where there is one.
         call = next((call for call in calls if wanted <= call.kwargs.keys()), calls[0])
         return bind(gm, call.kwargs), call.batch

@@ -34,6 +34,7 @@ from ppcl_fx.export.weight_source import WeightSource, weightless
 from ppcl_fx.export.weight_store import Store, drop_unused, stored, weights_of
 from ppcl_fx.files import sha256_of
 from ppcl_fx.graphs import parameter_count
+from ppcl_fx.meta import graph_info
 from ppcl_fx.passes.expand import traced_once
 
 if TYPE_CHECKING:
@@ -282,7 +283,7 @@ def _described(prepared: Prepared, written: Any) -> dict[str, Any]:
     gm = prepared.lowered.graph
     versions = {name: str(need(name).__version__) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
     tensors = {name for name, value in prepared.calls["traced"].items() if isinstance(value, torch.Tensor)}
-    passes = [str(record["name"]) for record in gm.meta.get("ppcl", {}).get("passes", [])]
+    passes = [str(record["name"]) for record in graph_info(gm).get("passes", [])]
     return {
         "dtype": str(main_dtype(gm)).removeprefix("torch."),
         "params_in_file": parameters_in(written, gm),

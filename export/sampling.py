@@ -14,6 +14,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.metrics import SamplingAgreement, agreement, worst
 from ppcl_fx.export.reference import Answer, Answers
 from ppcl_fx.face import PipelineFace
+from ppcl_fx.meta import graph_info
 from ppcl_fx.pipeline_arguments import run_arguments
 from ppcl_fx.recording import quiet
 
@@ -61,7 +62,7 @@ class InPipeline(PipelineFace):
         """The teacher's configuration, as diffusers pipelines read it."""
         from diffusers.configuration_utils import FrozenDict
 
-        return FrozenDict(self._answers.gm.meta["ppcl"].get("config", {}))
+        return FrozenDict(graph_info(self._answers.gm).get("config", {}))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,7 +78,7 @@ class InPipeline(PipelineFace):
         Raises:
             GuardError: the model was traced for another kind of call.
         """
-        named = dict(zip(self._answers.gm.meta["ppcl"]["signature"], args, strict=False)) | kwargs
+        named = dict(zip(graph_info(self._answers.gm)["signature"], args, strict=False)) | kwargs
         self.calls += 1
         result = self._answer(self._answers.call(named))
         if not return_dict:

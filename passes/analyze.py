@@ -14,6 +14,7 @@ from ppcl_fx import owned
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import need_room
 from ppcl_fx.graphs import descendants
+from ppcl_fx.meta import graph_info, node_info
 from ppcl_fx.passes import contract
 from ppcl_fx.passes.calibration import Calibration, Progress, Report, calibrate, check_request, silent
 from ppcl_fx.passes.config import AnalyzeConfig
@@ -69,7 +70,7 @@ def analyze(
     """
     config = config or AnalyzeConfig()
     check_stream(stream_sites(gm), config.stream)
-    traced = gm.meta.get("ppcl", {}).get("model")
+    traced = graph_info(gm).get("model")
     if traced and calls.model and traced != calls.model:
         raise PpclError(OTHER)
     settings = Settings(
@@ -130,7 +131,7 @@ def calibration_on_disk(
     if calls.model and calls.model != checkpoint.fingerprint:
         raise PpclError(OTHER)
     gm = trace(checkpoint.model, calls.examples())
-    gm.meta["ppcl"]["model"] = checkpoint.fingerprint
+    graph_info(gm)["model"] = checkpoint.fingerprint
     sites = stream_sites(gm)
     check_stream(sites, stream)
     budget = 2**62 if memory_limit is None else state_budget(gm, calls, sites, memory_limit)
@@ -213,15 +214,15 @@ def _stack_analysis(
         block_params=[block_parameters(gm, block) for block in stack.blocks],
         streams={site.stream: _stream_curves(site) for site in own},
         text_similarity=(
-            [node.meta["ppcl"]["text_similarity"] for node in text.outputs] if text else [None] * len(stack.blocks)
+            [node_info(node)["text_similarity"] for node in text.outputs] if text else [None] * len(stack.blocks)
         ),
-        ffn=[site.after.meta["ppcl"]["ffn"] for block in stack.blocks for site in ffn_sites(gm, block)],
+        ffn=[node_info(site.after)["ffn"] for block in stack.blocks for site in ffn_sites(gm, block)],
         savings=savings,
     )
 
 
 def _stream_curves(site: StreamSite) -> StreamCurves:
-    found = [node.meta["ppcl"] for node in site.outputs]
+    found = [node_info(node) for node in site.outputs]
     delta = [meta["delta"] for meta in found]
     whole = found[-1]["energy"]
     return StreamCurves(

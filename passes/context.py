@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
 from ppcl_fx.graphs import module_paths
+from ppcl_fx.meta import graph_info
 from ppcl_fx.passes.dead_code import mark
 from ppcl_fx.passes.residuals import bare
 from ppcl_fx.passes.switches import SWITCH, is_depth, surface, switches
@@ -113,7 +114,7 @@ class Context:
                 "or ppcl_fx.trace gives"
             )
         mark(self.gm)
-        self.gm.meta["ppcl"]["ends"] = {
+        graph_info(self.gm)["ends"] = {
             block.path: {stream: node.name for stream, node in block.outputs.items()} for block in blocks
         }
 
@@ -162,4 +163,4 @@ def _stamp(gm: GraphModule) -> tuple[list[Any], ...]:
     modules: list[nn.Module] = [gm]
     for module in modules:
         modules.extend(child for child in module._modules.values() if child is not None)
-    return nodes, modules, list(gm.meta.get("ppcl", {}).get("blocks", ()))
+    return nodes, modules, list(graph_info(gm).get("blocks", ()))

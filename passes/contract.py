@@ -20,6 +20,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ppcl_fx._version import __version__
+from ppcl_fx.meta import graph_info
 
 log = logging.getLogger("ppcl_fx.passes")
 
@@ -139,7 +140,9 @@ class Pass:
         return result
 
     def _stamp(self, result: Result) -> None:
-        info = result.graph_module.meta["ppcl"] = dict(result.graph_module.meta.get("ppcl", {}))
+        gm = result.graph_module
+        gm.meta["ppcl"] = dict(graph_info(gm))  # a copy of the graph may share it
+        info = graph_info(gm)
         record = {"name": self.name, "options": options(self), "version": __version__}
         info["passes"] = [*info.get("passes", []), record]
         info["names"] = {**info.get("names", {}), **result.names}

@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.graphs import ancestors, module_paths
+from ppcl_fx.meta import graph_info
 from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.tracing.guards import guards, is_guard
 
@@ -42,9 +43,9 @@ def mark(gm: GraphModule) -> None:
     A model may compute things for nothing (the text stream of the last block). They count as its parameters, so
     they must not vanish from a student of which they are still part. Marked once, before the first edit.
     """
-    if gm.meta.setdefault("ppcl", {}).get("marked"):
+    if graph_info(gm).get("marked"):
         return
-    gm.meta["ppcl"]["marked"] = True
+    graph_info(gm)["marked"] = True
     needed = ancestors([gm.graph.output_node()])
     for node in gm.graph.nodes:
         wasted = node not in needed and node.op != "placeholder" and not _has_effect(node) and not _is_scalar(node)

@@ -13,6 +13,7 @@ from torch.fx.node import map_arg
 
 from ppcl_fx.errors import Refusal, near
 from ppcl_fx.graphs import module_paths
+from ppcl_fx.meta import graph_info
 from ppcl_fx.passes.context import Context
 from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.dead_code import SINK, DeadCode, mark
@@ -141,8 +142,8 @@ class CutDepth(Pass, name="cut-depth", kind="rewrite", numerics="approximate"):
             if gone & set(module_paths(node)) and not node.users:
                 gm.graph.erase_node(node)
         DeadCode().apply(gm)
-        if "blocks" in gm.meta.get("ppcl", {}):
-            gm.meta["ppcl"]["blocks"] = [path for path in gm.meta["ppcl"]["blocks"] if path not in gone]
+        if "blocks" in graph_info(gm):
+            graph_info(gm)["blocks"] = [path for path in graph_info(gm)["blocks"] if path not in gone]
         gm.delete_all_unused_submodules()
         return Result(gm, True)
 

@@ -12,6 +12,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.graphs import descendants, example, module_paths, users
+from ppcl_fx.meta import graph_info
 from ppcl_fx.passes.depth import student_path
 from ppcl_fx.passes.expand import map_values
 from ppcl_fx.passes.ffn import projector_path
@@ -180,7 +181,7 @@ def _block_ends(gm: GraphModule, path: str) -> dict[str, tuple[Node, Node]]:
             ends[_stream(node)] = (_student(node), _teacher(node))
     if ends:
         return ends
-    for stream, raw in gm.meta["ppcl"]["ends"].get(path, {}).items():
+    for stream, raw in graph_info(gm)["ends"].get(path, {}).items():
         node = next(n for n in gm.graph.nodes if n.name == raw)
         ends[stream] = (surface(node), node)
     return ends

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch.fx import GraphModule
 
+from ppcl_fx.meta import node_info
 from ppcl_fx.passes.contract import Pass, Result
 
 if TYPE_CHECKING:
@@ -33,5 +34,5 @@ class FfnFits(Pass, name="ffn-fit", kind="analysis", numerics="exact"):
 
         for (block, site), found in zip(self.calibration.ffn, self.calibration.ffn_fits(), strict=True):
             fit = FfnFit(block=block.index, stream=site.stream, error=found.error, similarity=found.cosine)
-            site.after.meta.setdefault("ppcl", {})["ffn"] = fit
+            node_info(site.after)["ffn"] = fit
         return Result(gm, modified=False)

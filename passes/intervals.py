@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.meta import node_info
 from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.redundancy import Interval, Matrix
 from ppcl_fx.stacks import stacks
@@ -104,7 +105,7 @@ class CandidateIntervals(Pass, name="candidate-intervals", kind="analysis", nume
         for stack in stacks(gm):
             for block in stack.blocks:
                 for stream, node in block.outputs.items():
-                    if "delta" not in node.meta.get("ppcl", {}):
+                    if "delta" not in node_info(node):
                         raise PpclError(
                             f"{block.path}: the {stream} output has no CKA curve; run Similarity first"
                         )
@@ -113,9 +114,9 @@ class CandidateIntervals(Pass, name="candidate-intervals", kind="analysis", nume
         for stack in stacks(gm):
             for stream in stack.streams:
                 nodes = [block.outputs[stream] for block in stack.blocks if stream in block.outputs]
-                delta: Matrix = [node.meta["ppcl"]["delta"] for node in nodes]
+                delta: Matrix = [node_info(node)["delta"] for node in nodes]
                 for interval in algorithm_1(delta):
                     named = shifted([interval], stack.blocks[0].index)[0]
                     for position in range(interval.first, interval.last + 1):
-                        nodes[position].meta["ppcl"]["candidate"] = named
+                        node_info(nodes[position])["candidate"] = named
         return Result(gm, modified=False)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.graphs import Draft, draft, finished
+from ppcl_fx.meta import graph_info
 from ppcl_fx.passes.contract import Pass, Pipeline, Result
 from ppcl_fx.passes.dead_code import SINK, DeadCode
 from ppcl_fx.passes.expand import Expand
@@ -47,6 +48,6 @@ def plugged(gm: GraphModule, students: frozenset[str]) -> GraphModule:
 def mixture_draft(gm: GraphModule, students: frozenset[str]) -> Draft:
     """Return what `plugged` returns, as a draft: enough to look at or to count."""
     view = draft(gm)
-    view.meta.get("ppcl", {}).pop("kinds", None)  # they are plugged one by one
+    graph_info(view).pop("kinds", None)  # they are plugged one by one
     Pipeline([Plug(students), DeadCode(), Expand(), DeadCode(), Narrow(), DeadCode()])(view)
     return view

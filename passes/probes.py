@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.meta import node_info
 from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.normal_sums import ROWS, Dots, Singular, Solution, Sums, Tokens, ridge_of
 
@@ -230,5 +231,5 @@ class LinearProbes(Pass, name="linear-probes", kind="analysis", numerics="exact"
         for site in self.calibration.streams:
             fits = self.calibration.fits(site)
             for node, fit, energy in zip(site.outputs, fits, self.calibration.energies(site), strict=True):
-                node.meta.setdefault("ppcl", {}).update(fit=fit, energy=energy)
+                node_info(node).update({"fit": fit, "energy": energy})
         return Result(gm, modified=False)

@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.graphs import Draft, draft, finished, parameter_count
+from ppcl_fx.meta import graph_info
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.context import Context
 from ppcl_fx.passes.contract import Pass, Pipeline
@@ -34,7 +35,7 @@ def rewrite(gm: GraphModule, plan: Plan, calls: Calls | None = None) -> Pluggabl
         PpclError: the plan was made for another model, or contradicts itself.
         Refusal: an edit does not fit the model; the message says why.
     """
-    mine = gm.meta.get("ppcl", {}).get("model", "")
+    mine = graph_info(gm).get("model", "")
     check_made_for(plan, mine)
     graph = insert_edits(gm, plan)
     if calls is not None:
@@ -62,9 +63,9 @@ def insert_edits(gm: GraphModule, plan: Plan) -> GraphModule:
         Refusal: an edit does not fit the model; the message says why.
     """
     made = finished(edited(gm, plan))
-    kinds = gm.meta["ppcl"].get("kinds") or {}
+    kinds = graph_info(gm).get("kinds") or {}
     # The edits are made without weights, and then put over the students that are there.
-    made.meta["ppcl"]["kinds"] = {
+    graph_info(made)["kinds"] = {
         kind: over(made, finished(edited(_weightless(other), plan))) for kind, other in kinds.items()
     }
     return made

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ppcl_fx.meta import NodeInfo, node_info
 from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.redundancy import Matrix
 
@@ -145,6 +146,6 @@ class Similarity(Pass, name="similarity", kind="analysis", numerics="exact"):
             found = self.calibration.curves(site)
             delta = first_difference(found.cka)
             for u, node in enumerate(site.outputs):
-                rows = {"cka": found.cka[u], "delta": delta[u], "gap": found.gap[u], "similarity": found.similarity[u]}
-                node.meta.setdefault("ppcl", {}).update(rows)
+                rows: NodeInfo = {"cka": found.cka[u], "delta": delta[u], "gap": found.gap[u]}
+                node_info(node).update({**rows, "similarity": found.similarity[u]})
         return Result(gm, modified=False)

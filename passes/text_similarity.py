@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.fx import GraphModule
 
+from ppcl_fx.meta import node_info
 from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.passes.similarity import cka, represent
 
@@ -47,5 +48,5 @@ class TextSimilarity(Pass, name="text-similarity", kind="analysis", numerics="ex
                     sums[position] += known.double().sum().cpu()
                     counts[position] += len(known)
             for node, total, count in zip(site.outputs, sums.tolist(), counts.tolist(), strict=True):
-                node.meta.setdefault("ppcl", {})["text_similarity"] = total / count if count else None
+                node_info(node)["text_similarity"] = total / count if count else None
         return Result(gm, modified=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.meta import graph_info
 
 DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
 NAMES: dict[DtypeName, torch.dtype] = {
@@ -27,7 +28,7 @@ def kept_in_float32(model: Any) -> tuple[str, ...]:
         model: a model, its class, or a traced graph of it.
     """
     if isinstance(model, torch.fx.GraphModule):
-        return tuple(model.meta.get("ppcl", {}).get("kept", ()))
+        return tuple(graph_info(model).get("kept", ()))
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
 
 

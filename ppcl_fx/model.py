@@ -28,6 +28,7 @@ from ppcl_fx.files import (
     write_text,
 )
 from ppcl_fx.graphs import parameter_count
+from ppcl_fx.meta import graph_info
 from ppcl_fx.model_card import NAME as MODEL_CARD
 from ppcl_fx.model_card import model_card
 from ppcl_fx.pipeline_model import PipelineModel
@@ -183,7 +184,7 @@ class PluggableModel(PipelineModel):
             GuardError: the call lies outside of what was traced, and the model cannot be traced again for it.
         """
         self._check_class()
-        given = self._take_scale(dict(zip(self.graph.meta["ppcl"]["signature"], args, strict=False)) | kwargs)
+        given = self._take_scale(dict(zip(graph_info(self.graph)["signature"], args, strict=False)) | kwargs)
         graph, bound = self._bound(given)
         result = self._runner(self._view(frozenset(self.students), graph))(**bound)
         if not return_dict:
@@ -270,7 +271,7 @@ class PluggableModel(PipelineModel):
         """
         import diffusers
 
-        info = self.graph.meta["ppcl"]
+        info = graph_info(self.graph)
         if info.get("alone"):
             raise PpclError(f"{info['alone']} has no teacher to save; its own folder is all there is")
         if not info.get("config", {}).get("_class_name"):
@@ -309,7 +310,7 @@ class PluggableModel(PipelineModel):
         state = self.graph.state_dict()
         mine = {name: tensor for name, tensor in state.items() if _is_students(name)}
         teacher = {name: tensor for name, tensor in state.items() if name not in mine}
-        return {**teacher, **self.graph.meta["ppcl"]["unused"]}, mine
+        return {**teacher, **graph_info(self.graph)["unused"]}, mine
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableModel | ReleasedModel:
@@ -378,7 +379,7 @@ def _finetuned(folder: Path, dtype: torch.dtype | None) -> PluggableModel:
     if not isinstance(student, PluggableModel):
         raise PpclError(f"{folder}: stands beside no pluggable model; put it back into the folder that it was made in")
     graph = load_finetuned(student, folder)
-    graph.meta["ppcl"]["alone"] = "a fine-tuned model"
+    graph_info(graph)["alone"] = "a fine-tuned model"
     return PluggableModel(graph, Plan()).eval()
 
 

@@ -15,6 +15,7 @@ from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.face import PipelineFace
 from ppcl_fx.kinds import REFUSALS, kind_of
 from ppcl_fx.lora.methods import LoraModel
+from ppcl_fx.meta import graph_info
 from ppcl_fx.offload import GroupOffload
 from ppcl_fx.retrace import dtypes_of, retraced, sparing_complex
 from ppcl_fx.tracing import Unused, bind, graph_for
@@ -40,7 +41,7 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
         """The teacher's configuration, as diffusers pipelines read it."""
         from diffusers.configuration_utils import FrozenDict
 
-        return FrozenDict(self.graph.meta["ppcl"].get("config", {}))
+        return FrozenDict(graph_info(self.graph).get("config", {}))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -53,7 +54,7 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
         return next(self.graph.parameters()).device
 
     def _class_config(self) -> Any:
-        return self.graph.meta["ppcl"].get("config", {}) if "graph" in self._modules else None
+        return graph_info(self.graph).get("config", {}) if "graph" in self._modules else None
 
     def _class_weights(self) -> Mapping[str, torch.Tensor]:
         return {**dict(self.graph.named_parameters()), **dict(self.graph.named_buffers())}
@@ -81,9 +82,9 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
         super()._apply(sparing_complex(fn), recurse)  # type: ignore[no-untyped-call]
         if graph is not None:
             self.graph = graph
-        for kind in (self.graph.meta["ppcl"].get("kinds") or {}).values():
+        for kind in (graph_info(self.graph).get("kinds") or {}).values():
             kind._apply(sparing_complex(fn))  # the same modules; but it holds tensors between them by itself
-        info = self.graph.meta["ppcl"]
+        info = graph_info(self.graph)
         info["unused"] = Unused({name: sparing_complex(fn)(tensor) for name, tensor in info["unused"].items()})
         # Offloading hooks move a model before each call, mostly to where it is.
         if before != self._place():
@@ -135,7 +136,7 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
             except REFUSALS as error:
                 words = " ".join(str(error).split())[:200]
                 raise GuardError(f"{reason}; nor does the model itself take such a call: {words}") from error
-        self.graph.meta["ppcl"].setdefault("kinds", {})[kind_of(kwargs)] = graph
+        graph_info(self.graph).setdefault("kinds", {})[kind_of(kwargs)] = graph
         return graph, bind(graph, kwargs)
 
     def _place(self) -> list[tuple[torch.device, torch.dtype, int]]:

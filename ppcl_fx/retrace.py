@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from ppcl_fx.dtypes import main_dtype, set_dtypes
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build_call
+from ppcl_fx.meta import graph_info
 from ppcl_fx.plan import Plan
 from ppcl_fx.tracing import trace
 
@@ -71,7 +72,7 @@ def retraced(
     from ppcl_fx.passes.plug import plugged
     from ppcl_fx.passes.rewrite import insert_edits
 
-    info = graph.meta["ppcl"]
+    info = graph_info(graph)
     mixture: Mixture | None = info.get("mixture")
     if info.get("alone") and (mixture is None or example is None):
         raise PpclError(
@@ -100,8 +101,8 @@ def over(graph: GraphModule, fresh: GraphModule) -> GraphModule:
         raise PpclError(f"the model cannot be traced again: it has no {lost[0]!r}, which this call needs; {ADVICE}")
     made = GraphModule(graph, fresh.graph, class_name=graph.__class__.__name__)
     # Both are of the weights, which a model on the meta device does not have.
-    kept = {name: graph.meta["ppcl"][name] for name in ("model", "unused")}
-    made.meta = {**fresh.meta, "ppcl": {**fresh.meta["ppcl"], **kept}}
+    kept = {name: graph_info(graph)[name] for name in ("model", "unused")}
+    made.meta = {**fresh.meta, "ppcl": {**graph_info(fresh), **kept}}
     made.train(graph.training)
     return made
 

@@ -11,6 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.graphs import ancestors, attribute, descendants, module_paths
+from ppcl_fx.meta import graph_info
 from ppcl_fx.passes.switches import is_switch, under
 from ppcl_fx.tracing.guards import is_guard
 from ppcl_fx.tracing.leaves import has_attention
@@ -80,7 +81,7 @@ def block_regions(gm: GraphModule) -> dict[str, list[Node]]:
     Where the trace noted the blocks they are taken from there; in exported graphs they are the outermost numbered
     modules that hold attention.
     """
-    noted = gm.meta.get("ppcl", {}).get("blocks")
+    noted = graph_info(gm).get("blocks")
     regions: dict[str, list[Node]] = {path: [] for path in noted} if noted else {}
     for node in gm.graph.nodes:
         for path in module_paths(node):

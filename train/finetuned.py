@@ -24,6 +24,7 @@ from ppcl_fx.files import (
     write_json,
     write_safetensors,
 )
+from ppcl_fx.meta import graph_info
 from ppcl_fx.model import CARD as STUDENT_CARD
 from ppcl_fx.model import FINETUNED as CARD
 from ppcl_fx.plan import plan_digest as plan_digest
@@ -99,7 +100,7 @@ def load_finetuned(model: PluggableModel, folder: str | Path) -> GraphModule:
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-    gm.meta["ppcl"]["mixture"] = (model.plan, card.students)  # for calls of other kinds
+    graph_info(gm)["mixture"] = (model.plan, card.students)  # for calls of other kinds
     return gm
 
 

@@ -20,6 +20,7 @@ from ppcl_fx.export.runtime.sizes_only import SizesOnly
 from ppcl_fx.export.tuples_apart import TuplesApart
 from ppcl_fx.files import Sealed, inside, read_json, write_json
 from ppcl_fx.graphs import draft
+from ppcl_fx.meta import graph_info
 from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.rewrite import insert_edits
@@ -67,7 +68,7 @@ def write_head(model: PluggableModel, folder: Path) -> bool:
     Returns:
         Whether it was written: a model of no class of diffusers cannot be built again from its configuration.
     """
-    info = model.graph.meta["ppcl"]
+    info = graph_info(model.graph)
     if not info.get("config", {}).get("_class_name"):
         return False
     write_json(folder / HEAD, Head(config=info["config"], example=info["example"], plan=model.plan))
@@ -148,7 +149,7 @@ class Front:
         Raises:
             GuardError: the call has an argument that the exported graph does not know, or lacks one.
         """
-        named = dict(zip(self.gm.meta["ppcl"]["signature"], args, strict=False))
+        named = dict(zip(graph_info(self.gm)["signature"], args, strict=False))
         try:
             return bind(self.gm, with_rows(self.gm, named | dict(kwargs)))
         except GuardError as error:

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.graphs import attribute
+from ppcl_fx.meta import graph_info
 from ppcl_fx.passes.streaming.partition import Segment, Watch, closure, cut
 from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.passes.switches import is_switch
@@ -230,7 +231,7 @@ def bound(gm: GraphModule, kwargs: Mapping[str, Any]) -> list[Any]:
         PpclError: an argument is missing; `GuardError` where a traced model's fixed arguments differ from the call's.
     """
     # A graph of our own tracer knows which arguments it baked in; any other takes what its placeholders name.
-    values = bind(gm, kwargs) if "ppcl" in gm.meta else dict(kwargs)
+    values = bind(gm, kwargs) if "inputs" in graph_info(gm) else dict(kwargs)
     out = []
     for node in gm.graph.find_nodes(op="placeholder"):
         name = str(node.target)

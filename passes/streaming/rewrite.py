@@ -17,6 +17,7 @@ from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import need_room, new_folder, write_json
 from ppcl_fx.long_files import Form, form_bytes, write_long
+from ppcl_fx.meta import graph_info
 from ppcl_fx.model import STUDENTS, TEACHER, PluggableModel
 from ppcl_fx.passes.calibration import Report, silent
 from ppcl_fx.passes.initialise import fit_on_disk
@@ -80,7 +81,7 @@ def rewrite_streamed(
         Refusal: an edit or a named plan does not fit the model.
     """
     gm = trace(checkpoint.model, calls.examples())
-    gm.meta["ppcl"]["model"] = checkpoint.fingerprint
+    graph_info(gm)["model"] = checkpoint.fingerprint
     check_made_for(plan, checkpoint.fingerprint)
     if named is not None:
         named.check(gm)
@@ -148,7 +149,7 @@ def write_students(
 
 def reader(graph: GraphModule, checkpoint: Checkpoint) -> Callable[[str], Tensor]:
     """Return what gives the tensors of a pluggable graph by name: a student's are those of the block it began as."""
-    teachers = {new: old for old, new in graph.meta["ppcl"].get("names", {}).items() if new.startswith("students.")}
+    teachers = {new: old for old, new in graph_info(graph).get("names", {}).items() if new.startswith("students.")}
     return lambda name: checkpoint.tensor(teachers.get(name, name))
 
 

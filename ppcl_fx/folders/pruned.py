@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ppcl_fx._version import __version__
 from ppcl_fx.folders.numbering import Kept
+from ppcl_fx.meta import graph_info
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.plan import Plan
 
@@ -38,7 +39,7 @@ class Pruned(BaseModel):
 
 def pruned(model: PluggableModel, kept: dict[str, list[Kept]]) -> Pruned:
     """Describe the mixture that is plugged now."""
-    info = model.graph.meta["ppcl"]
+    info = graph_info(model.graph)
     return Pruned(
         plan=plugged_plan(model),
         kept={stack: [block.index for block in blocks] for stack, blocks in kept.items()},

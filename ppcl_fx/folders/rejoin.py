@@ -15,6 +15,7 @@ from ppcl_fx.files import inside, read_json
 from ppcl_fx.folders.layout import STACK, Layout, graph_paths, layout_of, teacher_plan
 from ppcl_fx.folders.numbering import Kept, kept_blocks, translated
 from ppcl_fx.folders.pruned import PRUNED, Pruned
+from ppcl_fx.meta import graph_info
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.plan import Plan
@@ -45,7 +46,7 @@ def rejoin(
         raise PpclError(f"{folder}: of a {type(skeleton).__name__}, and the teacher is a {type(teacher).__name__}")
     tensors = Shards.open(folder).tensors(main_dtype(teacher), kept_in_float32(teacher))
     gm = trace(teacher, example_kwargs)
-    blocks = gm.meta["ppcl"]["blocks"]
+    blocks = graph_info(gm)["blocks"]
     if plan is None and kept is None and (folder / PRUNED).is_file():
         plan = read_json(inside(folder, PRUNED), Pruned).plan
     if plan is None:
@@ -53,7 +54,7 @@ def rejoin(
         plan = teacher_plan(layout, known, len(blocks))
     left = kept_blocks(blocks, plan.depth()).get(STACK, [])
     _check_plan(folder, plan, left, layout)
-    plan = plan.model_copy(update={"model": gm.meta["ppcl"]["model"], "teacher_params": 0, "params": 0})
+    plan = plan.model_copy(update={"model": graph_info(gm)["model"], "teacher_params": 0, "params": 0})
     model = PluggableModel(insert_edits(gm, plan), plan)
     paths = graph_paths(blocks, plan, left, layout)
     _check_teacher(folder, teacher, tensors, left)

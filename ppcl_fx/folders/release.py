@@ -13,6 +13,7 @@ from ppcl_fx.files import new_folder, write_json, write_safetensors
 from ppcl_fx.folders.layout import LISTS, STACK, Layout, expected, graph_paths, layout_of
 from ppcl_fx.folders.numbering import Kept, kept_blocks, translated
 from ppcl_fx.folders.pruned import PRUNED, plugged_plan, pruned
+from ppcl_fx.meta import graph_info
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.shards import ONE_FILE
@@ -22,7 +23,7 @@ from ppcl_fx.sources import diffusers_class
 
 def release(model: PluggableModel, folder: Path, *, overwrite: bool) -> Path:
     """See `ppcl_fx.folders.released.save_released`."""
-    info = model.graph.meta["ppcl"]
+    info = graph_info(model.graph)
     plan = _effective(model, plugged_plan(model))
     _check(model, plan)
     kept = kept_blocks(info["blocks"], plan.depth())
@@ -54,10 +55,10 @@ def _effective(model: PluggableModel, plan: Plan) -> Plan:
 
 def _check(model: PluggableModel, plan: Plan) -> None:
     """Refuse what the three lists cannot say."""
-    config = model.graph.meta["ppcl"].get("config", {})
+    config = graph_info(model.graph).get("config", {})
     if not config.get("_class_name"):
         raise PpclError("the teacher has no diffusers configuration, so there is no released layout for it")
-    lists = sorted({path.rpartition(".")[0] for path in model.graph.meta["ppcl"]["blocks"]})
+    lists = sorted({path.rpartition(".")[0] for path in graph_info(model.graph)["blocks"]})
     if lists != [STACK] or "num_layers" not in config:
         raise PpclError(
             f"the released layout knows one list of blocks, {STACK}, and this model has {', '.join(lists)}; "
@@ -76,7 +77,7 @@ def _check(model: PluggableModel, plan: Plan) -> None:
 
 
 def _tensors(model: PluggableModel, plan: Plan, kept: list[Kept], layout: Layout) -> dict[str, torch.Tensor]:
-    paths = graph_paths(model.graph.meta["ppcl"]["blocks"], plan, kept, layout)
+    paths = graph_paths(graph_info(model.graph)["blocks"], plan, kept, layout)
     found = {translated(name, paths): tensor for name, tensor in model.graph_module().state_dict().items()}
     skeleton = weightless(diffusers_class(str(layout.config["_class_name"])), layout.config, model.dtype)
     must, may = expected(skeleton, layout)

@@ -27,6 +27,7 @@ from ppcl_fx.files import inside, read_json
 from ppcl_fx.folders.layout import LISTS, STACK, Layout, compare, graph_paths
 from ppcl_fx.folders.numbering import Kept, translated
 from ppcl_fx.kinds import kind_of
+from ppcl_fx.meta import graph_info
 from ppcl_fx.offload import GroupOffload
 from ppcl_fx.plan import Plan
 from ppcl_fx.retrace import dtypes_of, take_dtypes
@@ -139,7 +140,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
 
         self._trace(example_kwargs)
         graph = self._bound()
-        graph.meta["ppcl"]["alone"] = self.KIND
+        graph_info(graph)["alone"] = self.KIND
         return PluggableModel(graph, Plan())
 
     def _call_other(self, given: Mapping[str, Any]) -> Any:

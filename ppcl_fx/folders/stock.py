@@ -27,6 +27,7 @@ from ppcl_fx.folders.likeness import difference
 from ppcl_fx.folders.numbering import Kept, kept_blocks, renumbered, translated
 from ppcl_fx.folders.pruned import PRUNED, plugged_plan, pruned
 from ppcl_fx.graphs import draft, finished
+from ppcl_fx.meta import graph_info
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.plug import Plug
 from ppcl_fx.plan import DepthEdit
@@ -68,7 +69,7 @@ def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor
     Raises:
         PpclError: see `save_stock`.
     """
-    info = model.graph.meta["ppcl"]
+    info = graph_info(model.graph)
     config = info.get("config", {})
     if not config.get("_class_name"):
         raise PpclError("the teacher has no diffusers configuration, so there is no diffusers folder for it")
@@ -113,7 +114,7 @@ def _fitting(
 ) -> tuple[nn.Module, dict[str, Any], dict[str, torch.Tensor]]:
     """Return the class without weights, its configuration, and the weights of the blocks that are left by its names."""
     back = {f"{stack}.{place}": block.path for stack, blocks in kept.items() for place, block in enumerate(blocks)}
-    held = {**model.graph.meta["ppcl"]["unused"], **model.graph.state_dict()}
+    held = {**graph_info(model.graph)["unused"], **model.graph.state_dict()}
     apart = "no entry of its configuration counts the blocks"
     for tried in itertools.islice(_configurations(config, kept), MOST_TRIES):
         try:

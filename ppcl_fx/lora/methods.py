@@ -15,6 +15,7 @@ from ppcl_fx.lora.adapters import Adapters, LoraReport, strengths
 from ppcl_fx.lora.keys import Model, read_lora
 from ppcl_fx.lora.layers import need_peft
 from ppcl_fx.lora.mark import mark
+from ppcl_fx.meta import graph_info
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
@@ -86,7 +87,7 @@ class LoraModel(nn.Module):
         Raises:
             PpclError: the file cannot be read, or is for another model; nothing is changed then.
         """
-        alone = self.graph.meta["ppcl"].get("alone")
+        alone = graph_info(self.graph).get("alone")
         if alone:
             raise PpclError(
                 f"{alone} has no place for a LoRA: blocks that it was trained for are gone; load it into the pluggable "
@@ -94,7 +95,7 @@ class LoraModel(nn.Module):
             )
         need_peft()
         pipeline = ignored.get("_pipeline")
-        kind = self.graph.meta["ppcl"].get("config", {}).get("_class_name", "")
+        kind = graph_info(self.graph).get("config", {}).get("_class_name", "")
         modules = {path for path, _ in self.graph.named_modules()}
         lora = read_lora(
             pretrained_model_name_or_path_or_dict,
@@ -220,7 +221,7 @@ class LoraModel(nn.Module):
         scaled = {name: value for name, value in given.items() if isinstance(value, dict) and "scale" in value}
         if "_lora" in self.__dict__ and self._adapters.loaded and not self._adapters.fused:
             self._scale_lora(float(next((value["scale"] for value in scaled.values()), 1.0)))
-        traced = self.graph.meta["ppcl"]["inputs"]
+        traced = graph_info(self.graph)["inputs"]
         rest = {
             name: {key: item for key, item in value.items() if key != "scale"} or None
             for name, value in scaled.items()

@@ -18,6 +18,7 @@ from ppcl_fx.errors import GuardError, PpclError, foreign, near
 from ppcl_fx.examples import describe
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.kinds import Examples, Sizes, filled, is_fixed, kind_of, ones_in, repeated
+from ppcl_fx.meta import graph_info
 from ppcl_fx.room import Room
 from ppcl_fx.tracing.held import check_free
 from ppcl_fx.tracing.leaves import block_lists, inlined_modules
@@ -104,7 +105,7 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
     }
     for other in example_kwargs.others if isinstance(example_kwargs, Examples) else ():
         if not _takes(gm, other):
-            gm.meta["ppcl"]["kinds"][kind_of(other)] = trace(model, other)
+            graph_info(gm)["kinds"][kind_of(other)] = trace(model, other)
     return gm
 
 
@@ -118,7 +119,7 @@ def with_rows(gm: GraphModule, kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 def graph_for(gm: GraphModule, kwargs: Mapping[str, Any]) -> GraphModule:
     """Return the graph that takes calls of a kind: a trace, or a pluggable graph, may have several."""
-    kinds = gm.meta.get("ppcl", {}).get("kinds")
+    kinds = graph_info(gm).get("kinds")
     found = kinds.get(kind_of(kwargs), gm) if kinds else gm
     assert isinstance(found, GraphModule)
     return found
@@ -223,7 +224,7 @@ def bind(gm: GraphModule, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         GuardError: an argument that the trace did not have, one that differs from a fixed one, or one missing.
     """
-    info = gm.meta["ppcl"]
+    info = graph_info(gm)
     bound: dict[str, Any] = {}
     for name, value in filled(kwargs, info.get("ones", {})).items():
         if name in info["inputs"] and not is_fixed(value):

@@ -25,6 +25,7 @@ from ppcl_fx.files import (
     write_safetensors,
 )
 from ppcl_fx.long_files import Form, form_bytes, write_long
+from ppcl_fx.meta import graph_info
 from ppcl_fx.model import CARD, PLAN, STUDENTS, TEACHER, Card, PluggableModel, check_teacher, saved_dtype
 from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.passes.streaming.memory_estimate import elements
@@ -94,7 +95,7 @@ class StudentFolder:
             set_dtypes(teacher.model, card.teacher_dtypes())
         example = build_call(card.example, where=str(folder / CARD))
         gm = trace_saved(teacher.model, example, folder / CARD)
-        gm.meta["ppcl"]["model"] = plan.model
+        graph_info(gm)["model"] = plan.model
         model = PluggableModel(insert_edits(gm, plan), plan)
         made = cls(folder, model, teacher, students, elements(example))
         made._check(student_forms(model.graph))
