@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppcl_fx.export.complex_to_real import ComplexToReal
     from ppcl_fx.export.config import ExportConfig
-    from ppcl_fx.export.drop_guards import DropGuards
     from ppcl_fx.export.exporting import ExportResult, export, export_graph
     from ppcl_fx.export.gate import compare_artefacts
     from ppcl_fx.export.integrity import check_artefacts
-    from ppcl_fx.export.lowering import Lowered, lower
+    from ppcl_fx.export.lowering import DropGuards, Lowered, lower
     from ppcl_fx.export.manifest import Manifest
     from ppcl_fx.export.metrics import Agreement, Gate, SamplingAgreement
     from ppcl_fx.export.one_graph import Exported

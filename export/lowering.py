@@ -11,13 +11,29 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.clamp_half import ClampHalf
 from ppcl_fx.export.complex_to_real import ComplexToReal
-from ppcl_fx.export.drop_guards import DropGuards
 from ppcl_fx.export.positions import PositionsAsInputs, tables
 from ppcl_fx.export.tuples_apart import TuplesApart
 from ppcl_fx.graphs import draft
-from ppcl_fx.passes.contract import Pipeline
+from ppcl_fx.passes.contract import Pass, Pipeline, Result
 from ppcl_fx.passes.dead_code import DeadCode
 from ppcl_fx.passes.expand import Expand
+from ppcl_fx.tracing.guards import guards
+
+
+@dataclass(frozen=True)
+class DropGuards(Pass, name="drop-guards", kind="rewrite", numerics="exact"):
+    """Erase every guard. What they protect must be checked otherwise: export runs the file on other shapes."""
+
+    def apply(self, gm: GraphModule) -> Result:
+        found = guards(gm)
+        for node in found:
+            gm.graph.erase_node(node)
+        return Result(gm, bool(found))
+
+    def ensures(self, result: Result) -> None:
+        if guards(result.graph_module):
+            raise RuntimeError("drop-guards left a guard in the graph")
+
 
 LOWERING = Pipeline(
     (

@@ -8,9 +8,9 @@ import pytest
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.config import RewriteConfig
-from ppcl_fx.passes.cover import cheapest_covers, within
 from ppcl_fx.passes.damage import LEARNED
 from ppcl_fx.passes.intervals import first_difference
+from ppcl_fx.passes.rules import cheapest_covers, within
 from ppcl_fx.passes.savings import saved
 from ppcl_fx.passes.select import RULES, rule, select, uniform
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
