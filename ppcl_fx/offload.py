@@ -95,21 +95,6 @@ class Pieces(nn.Module):
         return result
 
 
-def offloaded(gm: GraphModule, how: Offload) -> Pieces:
-    """Return a mixture in pieces whose weights rest on one device and compute on another."""
-    from diffusers.hooks import apply_group_offloading
-
-    pieces = Pieces(gm)
-    apply_group_offloading(
-        pieces,
-        onload_device=how.onload_device,
-        offload_device=how.offload_device,
-        offload_type="block_level",
-        **how.options,
-    )
-    return pieces
-
-
 def announce(model: nn.Module, how: Offload) -> None:
     """Put diffusers' mark on a model whose parts are offloaded: by it pipelines find the device to compute on."""
     from diffusers.hooks import group_offloading as own
@@ -163,7 +148,12 @@ class GroupOffload(nn.Module):
         # One for each kind of call, as long as its graph is there.
         kept: WeakKeyDictionary[GraphModule, Pieces] = self.__dict__.setdefault("_pieces", WeakKeyDictionary())
         if gm not in kept:
-            kept[gm] = offloaded(gm, self._offload)
+            from diffusers.hooks import apply_group_offloading
+
+            how, pieces = self._offload, Pieces(gm)
+            where = {"onload_device": how.onload_device, "offload_device": how.offload_device}
+            apply_group_offloading(pieces, **where, offload_type="block_level", **how.options)
+            kept[gm] = pieces
         return kept[gm]
 
     def weights_changed(self) -> None:
