@@ -35,7 +35,7 @@ _HOME = {
     "Agreement": "metrics",
     "BuildOptions": "tensorrt",
     "ComplexToReal": "complex_to_real",
-    "DropGuards": "drop_guards",
+    "DropGuards": "lowering",
     "EngineManifest": "tensorrt",
     "EngineTransformer": "runtime",
     "BuildConfig": "tensorrt.request",
