@@ -95,6 +95,7 @@ def export(
     known: Translations | None = None,
     progress: Progress = _nothing,
     note: Callable[[str], None] = lambda line: None,
+    **options: Any,
 ) -> ExportResult:
     """Export a pluggable model once for each ratio, or a fine-tuned one as one ratio.
 
@@ -119,13 +120,14 @@ def export(
         known: translations of look-alike blocks to use again; those made here are added.
         progress: told how far it is.
         note: told in one line each what was copied and what was not checked.
+        **options: fields of `ExportConfig` by name, over those of `config`.
 
     Raises:
-        PpclError: a ratio cannot be reached, a library is missing, the model cannot be exported, there is no room, or a
-            file differs from PyTorch by more than is allowed. For ``tensorrt`` without TensorRT or without a GPU it
-            is raised last, and the ONNX files stay.
+        PpclError: an option is unknown or makes no sense, a ratio cannot be reached, a library is missing, the model
+            cannot be exported, there is no room, or a file differs from PyTorch by more than is allowed. For
+            ``tensorrt`` without TensorRT or without a GPU it is raised last, and the ONNX files stay.
     """
-    config, folder = config or ExportConfig(), Path(out)
+    config, folder = ExportConfig.merged(config, options), Path(out)
     if isinstance(model, FinetunedFolder):
         _check_tuned(model, config)
     if config.format in FOLDERS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule
@@ -50,6 +50,7 @@ def analyze(
     *,
     progress: Progress | None = None,
     memory: int = MEMORY,
+    **options: Any,
 ) -> Redundancy:
     """Find what is redundant in a diffusion transformer (Sec. 3.2 and appendix 6 of the paper).
 
@@ -63,12 +64,13 @@ def analyze(
         config: the options; those of recording and of working block by block are the command's.
         progress: called after each call with the number done and the number of all.
         memory: bytes of activations kept for CKA.
+        **options: fields of `AnalyzeConfig` by name, over those of `config`.
 
     Raises:
-        PpclError: no stack of blocks, no such stream, no calls or too few (half a token a channel), or NaN in
-            calls or weights.
+        PpclError: an option is unknown or makes no sense; no stack of blocks, no such stream, no calls or too few (half
+            a token a channel), or NaN in calls or weights.
     """
-    config = config or AnalyzeConfig()
+    config = AnalyzeConfig.merged(config, options)
     check_stream(stream_sites(gm), config.stream)
     traced = graph_info(gm).get("model")
     if traced and calls.model and traced != calls.model:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ppcl_fx.costs import Costs
 from ppcl_fx.errors import PpclError, near
@@ -70,6 +70,7 @@ def select(
     config: RewriteConfig | None = None,
     *,
     costs: Costs | None = None,
+    **options: Any,
 ) -> Plan:
     """Choose edits so that at most `keep` of the teacher's parameters stay, and as few less as the rule can.
 
@@ -82,6 +83,7 @@ def select(
             predicted damage, then the width edits of appendix 6), "budget" (the least predicted damage of all sets of
             edits: `ppcl_fx.passes.frontier`) and "uniform" (evenly spaced blocks: a control).
         costs: with a latency, what each block costs; see `ppcl_fx.costs`.
+        **options: fields of `RewriteConfig` by name, over those of `config`.
 
     Returns:
         A plan with its exact parameter count, the predicted damage of each edit and the reasons.
@@ -92,25 +94,25 @@ def select(
     """
     from ppcl_fx.passes import rules  # noqa: F401  (registers the rules)
 
-    config = config or RewriteConfig()
+    config = RewriteConfig.merged(config, options)
     keep = config.keep if keep is None else keep
     rule = config.select or ("paper" if config.latency is None else "budget")
     if rule not in RULES:
         raise PpclError(f"no selection rule {rule!r}{near(rule, RULES)}; the rules are {', '.join(sorted(RULES))}")
-    options = Options(0, config.stream or analysis.stream, config.width, config.ffn, config.text_cka, config.init)
+    chosen = Options(0, config.stream or analysis.stream, config.width, config.ffn, config.text_cka, config.init)
     if config.latency is None and costs is None:
-        options = replace(options, budget=_budget(analysis, keep, config.params))
+        chosen = replace(chosen, budget=_budget(analysis, keep, config.params))
     else:
         given = keep is not None or config.params is not None
-        options = _timed(options, rule, config.latency, costs, given=given)
-    choice = RULES[rule](analysis, options)
+        chosen = _timed(chosen, rule, config.latency, costs, given=given)
+    choice = RULES[rule](analysis, chosen)
     left = analysis.teacher_params - saved(analysis, choice.edits)
-    if options.costs is None and left > options.budget:
-        raise RuntimeError(f"the rule {rule!r} kept {left} parameters for a budget of {options.budget}")
+    if chosen.costs is None and left > chosen.budget:
+        raise RuntimeError(f"the rule {rule!r} kept {left} parameters for a budget of {chosen.budget}")
     share = left / analysis.teacher_params
-    most = f"{options.budget:,} of {analysis.teacher_params:,} parameters may stay; {left:,} do"
-    if options.costs is not None:
-        most = f"{options.milliseconds:.4g} of {options.costs.total:.4g} ms may stay; {left:,} parameters do"
+    most = f"{chosen.budget:,} of {analysis.teacher_params:,} parameters may stay; {left:,} do"
+    if chosen.costs is not None:
+        most = f"{chosen.milliseconds:.4g} of {chosen.costs.total:.4g} ms may stay; {left:,} parameters do"
     reason = [
         f"rule {rule}: at most {most} ({share:.2%}), with {len(choice.edits)} edits",
         *choice.reason,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Self, Union, get_args, get_origin
 
 from pydantic import (
     AfterValidator,
@@ -55,10 +55,18 @@ class Config(BaseModel):
     if not TYPE_CHECKING:  # type checkers take the signature from the fields
 
         def __init__(self, **values: Any) -> None:
+            fields = type(self).model_fields.items()
+            other = {flag[2:].replace("-", "_"): name for name, field in fields for flag in meta_of(field).also}
             try:
-                super().__init__(**values)
+                super().__init__(**{other.get(name, name): value for name, value in values.items()})
             except ValidationError as error:
                 raise option_error(error, type(self).model_fields) from None
+
+    @classmethod
+    def merged(cls, config: Self | None, options: Mapping[str, Any]) -> Self:
+        """Return `options`, by the fields' names, over the options of `config` or over the defaults."""
+        given = {} if config is None else {name: getattr(config, name) for name in config.model_fields_set}
+        return cls(**{**given, **options})
 
     def given(self, names: Iterable[str]) -> list[str]:
         """Return those of `names` that somebody gave, in this order."""

@@ -13,8 +13,9 @@ import pytest
 
 from ppcl_fx.cli.app import main
 from ppcl_fx.cli.boundary import printable
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import OptionError, PpclError
 from ppcl_fx.memory import parse_size
+from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.train.config import resolve
 
 HUGE = "1" + "0" * 30
@@ -194,3 +195,12 @@ def test_a_path_is_printed_without_its_escapes(capfd: pytest.CaptureFixture[str]
     out, err = capfd.readouterr()
     assert "/no\\udcff: holds bytes that are not UTF-8; give another name" in err
     assert not more or json.loads(out)["error"].startswith("/no\\udcff: ")
+
+
+def test_options_are_given_by_name_over_those_of_a_model() -> None:
+    config = RewriteConfig(width=False, select="budget")
+    both = RewriteConfig.merged(config, {"rule": "uniform", "ffn": 2})
+    assert (both.select, both.width, both.ffn, both.stream) == ("uniform", False, 2, None)
+    assert both.model_fields_set == {"width", "select", "ffn"} and config.select == "budget"
+    with pytest.raises(OptionError, match=r"option widht: there is no such option \(did you mean 'width'\?\)"):
+        RewriteConfig.merged(None, {"widht": True})
