@@ -47,7 +47,7 @@ _INT = ":int"
 _log = logging.getLogger("ppcl_fx.train")
 
 
-class Identity(BaseModel):
+class RunIdentity(BaseModel):
     """What a checkpoint belongs to. A run goes on from it only where all three are the same."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -55,7 +55,7 @@ class Identity(BaseModel):
     calls: str
     options: dict[str, Any]
 
-    def check(self, wanted: Identity, where: Path) -> None:
+    def check(self, wanted: RunIdentity, where: Path) -> None:
         """Raise PpclError, naming the first difference, unless `wanted` is this identity."""
         mend = "give what that run was given, or train into another folder"
         if self.plan != wanted.plan:
@@ -78,7 +78,7 @@ class State(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     version: Literal[1] = 1
-    identity: Identity
+    identity: RunIdentity
     stage: int = Field(ge=0)
     step: int = Field(ge=0)
     over: bool = Field(False, description="whether the stage is done; early where every student has stopped")
@@ -92,7 +92,7 @@ class State(BaseModel):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class LoadedCheckpoint:
     """A checkpoint read back: its JSON half, its tensors by name, and the folder it came from."""
 
     state: State
@@ -142,7 +142,7 @@ class CheckpointWriter:
     """
 
     folder: Path
-    identity: Identity
+    identity: RunIdentity
     students: Mapping[str, Tensor]
     device: torch.device | None
     curves: list[StageCurves] = field(default_factory=list)
@@ -158,7 +158,7 @@ class CheckpointWriter:
         state = State(identity=self.identity, stage=stage, step=step, over=over, curves=self.curves)
         self.save(self.folder, state, everything)
 
-    def restore(self, checkpoint: Checkpoint) -> None:
+    def restore(self, checkpoint: LoadedCheckpoint) -> None:
         """Set the students and the curves to what the checkpoint holds."""
         self.curves = [curves.model_copy(deep=True) for curves in checkpoint.state.curves]
         with torch.no_grad():
@@ -207,7 +207,7 @@ def clear(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def latest(folder: Path, identity: Identity) -> Checkpoint | None:
+def latest(folder: Path, identity: RunIdentity) -> LoadedCheckpoint | None:
     """Return the newest whole checkpoint in `folder`, or None where there is none at all.
 
     A damaged one is passed over with a warning for the one before it.
@@ -244,7 +244,7 @@ def peek(folder: Path) -> State | None:
     return None
 
 
-def read(path: Path, *, check: bool = True) -> Checkpoint:
+def read(path: Path, *, check: bool = True) -> LoadedCheckpoint:
     """Read the checkpoint in `path`; with `check`, compare every checksum.
 
     Raises:
@@ -254,7 +254,7 @@ def read(path: Path, *, check: bool = True) -> Checkpoint:
     for name in (STATE, PIECES if shared else TENSORS):
         if check:
             _check_sum(path, name)
-    return Checkpoint(read_json(inside(path, STATE), State, INDEX_BYTES), _tensors(path, shared, check), path)
+    return LoadedCheckpoint(read_json(inside(path, STATE), State, INDEX_BYTES), _tensors(path, shared, check), path)
 
 
 def _tensors(path: Path, shared: bool, check: bool) -> Mapping[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.initialise import fit_projectors
 from ppcl_fx.train import checkpoints
-from ppcl_fx.train.checkpoints import Checkpoint
+from ppcl_fx.train.checkpoints import LoadedCheckpoint
 from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.process_group import ProcessGroup
 
@@ -111,7 +111,7 @@ def listening(ranks: ProcessGroup) -> Iterator[StopRequest]:
             signal.signal(known, handler)
 
 
-def begin(ranks: ProcessGroup, find: Callable[[], Checkpoint | None]) -> Checkpoint | None:
+def begin(ranks: ProcessGroup, find: Callable[[], LoadedCheckpoint | None]) -> LoadedCheckpoint | None:
     """Let rank 0 look for the checkpoint to go on from, and have every rank open the same one.
 
     Raises:
@@ -131,7 +131,7 @@ def begin(ranks: ProcessGroup, find: Callable[[], Checkpoint | None]) -> Checkpo
     return found
 
 
-def students_alone(ranks: ProcessGroup, start: Checkpoint, students: Mapping[str, Tensor]) -> Checkpoint:
+def students_alone(ranks: ProcessGroup, start: LoadedCheckpoint, students: Mapping[str, Tensor]) -> LoadedCheckpoint:
     """Return a checkpoint with the tensors of the students; one process takes it as it is."""
     if ranks.alone:
         return start
@@ -141,8 +141,8 @@ def students_alone(ranks: ProcessGroup, start: Checkpoint, students: Mapping[str
 
 
 def share_checkpoints(
-    ranks: ProcessGroup, stage: Stage, writer: CheckpointWriter, start: Checkpoint | None
-) -> Checkpoint | None:
+    ranks: ProcessGroup, stage: Stage, writer: CheckpointWriter, start: LoadedCheckpoint | None
+) -> LoadedCheckpoint | None:
     """Have several ranks write a stage's checkpoints together; return what `start` holds for this one."""
     if ranks.alone:
         return start

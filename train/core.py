@@ -19,16 +19,16 @@ from torch import Tensor
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train import checkpoints
-from ppcl_fx.train.checkpoints import Checkpoint, CheckpointWriter
+from ppcl_fx.train.checkpoints import CheckpointWriter, LoadedCheckpoint
 from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.consensus import StopRequest
 from ppcl_fx.train.curves import Stop
 from ppcl_fx.train.optimizer import EMA, MasterWeights, clip, factor, make_optimizer
 from ppcl_fx.train.stages import Stage
 
-Part = tuple[float, Callable[[], tuple[Any, Tensor | None]]]
+BatchPart = tuple[float, Callable[[], tuple[Any, Tensor | None]]]
 """Some of a batch: its share of it, and what gives the stage's input and the teacher's recorded output."""
-HeldOut = Callable[[], Iterable[Iterable[Part]]]
+HeldOut = Callable[[], Iterable[Iterable[BatchPart]]]
 """Gives the held-out batches, each in its parts."""
 _log = logging.getLogger("ppcl_fx.train")
 
@@ -36,7 +36,7 @@ _log = logging.getLogger("ppcl_fx.train")
 class Draw(Protocol):
     """What a stage's steps draw from: batches by number, the same ones whenever they are asked for."""
 
-    def parts(self, position: int) -> Iterable[Part]:
+    def parts(self, position: int) -> Iterable[BatchPart]:
         """Return the parts of a batch; they go through the stage one after the other, and their gradients add up."""
 
     def samples(self, position: int) -> int:
@@ -107,7 +107,7 @@ class StageTrainer:
         """Whether nothing is left to train: all steps are done, or every edit has stopped."""
         return self.done >= self.total or not self.stage.groups
 
-    def restore(self, start: Checkpoint) -> None:
+    def restore(self, start: LoadedCheckpoint) -> None:
         """Go on from a checkpoint, whose students and curves `writer` has restored."""
         tensors = start.tensors
         self.stage.load(tensors)

@@ -20,7 +20,7 @@ from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.process_group import ProcessGroup
 from ppcl_fx.train.sources.bad_samples import BadSamples
 from ppcl_fx.train.sources.sampler import SampledSource, Sampler
-from ppcl_fx.train.sources.source import DistributedSource, Feed, Source
+from ppcl_fx.train.sources.source import DataSource, DistributedSource, Feed
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel
@@ -30,7 +30,7 @@ FIRST = 64
 
 
 class Batches(SampledSource):
-    """Batches of calls, epoch after epoch; in one epoch each call is drawn exactly once. A `Source`.
+    """Batches of calls, epoch after epoch; in one epoch each call is drawn exactly once. A `DataSource`.
 
     Only calls that concatenate to what a pipeline could have passed come together: the same shapes but for
     the batch dimension, the same resolution, the same constants. A group's last batch may hold fewer calls
@@ -263,7 +263,7 @@ class Data:
         PpclError: a share is to be held out of too few calls, or of a source; or a source is not for these ranks.
     """
 
-    def __init__(self, data: Calls | Source, options: TrainConfig, ranks: ProcessGroup) -> None:
+    def __init__(self, data: Calls | DataSource, options: TrainConfig, ranks: ProcessGroup) -> None:
         self._data, self._options, self._ranks = data, options, ranks
         self.fingerprint: str = data.fingerprint
         self._used: list[int] = []
@@ -325,7 +325,7 @@ class Data:
         return stage == "finetune" and not self._ranks.alone
 
 
-def _check_ranks(data: Source, ranks: ProcessGroup) -> None:
+def _check_ranks(data: DataSource, ranks: ProcessGroup) -> None:
     """Raise PpclError where a source cannot give its data to these ranks."""
     if isinstance(data, DistributedSource):
         if data.ranks.world != ranks.world:

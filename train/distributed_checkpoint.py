@@ -28,7 +28,7 @@ from torch.nn import Parameter
 from ppcl_fx.errors import PpclError
 from ppcl_fx.files import inside, read_json, sha256_of, write_json
 from ppcl_fx.train import checkpoints
-from ppcl_fx.train.checkpoints import PIECES, Checkpoint, State
+from ppcl_fx.train.checkpoints import PIECES, LoadedCheckpoint, State
 from ppcl_fx.train.consensus import FAULT, heard
 from ppcl_fx.train.edit_parallel import EditParallel
 from ppcl_fx.train.optimizer import is_low
@@ -278,7 +278,7 @@ class DistributedCheckpoints:
             raise
         self._ranks.words("")
 
-    def local(self, start: Checkpoint) -> Checkpoint:
+    def local(self, start: LoadedCheckpoint) -> LoadedCheckpoint:
         """Return a checkpoint with this rank's tensors under this rank's names, the students left out."""
         targets: dict[str, Tensor] = {}
         names: dict[str, str] = {}
@@ -329,7 +329,7 @@ class DistributedCheckpoints:
                 yield name, tensor
 
 
-def students_of(start: Checkpoint, students: Mapping[str, Tensor]) -> Checkpoint:
+def students_of(start: LoadedCheckpoint, students: Mapping[str, Tensor]) -> LoadedCheckpoint:
     """Return a checkpoint with the tensors of the students alone, read by this rank and whole."""
     names = [f"students.{name}" for name in students]
     if not isinstance(start.tensors, DistributedTensors):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from ppcl_fx.errors import PpclError, Stopped
-from ppcl_fx.train.core import HeldOut, Part, StageTrainer
+from ppcl_fx.train.core import BatchPart, HeldOut, StageTrainer
 from ppcl_fx.train.data import Batches
 from ppcl_fx.train.metrics import MetricsLogger
 from ppcl_fx.train.sources.source import Feed
@@ -27,7 +27,7 @@ class Whole:
         self._feed, self._recorded = feed, recorded
         self.samples, self.names = feed.samples, feed.names
 
-    def parts(self, position: int) -> Iterator[Part]:
+    def parts(self, position: int) -> Iterator[BatchPart]:
         """Yield the batch as one part."""
         feed = self._feed
         yield 1.0, lambda: (feed.kwargs(position), feed.target(position) if self._recorded else None)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from ppcl_fx.train.config import Weights
 
-Pair = tuple[str, Tensor, Tensor]
+LossTerm = tuple[str, Tensor, Tensor]
 """A term's name, the student's value and the teacher's value, both ``[batch, tokens, channels]``."""
 
 
@@ -64,7 +64,7 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
     return squared_error(student, teacher) / teacher.detach().float().square().sum(-1).mean()
 
 
-def edit_loss(pairs: Iterable[Pair], weights: Weights) -> Tensor:
+def edit_loss(pairs: Iterable[LossTerm], weights: Weights) -> Tensor:
     """Return one edit's loss: the weighted sum of its terms, a float32 scalar.
 
     For a depth edit these are the streams' normalised errors (Eq. 6); for a width edit the normalised errors

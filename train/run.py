@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.distil import train_only
 from ppcl_fx.train import checkpoints
-from ppcl_fx.train.checkpoints import Checkpoint, CheckpointWriter, Identity
+from ppcl_fx.train.checkpoints import CheckpointWriter, LoadedCheckpoint, RunIdentity
 from ppcl_fx.train.checks import CHECKPOINTS, LOGS, check_here, check_places
 from ppcl_fx.train.config import CONFIG, TrainConfig, resolve
 from ppcl_fx.train.config import save as save_config
@@ -40,7 +40,7 @@ from ppcl_fx.train.finetuned import plan_digest, save_finetuned
 from ppcl_fx.train.loop import Progress, Whole, held_out, run_stage
 from ppcl_fx.train.metrics import MetricsLogger, Show
 from ppcl_fx.train.process_group import ProcessGroup, current
-from ppcl_fx.train.sources.source import Feed, Source
+from ppcl_fx.train.sources.source import DataSource, Feed
 from ppcl_fx.train.stages import Compute, Distillation, FineTuning, Stage
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ class TrainResult:
 
 def train(
     model: PluggableModel,
-    calls: Calls | Source,
+    calls: Calls | DataSource,
     *,
     out: str | Path,
     config: str | Path | TrainConfig | None = None,
@@ -137,7 +137,7 @@ def train(
         "autocast": None if cast is None else str(cast).removeprefix("torch."),
         "students": list(students),
     }
-    identity = Identity(plan=plan_digest(model.plan), calls=data.fingerprint, options=decisive)
+    identity = RunIdentity(plan=plan_digest(model.plan), calls=data.fingerprint, options=decisive)
     logs = Path(busy.log) if busy.log is not None else folder / LOGS
     refuse_on_ranks(ranks, busy, score is not None or busy.score_prompts > 0)
     if ranks.first:
@@ -202,7 +202,9 @@ class _Runner:
         """The folder of the fine-tuned model."""
         return self.writer.folder.parent / f"finetuned{_suffix(self.config)}"
 
-    def run(self, data: Data, start: Checkpoint | None, stop: StopRequest, score: Score | None) -> GraphModule | None:
+    def run(
+        self, data: Data, start: LoadedCheckpoint | None, stop: StopRequest, score: Score | None
+    ) -> GraphModule | None:
         """Run all stages that are not done yet; return the fine-tuned model, if there is one."""
         config = self.config
         for number, (name, total) in enumerate(zip(config.stages, config.steps, strict=True)):
@@ -322,7 +324,7 @@ def _autocast(model: PluggableModel, wanted: bool | None, device: torch.device) 
     return torch.bfloat16 if wanted else None
 
 
-def _starting_point(folder: Path, identity: Identity, resume: bool) -> Checkpoint | None:
+def _starting_point(folder: Path, identity: RunIdentity, resume: bool) -> LoadedCheckpoint | None:
     """Return the checkpoint to go on from, or None to begin, with the checkpoints of an ended run out of the
     way.
     """

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ppcl_fx.train import StageCurves
     from ppcl_fx.train.bounded.trainer import BoundedResult
     from ppcl_fx.train.process_group import ProcessGroup
-    from ppcl_fx.train.sources.source import Source
+    from ppcl_fx.train.sources.source import DataSource
 
 REPORT, RECORDED, ENCODED = "report.html", "recorded", "encoded"
 
@@ -185,7 +185,7 @@ class Given:
 
     def open(
         self, student: Path, model: PluggableModel, options: TrainConfig, terminal: Terminal, ranks: ProcessGroup
-    ) -> Calls | Source:
+    ) -> Calls | DataSource:
         """Open the data, all ranks together; recordings and encoded pictures are kept in the student's folder."""
         if self.calls is not None:
             recording = open_calls(self.calls, terminal)

@@ -91,7 +91,7 @@ def build(world: Path) -> dict[str, Reader]:
     _engines(student, world / "engines")
     _clip(world / "clip")
     loras.save(models.tiny_qwen(blocks=4)[0], world / "lora")
-    identity = checkpoints.Identity(plan="p", calls="c", options={"steps": [4]})
+    identity = checkpoints.RunIdentity(plan="p", calls="c", options={"steps": [4]})
     state = checkpoints.State(identity=identity, stage=0, step=2, curves=[])
     checkpoints.save(world / "checkpoints", state, {"a": torch.arange(6.0), "b": torch.ones(2, 3)})
     return _readers(call, gm)

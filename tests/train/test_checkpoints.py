@@ -12,11 +12,11 @@ from torch.nn import Parameter
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train import checkpoints
-from ppcl_fx.train.checkpoints import Identity, State
+from ppcl_fx.train.checkpoints import RunIdentity, State
 from ppcl_fx.train.curves import StageCurves
 from ppcl_fx.train.optimizer import make_optimizer
 
-IDENTITY = Identity(plan="p", calls="c", options={"lr": 0.1, "steps": [10, 10]})
+IDENTITY = RunIdentity(plan="p", calls="c", options={"lr": 0.1, "steps": [10, 10]})
 
 
 def _save(folder: Path, stage: int, step: int, value: float | None = None) -> Path:

@@ -27,9 +27,9 @@ from ppcl_fx.train.bounded.problems import Problem, problems
 from ppcl_fx.train.bounded.schedule import Capacity, Pricing, Schedule, StageSchedule, Sweep, Work
 from ppcl_fx.train.bounded.student import Student
 from ppcl_fx.train.bounded.teacher import Report, Route, Teacher, prepared, states_room
-from ppcl_fx.train.checkpoints import CheckpointWriter, Identity
+from ppcl_fx.train.checkpoints import CheckpointWriter, RunIdentity
 from ppcl_fx.train.config import TrainConfig
-from ppcl_fx.train.core import Part, StageTrainer
+from ppcl_fx.train.core import BatchPart, StageTrainer
 from ppcl_fx.train.curves import StageCurves
 from ppcl_fx.train.data import Batches, call_names
 
@@ -47,7 +47,7 @@ class Context:
     opened: StudentFolder
     calls: Calls
     options: TrainConfig
-    identity: Identity
+    identity: RunIdentity
     work: Path
     resume: bool
     device: torch.device
@@ -57,12 +57,12 @@ class Context:
     used: Sequence[int]
     held: Sequence[int]
 
-    def stage(self, number: int) -> Stage:
+    def stage(self, number: int) -> BoundedStage:
         """Return a stage by its position in the run."""
         model = self.opened.model
         # These parameters are on the meta device: the flags only tell what is to train.
         train_only(model, self.options.stages[number])
-        return Stage(self, number, problems(model, self.options.stages[number]))
+        return BoundedStage(self, number, problems(model, self.options.stages[number]))
 
     def fit_again(self) -> None:
         """Fit the projectors in students to what "depth" made of these, as the ordinary training does.
@@ -101,7 +101,7 @@ class Context:
         return Batches(self.calls, batch, self.options.seed, dtype=self.opened.model.dtype, only=only)
 
 
-class Stage:
+class BoundedStage:
     """A stage: its problems, its schedule, its run."""
 
     def __init__(self, context: Context, number: int, found: Sequence[Problem]) -> None:
@@ -327,7 +327,7 @@ class Borders:
         self._problem, self._teacher, self._batches = problem, teacher, batches
         self._sizes, self._calls = sizes, calls
 
-    def parts(self, position: int) -> Iterator[Part]:
+    def parts(self, position: int) -> Iterator[BatchPart]:
         """Yield the calls of a batch with their shares of it: losses are means over samples."""
         calls, whole = self._batches[position], self.samples(position)
         for call in calls:

@@ -22,10 +22,10 @@ from ppcl_fx.tracing import bind, with_rows
 from ppcl_fx.train.bounded.costs import Speeds, measure_speeds
 from ppcl_fx.train.bounded.folder import StudentFolder
 from ppcl_fx.train.bounded.schedule import Capacity, StageSchedule
-from ppcl_fx.train.bounded.stage import Context, Stage
+from ppcl_fx.train.bounded.stage import BoundedStage, Context
 from ppcl_fx.train.bounded.teacher import Report
 from ppcl_fx.train.bounded.words import schedule_lines
-from ppcl_fx.train.checkpoints import Identity
+from ppcl_fx.train.checkpoints import RunIdentity
 from ppcl_fx.train.checks import check_here, check_places
 from ppcl_fx.train.config import NOT_BOUNDED, UNUSED_BOUNDED, Limits, TrainConfig
 from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
@@ -49,7 +49,7 @@ class _Run(BaseModel):
     """What the work folder belongs to, and once the run has ended, its result."""
 
     model_config = ConfigDict(extra="forbid")
-    identity: Identity
+    identity: RunIdentity
     ended: bool = False
     stages: list[StageCurves] = []
 
@@ -213,18 +213,18 @@ class BoundedTraining:
         )  # fmt: skip
 
     @cached_property
-    def _stages(self) -> list[Stage]:
+    def _stages(self) -> list[BoundedStage]:
         return [self._context.stage(number) for number in range(len(self._config.stages))]
 
 
-def bounded_identity(opened: StudentFolder, calls: Calls, config: TrainConfig) -> Identity:
+def bounded_identity(opened: StudentFolder, calls: Calls, config: TrainConfig) -> RunIdentity:
     """Return what the run's checkpoints belong to: of the options those that such a run has."""
     options = {
         name: value for name, value in config.decisive().items() if name not in NOT_BOUNDED + UNUSED_BOUNDED
     }
     # Nothing but what is asked for is cast here, on any device.
     options["autocast"] = "bfloat16" if config.autocast else None
-    return Identity(plan=plan_digest(opened.model.plan), calls=calls.fingerprint, options=options)
+    return RunIdentity(plan=plan_digest(opened.model.plan), calls=calls.fingerprint, options=options)
 
 
 def _check_kinds(graph: GraphModule, calls: Calls) -> None:
@@ -241,7 +241,7 @@ def _check_kinds(graph: GraphModule, calls: Calls) -> None:
             ) from error
 
 
-def _before(work: Path, identity: Identity, resume: bool) -> _Run | None:
+def _before(work: Path, identity: RunIdentity, resume: bool) -> _Run | None:
     """Return the run that the work folder holds, where it is to be gone on with."""
     if not (work / RUN).is_file():
         return None

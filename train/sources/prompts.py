@@ -19,7 +19,7 @@ from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.train.data import Batches
 from ppcl_fx.train.process_group import Place, ProcessGroup, current
 from ppcl_fx.train.sources.parts import Parts, Recording
-from ppcl_fx.train.sources.source import State
+from ppcl_fx.train.sources.source import SourceState
 
 
 class PromptSource:
@@ -67,7 +67,7 @@ class PromptSource:
         parts = Path(folder) / self.fingerprint[:16]
         self._recorded = Parts(pipeline, self._parts, parts, seed, self._recording, self._device, self._ranks)
         self._open: tuple[int, int, Batches] | None = None
-        self._start = State(seed=seed, step=0, epoch=0, position=0, within=0)
+        self._start = SourceState(seed=seed, step=0, epoch=0, position=0, within=0)
 
     @property
     def fingerprint(self) -> str:
@@ -112,13 +112,13 @@ class PromptSource:
         batches, position = self._at(step)
         return f"{batches.names(position)} of part {self._turns(epoch)[turn]}"
 
-    def state(self, step: int) -> State:
+    def state(self, step: int) -> SourceState:
         """Return where the source stands before `step`."""
         epoch, turn, within = self._place(step)
         begun = self._start["position"] if epoch == self._start["epoch"] else 0
-        return State(seed=self._seed, step=step, epoch=epoch, position=begun + turn, within=within)
+        return SourceState(seed=self._seed, step=step, epoch=epoch, position=begun + turn, within=within)
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: SourceState) -> None:
         """Go on from `state`, which any number of ranks left; earlier parts need not be there.
 
         Raises:

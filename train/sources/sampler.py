@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ppcl_fx.calls import Call
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.sources.source import State
+from ppcl_fx.train.sources.source import SourceState
 
 
 class Sampler:
@@ -43,12 +43,12 @@ class Sampler:
             self._epoch = (epoch, self._order(epoch))
         return epoch, self._epoch[1][position]
 
-    def state(self, step: int) -> State:
+    def state(self, step: int) -> SourceState:
         """Return where the data stands before `step`."""
         epoch, position = divmod(step, len(self))
-        return State(seed=self._seed, step=step, epoch=epoch, position=position, within=0)
+        return SourceState(seed=self._seed, step=step, epoch=epoch, position=position, within=0)
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: SourceState) -> None:
         """Check that a state is one of this data; nothing else is needed to go on from it.
 
         Raises:
@@ -82,11 +82,11 @@ class SampledSource:
         """Return the number of batches in an epoch."""
         return len(self._order)
 
-    def state(self, step: int) -> State:
+    def state(self, step: int) -> SourceState:
         """Return where the source stands before `step`."""
         return self._order.state(step)
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: SourceState) -> None:
         """Go on from `state`, which any number of ranks left.
 
         Raises:

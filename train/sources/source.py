@@ -9,7 +9,7 @@ from torch import Tensor
 from ppcl_fx.train.process_group import ProcessGroup
 
 
-class State(TypedDict):
+class SourceState(TypedDict):
     """Where a source stands, to the sample; the same whatever the number of ranks.
 
     Attributes:
@@ -52,7 +52,7 @@ class Feed(Protocol):
 
 
 @runtime_checkable
-class Source(Feed, Protocol):
+class DataSource(Feed, Protocol):
     """Data for training: a pure function of the step.
 
     Going on after a kill is asking for the same step again; `state` and `restore` save a source the way there.
@@ -63,11 +63,11 @@ class Source(Feed, Protocol):
         """The hash (sha256) of what the numbers depend on; a run that goes on must find the same one."""
         ...
 
-    def state(self, step: int) -> State:
+    def state(self, step: int) -> SourceState:
         """Return where the source stands before `step`."""
         ...
 
-    def restore(self, state: State) -> None:
+    def restore(self, state: SourceState) -> None:
         """Go on from `state`: ``kwargs(state["step"])`` is what comes next.
 
         Raises:
@@ -77,7 +77,7 @@ class Source(Feed, Protocol):
 
 
 @runtime_checkable
-class DistributedSource(Source, Protocol):
+class DistributedSource(DataSource, Protocol):
     """A source for several ranks: they share the work of making the data, and all draw the same batches.
 
     Ranks may wait for each other in every method, so all of them ask for the same in the same order.

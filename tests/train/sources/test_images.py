@@ -21,7 +21,7 @@ from ppcl_fx.train.sources.captions import open_pairs
 from ppcl_fx.train.sources.encode import Encoder
 from ppcl_fx.train.sources.flow import Density, generator_of
 from ppcl_fx.train.sources.images import ImageSource, open_images
-from ppcl_fx.train.sources.source import Source
+from ppcl_fx.train.sources.source import DataSource
 from ppcl_fx.train.sources.template import Template
 from tests.train.sources.pictures import CAPTIONS, picture, png, same, write_folder
 
@@ -59,7 +59,7 @@ def test_the_template_of_the_shapes_pipeline(pipeline: Any, few: Path) -> None:
 
 def test_a_sample_is_the_picture_at_its_noise_level(pipeline: Any, few: Path) -> None:
     source = few_source(pipeline, few)
-    assert isinstance(source, Source)
+    assert isinstance(source, DataSource)
     got, (epoch, indices) = source.kwargs(0), source._order.place(0)
     reference = record(pipeline, CAPTIONS, num_inference_steps=1, guidance_scale=1.0)[0].kwargs
     assert got.keys() == reference.keys()

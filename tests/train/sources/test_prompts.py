@@ -17,7 +17,7 @@ from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.train.sources import parts
 from ppcl_fx.train.sources.parts import Recording
 from ppcl_fx.train.sources.prompts import PromptSource
-from ppcl_fx.train.sources.source import Source
+from ppcl_fx.train.sources.source import DataSource
 from tests.shapes_folder import save_pipeline
 
 PROMPTS = ["a red circle", "a blue square", "two red circles", "a green circle", "a red square", "a blue circle"]
@@ -52,7 +52,7 @@ def same(first: dict[str, Any], second: dict[str, Any]) -> bool:
 def test_a_part_is_recorded_when_training_comes_to_it_and_never_again(pipeline: Any, tmp_path: Path) -> None:
     told: list[int] = []
     prompts = source(pipeline, tmp_path, told)
-    assert isinstance(prompts, Source)
+    assert isinstance(prompts, DataSource)
     assert not any(tmp_path.iterdir())
     seen = []
     for step in range(3 * BATCHES):

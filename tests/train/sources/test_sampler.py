@@ -8,7 +8,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.train.data import Batches
 from ppcl_fx.train.sources.bad_samples import BadSamples
 from ppcl_fx.train.sources.sampler import Sampler
-from ppcl_fx.train.sources.source import Source
+from ppcl_fx.train.sources.source import DataSource
 from tests.models import qwen_kwargs
 from tests.train.test_data import _calls
 
@@ -45,7 +45,7 @@ def test_states_of_other_data_are_refused() -> None:
 def test_recorded_calls_are_a_source() -> None:
     calls = _calls([qwen_kwargs(seed=seed) for seed in range(5)])
     batches = Batches(calls, 1, 0)
-    assert isinstance(batches, Source)
+    assert isinstance(batches, DataSource)
     assert batches.fingerprint == calls.fingerprint
     drawn = [batches.indices(step) for step in range(5)]
     assert sorted(drawn) == [(0,), (1,), (2,), (3,), (4,)]
