@@ -65,9 +65,7 @@ class RunIdentity(BaseModel):
         for name in sorted(self.options.keys() | wanted.options.keys()):
             was, now = self.options.get(name), wanted.options.get(name)
             if was != now:
-                raise PpclError(
-                    f"{where}: this checkpoint was trained with {name} {was!r}, not {now!r}; {mend}"
-                )
+                raise PpclError(f"{where}: this checkpoint was trained with {name} {was!r}, not {now!r}; {mend}")
 
 
 class State(BaseModel):
@@ -227,9 +225,7 @@ def latest(folder: Path, identity: RunIdentity) -> LoadedCheckpoint | None:
         found.state.identity.check(identity, path)
         return found
     if damaged is not None:
-        raise PpclError(
-            f"{folder}: no whole checkpoint is left ({damaged}); remove the folder and train again"
-        )
+        raise PpclError(f"{folder}: no whole checkpoint is left ({damaged}); remove the folder and train again")
     return None
 
 
@@ -274,8 +270,6 @@ def _check_sum(path: Path, name: str) -> None:
         raise PpclError(f"{path / name}: larger than such a file may be; it is damaged")
     if f"{sha256_of(inside(path, name))}  {name}" not in lines:
         raise PpclError(f"{path / name}: its checksum is not the one in {SUMS}")
-
-
 
 
 def rng_state(device: torch.device) -> dict[str, Tensor]:

@@ -28,9 +28,7 @@ from ppcl_fx.reading import read_text
 
 STAGES = ("depth", "width", "finetune")
 """The stages of training, in the paper's order."""
-INDIFFERENT = frozenset(
-    {"checkpointing", "every", "tensorboard", "log", "log_every", "score_prompts", "effects"}
-)
+INDIFFERENT = frozenset({"checkpointing", "every", "tensorboard", "log", "log_every", "score_prompts", "effects"})
 """Options that do not change the numbers that come out: a resumed run may have others."""
 NOT_BOUNDED = ("keep", "sequential", "compile", "compile_backend", "score_prompts", "effects")
 """Options that a run within a memory limit refuses."""
@@ -92,9 +90,7 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     memory: int | None = Field(None, description="memory that the process may hold; none: no limit")
-    disk: int | None = Field(
-        None, description="disk that a run within a memory limit may use; none: what is free"
-    )
+    disk: int | None = Field(None, description="disk that a run within a memory limit may use; none: what is free")
     cache_memory: int | None = Field(None, description="memory of the cache; none: what the students leave")
 
 
@@ -114,9 +110,7 @@ class TrainConfig(BaseModel):
     accumulate: Count = Field(1, description="forward and backward passes in one step")
     lr: Rate = Field(1e-3, description="peak learning rate of depth and width")
     finetune_lr: Rate = Field(3e-4, description="peak learning rate of finetune")
-    warmup: int | None = Field(
-        None, ge=0, le=10**9, description="warm-up steps; none: a twentieth, at most 100"
-    )
+    warmup: int | None = Field(None, ge=0, le=10**9, description="warm-up steps; none: a twentieth, at most 100")
     optimizer: Literal["adamw", "adamw8bit"] = Field("adamw", description="adamw8bit needs bitsandbytes")
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), description="AdamW's betas (Sec. 4.1)")
     weight_decay: Decay = Field(0.02, description="AdamW's decay (Sec. 4.1)")
@@ -136,14 +130,10 @@ class TrainConfig(BaseModel):
     evaluate_every: Count = Field(100, description="steps between evaluations on the held-out calls")
     patience: Count | None = Field(None, description="evaluations without gain until a student stops")
     min_gain: float = Field(0.005, ge=0, lt=1, description="share of the best loss that counts as a gain")
-    score_prompts: int = Field(
-        0, ge=0, le=10**6, description="pictures a category scored at evaluations ('shapes')"
-    )
+    score_prompts: int = Field(0, ge=0, le=10**6, description="pictures a category scored at evaluations ('shapes')")
     effects: int = Field(0, ge=0, le=10**9, description="calls to measure students' effects on afterwards")
     every: Count = Field(100, description="steps between checkpoints")
-    log: str | None = Field(
-        None, min_length=1, pattern=r"^[^\x00]*$", description="folder of the logs; none: RUN/logs"
-    )
+    log: str | None = Field(None, min_length=1, pattern=r"^[^\x00]*$", description="folder of the logs; none: RUN/logs")
     log_every: Count = Field(1, description="steps between lines of log.jsonl")
     tensorboard: StrictBool | None = Field(None, description="TensorBoard events; none: where installed")
     weights: Weights = Field(Weights(), description="weights of the loss terms")
@@ -155,11 +145,7 @@ class TrainConfig(BaseModel):
         if not isinstance(given, Mapping) or not {"stages", "steps"} & given.keys():
             return given
         stages, steps = given.get("stages", STAGES), given.get("steps", cls.model_fields["steps"].default)
-        if (
-            isinstance(stages, str)
-            or not isinstance(stages, Sequence)
-            or not all(isinstance(s, str) for s in stages)
-        ):
+        if isinstance(stages, str) or not isinstance(stages, Sequence) or not all(isinstance(s, str) for s in stages):
             return given
         counts = steps.values() if isinstance(steps, Mapping) else steps
         if isinstance(steps, Mapping | list | tuple) and all(isinstance(count, int) for count in counts):
@@ -193,9 +179,7 @@ class TrainConfig(BaseModel):
             if getattr(self, name) != getattr(plain, name):
                 raise PpclError(f"training option {name}: not with --memory-limit or --dry-run; leave it out")
         if "finetune" in self.stages and "stages" in self.model_fields_set:
-            raise PpclError(
-                "stage finetune trains a whole mixture; leave it out, or train without a memory limit"
-            )
+            raise PpclError("stage finetune trains a whole mixture; leave it out, or train without a memory limit")
         if self.weights.attention:
             raise PpclError("the distillation graph compares no attention outputs: leave their weight at 0")
         if self.weights.relative and self.batch > 1:
@@ -227,9 +211,7 @@ def plan_stages(
         raise PpclError(f"stages {','.join(names)} are out of order or repeated: keep to {','.join(STAGES)}")
     counts = _from_mapping(names, steps) if isinstance(steps, Mapping) else tuple(steps)
     if len(counts) != len(names):
-        raise PpclError(
-            f"{len(names)} stages but {len(counts)} numbers of steps: give one each for {','.join(names)}"
-        )
+        raise PpclError(f"{len(names)} stages but {len(counts)} numbers of steps: give one each for {','.join(names)}")
     for name, count in zip(names, counts, strict=True):
         if count < 1:
             raise PpclError(f"stage {name} has {count} steps: give at least 1, or leave the stage out")
@@ -239,9 +221,7 @@ def plan_stages(
 def _from_mapping(names: tuple[str, ...], steps: Mapping[str, int]) -> tuple[int, ...]:
     for name in steps:
         if name not in names:
-            raise PpclError(
-                f"steps for {name!r}{near(name, names)}, which is not among the stages {','.join(names)}"
-            )
+            raise PpclError(f"steps for {name!r}{near(name, names)}, which is not among the stages {','.join(names)}")
     missing = [name for name in names if name not in steps]
     if missing:
         raise PpclError(f"no number of steps for stage {missing[0]}: add it to steps")
@@ -317,9 +297,7 @@ def save(options: TrainConfig, path: str | Path) -> None:
 
 def text(options: TrainConfig) -> str:
     """Return the options as TOML, each with its description."""
-    lines = [
-        "# The options of `ppcl-fx train`, complete: give this file with --config to train in the same way."
-    ]
+    lines = ["# The options of `ppcl-fx train`, complete: give this file with --config to train in the same way."]
     tables: list[str] = []
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)

@@ -41,9 +41,7 @@ def refuse_on_ranks(ranks: ProcessGroup, options: TrainConfig, scored: bool) -> 
             f"sequential distillation feeds each student the one before it, and is not split over ranks; {mend}"
         )
     if options.optimizer == "adamw8bit" and "finetune" in options.stages:
-        raise PpclError(
-            f"training option optimizer: adamw8bit does not know sharded parameters; take adamw, or {mend}"
-        )
+        raise PpclError(f"training option optimizer: adamw8bit does not know sharded parameters; take adamw, or {mend}")
     if scored:
         raise PpclError(f"no rank has the whole model while it trains, so it cannot be scored on the way; {mend}")
 

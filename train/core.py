@@ -293,9 +293,7 @@ class StageTrainer:
             self._ema.forget(edit)
             kept = self.writer.go_back(self._parameters[edit])
             if not kept:
-                raise PpclError(
-                    f"stage {self.curves.label}, step {done + 1}: {reason}; train again with a smaller lr"
-                )
+                raise PpclError(f"stage {self.curves.label}, step {done + 1}: {reason}; train again with a smaller lr")
             self._masters.read_back(self._parameters[edit])
         self._halt(edit, Stop(step=done, kind="nan", reason=f"step {done + 1}: {reason}; {kept}"))
 

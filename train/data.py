@@ -184,11 +184,7 @@ def signature(call: Call) -> tuple[Any, ...]:
 
 
 def _mark(value: Any, batch: int) -> Any:
-    if (
-        isinstance(value, list)
-        and len(value) == batch
-        and not any(isinstance(item, Tensor) for item in value)
-    ):
+    if isinstance(value, list) and len(value) == batch and not any(isinstance(item, Tensor) for item in value):
         # One number a sample (a text length) may differ from call to call as it does from sample to sample.
         # What is
         # nested (an image's shape) says how the tokens are laid out, and must be the same for all.
@@ -223,9 +219,7 @@ def split(calls: Calls, share: float, seed: int) -> tuple[list[int], list[int]]:
     return sorted(set(range(len(calls))) - set(held)), held
 
 
-def moved(
-    kwargs: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None
-) -> dict[str, Any]:
+def moved(kwargs: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
     """Return a call's arguments on `device`, tensors of their main dtype as `dtype` (as they are when None)."""
     main = _main_dtype(kwargs)
 

@@ -76,9 +76,7 @@ class EditParallel(Stage):
         self.groups: Groups = {}
         self._regroup(self._edits)
 
-    def step(
-        self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0
-    ) -> dict[str, Tensor]:
+    def step(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
         """See `Stage`: gradients for this rank's edits, the losses of all. Raises PpclError where a rank is lost."""
         busy = self._stage if self._stage is not None and self._stage.groups else None
         return self._everyones(busy.step(moved(kwargs, self._device), scale=scale) if busy is not None else {})

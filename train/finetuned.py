@@ -63,9 +63,7 @@ def save_finetuned(gm: GraphModule, model: PluggableModel, students: list[str], 
     """
     params = sum(p.numel() for p in gm.parameters())
     dtypes = {name: p.dtype for name, p in mixture(model, students).named_parameters()}
-    card = Card(
-        plan=plan_digest(model.plan), students=students, params=params, keep=params / model.teacher_params
-    )
+    card = Card(plan=plan_digest(model.plan), students=students, params=params, keep=params / model.teacher_params)
     with new_folder(folder, replaces=owned.FINETUNED) as beside:
         tensors = {name: p.to(dtypes[name]) for name, p in gm.named_parameters()}
         write_safetensors(beside / WEIGHTS, tensors, digests=True)
@@ -86,9 +84,7 @@ def load_finetuned(model: PluggableModel, folder: str | Path) -> GraphModule:
     folder = Path(folder)
     card = read_json(inside(folder, CARD), Card)
     if card.plan != plan_digest(model.plan):
-        raise PpclError(
-            f"{folder}: fine-tuned from another plan or model; give the pluggable model it stands beside"
-        )
+        raise PpclError(f"{folder}: fine-tuned from another plan or model; give the pluggable model it stands beside")
     gm = copy.deepcopy(mixture(model, card.students)).requires_grad_(False)
     tensors = read_safetensors(inside(folder, WEIGHTS))
     parameters = dict(gm.named_parameters())

@@ -57,9 +57,7 @@ class FSDPFineTuning(FineTuning):
         self._device = ranks.device or model.device
         self.groups: Groups = {WHOLE: list(self.student.parameters())}
 
-    def step(
-        self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0
-    ) -> dict[str, Tensor]:
+    def step(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
         """See `Stage`. Raises PpclError where a rank is lost."""
         with collective():
             loss = self._loss(kwargs, target)

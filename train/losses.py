@@ -41,9 +41,7 @@ def normalized_error(student: Tensor, teacher: Tensor) -> Tensor:
     Norm divides each token by its L2 length over the features (the last dimension), so directions count,
     lengths do not.
     """
-    return squared_error(
-        functional.normalize(student.float(), dim=-1), functional.normalize(teacher.float(), dim=-1)
-    )
+    return squared_error(functional.normalize(student.float(), dim=-1), functional.normalize(teacher.float(), dim=-1))
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -51,9 +49,7 @@ def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
     float32.
     """
     if student.shape != teacher.shape:
-        raise RuntimeError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape"
-        )
+        raise RuntimeError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape")
     return (student.float() - teacher.float()).square().sum(-1).mean()
 
 
@@ -98,7 +94,5 @@ def output_loss(student: Tensor, teacher: Tensor) -> Tensor:
     scalar.
     """
     if student.shape != teacher.shape:
-        raise RuntimeError(
-            f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape"
-        )
+        raise RuntimeError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape")
     return functional.mse_loss(student.float(), teacher.float())

@@ -61,9 +61,7 @@ def make_optimizer(
     """
     named = [{"params": list(parameters), "name": name} for name, parameters in groups.items()]
     if kind == "adamw8bit":
-        made: torch.optim.Optimizer = eight_bit().optim.AdamW8bit(
-            named, lr=lr, betas=betas, weight_decay=weight_decay
-        )
+        made: torch.optim.Optimizer = eight_bit().optim.AdamW8bit(named, lr=lr, betas=betas, weight_decay=weight_decay)
         return made
     return torch.optim.AdamW(
         named,
@@ -202,8 +200,7 @@ class EMA:
         self._numbers = {edit: number for number, edit in enumerate(masters.groups)}
         followed: Groups = {} if decay is None else masters.groups
         self._values = {
-            edit: [p.detach().to(torch.float32, copy=True) for p in parameters]
-            for edit, parameters in followed.items()
+            edit: [p.detach().to(torch.float32, copy=True) for p in parameters] for edit, parameters in followed.items()
         }
 
     def update(self, step: int) -> None:

@@ -165,9 +165,7 @@ def train(
             finetuned = runner.run(data, start, asked, score)
         finally:
             follower.close()
-    losses = Losses(
-        plan=identity.plan, calls=identity.calls, sequential=busy.sequential, stages=writer.curves
-    )
+    losses = Losses(plan=identity.plan, calls=identity.calls, sequential=busy.sequential, stages=writer.curves)
     if ranks.first:
         losses.save(folder / LOSSES)
     ranks.barrier()

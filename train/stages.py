@@ -154,9 +154,7 @@ class Distillation(Stage):
             )
         return self._distillers[kind]
 
-    def step(
-        self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0
-    ) -> dict[str, Tensor]:
+    def step(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
         """See `Stage`; the students' targets are the teacher's states, computed on the way."""
         return self._distiller(self._model.graph_for(kwargs)).step(kwargs, scale)
 
@@ -203,9 +201,7 @@ class FineTuning(Stage):
         self._device = model.device
         self.groups: Groups = {WHOLE: list(self.student.parameters())}
 
-    def step(
-        self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0
-    ) -> dict[str, Tensor]:
+    def step(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
         """See `Stage`. Without a `target` the teacher computes it."""
         loss = self._loss(kwargs, target)
         torch.autograd.backward(loss * scale)

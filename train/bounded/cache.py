@@ -145,5 +145,3 @@ def _same(folder: Path, key: str) -> bool:
     except PpclError as error:
         _log.warning("the cache is made again: %s", error)
         return False
-
-

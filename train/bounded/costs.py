@@ -108,10 +108,7 @@ def problem_cost(
     moments = sum(moment_bytes(p.numel(), optimizer) for p in trained)
     moments += sum(p.numel() * 4 for p in trained) if average else 0
     placeholders = problem.graph.graph.find_nodes(op="placeholder")
-    border = {
-        name: value_bytes(node.meta.get("val"))
-        for name, node in zip(problem.border, placeholders, strict=True)
-    }
+    border = {name: value_bytes(node.meta.get("val")) for name, node in zip(problem.border, placeholders, strict=True)}
     return ProblemCost(
         held=2 * size + 2 * low + moments + frozen,
         saved=size + low + moments,
@@ -162,9 +159,9 @@ def _step_bytes(problem: Problem, checkpointing: bool) -> int:
     kept = largest = 0
     for node in live_nodes(gm):
         size = value_bytes(node.meta.get("val"))
-        whole = node.op == "call_module" and not type(
-            gm.get_submodule(str(node.target))
-        ).__module__.startswith("torch.nn.")
+        whole = node.op == "call_module" and not type(gm.get_submodule(str(node.target))).__module__.startswith(
+            "torch.nn."
+        )
         kept += INSIDE * size if whole else size
         largest = max(largest, size)
     # Checkpointed, a module is computed again in the backward pass and holds its inside for that time.

@@ -141,15 +141,11 @@ class StudentFolder:
         path = self.folder / STUDENTS
         for name, (dtype, shape) in wanted.items():
             if name not in self.students.stored or self.students.stored[name].shape != shape:
-                raise PpclError(
-                    f"{path} does not fit the plan: {name} is missing or of another shape; save again"
-                )
+                raise PpclError(f"{path} does not fit the plan: {name} is missing or of another shape; save again")
             check_kind(self.students.stored[name].dtype, torch.empty(0, dtype=dtype), name, path)
         extra = sorted(set(self.students.stored) - set(wanted))
         if extra:
-            raise PpclError(
-                f"{path} does not fit the plan: it holds {extra[0]}, which no edit has; save again"
-            )
+            raise PpclError(f"{path} does not fit the plan: it holds {extra[0]}, which no edit has; save again")
 
 
 def save_finished(folder: Path, name: str, tensors: Mapping[str, Tensor], curves: StageCurves) -> None:
@@ -169,11 +165,7 @@ def load_finished(folder: Path, name: str) -> tuple[dict[str, Tensor], Finished]
         tensors = read_safetensors(path)
         if sha256_of(path) == found.sha256:
             return tensors, found
-        _log.warning(
-            "%s: its checksum is another than when it was written; this student is trained again", path
-        )
+        _log.warning("%s: its checksum is another than when it was written; this student is trained again", path)
     except PpclError as error:
         _log.warning("damaged student passed over, it is trained again: %s", error)
     return None
-
-

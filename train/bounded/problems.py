@@ -58,9 +58,7 @@ def problems(model: PluggableModel, stage: str) -> list[Problem]:
     live = live_nodes(gm)
     ends = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is pairs]
     sides = [student_side(gm, ancestors([end], within=live)) for end in ends]
-    return [
-        _problem(gm, number, end, side) for number, (end, side) in enumerate(zip(ends, sides, strict=True))
-    ]
+    return [_problem(gm, number, end, side) for number, (end, side) in enumerate(zip(ends, sides, strict=True))]
 
 
 def student_side(gm: GraphModule, live: set[Node]) -> set[Node]:
@@ -81,9 +79,7 @@ def student_side(gm: GraphModule, live: set[Node]) -> set[Node]:
             # A constant is at hand; a value behind another edit's student is not in the pluggable graph.
             side.add(node)
         elif node.op != "placeholder" and not node.is_impure() and not _has_tensors(gm, node):
-            new = [
-                source for source in node.all_input_nodes if not any(user in side for user in source.users)
-            ]
+            new = [source for source in node.all_input_nodes if not any(user in side for user in source.users)]
             if not new or sum(_size(source) for source in new) < _size(node):
                 side.add(node)
     return side

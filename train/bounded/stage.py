@@ -160,9 +160,7 @@ class BoundedStage:
         for problem in self._problems:
             found = load_finished(self._done, self._title(problem))
             if found is None:
-                raise PpclError(
-                    f"{self._done}: {problem.edit} was damaged after it was trained; resume to mend it"
-                )
+                raise PpclError(f"{self._done}: {problem.edit} was damaged after it was trained; resume to mend it")
             self._context.opened.trained.update(found[0])
         shutil.rmtree(self._context.work / "cache", ignore_errors=True)
 

@@ -54,9 +54,7 @@ class Student(Stage):
         self._distiller = Distiller(graph, config.weights, checkpointing=config.checkpointing, autocast=cast)
         self.groups: Groups = self._distiller.groups
 
-    def step(
-        self, border: Sequence[Any], *, target: Tensor | None = None, scale: float = 1.0
-    ) -> dict[str, Tensor]:
+    def step(self, border: Sequence[Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
         """See `Stage`; the students' targets are among the border's values."""
         return self._distiller.step(border, scale)
 

@@ -126,9 +126,7 @@ class BoundedTraining:
         opened = student if isinstance(student, StudentFolder) else StudentFolder.open(student)
         self._opened, self._calls = opened, calls
         if calls.model and opened.model.plan.model and calls.model != opened.model.plan.model:
-            raise PpclError(
-                f"{opened.folder}: the calls were recorded from another model; record calls of its teacher"
-            )
+            raise PpclError(f"{opened.folder}: the calls were recorded from another model; record calls of its teacher")
         _check_kinds(opened.model.graph, calls)
         self._identity = bounded_identity(opened, calls, self._config)
         self._work = opened.folder / WORK
@@ -138,9 +136,7 @@ class BoundedTraining:
         before = _before(self._work, self._identity, resume)
         self.ended: BoundedResult | None = None
         if before is not None and before.ended:
-            self.ended = BoundedResult(
-                (), (), tuple(before.stages), before.stopped(), opened.folder / LOSSES, 0.0
-            )
+            self.ended = BoundedResult((), (), tuple(before.stages), before.stopped(), opened.folder / LOSSES, 0.0)
 
     @cached_property
     def schedules(self) -> list[StageSchedule]:
@@ -185,9 +181,7 @@ class BoundedTraining:
             if path.is_dir():
                 shutil.rmtree(path)
         seconds = time.perf_counter() - self._began
-        return BoundedResult(
-            schedules, lines, tuple(run.stages), run.stopped(), opened.folder / LOSSES, seconds
-        )
+        return BoundedResult(schedules, lines, tuple(run.stages), run.stopped(), opened.folder / LOSSES, seconds)
 
     @cached_property
     def _base(self) -> int:
@@ -219,9 +213,7 @@ class BoundedTraining:
 
 def bounded_identity(opened: StudentFolder, calls: Calls, config: TrainConfig) -> RunIdentity:
     """Return what the run's checkpoints belong to: of the options those that such a run has."""
-    options = {
-        name: value for name, value in config.decisive().items() if name not in NOT_BOUNDED + UNUSED_BOUNDED
-    }
+    options = {name: value for name, value in config.decisive().items() if name not in NOT_BOUNDED + UNUSED_BOUNDED}
     # Nothing but what is asked for is cast here, on any device.
     options["autocast"] = "bfloat16" if config.autocast else None
     return RunIdentity(plan=plan_digest(opened.model.plan), calls=calls.fingerprint, options=options)
