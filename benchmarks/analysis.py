@@ -20,7 +20,6 @@ once for the probes of all blocks. It is extrapolated from the measured run of t
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
 import statistics
@@ -36,19 +35,16 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 import ppcl_fx
-from benchmarks.clock import RESULTS, timed
+from benchmarks.clock import parser, shapes_pipeline, timed, write
+from benchmarks.trace import STACK
 from ppcl_fx.calls import Calls
 from ppcl_fx.demo import SEED, Settings
-from ppcl_fx.files import write_json
 from ppcl_fx.passes.calibration import calibrate
 from ppcl_fx.passes.reservoir import ranks
 from ppcl_fx.passes.streaming.run_store import SAMPLES
 from ppcl_fx.redundancy import Matrix, Redundancy
-from ppcl_fx.report.machine import describe, slug
-from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
 
-STACK = "transformer_blocks"
 STREAMS = {"text": "encoder_hidden_states", "image": "hidden_states"}
 """Streams in the order in which a block returns them -> the argument by which a block takes them."""
 LEARNING_RATE = 1e-2
@@ -60,8 +56,7 @@ States = dict[str, list[list[Tensor]]]
 def record(calls: int) -> tuple[nn.Module, Calls]:
     """Return the shipped transformer and the calls of it that the demo would analyse, `calls` of them."""
     settings = Settings(out=Path())
-    pipeline = load_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = shapes_pipeline()
     texts = [prompt.text for category in CATEGORIES for prompt in every_prompt(category)] * settings.recorded
     random.Random(SEED).shuffle(texts)
     recorded = ppcl_fx.record(pipeline, texts, batch_size=settings.batch, seed=SEED)
@@ -140,12 +135,8 @@ def cka(x: Tensor, y: Tensor) -> Tensor:
 
 def _centred_gram(x: Tensor) -> Tensor:
     gram = x @ x.mT
-    return (
-        gram
-        - gram.mean(dim=1, keepdim=True)
-        - gram.mean(dim=2, keepdim=True)
-        + gram.mean(dim=(1, 2), keepdim=True)
-    )
+    rows, columns, whole = (gram.mean(dim=dim, keepdim=True) for dim in (1, 2, (1, 2)))
+    return gram - rows - columns + whole
 
 
 def _hsic(k: Tensor, m: Tensor) -> Tensor:
@@ -210,9 +201,7 @@ def measure_both(calls: int, steps: int, rate: float, repeats: int) -> dict[str,
     kept = {stream: gathered(at, chosen(some)) for stream, at in states.items()}
     found = {stream: curves(kept[stream], probes[stream]) for stream in STREAMS}
     ends = [*clock.values(), time.perf_counter()]
-    seconds = {
-        name: round(end - begin, 2) for (name, begin), end in zip(clock.items(), ends[1:], strict=True)
-    }
+    seconds = {name: round(end - begin, 2) for (name, begin), end in zip(clock.items(), ends[1:], strict=True)}
     result["obvious"] = {
         "seconds": round(ends[-1] - ends[0], 2),
         "of_which": seconds,
@@ -228,14 +217,8 @@ def measure_both(calls: int, steps: int, rate: float, repeats: int) -> dict[str,
     result["trained_probes_apart_from_solved"] = {
         stream: apart(analyses[-1], stream, found[stream])
         | {
-            "mean_fit_trained": _mean(
-                fit(before, after, probe)
-                for (before, after), probe in _blocks(states[stream], probes[stream])
-            ),
-            "mean_fit_solved": _mean(
-                fit(before, after, probe)
-                for (before, after), probe in _blocks(states[stream], solved[stream])
-            ),
+            "mean_fit_trained": _mean_fit(states[stream], probes[stream]),
+            "mean_fit_solved": _mean_fit(states[stream], solved[stream]),
         }
         for stream in STREAMS
     }
@@ -259,9 +242,7 @@ def without_states(obvious: dict[str, Any], calls: int, steps: int) -> dict[str,
 def solved_probes(gm: GraphModule, calls: Calls) -> dict[str, list[Tensor]]:
     """Return the weights of the probes that analysis solves."""
     found = calibrate(gm, calls)
-    return {
-        site.stream: [probe.weight for probe in found.probes(site)] for site in found.streams
-    }
+    return {site.stream: [probe.weight for probe in found.probes(site)] for site in found.streams}
 
 
 def apart(analysis: Redundancy, stream: str, found: Matrix) -> dict[str, float]:
@@ -276,8 +257,8 @@ def apart(analysis: Redundancy, stream: str, found: Matrix) -> dict[str, float]:
     return {"largest": float(f"{max(differences):.2e}"), "mean": float(f"{_mean(differences):.2e}")}
 
 
-def _blocks(at: Sequence[Sequence[Tensor]], probes: Sequence[Tensor]) -> Iterator[Any]:
-    return zip(itertools.pairwise(at), probes, strict=True)
+def _mean_fit(at: Sequence[Sequence[Tensor]], probes: Sequence[Tensor]) -> float:
+    return _mean(fit(*pair, probe) for pair, probe in zip(itertools.pairwise(at), probes, strict=True))
 
 
 def _mean(values: Any) -> float:
@@ -286,40 +267,26 @@ def _mean(values: Any) -> float:
 
 def main(arguments: list[str] | None = None) -> Path:
     """Measure, print and write the result; return its path."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.analysis", description=(__doc__ or "").splitlines()[0]
+    made = parser(
+        "analysis",
+        __doc__,
+        calls=(Settings(out=Path()).analysed, "analysed calls, about"),
+        steps=(2000, "gradient steps a probe"),
+        lr=(LEARNING_RATE, "of the steps"),
+        repeats=(3, "of the analysis"),
     )
-    analysed = Settings(out=Path()).analysed
-    parser.add_argument(
-        "--calls", type=int, default=analysed, help="analysed calls, about (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--steps", type=int, default=2000, help="gradient steps a probe (default: %(default)s)"
-    )
-    parser.add_argument("--lr", type=float, default=LEARNING_RATE, help="of the steps (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="of the analysis (default: %(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
-    )
-    options = parser.parse_args(arguments)
+    options = made.parse_args(arguments)
     result = {
-        "what": "analysis",
-        **describe(("torch", "diffusers", "ppcl-fx")),
         "threads": torch.get_num_threads(),
         **measure_both(options.calls, options.steps, options.lr, options.repeats),
     }
-    path = options.out or RESULTS / f"{slug()}-analysis.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
     print(f"analysis    {result['analysis']['median']:8.2f} s   ({result['calls']} calls)")
     for name in ("obvious", "obvious_with_a_teacher_run_a_step"):
         found = result[name]
         print(f"{name}: {found['seconds']:.2f} s, {found['over_analysis']} x as long   {found['of_which']}")
     for name in ("trained_probes_apart_from_solved", "obvious_curves_of_solved_probes_apart"):
         print(f"{name}: {result[name]}")
-    print(path)
-    return path
-
+    return write("analysis", options.out, result)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

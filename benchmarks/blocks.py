@@ -11,7 +11,6 @@ So a model of sixty blocks needs six forward passes a repeat, and the memory of 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import time
@@ -26,7 +25,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
 import ppcl_fx
-from benchmarks.clock import RESULTS
+from benchmarks.clock import RESULTS, parser
 from ppcl_fx.calls import Calls, map_tensors
 from ppcl_fx.costs import BlockCost, Costs, StackCost
 from ppcl_fx.errors import PpclError, Refusal
@@ -325,24 +324,24 @@ def opened(name: str, folder: Path | None, number: int) -> tuple[nn.Module, Mapp
 
 def main(arguments: list[str] | None = None) -> Path:
     """Measure, print and write the costs; return the file's path."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.blocks", description=(__doc__ or "").splitlines()[0]
+    made = parser(
+        "blocks",
+        __doc__,
+        call=(0, "which of the calls is run"),
+        repeats=(15, "timed runs of each graph"),
+        span=(6, "blocks a stack that are edited at most"),
+        device=("cpu", "where to compute"),
     )
-    parser.add_argument("model", nargs="?", default=SHAPES, help="a diffusers folder, a hub id, or 'shapes'")
-    parser.add_argument("--calls", type=Path, default=None, help="recorded calls (default: one is recorded)")
-    parser.add_argument("--call", type=int, default=0, help="which of them is run (default: 0)")
-    parser.add_argument("--repeats", type=int, default=15, help="timed runs of each graph (default: 15)")
-    parser.add_argument("--span", type=int, default=6, help="blocks a stack that are edited at most (default: 6)")
-    parser.add_argument("--device", default="cpu", help="where to compute (default: cpu)")
-    parser.add_argument(
+    made.add_argument("model", nargs="?", default=SHAPES, help="a diffusers folder, a hub id, or 'shapes'")
+    made.add_argument("--calls", type=Path, default=None, help="recorded calls (default: one is recorded)")
+    made.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="'cpu' for one thread on a busy processor (default: wall)"
     )
-    parser.add_argument("--out", type=Path, default=None, help="costs file (default: benchmarks/results/...)")
-    options = parser.parse_args(arguments)
+    options = made.parse_args(arguments)
     if options.clock == "cpu" and (options.device != "cpu" or torch.get_num_threads() > 1):
-        parser.error("--clock cpu: only on the CPU and with one thread (OMP_NUM_THREADS=1)")
+        made.error("--clock cpu: only on the CPU and with one thread (OMP_NUM_THREADS=1)")
     if options.repeats < 1 or options.span < 1:
-        parser.error("--repeats and --span are at least 1")
+        made.error("--repeats and --span are at least 1")
     try:
         transformer, call = opened(options.model, options.calls, options.call)
         mine = fingerprint(transformer)
@@ -356,7 +355,7 @@ def main(arguments: list[str] | None = None) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         costs.model_copy(update={"machine": machine}).save(path)
     except PpclError as error:
-        parser.exit(2, f"{error}\n")
+        made.exit(2, f"{error}\n")
     _print(costs)
     print(path)
     return path

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,14 +22,13 @@ from typing import Any
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from benchmarks.clock import RESULTS
+from benchmarks.clock import apart, parser, write
 from benchmarks.streaming import Peak, calls, config, plan
 from ppcl_fx.files import write_json
 from ppcl_fx.long_files import Form, form_bytes
 from ppcl_fx.model import STUDENTS, TEACHER, PluggableModel
 from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.passes.streaming.rewrite import student_forms
-from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shards import INDEX
 from ppcl_fx.skeleton import skeleton
 from ppcl_fx.tracing import trace
@@ -99,13 +97,8 @@ def measure(folder: Path, keeps: list[float]) -> dict[str, Any]:
         "cpu_seconds": round(cpu, 1),
         "seconds_opening": round(opening, 1),
         "ratios": [
-            {
-                "keep": ratio.keep,
-                "params": ratio.params,
-                "seconds": round(ratio.seconds, 1),
-                "graph_bytes": ratio.onnx.stat().st_size,
-            }
-            for ratio in made.ratios
+            {"keep": r.keep, "params": r.params, "seconds": round(r.seconds, 1), "graph_bytes": r.onnx.stat().st_size}
+            for r in made.ratios
         ],
         "weights_bytes": sum(p.stat().st_size for p in folder.rglob("*.safetensors")),
         "second_copy": (folder / WEIGHTS).exists(),
@@ -125,41 +118,33 @@ def main(arguments: list[str] | None = None) -> Path | None:
     try:
         folder = scratch / "student"
         make(folder, options.blocks, options.heads)
-        command = [sys.executable, "-m", "benchmarks.export", "--part", str(folder), "--keep", options.keep]
-        done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
+        found = apart("export", options, ["keep"], "--part", str(folder))
     finally:
         shutil.rmtree(scratch)
     result = {
-        "what": "export",
-        **describe(("torch", "diffusers", "onnx", "onnxscript", "onnx-ir", "ppcl-fx")),
         "model": f"Qwen-Image, {options.blocks} blocks of width {128 * options.heads}, bf16, sparse files",
         "conditions": options.note,
         **found,
     }
-    path: Path = options.out or RESULTS / f"{slug()}-export.json"
-    write_json(path, result)
     graphs = sum(ratio["graph_bytes"] for ratio in found["ratios"])
     print(f"{len(keeps)} ratios in {found['seconds']:.0f} s, at most {found['peak_anonymous_gib']:.2f} GiB")
     print(f"graphs {graphs / 2**20:.1f} MiB over weights of {found['weights_bytes'] / 2**30:.1f} GiB")
-    print(path)
-    return path
+    packages = ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir", "ppcl-fx")
+    return write("export", options.out, result, packages)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.export", description=(__doc__ or "").splitlines()[0]
+    made = parser(
+        "export",
+        __doc__,
+        blocks=(60, "blocks"),
+        heads=(24, "heads of 128 channels"),
+        keep=("1.0,0.9,0.8,0.7,0.6", "shares"),
+        note=("", "what else the machine did, for the result"),
     )
-    parser.add_argument("--blocks", type=int, default=60, help="blocks (default: 60)")
-    parser.add_argument("--heads", type=int, default=24, help="heads of 128 channels (default: 24)")
-    parser.add_argument("--keep", default="1.0,0.9,0.8,0.7,0.6", help="shares (default: five)")
-    parser.add_argument("--scratch", default=None, help="folder for the checkpoint (default: the system's)")
-    parser.add_argument("--note", default="", help="what else the machine did, for the result")
-    parser.add_argument("--part", type=Path, default=None, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
-    )
-    return parser.parse_args(arguments)
+    made.add_argument("--scratch", default=None, help="folder for the checkpoint (default: the system's)")
+    made.add_argument("--part", type=Path, default=None, help=argparse.SUPPRESS)
+    return made.parse_args(arguments)
 
 
 if __name__ == "__main__":

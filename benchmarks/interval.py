@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,14 +25,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.clock import RESULTS
-from benchmarks.streaming import HEAD, Peak, calls, config, make, opened
+from benchmarks.clock import apart, parser, write
+from benchmarks.streaming import PACKAGES, Peak, calls, config, described, make, opened
 from benchmarks.trace import STACK
 from ppcl_fx.calls import Calls
-from ppcl_fx.files import need_room, write_json
+from ppcl_fx.files import need_room
 from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
 from ppcl_fx.plan import DepthEdit, Plan
-from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.train.bounded.folder import StudentFolder
 from ppcl_fx.train.bounded.trainer import BoundedTraining
 from ppcl_fx.train.config import Limits, TrainConfig
@@ -109,72 +107,47 @@ def main(arguments: list[str] | None = None) -> Path | None:
         (scratch / "model").mkdir()
         make(scratch / "model", made)
         student(scratch, made, recorded, options.first, options.last)
-        found = _run(options, scratch)
+        names = ("blocks", "heads", "calls", "batch", "side", "text", "first", "last", "steps", "memory-gib")
+        flags = ["--checkpointing"] * options.checkpointing + ["--dry-run"] * options.dry_run
+        found = apart("interval", options, names, "--part", "--scratch", str(scratch), *flags)
     finally:
         shutil.rmtree(scratch)
     result = {
-        "what": "interval",
-        **describe(("torch", "diffusers", "safetensors", "ppcl-fx")),
-        "model": f"Qwen-Image, {options.blocks} blocks of width {options.heads * HEAD}, bf16, random weights",
         "interval": [options.first, options.last],
         "steps": options.steps,
-        "calls": {
-            "count": options.calls,
-            "batch": options.batch,
-            "image_tokens": options.side**2,
-            "text_tokens": options.text,
-        },
-        "memory_limit_gib": options.memory_gib,
+        **described(options),
         "checkpointing": options.checkpointing,
         **found,
     }
     for name, peak in found["memory"].items():
-        print(
-            f"{name:<8} {peak['peak_anonymous_gib']:.2f} GiB anonymous, {peak['peak_resident_gib']:.2f} GiB resident"
-        )
+        anonymous, resident = peak["peak_anonymous_gib"], peak["peak_resident_gib"]
+        print(f"{name:<8} {anonymous:.2f} GiB anonymous, {resident:.2f} GiB resident")
     print(f"{found['seconds']} s in all, {found.get('seconds_in_steps')} s in {options.steps} steps")
     if options.dry_run:
         return None
-    path: Path = options.out or RESULTS / f"{slug()}-interval.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
-    print(path)
-    return path
-
-
-def _run(options: argparse.Namespace, scratch: Path) -> Result:
-    command = [sys.executable, "-m", "benchmarks.interval", "--part", "--scratch", str(scratch)]
-    names = ("blocks", "heads", "calls", "batch", "side", "text", "first", "last", "steps", "memory-gib")
-    for name in names:
-        command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
-    command += ["--checkpointing"] * options.checkpointing + ["--dry-run"] * options.dry_run
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    found: Result = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return write("interval", options.out, result, PACKAGES)
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.interval", description=(__doc__ or "").splitlines()[0]
+    made = parser(
+        "interval",
+        __doc__,
+        blocks=(60, "blocks"),
+        heads=(24, "heads of 128 channels"),
+        first=(15, "first block of the interval"),
+        last=(24, "last block of the interval"),
+        steps=(2, "optimiser steps"),
+        calls=(2, "calls"),
+        batch=(1, "samples in each call"),
+        side=(16, "image tokens along one side"),
+        text=(64, "text tokens"),
+        memory_gib=(20.0, "the limit that is kept"),
     )
-    parser.add_argument("--blocks", type=int, default=60, help="blocks (default: 60)")
-    parser.add_argument("--heads", type=int, default=24, help="heads of 128 channels (default: 24)")
-    parser.add_argument("--first", type=int, default=15, help="first block of the interval (default: 15)")
-    parser.add_argument("--last", type=int, default=24, help="last block of the interval (default: 24)")
-    parser.add_argument("--steps", type=int, default=2, help="optimiser steps (default: 2)")
-    parser.add_argument("--calls", type=int, default=2, help="calls (default: 2)")
-    parser.add_argument("--batch", type=int, default=1, help="samples in each call (default: 1)")
-    parser.add_argument("--side", type=int, default=16, help="image tokens along one side (default: 16)")
-    parser.add_argument("--text", type=int, default=64, help="text tokens (default: 64)")
-    parser.add_argument("--memory-gib", type=float, default=20.0, help="the limit that is kept (default: 20)")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--dry-run", action="store_true", help="only the schedule")
-    parser.add_argument("--scratch", default=None, help="folder for the checkpoint (default: the system's)")
-    parser.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
-    )
-    return parser.parse_args(arguments)
+    made.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    made.add_argument("--dry-run", action="store_true", help="only the schedule")
+    made.add_argument("--scratch", default=None, help="folder for the checkpoint (default: the system's)")
+    made.add_argument("--part", action="store_true", help=argparse.SUPPRESS)
+    return made.parse_args(arguments)
 
 
 if __name__ == "__main__":

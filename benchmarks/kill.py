@@ -9,7 +9,6 @@ second step, so that many kills fall into one. Equal means: the same bytes in ev
 
 from __future__ import annotations
 
-import argparse
 import os
 import random
 import shutil
@@ -23,14 +22,13 @@ from typing import Any
 import torch
 
 import ppcl_fx
-from benchmarks.clock import RESULTS
-from ppcl_fx.files import read_safetensors, write_json
+from benchmarks.clock import parser, write
+from benchmarks.trace import STACK
+from ppcl_fx.files import read_safetensors
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
-from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.train.curves import Losses
 
-STACK = "transformer_blocks"
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square"]
 OPTIONS = [
     "--steps", "40,20,20", "--batch", "1", "--accumulate", "2", "--ema", "0.9", "--held-out", "0.2",
@@ -108,22 +106,12 @@ def equal(folder: Path) -> bool:
 
 def main(arguments: list[str] | None = None) -> Path:
     """Measure, print and write the result; return its path."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.kill", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--kills", type=int, default=20, help="default: 20")
-    parser.add_argument("--seed", type=int, default=4, help="decides the moments (default: 4)")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
-    )
-    options = parser.parse_args(arguments)
+    made = parser("kill", __doc__, kills=(20, "how often"), seed=(4, "decides the moments"))
+    options = made.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(options.kills, options.seed, Path(folder))
-    path = options.out or RESULTS / f"{slug()}-kill.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"what": "kill", **describe(("torch", "diffusers", "ppcl-fx")), **found})
     print(f"{found['kills']} kills; the same to the bit: {found['equal']}")
-    print(path)
+    path = write("kill", options.out, found)
     if not found["equal"]:
         sys.exit(1)
     return path

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.clock import RESULTS
+from benchmarks.clock import RESULTS, parser
 from benchmarks.latency_models import DTYPES, SIZES, TABLE_1, Spec, specs, stored_bytes
 from benchmarks.latency_worker import BLOCK, ENGINES, ONNXRUNTIME, RUNTIMES, Job, Worker
 from ppcl_fx.errors import PpclError, near
@@ -264,13 +264,13 @@ def blocks_left(model: PluggableModel, students: Sequence[str]) -> dict[str, int
 
 def main(arguments: list[str] | None = None) -> Path:
     """Measure, print and write the result; return its path."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    made = _parser()
+    options = made.parse_args(arguments)
     scratch = Path(tempfile.mkdtemp(prefix="ppcl-latency-", dir=options.scratch))
     try:
         return _measure_all(options, scratch)
     except PpclError as error:
-        parser.exit(2, f"{error}\n")
+        made.exit(2, f"{error}\n")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -350,19 +350,19 @@ def show(runtime: str, found: Mapping[str, Any]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.latency", description=(__doc__ or "").splitlines()[0]
+    made = parser(
+        "latency",
+        __doc__,
+        size=("small", ", ".join(SIZES)),
+        models=("", "some of the size's models, with commas between"),
+        runtimes=(",".join(RUNTIMES), "with commas between"),
+        device=("cpu", "where to run"),
+        note=("", "what else the machine did, for the result"),
     )
-    parser.add_argument("--size", default="small", help=f"{', '.join(SIZES)} (default: small)")
-    parser.add_argument("--models", default="", help="some of the size's models, with commas between (default: all)")
-    parser.add_argument("--runtimes", default=",".join(RUNTIMES), help="with commas between (default: all)")
-    parser.add_argument("--device", default="cpu", help="where to run (default: cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32; full size: bf16")
-    parser.add_argument("--repeats", type=int, default=None, help="timed runs of each variant (default: by model)")
-    parser.add_argument("--note", default="", help="what else the machine did, for the result")
-    parser.add_argument("--scratch", default=None, help="folder for exported files (default: the system's)")
-    parser.add_argument("--out", type=Path, default=None, help="result file (default: benchmarks/results/...)")
-    return parser
+    made.add_argument("--dtype", choices=DTYPES, default=None, help="default: fp32; full size: bf16")
+    made.add_argument("--repeats", type=int, default=None, help="timed runs of each variant (default: by model)")
+    made.add_argument("--scratch", default=None, help="folder for exported files (default: the system's)")
+    return made
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pydantic import BaseModel, JsonValue
 from torch import nn
 
 import ppcl_fx
+from benchmarks.clock import shapes_pipeline
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.examples import build, describe
 from ppcl_fx.model import PluggableModel
@@ -92,7 +93,6 @@ class Spec(BaseModel):
         title: what it is, in words.
         kind: diffusers' class.
         config: its configuration.
-        shallow: the same with three blocks in each list: enough to measure one.
         example: one call's arguments, as `ppcl_fx.examples.describe` writes them.
         dtype: "fp32" or "bf16".
         plan: the plan that all ratios are taken from.
@@ -104,7 +104,6 @@ class Spec(BaseModel):
     title: str
     kind: str
     config: dict[str, Any]
-    shallow: dict[str, Any]
     example: dict[str, JsonValue]
     dtype: str
     plan: Plan
@@ -132,7 +131,8 @@ class Spec(BaseModel):
 
     def shallow_teacher(self) -> torch.fx.GraphModule:
         """Return the traced teacher with three blocks in each list, on the meta device."""
-        return trace(self._model(self.shallow), self._arguments())
+        short = {name: 3 for name in ("num_layers", "num_single_layers") if name in self.config}
+        return trace(self._model({**self.config, **short}), self._arguments())
 
     def call(self, gm: torch.fx.GraphModule, device: torch.device) -> dict[str, Any]:
         """Return random arguments for a graph of this model, on a device."""
@@ -229,19 +229,14 @@ def _flux_call(side: int, text: int, channels: int = 64, joint: int = 4096, pool
     )
 
 
-def _spec(kind: str, config: dict[str, Any], **more: Any) -> Spec:
-    short = {name: 3 for name in ("num_layers", "num_single_layers") if name in config}
-    return Spec(kind=kind, config=config, shallow={**config, **short}, **more)
-
-
 QWEN, FLUX = "QwenImageTransformer2DModel", "FluxTransformer2DModel"
 
 
 def _qwen(dtype: str) -> Spec:
     """Qwen-Image as released: the 10 B plan; 12 and 14 B swap students back within their budgets."""
-    return _spec(
-        QWEN,
-        {"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128},
+    return Spec(
+        kind=QWEN,
+        config={"num_layers": 60, "num_attention_heads": 24, "attention_head_dim": 128},
         name="qwen",
         title="Qwen-Image, 60 blocks of width 3072, 1328x1328 (6889 image tokens, 128 text tokens)",
         example=_qwen_call(1328 // 16, 128),
@@ -259,9 +254,9 @@ def _qwen(dtype: str) -> Spec:
 
 def _flux(dtype: str) -> Spec:
     """FLUX.1-dev as released: the paper's intervals as printed leave 6.5 B; 8 B swaps students back."""
-    return _spec(
-        FLUX,
-        {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True},
+    return Spec(
+        kind=FLUX,
+        config={"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True},
         name="flux",
         title="FLUX.1-dev, 19 and 38 blocks of width 3072, 1024x1024 (4096 image tokens, 512 text tokens)",
         example=_flux_call(1024 // 16, 512),
@@ -291,9 +286,9 @@ FIFTH = Plan(
 
 
 def _small_qwen(dtype: str) -> Spec:
-    return _spec(
-        QWEN,
-        {"num_layers": 12, "num_attention_heads": 4, "attention_head_dim": 128},
+    return Spec(
+        kind=QWEN,
+        config={"num_layers": 12, "num_attention_heads": 4, "attention_head_dim": 128},
         name="qwen",
         title="Qwen-Image, 12 blocks of width 512 (256 image tokens, 64 text tokens)",
         example=_qwen_call(16, 64),
@@ -310,9 +305,9 @@ def _small_qwen(dtype: str) -> Spec:
 
 
 def _small_flux(dtype: str) -> Spec:
-    return _spec(
-        FLUX,
-        {"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 4, "guidance_embeds": True},
+    return Spec(
+        kind=FLUX,
+        config={"num_layers": 4, "num_single_layers": 8, "num_attention_heads": 4, "guidance_embeds": True},
         name="flux",
         title="FLUX.1-dev, 4 and 8 blocks of width 512 (256 image tokens, 64 text tokens)",
         example=_flux_call(16, 64),
@@ -329,9 +324,9 @@ def _tiny_qwen(dtype: str) -> Spec:
         "in_channels": 16, "out_channels": 4, "joint_attention_dim": 24,
     }  # fmt: skip
     plan = Plan(edits=[*_depth(BLOCKS, (1, 2), (3, 4)), FfnEdit(stack=BLOCKS, block=5)])
-    return _spec(
-        QWEN,
-        config,
+    return Spec(
+        kind=QWEN,
+        config=config,
         name="qwen",
         title="Qwen-Image, 6 blocks of width 32 (16 image tokens, 5 text tokens)",
         example=_qwen_call(4, 5, 16, 24),
@@ -348,9 +343,9 @@ def _tiny_flux(dtype: str) -> Spec:
         "in_channels": 16, "joint_attention_dim": 24, "pooled_projection_dim": 20, "guidance_embeds": True,
         "axes_dims_rope": [4, 6, 6],
     }  # fmt: skip
-    return _spec(
-        FLUX,
-        config,
+    return Spec(
+        kind=FLUX,
+        config=config,
         name="flux",
         title="FLUX.1-dev, 4 and 4 blocks of width 32 (16 image tokens, 5 text tokens)",
         example=_flux_call(4, 5, 16, 24, 20),
@@ -363,19 +358,17 @@ def _tiny_flux(dtype: str) -> Spec:
 
 def _shapes(dtype: str) -> Spec:
     """The model that ships, by a plan that the paper's rule makes for half of its parameters."""
-    from ppcl_fx.shapes import load_pipeline
     from ppcl_fx.shapes.captions import every_prompt
 
-    pipeline = load_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = shapes_pipeline()
     prompts = [prompt.text for prompt in every_prompt("position")][:8]
     calls = ppcl_fx.record(pipeline, prompts, batch_size=8, num_inference_steps=4, seed=0)
     gm = trace(pipeline.transformer, calls.examples())
     plan = ppcl_fx.select(ppcl_fx.analyze(gm, calls), keep=0.5, config=RewriteConfig(select="paper"))
     example = {name: value for name, value in calls[0].kwargs.items() if name != "return_dict"}
-    return _spec(
-        type(pipeline.transformer).__name__,
-        dict(gm.meta["ppcl"]["config"]),
+    return Spec(
+        kind=type(pipeline.transformer).__name__,
+        config=dict(gm.meta["ppcl"]["config"]),
         name="shapes",
         title="shapes, the model that ships: 16 blocks of width 96 (8 samples of 64 image tokens)",
         example=_example(**example),

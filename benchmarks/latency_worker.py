@@ -24,6 +24,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from benchmarks.blocks import cut
 from benchmarks.latency_models import Spec, materialise
 from benchmarks.streaming import Peak
+from benchmarks.streaming import held as resident
 from ppcl_fx.errors import PpclError
 from ppcl_fx.stacks import stacks
 
@@ -170,8 +171,7 @@ def _memory_now(device: torch.device) -> tuple[int, int]:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return total - free, total - free
-    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(lines["RssAnon"].split()[0]) * 1024, int(lines["VmRSS"].split()[0]) * 1024
+    return resident()
 
 
 def _peak(job: Job, held: Held, device: torch.device, before: tuple[int, int]) -> dict[str, float]:

@@ -8,7 +8,6 @@ after the two channels are exchanged back. The student never saw it: the file is
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
 import time
@@ -23,12 +22,9 @@ from peft.utils import get_peft_model_state_dict
 from torch.nn import functional
 
 import ppcl_fx
-from benchmarks.clock import RESULTS
+from benchmarks.clock import parser, shapes_pipeline, write
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import write_json
 from ppcl_fx.model import PluggableModel
-from ppcl_fx.report.machine import describe, slug
-from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt, prompts
 from ppcl_fx.shapes.checker import check
 from ppcl_fx.shapes.pipeline import SIDE, ShapesPipeline, pack
@@ -92,13 +88,10 @@ def scores(pipeline: ShapesPipeline, transformer: Any, per_category: int) -> dic
 
 def measure(student: Path, file: Path, steps: int, rate: float, per_category: int) -> dict[str, Any]:
     """Train the LoRA, write it in diffusers' layout, and score teacher and student without and with it."""
-    pipeline = load_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = shapes_pipeline()
     model = ppcl_fx.load(student)
     if not isinstance(model, PluggableModel):
-        raise PpclError(
-            f"{student}: not a pluggable model; give the folder that `ppcl-fx train` or the demo wrote"
-        )
+        raise PpclError(f"{student}: not a pluggable model; give the folder that `ppcl-fx train` or the demo wrote")
     result: dict[str, Any] = {"rank": RANK, "targets": TARGETS, "steps": steps, "per_category": per_category}
     rows = {"teacher": {"without": scores(pipeline, pipeline.transformer, per_category)}}
     begin = time.perf_counter()
@@ -127,38 +120,21 @@ def measure(student: Path, file: Path, steps: int, rate: float, per_category: in
 
 def main(arguments: list[str] | None = None) -> Path:
     """Measure, print and write the result; return its path."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.lora", description=(__doc__ or "").splitlines()[0]
+    made = parser(
+        "lora",
+        __doc__,
+        student=(Path("build/demo/student"), "a pluggable model"),
+        steps=(300, "of training the LoRA"),
+        lr=(3e-3, "peak learning rate"),
+        per_category=(24, "prompts scored a category"),
+        lora=(Path("build/lora"), "folder of the LoRA"),
     )
-    parser.add_argument(
-        "--student", type=Path, default=Path("build/demo/student"), help="a pluggable model (%(default)s)"
-    )
-    parser.add_argument("--steps", type=int, default=300, help="of training the LoRA (%(default)s)")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate (%(default)s)")
-    parser.add_argument(
-        "--per-category", type=int, default=24, help="prompts scored a category (%(default)s)"
-    )
-    parser.add_argument(
-        "--lora", type=Path, default=Path("build/lora"), help="folder of the LoRA (%(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
-    )
-    options = parser.parse_args(arguments)
+    options = made.parse_args(arguments)
     warnings.filterwarnings("ignore", category=UserWarning, module="peft")
-    result = {
-        "what": "lora",
-        **describe(("torch", "diffusers", "peft", "ppcl-fx")),
-        **measure(options.student, options.lora, options.steps, options.lr, options.per_category),
-    }
-    path = options.out or RESULTS / f"{slug()}-lora.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    result = measure(options.student, options.lora, options.steps, options.lr, options.per_category)
     for name, row in result["rows"].items():
         print(f"{name:<26} without {row['without']}   with {row['with']}   {row.get('report', '')}")
-    print(path)
-    return path
-
+    return write("lora", options.out, result, ("torch", "diffusers", "peft", "ppcl-fx"))
 
 if __name__ == "__main__":
     main(sys.argv[1:])

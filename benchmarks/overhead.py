@@ -14,7 +14,6 @@ medians of teacher and students.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import sys
 import tempfile
@@ -27,12 +26,10 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 import ppcl_fx
-from benchmarks.clock import RESULTS
+from benchmarks.clock import parser, shapes_pipeline, write
 from benchmarks.selection import texts
-from ppcl_fx.files import write_json
 from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.passes.distil import distil, pairs, train_only
-from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.train import train
 from ppcl_fx.train.config import STAGES, Weights
@@ -160,28 +157,23 @@ def measure(stage: str, calls: ppcl_fx.Calls, steps: int, batch: int) -> dict[st
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print and write the result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100, help="measured steps of each stage (default: 100)")
-    parser.add_argument("--samples", type=int, default=16, help="samples of a call (default: 16)")
-    parser.add_argument("--batch", type=int, default=1, help="calls of a step (default: 1)")
-    parser.add_argument("--out", type=Path, default=None, help="result file (default: benchmarks/results/...)")
-    options = parser.parse_args(arguments)
-    pipeline = load_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
+    made = parser(
+        "overhead",
+        __doc__,
+        steps=(100, "measured steps of each stage"),
+        samples=(16, "samples of a call"),
+        batch=(1, "calls of a step"),
+    )
+    options = made.parse_args(arguments)
+    pipeline = shapes_pipeline()
     calls = ppcl_fx.record(pipeline, texts()[: 4 * options.samples], batch_size=options.samples, seed=0)
     stages = {stage: measure(stage, calls, options.steps, options.batch) for stage in STAGES}
-    result = {
-        "what": "overhead", **describe(("torch", "diffusers", "ppcl-fx")), "threads": torch.get_num_threads(),
-        "samples": options.samples * options.batch, "steps": options.steps, "stages": stages,
-    }  # fmt: skip
-    path = options.out or RESULTS / f"{slug()}-overhead.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    result: dict[str, Any] = {"threads": torch.get_num_threads(), "samples": options.samples * options.batch}
+    result |= {"steps": options.steps, "stages": stages}
     for stage, found in stages.items():
         alone = found["teacher"] + found["students"]
         print(f"{stage}: {found['step'] * 1000:.1f} ms a step, {alone * 1000:.1f} ms alone, ratio {found['ratio']}")
-    print(path)
-
+    write("overhead", options.out, result)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

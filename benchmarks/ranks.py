@@ -28,12 +28,11 @@ from typing import Any
 import torch
 
 import ppcl_fx
-from benchmarks.clock import RESULTS
+from benchmarks.clock import parser, shapes_pipeline, write
 from benchmarks.trace import STACK
 from ppcl_fx.files import read_json, write_json
 from ppcl_fx.passes.distil import distil, train_only
 from ppcl_fx.plan import DepthEdit, Plan
-from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.train import train
 from ppcl_fx.train.curves import Losses
@@ -48,8 +47,7 @@ WARM = 3
 
 def prepare(folder: Path, samples: int) -> None:
     """Record calls of `samples` samples."""
-    pipeline = load_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = shapes_pipeline()
     texts = [PROMPTS[i % len(PROMPTS)] for i in range(samples)]
     ppcl_fx.record(pipeline, texts, batch_size=samples, seed=0).save(folder / "calls")
 
@@ -141,29 +139,18 @@ def measure(worlds: Sequence[int], steps: int, samples: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write the result."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ranks", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="measured steps (default: 60)")
-    parser.add_argument("--samples", type=int, default=16, help="samples of a call (default: 16)")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2], help="numbers of processes (default: 2)")
-    parser.add_argument("--out", type=Path, default=None, help="result file (default: benchmarks/results/...)")
-    parser.add_argument("--work", type=Path, default=None, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    made = parser("ranks", __doc__, steps=(60, "measured steps"), samples=(16, "samples of a call"))
+    made.add_argument("--worlds", type=int, nargs="+", default=[2], help="numbers of processes (default: 2)")
+    made.add_argument("--work", type=Path, default=None, help=argparse.SUPPRESS)
+    options = made.parse_args(arguments)
     if options.work is not None:
         work(options.work, options.steps)
         return
-    result = {
-        "what": "ranks",
-        **describe(("torch", "diffusers", "ppcl-fx")),
-        **measure(options.worlds, options.steps, options.samples),
-    }
-    path = options.out or RESULTS / f"{slug()}-ranks.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    result = measure(options.worlds, options.steps, options.samples)
     for world, run in result["processes"].items():
         more = f"   {run['times_quicker']} x as quick, bound {run['bound']}" if world != "1" else ""
         print(f"{world} processes: {run['median'] * 1000:.1f} ms a step{more}")
-    print(path)
-
+    write("ranks", options.out, result)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

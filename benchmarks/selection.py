@@ -9,11 +9,9 @@ stopped goes on, and seeds can be shared out between processes.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import random
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,14 +20,12 @@ from typing import Any
 import torch
 
 import ppcl_fx
-from benchmarks.clock import RESULTS
+from benchmarks.clock import parser, shapes_pipeline, spread, write
 from ppcl_fx import demo
 from ppcl_fx.calls import Calls
 from ppcl_fx.files import write_json
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.config import RewriteConfig
-from ppcl_fx.report.machine import describe, slug
-from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.shapes.score import score_pictures, summarise
@@ -57,9 +53,8 @@ def recorded(pipeline: ShapesPipeline, settings: demo.Settings, seed: int) -> tu
     random.Random(seed).shuffle(shuffled)
     calls = ppcl_fx.record(pipeline, shuffled, batch_size=settings.batch, seed=1_000_000 * (seed + 1))
     held = random.Random(seed).sample(texts(), HELD_OUT)
-    return calls, ppcl_fx.record(
-        pipeline, held, batch_size=settings.batch, seed=1_000_000 * (seed + 1) + 500_000
-    )
+    apart = 1_000_000 * (seed + 1) + 500_000
+    return calls, ppcl_fx.record(pipeline, held, batch_size=settings.batch, seed=apart)
 
 
 @torch.no_grad()
@@ -116,12 +111,8 @@ def distil(
 def one_seed(seed: int, rules: Sequence[str], work: Path, steps: tuple[int, int], per_category: int) -> None:
     """Write the rows of one seed to `work`; those that it holds for the same plan are not made again."""
     settings = demo.Settings(out=work, recorded=RECORDED)
-    paths = {
-        (rule, keep): work / f"seed-{seed}-{rule}-{keep:g}.json"
-        for rule, keep in itertools.product(rules, KEEPS)
-    }
-    pipeline = load_pipeline()
-    pipeline.set_progress_bar_config(disable=True)
+    paths = {(rule, keep): work / f"seed-{seed}-{rule}-{keep:g}.json" for rule in rules for keep in KEEPS}
+    pipeline = shapes_pipeline()
     teacher = work / f"seed-{seed}-teacher.json"
     if not teacher.is_file():
         write_json(teacher, {"score": scored(pipeline, pipeline.transformer, per_category, seed)})
@@ -138,23 +129,24 @@ def one_seed(seed: int, rules: Sequence[str], work: Path, steps: tuple[int, int]
             continue
         model = ppcl_fx.rewrite(gm, plan, some)
         seconds = distil(model, calls, settings, steps, seed, path.with_suffix(""))
-        row = {
-            "seed": seed,
-            "rule": rule,
-            "keep": keep,
-            "share": round(plan.params / plan.teacher_params, 4),
-            "params": plan.params,
-            "edits": plan.ids,
-            "velocity_error": round(velocity_error(model, held), 5),
-            "score": round(scored(pipeline, model, per_category, seed), 4),
-            "teacher": round(score, 4),
-            "training_seconds": round(seconds, 1),
-        }
-        write_json(path, row)
-        print(
-            f"{rule:<8} {keep:.0%} seed {seed}: {row['score']:.3f} of {score:.3f}, {seconds:.0f} s",
-            flush=True,
-        )
+        share = round(plan.params / plan.teacher_params, 4)
+        made = {"rule": rule, "keep": keep, "share": share, "params": plan.params, "teacher": round(score, 4)}
+        made |= row(pipeline, model, held, seed, per_category, seconds)
+        write_json(path, made)
+        print(f"{rule:<8} {keep:.0%} seed {seed}: {made['score']:.3f} of {score:.3f}, {seconds:.0f} s", flush=True)
+
+
+def row(
+    pipeline: ShapesPipeline, model: PluggableModel, held: Calls, seed: int, per_category: int, seconds: float
+) -> dict[str, Any]:
+    """Return what a trained model gives: its edits, velocity error and score, and the seconds that it took."""
+    return {
+        "seed": seed,
+        "edits": model.plan.ids,
+        "velocity_error": round(velocity_error(model, held), 5),
+        "score": round(scored(pipeline, model, per_category, seed), 4),
+        "training_seconds": round(seconds, 1),
+    }
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -163,38 +155,25 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for keep, rule in itertools.product(KEEPS, RULES):
         here = [row for row in rows if (row["rule"], row["keep"]) == (rule, keep)]
         line: dict[str, Any] = {"rule": rule, "keep": keep, "seeds": [row["seed"] for row in here]}
-        drops = [1 - row["score"] / row["teacher"] for row in here]
-        for name, values in (
-            ("share", [row["share"] for row in here]),
-            ("score", [row["score"] for row in here]),
-            ("drop", drops),
-            ("velocity_error", [row["velocity_error"] for row in here]),
-        ):
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            line[name] = {"mean": round(statistics.mean(values), 4), "deviation": round(spread, 4)}
+        line |= {name: spread([row[name] for row in here]) for name in ("share", "score", "velocity_error")}
+        line["drop"] = spread([1 - row["score"] / row["teacher"] for row in here])
         lines.append(line)
     return lines
 
 
 def main(arguments: list[str] | None = None) -> Path | None:
     """Measure, print and write the result; return its path, or None where other processes have rows to make yet."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.selection", description=(__doc__ or "").splitlines()[0]
+    made = parser(
+        "selection",
+        __doc__,
+        seeds=("0,1,2", "seeds of this process"),
+        rules=(",".join(RULES), "rules of this process"),
+        of=("0,1,2", "seeds of the table"),
+        steps=("400,40", "of the stages depth and width"),
+        per_category=(48, "prompts scored a category"),
+        work=(Path("build/selection"), "finished rows"),
     )
-    parser.add_argument("--seeds", default="0,1,2", help="seeds of this process (%(default)s)")
-    parser.add_argument("--rules", default=",".join(RULES), help="rules of this process (%(default)s)")
-    parser.add_argument("--of", default="0,1,2", help="seeds of the table (%(default)s)")
-    parser.add_argument("--steps", default="400,40", help="of the stages depth and width (%(default)s)")
-    parser.add_argument(
-        "--per-category", type=int, default=48, help="prompts scored a category (%(default)s)"
-    )
-    parser.add_argument(
-        "--work", type=Path, default=Path("build/selection"), help="finished rows (%(default)s)"
-    )
-    parser.add_argument(
-        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
-    )
-    options = parser.parse_args(arguments)
+    options = made.parse_args(arguments)
     depth, width = (int(part) for part in options.steps.split(","))
     options.work.mkdir(parents=True, exist_ok=True)
     for seed in map(int, options.seeds.split(",")):
@@ -208,25 +187,18 @@ def main(arguments: list[str] | None = None) -> Path | None:
     rows = [json.loads(path.read_text()) for path in wanted]
     lines = table(rows)
     result = {
-        "what": "selection",
-        **describe(("torch", "diffusers", "ppcl-fx")),
         "steps": {"depth": depth, "width": width},
         "per_category": options.per_category,
         "table": lines,
         "rows": rows,
     }
-    path = options.out or RESULTS / f"{slug()}-selection.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
     for line in lines:
         score, drop, error = line["score"], line["drop"], line["velocity_error"]
         print(
             f"{line['keep']:.0%} {line['rule']:<8} score {score['mean']:.3f} +- {score['deviation']:.3f}   "
             f"drop {drop['mean']:.1%}   velocity error {error['mean']:.3f} +- {error['deviation']:.3f}"
         )
-    print(path)
-    return path
-
+    return write("selection", options.out, result)
 
 if __name__ == "__main__":
     main(sys.argv[1:])

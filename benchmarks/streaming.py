@@ -20,7 +20,6 @@ import argparse
 import json
 import re
 import shutil
-import subprocess
 import sys
 import tempfile
 import threading
@@ -34,10 +33,10 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from safetensors.torch import save_file
 
-from benchmarks.clock import RESULTS
+from benchmarks.clock import apart, parser, write
 from benchmarks.trace import STACK
 from ppcl_fx.calls import Call, Calls
-from ppcl_fx.files import need_room, write_json
+from ppcl_fx.files import need_room
 from ppcl_fx.passes.analyze import analyze_streamed
 from ppcl_fx.passes.probes import NormalEquations
 from ppcl_fx.passes.stream_sites import stream_sites
@@ -48,12 +47,12 @@ from ppcl_fx.passes.streaming.run_store import Settings
 from ppcl_fx.passes.streaming.spill import Spill
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.plans import named
-from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shards import Shards, Stored
 from ppcl_fx.skeleton import Checkpoint, skeleton
 from ppcl_fx.tracing import trace
 
 Config = dict[str, Any]
+PACKAGES = ("torch", "diffusers", "safetensors", "ppcl-fx")
 PARTS = ("forward", "analyze", "rewrite")
 HEAD = 128
 CPU = torch.device("cpu")
@@ -224,6 +223,12 @@ def _timed(spent: dict[str, float], name: str, method: str) -> Iterator[None]:
         setattr(NormalEquations, method, original)
 
 
+def held() -> tuple[int, int]:
+    """Return the bytes that this process holds: those that no file backs, and all."""
+    found = dict(re.findall(r"^(RssAnon|VmRSS):\s+(\d+)", Path("/proc/self/status").read_text(), re.M))
+    return int(found["RssAnon"]) * 1024, int(found["VmRSS"]) * 1024
+
+
 class Peak(threading.Thread):
     """Watches this process's memory: the most that was anonymous, and the most in all."""
 
@@ -234,11 +239,8 @@ class Peak(threading.Thread):
 
     def run(self) -> None:
         while not self._done.wait(0.02):
-            found = dict(
-                re.findall(r"^(RssAnon|VmRSS):\s+(\d+)", Path("/proc/self/status").read_text(), re.M)
-            )
-            self.anonymous = max(self.anonymous, int(found["RssAnon"]) * 1024)
-            self.resident = max(self.resident, int(found["VmRSS"]) * 1024)
+            anonymous, resident = held()
+            self.anonymous, self.resident = max(self.anonymous, anonymous), max(self.resident, resident)
 
     def result(self) -> dict[str, float]:
         """Stop watching; GiB."""
@@ -274,27 +276,18 @@ def main(arguments: list[str] | None = None) -> Path | None:
         make(scratch / "model", made)
         checkpoint = opened(scratch / "model", made)
         result: dict[str, Any] = {
-            "what": "streaming",
-            **describe(("torch", "diffusers", "safetensors", "ppcl-fx")),
-            "model": f"Qwen-Image, {options.blocks} blocks of width {options.heads * HEAD}, bf16, random weights",
             "teacher_params": sum(p.numel() for p in checkpoint.model.parameters()),
             "checkpoint": "one block file hard-linked, so the weights come from the page cache",
-            "calls": {
-                "count": options.calls,
-                "batch": options.batch,
-                "image_tokens": options.side**2,
-                "text_tokens": options.text,
-            },
-            "memory_limit_gib": options.memory_gib,
+            **described(options),
         }
-        path: Path = options.out or RESULTS / f"{slug()}-streaming.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
         for part in options.parts.split(","):
-            result[part] = _run(part, options, scratch)
+            names = ("blocks", "heads", "calls", "batch", "side", "text", "samples", "memory-gib")
+            result[part] = apart("streaming", options, names, "--part", part, "--scratch", str(scratch))
             if {"forward", "analyze"} <= result.keys():
                 ratio = result["analyze"]["seconds"] / result["forward"]["seconds"]
                 result["analysis_over_forward"] = round(ratio, 2)
-            write_json(path, result)  # after each part: a long measurement that is cut short is not lost
+            # After each part: a long measurement that is cut short is not lost.
+            path = write("streaming", options.out, result, PACKAGES, note=False)
             seconds, peak_gib = result[part]["seconds"], result[part]["peak_anonymous_gib"]
             print(f"{part:<8} {seconds:8.1f} s   {peak_gib:.2f} GiB", flush=True)
     finally:
@@ -305,42 +298,41 @@ def main(arguments: list[str] | None = None) -> Path | None:
     return path
 
 
-def _run(part: str, options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.streaming", "--part", part, "--scratch", str(scratch)]
-    for name in ("blocks", "heads", "calls", "batch", "side", "text", "samples", "memory-gib"):
-        command += [f"--{name}", str(getattr(options, name.replace("-", "_")))]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def described(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the model, the calls and the limit that were asked for, for a result."""
+    return {
+        "model": f"Qwen-Image, {options.blocks} blocks of width {options.heads * HEAD}, bf16, random weights",
+        "calls": {
+            "count": options.calls,
+            "batch": options.batch,
+            "image_tokens": options.side**2,
+            "text_tokens": options.text,
+        },
+        "memory_limit_gib": options.memory_gib,
+    }
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.streaming", description=(__doc__ or "").splitlines()[0]
+    made = parser(
+        "streaming",
+        __doc__,
+        blocks=(60, "blocks"),
+        heads=(24, "heads of 128 channels"),
+        calls=(4, "calls"),
+        batch=(16, "samples in each call"),
+        side=(16, "image tokens along one side"),
+        text=(256, "text tokens"),
+        samples=(2, "samples that the curves average over"),
+        memory_gib=(12.0, "the limit that is kept"),
+        parts=(",".join(PARTS), "what to measure"),
     )
-    parser.add_argument("--blocks", type=int, default=60, help="blocks (default: 60)")
-    parser.add_argument("--heads", type=int, default=24, help="heads of 128 channels (default: 24)")
-    parser.add_argument("--calls", type=int, default=4, help="calls (default: 4)")
-    parser.add_argument("--batch", type=int, default=16, help="samples in each call (default: 16)")
-    parser.add_argument("--side", type=int, default=16, help="image tokens along one side (default: 16)")
-    parser.add_argument(
-        "--size", type=int, default=None, help="the same in pixels, 16 to a token: 1024 is --side 64"
-    )
-    parser.add_argument("--text", type=int, default=256, help="text tokens (default: 256)")
-    parser.add_argument(
-        "--samples", type=int, default=2, help="samples that the curves average over (default: 2)"
-    )
-    parser.add_argument("--memory-gib", type=float, default=12.0, help="the limit that is kept (default: 12)")
-    parser.add_argument("--scratch", default=None, help="folder for the checkpoint (default: the system's)")
-    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure (default: all)")
-    parser.add_argument("--part", choices=PARTS, default=None, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
-    )
-    options = parser.parse_args(arguments)
+    made.add_argument("--size", type=int, default=None, help="the side in pixels, 16 to a token: 1024 is --side 64")
+    made.add_argument("--scratch", default=None, help="folder for the checkpoint (default: the system's)")
+    made.add_argument("--part", choices=PARTS, default=None, help=argparse.SUPPRESS)
+    options = made.parse_args(arguments)
     if options.size is not None:
         if options.size < 16 or options.size % 16:
-            parser.error(f"--size {options.size}: give a multiple of 16")
+            made.error(f"--size {options.size}: give a multiple of 16")
         options.side = options.size // 16
     return options
 

@@ -8,7 +8,6 @@ everything once before the clock starts, so that imports and first-call costs co
 
 from __future__ import annotations
 
-import argparse
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,11 +17,9 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 
 import ppcl_fx
-from benchmarks.clock import RESULTS, timed
-from ppcl_fx.files import write_json
+from benchmarks.clock import parser, timed, write
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.plans import named
-from ppcl_fx.report.machine import describe, slug
 
 STACK = "transformer_blocks"
 PLANS = {"rewrite_eq_13": "paper:qwen-image-12b", "rewrite_paper_plan": "paper:qwen-image-10b"}
@@ -77,32 +74,17 @@ def measure(repeats: int, exports: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> Path:
     """Measure, print and write the result; return its path."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.trace", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument("--repeats", type=int, default=3, help="of tracing and of rewriting (default: 3)")
-    parser.add_argument("--exports", type=int, default=2, help="of torch.export, which is slow (default: 2)")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="result file (default: benchmarks/results/...)"
-    )
-    options = parser.parse_args(arguments)
-    result = {
-        "what": "trace",
-        **describe(("torch", "diffusers", "ppcl-fx")),
-        **measure(options.repeats, options.exports),
-    }
-    path = options.out or RESULTS / f"{slug()}-trace.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, result)
+    exports = (2, "of torch.export, which is slow")
+    made = parser("trace", __doc__, repeats=(3, "of tracing and of rewriting"), exports=exports)
+    options = made.parse_args(arguments)
+    result = measure(options.repeats, options.exports)
     print(f"trace    {result['trace']['least']:8.2f} s   ({result['nodes']} nodes)")
     for name in PLANS:
         print(f"{name:<22} {result[name]['least']:.2f} s   {result[name]['params']:,} parameters")
     print(
         f"torch.export {result['torch_export']['least']:.2f} s: {result['times_quicker_than_torch_export']} x as long"
     )
-    print(path)
-    return path
-
+    return write("trace", options.out, result)
 
 if __name__ == "__main__":
     main(sys.argv[1:])
