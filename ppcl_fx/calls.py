@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from pydantic import BaseModel, ConfigDict, StrictBool, StrictFloat, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from safetensors import safe_open
 
 from ppcl_fx import owned
-from ppcl_fx.call_values import AGAIN, check_finite, map_tensors
-from ppcl_fx.collating import collate
+from ppcl_fx.collating import AGAIN, check_finite, collate, map_tensors
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import inside, new_folder, read_json, tensor_shapes, write_json, write_safetensors
+from ppcl_fx.files import Record, inside, new_folder, read_json, tensor_shapes, write_json, write_safetensors
 from ppcl_fx.fingerprint import tensor_digest
 from ppcl_fx.kinds import Examples, Sizes, kind_of, shapes_of
 from ppcl_fx.reading import INDEX_BYTES
@@ -54,11 +53,7 @@ class Call:
     output: torch.Tensor | None = None
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class TensorRef(_Strict):
+class TensorRef(Record):
     """A tensor: where it lies, its shape, and the hash of its dtype, shape and bytes."""
 
     kind: Literal["tensor"] = "tensor"
@@ -68,14 +63,14 @@ class TensorRef(_Strict):
     sha256: str
 
 
-class Items(_Strict):
+class Items(Record):
     """A list or a tuple."""
 
     kind: Literal["list", "tuple"]
     items: list[Value]
 
 
-class Entries(_Strict):
+class Entries(Record):
     """A dict with names as keys."""
 
     kind: Literal["dict"] = "dict"
@@ -87,7 +82,7 @@ Items.model_rebuild()
 Entries.model_rebuild()
 
 
-class CallEntry(_Strict):
+class CallEntry(Record):
     """One call in the index; the fields are those of `Call`. Older folders have no `output`."""
 
     prompts: list[str]
@@ -104,7 +99,7 @@ class CallEntry(_Strict):
         return [(name, ref) for name, spec in specs.items() for ref in _refs(spec)]
 
 
-class Index(_Strict):
+class Index(Record):
     """What ``index.json`` holds: the fingerprints of the model and of the calls, and the calls in order.
 
     ``ones`` are the arguments that stand for ones where a call lacks them, with the shape of the ones: a number, or
@@ -115,7 +110,7 @@ class Index(_Strict):
     model: str
     fingerprint: str
     calls: list[CallEntry]
-    ones: dict[str, list[StrictInt | tuple[StrictStr, StrictInt]]] = {}
+    ones: dict[str, list[StrictInt | tuple[StrictStr, StrictInt]]] = Field(default_factory=dict)
 
 
 class Calls(Sequence[Call]):
@@ -137,8 +132,7 @@ class Calls(Sequence[Call]):
     def fingerprint(self) -> str:
         """The hash (sha256) of the model's fingerprint and of all calls, tensors and prompts included."""
         if self._fingerprint is None:
-            entries = _entries(self._calls, _placeless)
-            self._fingerprint = _fingerprint(self.model, entries)
+            self._fingerprint = _fingerprint(self.model, _entries(self._calls, _placeless))
         return self._fingerprint
 
     def __len__(self) -> int:
@@ -250,13 +244,9 @@ def _value(spec: Value, read: Callable[[TensorRef], Any]) -> Any:
 
 
 def _refs(spec: Value) -> list[TensorRef]:
-    if isinstance(spec, TensorRef):
-        return [spec]
-    if isinstance(spec, Items):
-        return [ref for item in spec.items for ref in _refs(item)]
-    if isinstance(spec, Entries):
-        return [ref for item in spec.entries.values() for ref in _refs(item)]
-    return []
+    found: list[TensorRef] = []
+    _value(spec, found.append)
+    return found
 
 
 def _placeless(name: str, tensor: torch.Tensor, sha256: str) -> TensorRef:
@@ -321,9 +311,7 @@ class _ShardWriter:
                 name = f"{name}.{sha256}"
             self.pending[name] = tensor
             self.pending_bytes += size
-            self.known[sha256] = TensorRef(
-                shard=self._shard(), name=name, shape=list(tensor.shape), sha256=sha256
-            )
+            self.known[sha256] = _placeless(name, tensor, sha256).model_copy(update={"shard": self._shard()})
         return self.known[sha256]
 
     def flush(self) -> None:

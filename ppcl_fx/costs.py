@@ -5,23 +5,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from ppcl_fx import files
 from ppcl_fx.errors import PpclError
+from ppcl_fx.files import Document, Record
 
 Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """Milliseconds."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BlockCost(_Record):
+class BlockCost(Record):
     """One block's milliseconds, projectors included; None where an edit is not possible or was not measured.
 
     A block that a depth edit removes costs nothing, and its interval's student what the interval's first block costs.
@@ -41,7 +36,7 @@ class BlockCost(_Record):
     text_last_ffn: Time | None = None
 
 
-class StackCost(_Record):
+class StackCost(Record):
     """One stack: its ModuleList's path, the index of its first block there, and its blocks in order."""
 
     path: str
@@ -49,7 +44,7 @@ class StackCost(_Record):
     blocks: list[BlockCost] = Field(min_length=1)
 
 
-class Costs(_Record):
+class Costs(Document):
     """What a model's parts cost in one call.
 
     Attributes:
@@ -85,23 +80,6 @@ class Costs(_Record):
     def total(self) -> float:
         """The teacher's milliseconds: the blocks' and the rest's."""
         return self.rest + sum(block.whole for stack in self.stacks for block in stack.blocks)
-
-    def save(self, path: str | Path) -> None:
-        """Write the costs as JSON, at once or not at all.
-
-        Raises:
-            PpclError: the place cannot be written.
-        """
-        files.write_json(path, self)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Costs:
-        """Read costs.
-
-        Raises:
-            PpclError: the file is missing, is no JSON, or holds no costs of this version.
-        """
-        return files.read_json(path, cls)
 
     def milliseconds(self, latency: float | str) -> float:
         """Return what a latency budget stands for.

@@ -24,7 +24,7 @@ from ppcl_fx import owned
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import write_json
 from ppcl_fx.report import write_report
-from ppcl_fx.report.contact import write_contact_sheet
+from ppcl_fx.report.results import write_contact_sheet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -107,9 +107,8 @@ class Clock:
         with self.console.status(f"{name} ..."):
             yield said.append
         self.seconds[name] = round(time.perf_counter() - begin, 1)
-        self.console.print(
-            f"{name:<10} {self.seconds[name]:7.1f} s   {'; '.join(said)}", highlight=False, soft_wrap=True
-        )
+        line = f"{name:<10} {self.seconds[name]:7.1f} s   {'; '.join(said)}"
+        self.console.print(line, highlight=False, soft_wrap=True)
 
 
 def run(settings: Settings, console: Console, command: str = "") -> list[dict[str, Any]]:
@@ -197,10 +196,8 @@ def _prune(
     with clock.stage("analyze") as say:
         analysis = ppcl_fx.analyze(gm, some)
         analysis.save(settings.out / "analysis.json")
-        found = [
-            interval for stack in analysis.stacks for interval in stack.curves(analysis.stream).candidates
-        ]
-        say(f"{analysis.calls_used} calls, {len(found)} candidate intervals")
+        found = sum(len(stack.curves(analysis.stream).candidates) for stack in analysis.stacks)
+        say(f"{analysis.calls_used} calls, {found} candidate intervals")
     with clock.stage("select") as say:
         uniform = settings.variant == "uniform"
         options = {"rule": "uniform", "width": False} if uniform else {"rule": "paper"}
@@ -244,11 +241,7 @@ def _train(
                 weights=Weights(relative=1.0),
             )
             curves += trained.stages
-            say(
-                ", ".join(
-                    f"{stage.label} {stage.steps} steps in {stage.seconds:.0f} s" for stage in trained.stages
-                )
-            )
+            say(", ".join(f"{one.label} {one.steps} steps in {one.seconds:.0f} s" for one in trained.stages))
     assert trained.finetuned_model is not None
     student = model.save(settings.out / "student")
     shutil.copytree(folder / FINETUNED, student / FINETUNED)  # where `ppcl-fx train` writes it, and export looks
@@ -296,46 +289,30 @@ def clear(out: Path) -> None:
 
 
 def parse(arguments: list[str] | None = None) -> Settings:
-    """Read the command line.
-
-    Raises:
-        PpclError: an option's value makes no sense.
-    """
-    parser = argparse.ArgumentParser(
-        prog="python -m ppcl_fx.demo", description=(__doc__ or "").splitlines()[0]
-    )
-    parser.add_argument(
-        "--out", type=Path, default=Path("build/demo"), help="folder for the results (%(default)s)"
-    )
-    steps, keeps = ",".join(map(str, STEPS)), ",".join(map(str, KEEPS))
-    parser.add_argument("--steps", default=steps, help="of depth, width and fine-tuning (%(default)s)")
-    parser.add_argument(
-        "--per-category", type=int, default=64, help="prompts scored a category (%(default)s)"
-    )
-    parser.add_argument("--variant", default="ppcl", help=f"one of {', '.join(VARIANTS)} (%(default)s)")
-    parser.add_argument(
-        "--weights", type=Path, help="another shapes pipeline, as ppcl_fx.shapes.teach writes it"
-    )
-    parser.add_argument("--keep", default=keeps, help="ratios, the teacher's 1.0 first (%(default)s)")
-    parser.add_argument("--recorded", type=int, default=4, help="recordings of each prompt (%(default)s)")
-    given = parser.parse_args(arguments)
-    if given.variant not in VARIANTS:
-        known = ", ".join(VARIANTS)
+    """Read the command line. Raises PpclError where an option's value makes no sense."""
+    plain = Settings(Path("build/demo"))
+    parser = argparse.ArgumentParser(prog="python -m ppcl_fx.demo", description=(__doc__ or "").splitlines()[0])
+    for flag, default, words in (
+        ("--out", plain.out, "folder for the results (%(default)s)"),
+        ("--steps", ",".join(map(str, plain.steps)), "of depth, width and fine-tuning (%(default)s)"),
+        ("--per-category", plain.per_category, "prompts scored a category (%(default)s)"),
+        ("--variant", plain.variant, f"one of {', '.join(VARIANTS)} (%(default)s)"),
+        ("--keep", ",".join(map(str, plain.keeps)), "ratios, the teacher's 1.0 first (%(default)s)"),
+        ("--recorded", plain.recorded, "recordings of each prompt (%(default)s)"),
+    ):
+        parser.add_argument(flag, type=type(default), default=default, help=words)
+    parser.add_argument("--weights", type=Path, help="another shapes pipeline, as ppcl_fx.shapes.teach writes it")
+    given = vars(parser.parse_args(arguments))
+    variant = given["variant"]
+    if variant not in VARIANTS:
         raise PpclError(
-            f"--variant {given.variant}: unknown{near(given.variant, VARIANTS)}; it is one of {known}"
+            f"--variant {variant}: unknown{near(variant, VARIANTS)}; it is one of {', '.join(VARIANTS)}"
         )
     for name in ("per_category", "recorded"):
-        if getattr(given, name) < 1:
-            raise PpclError(f"--{name.replace('_', '-')} is {getattr(given, name)}; give 1 or more")
-    return Settings(
-        out=given.out,
-        steps=parse_steps(given.steps),
-        per_category=given.per_category,
-        variant=given.variant,
-        weights=given.weights,
-        recorded=given.recorded,
-        keeps=parse_keeps(given.keep),
-    )
+        if given[name] < 1:
+            raise PpclError(f"--{name.replace('_', '-')} is {given[name]}; give 1 or more")
+    steps, keeps = parse_steps(given.pop("steps")), parse_keeps(given.pop("keep"))
+    return Settings(**given, steps=steps, keeps=keeps)
 
 
 def parse_steps(text: str) -> tuple[int, int, int]:
@@ -354,11 +331,7 @@ def parse_steps(text: str) -> tuple[int, int, int]:
 
 
 def parse_keeps(text: str) -> tuple[float, ...]:
-    """Return the shares of "1.0,0.7,0.5": 1.0 first, then falling.
-
-    Raises:
-        PpclError: they are not that.
-    """
+    """Return the shares of "1.0,0.7,0.5": 1.0 first, then falling. Raises PpclError where they are not that."""
     try:
         keeps = tuple(float(part) for part in text.split(","))
     except ValueError:
@@ -376,9 +349,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     try:
         settings = parse(arguments)
-        command = shlex.join(
-            ["python", "-m", "ppcl_fx.demo", *(sys.argv[1:] if arguments is None else arguments)]
-        )
+        typed = sys.argv[1:] if arguments is None else arguments
+        command = shlex.join(["python", "-m", "ppcl_fx.demo", *typed])
         begin = time.perf_counter()
         ratios = run(settings, console, command)
     except PpclError as error:

@@ -59,26 +59,22 @@ def score_ratios(
 
     The teacher is ``keep=1.0``: every edit switched back. The pipeline gets its own transformer back.
     """
-    own, rows = pipeline.transformer, []
+    own = pipeline.transformer
+
+    def row(keep: float, transformer: PluggableModel, params: int, finetuned: bool) -> Row:
+        pipeline.transformer = transformer
+        drawn = score_pictures(pipeline, per_category)
+        return Row(keep, finetuned, params, model.students, drawn, summarise(drawn))
+
     try:
-        for keep in keeps:
-            pipeline.transformer = model.plug(keep=keep)
-            rows.append(_row(pipeline, model, keep, model.param_count(), False, per_category))
+        rows = [row(keep, model.plug(keep=keep), model.param_count(), False) for keep in keeps]
         if finetuned is not None:
             model.plug(keep=min(keeps))
-            pipeline.transformer = PluggableModel(finetuned, Plan())
-            params = sum(p.numel() for p in finetuned.parameters())
-            rows.append(_row(pipeline, model, min(keeps), params, True, per_category))
+            params = sum(parameter.numel() for parameter in finetuned.parameters())
+            rows.append(row(min(keeps), PluggableModel(finetuned, Plan()), params, True))
     finally:
         pipeline.transformer = own
     return rows
-
-
-def _row(
-    pipeline: ShapesPipeline, model: PluggableModel, keep: float, params: int, finetuned: bool, count: int
-) -> Row:
-    drawn = score_pictures(pipeline, count)
-    return Row(keep, finetuned, params, model.students, drawn, summarise(drawn))
 
 
 def blocks_left(model: PluggableModel, students: Sequence[str], blocks: int) -> int:
@@ -193,10 +189,8 @@ def tables(ratios: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Return the summary as two tables for the terminal: sizes and speeds, then scores by category."""
     from rich.table import Table
 
-    sizes, scores = (
-        Table(),
-        Table(title="Score: share of pictures that the checker accepts", title_justify="left"),
-    )
+    sizes = Table()
+    scores = Table(title="Score: share of pictures that the checker accepts", title_justify="left")
     for shown, names in (
         (sizes, ("parameters", "blocks", "score", "drop", "ms", "speed-up", "parity")),
         (scores, (*CATEGORIES, "overall")),

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import own_file, read_json
+from ppcl_fx.files import Record, own_file, read_json
 from ppcl_fx.fingerprint import state_digest
 from ppcl_fx.plan import Plan, plan_digest
 
@@ -19,11 +19,7 @@ EFFECTS = "effects.json"
 _log = logging.getLogger("ppcl_fx")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Effect(_Strict):
+class Effect(Record):
     """One edit's effect.
 
     Attributes:
@@ -36,11 +32,11 @@ class Effect(_Strict):
 
     edit: str
     error: float = Field(ge=0, allow_inf_nan=False)
-    on: list[str] = []
+    on: list[str] = Field(default_factory=list)
     loss: float | None = None
 
 
-class Mixture(_Strict):
+class Mixture(Record):
     """One share of the parameters: which students were plugged, what was predicted, what was measured.
 
     Attributes:
@@ -58,7 +54,7 @@ class Mixture(_Strict):
     measured: float = Field(ge=0, allow_inf_nan=False)
 
 
-class Effects(_Strict):
+class Effects(Record):
     """Every edit's effect on the output of one trained model.
 
     Attributes:
@@ -78,7 +74,7 @@ class Effects(_Strict):
     measured_on: list[int]
     samples: int = Field(gt=0)
     edits: list[Effect]
-    mixtures: list[Mixture] = []
+    mixtures: list[Mixture] = Field(default_factory=list)
 
     @property
     def errors(self) -> dict[str, float]:

@@ -16,9 +16,9 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
 from ppcl_fx.errors import OptionError, PpclError, near
@@ -33,6 +33,25 @@ Model = TypeVar("Model", bound=BaseModel)
 
 ROOM = 64 * 2**20
 """Bytes of a disk that are left free."""
+
+
+class Record(BaseModel):
+    """An entry of a JSON file: frozen, and without unknown fields."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Document(Record):
+    """A JSON file as a whole."""
+
+    def save(self, path: str | Path) -> None:
+        """Write it, at once or not at all; PpclError where the place cannot be written."""
+        write_json(path, self)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read such a file; PpclError where it is missing, no JSON, or not of this kind and version."""
+        return read_json(path, cls)
 
 
 class Sealed(BaseModel):
@@ -57,7 +76,7 @@ def write_text(path: str | Path, text: str) -> None:
     Raises:
         PpclError: the place cannot be written.
     """
-    with _replacing(Path(path)) as beside:
+    with new_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
@@ -95,7 +114,7 @@ def write_safetensors(
     from ppcl_fx.long_files import write_long
 
     forms = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    with _replacing(Path(path)) as beside:
+    with new_file(path) as beside:
         beside.touch()  # an unwritable place fails here, with an OSError that says why
         write_long(beside, forms, tensors.__getitem__, metadata=metadata, digests=digests)
 
@@ -152,6 +171,14 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     except (SafetensorError, OSError) as error:
         reason = f"truncated or not a safetensors file ({error})"
         raise PpclError(f"{path}: {reason}; write it again, or copy it again from where it came") from None
+
+
+def safetensors_metadata(path: str | Path) -> dict[str, str]:
+    """Return what the header of a safetensors file says beside its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="numpy") as file:
+        return dict(file.metadata() or {})
 
 
 def inside(folder: str | Path, name: str) -> Path:
@@ -214,9 +241,7 @@ def check_writable(path: str | Path) -> None:
     Raises:
         PpclError: it cannot.
     """
-    place = Path(path).absolute()
-    while not os.path.lexists(place) and place != place.parent:
-        place = place.parent
+    place = next(one for one in (Path(path).absolute() / "x").parents if os.path.lexists(one))
     try:
         with tempfile.TemporaryFile(dir=place, prefix=".ppcl-fx-"):
             pass
@@ -226,14 +251,8 @@ def check_writable(path: str | Path) -> None:
 
 
 def need_room(folder: Path, size: int) -> None:
-    """Check that a disk has room for `size` bytes more.
-
-    Raises:
-        PpclError: it has not.
-    """
-    place = folder.absolute()
-    while not place.exists() and place != place.parent:
-        place = place.parent
+    """Check that a disk has room for `size` bytes more. Raises PpclError where it has not."""
+    place = next(one for one in (folder.absolute() / "x").parents if one.exists())
     free = shutil.disk_usage(place).free
     if free < size + ROOM:
         raise PpclError(
@@ -307,13 +326,7 @@ def new_file(path: str | Path) -> Iterator[Path]:
     Raises:
         PpclError: the place cannot be written, or the block raised an `OSError`.
     """
-    with _replacing(Path(path)) as beside:
-        yield beside
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`; afterwards flush that file and rename it to `path`."""
+    path = Path(path)
     beside = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
         with _os_errors(path):
@@ -361,7 +374,6 @@ def _sync_tree(folder: Path) -> None:
             if not file.is_symlink():
                 sync(file)
         sync(Path(root))
-
 
 
 

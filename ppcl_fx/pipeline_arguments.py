@@ -84,7 +84,9 @@ class PipelineArguments:
         if "output_type" in self._known() and getattr(self.pipeline, "vae", None) is not None:
             arguments.setdefault("output_type", "latent")
         if self._seeded():
-            made = _generators(self.seed, part, self._pictures())
+            # A prompt's further pictures have seeds far from those of other prompts.
+            seeds = [self.seed + i + 1_000_003 * j for i in part for j in range(self._pictures())]
+            made = [torch.Generator().manual_seed(seed) for seed in seeds]
             arguments["generator"] = made if self._takes_generators() else made[0]
         return arguments
 
@@ -124,13 +126,8 @@ class PipelineArguments:
 
     def _per_prompt(self, name: str, value: Any) -> bool:
         """Tell whether an argument holds one item, or one row, a prompt."""
-        if isinstance(value, torch.Tensor):
-            if value.ndim == 0:
-                return False
-        elif not isinstance(value, list | tuple):
-            return False
-        named = "prompt" in name or name in ("latents", "generator", self._condition())
-        return named or name in self.per_prompt
+        many = value.ndim > 0 if isinstance(value, torch.Tensor) else isinstance(value, list | tuple)
+        return many and ("prompt" in name or name in ("latents", "generator", self._condition(), *self.per_prompt))
 
     def _check(self, name: str, value: Any) -> None:
         """Refuse an argument that cannot be divided among several prompts."""
@@ -185,8 +182,3 @@ def run_arguments(
 def with_steps(given: Mapping[str, Any], steps: int | None) -> dict[str, Any]:
     """Return a pipeline's arguments with its number of denoising steps, where one is given."""
     return {**given, **({} if steps is None else {"num_inference_steps": steps})}
-
-
-def _generators(seed: int, prompts: range, pictures: int) -> list[torch.Generator]:
-    """One generator a picture; a prompt's further pictures have seeds far from those of other prompts."""
-    return [torch.Generator().manual_seed(seed + i + 1_000_003 * j) for i in prompts for j in range(pictures)]

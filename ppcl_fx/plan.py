@@ -11,13 +11,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.files import Record
 
 INITS = ("first", "middle")
 
 
-class _Edit(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+class _Edit(Record):
     stack: str
     damage: float | None = None
 

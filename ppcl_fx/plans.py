@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ppcl_fx.errors import PpclError, Refusal, near
-from ppcl_fx.files import read_json
+from ppcl_fx.files import Record, read_json
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 
 if TYPE_CHECKING:
@@ -28,10 +28,8 @@ Spans = dict[str, list[tuple[int, int]]]
 """Block list -> pairs of blocks, from 0 and inclusive."""
 
 
-class _Entry(BaseModel):
+class _Entry(Record):
     """One plan as the file has it."""
-
-    model_config = ConfigDict(extra="forbid")
 
     extends: str = ""
     blocks: dict[str, int] = Field(default_factory=dict)
@@ -43,14 +41,12 @@ class _Entry(BaseModel):
     says: str
 
 
-class _File(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
+class _File(Record):
     source: str
     plans: dict[str, _Entry]
 
 
-class NamedPlan(BaseModel):
+class NamedPlan(Record):
     """A plan of the paper.
 
     Attributes:
@@ -62,8 +58,6 @@ class NamedPlan(BaseModel):
             back to their teacher within it (`students`).
         says: what it is, and what the paper leaves open.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str
     blocks: dict[str, int]
@@ -129,11 +123,7 @@ def names() -> list[str]:
 
 
 def named(name: str) -> NamedPlan:
-    """Return the plan called `name`.
-
-    Raises:
-        PpclError: there is none; the message has a near match.
-    """
+    """Return the plan called `name`. Raises PpclError where there is none; the message has a near match."""
     entries = _file().plans
     if name not in entries:
         raise PpclError(f"no plan {name!r}{near(name, entries)}; the plans by name are {', '.join(entries)}")

@@ -93,11 +93,7 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 
 def read_text(path: str | Path, limit: int = TEXT_BYTES) -> str:
-    """Return the text of a UTF-8 file as `text_of` does.
-
-    Raises:
-        PpclError: as `read_bytes`, or it is no such text.
-    """
+    """Return the text of a UTF-8 file as `text_of` does. Raises PpclError as `read_bytes`, or it is no such text."""
     data = read_bytes(path, limit)
     try:
         return text_of(data)

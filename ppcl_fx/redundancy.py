@@ -7,23 +7,18 @@ block.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from ppcl_fx import files
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.files import Document, Record, Sealed
 
 Matrix = list[list[float | None]]
 """``[u][k]`` over the blocks of a stack; None below the diagonal and where no sample defines the number."""
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Interval(_Record):
+class Interval(Record):
     """Blocks `first` to `last` (inclusive, indices in the ModuleList) that one student block could replace.
 
     `open_ended` is true where Delta keeps falling up to the end of the stack, so that Eq. 5 names no end.
@@ -40,7 +35,7 @@ class Interval(_Record):
         return self
 
 
-class StreamCurves(_Record):
+class StreamCurves(Record):
     """The probe statistics of one stream ("image", "text") of one stack.
 
     fit: per block, ``||l(T_{i-1}) + T_{i-1} - T_i||^2 / ||T_i - T_{i-1}||^2`` over all tokens held out
@@ -76,7 +71,7 @@ class StreamCurves(_Record):
         return self
 
 
-class FfnFit(_Record):
+class FfnFit(Record):
     """How well ``h + W h + b`` stands in for one feed-forward (appendix 6).
 
     error: squared error relative to the squared norm of what the feed-forward adds. similarity: cosine
@@ -89,7 +84,7 @@ class FfnFit(_Record):
     similarity: float
 
 
-class BlockSavings(_Record):
+class BlockSavings(Record):
     """Parameters that an edit at this block saves, projectors already paid; None where the edit is not
     possible.
 
@@ -104,7 +99,7 @@ class BlockSavings(_Record):
     text_last: int | None = None
 
 
-class StackAnalysis(_Record):
+class StackAnalysis(Record):
     """One stack: `name`, its ModuleList's path and its first block's index there, module paths and sizes of
     the blocks.
 
@@ -163,7 +158,7 @@ class StackAnalysis(_Record):
         )
 
 
-class Redundancy(_Record, files.Sealed):
+class Redundancy(Document, Sealed):
     """The result of `ppcl_fx.analyze`, saved as ``analysis.json``.
 
     model and calls are fingerprints; teacher_params counts the transformer's parameters; calls_used counts
@@ -185,30 +180,9 @@ class Redundancy(_Record, files.Sealed):
     stacks: list[StackAnalysis]
 
     def stack(self, name: str) -> StackAnalysis:
-        """The stack called `name`.
-
-        Raises:
-            PpclError: no stack has this name.
-        """
+        """The stack called `name`. Raises PpclError where no stack has this name."""
         for stack in self.stacks:
             if stack.name == name:
                 return stack
         names = [stack.name for stack in self.stacks]
         raise PpclError(f"analysis has no stack {name!r}{near(name, names)}; it has {', '.join(names)}")
-
-    def save(self, path: str | Path) -> None:
-        """Write the analysis as JSON, at once or not at all.
-
-        Raises:
-            PpclError: the place cannot be written.
-        """
-        files.write_json(path, self)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Redundancy:
-        """Read an analysis.
-
-        Raises:
-            PpclError: the file is missing, is no JSON, or is no analysis of this version.
-        """
-        return files.read_json(path, cls)

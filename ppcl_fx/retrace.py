@@ -19,6 +19,7 @@ from ppcl_fx.dtypes import main_dtype, set_dtypes
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build_call
 from ppcl_fx.meta import graph_info
+from ppcl_fx.graphs import attribute
 from ppcl_fx.plan import Plan
 from ppcl_fx.tracing import trace
 
@@ -96,7 +97,8 @@ def over(graph: GraphModule, fresh: GraphModule) -> GraphModule:
     Raises:
         PpclError: it needs one that `graph` has not.
     """
-    lost = [name for name in _attributes(fresh) if not _has(graph, name)]
+    nodes = (node for node in fresh.graph.nodes if node.op in ("call_module", "get_attr"))
+    lost = [node.target for node in nodes if not _has(graph, str(node.target))]
     if lost:
         raise PpclError(f"the model cannot be traced again: it has no {lost[0]!r}, which this call needs; {ADVICE}")
     made = GraphModule(graph, fresh.graph, class_name=graph.__class__.__name__)
@@ -133,14 +135,9 @@ def take_dtypes(model: nn.Module, like: nn.Module, dtypes: Dtypes = same) -> Non
     set_dtypes(model, {name: dtypes(tensor.dtype) for name, tensor in there})
 
 
-def _attributes(graph: GraphModule) -> list[str]:
-    return [str(node.target) for node in graph.graph.nodes if node.op in ("call_module", "get_attr")]
-
-
 def _has(graph: GraphModule, path: str) -> bool:
-    value: Any = graph
-    for part in path.split("."):
-        if not hasattr(value, part):
-            return False
-        value = getattr(value, part)
+    try:
+        attribute(graph, path)
+    except AttributeError:
+        return False
     return True

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, RootModel
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from ppcl_fx.dtypes import loaded_dtype
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.files import inside, own_file, read_json, tensor_shapes
+from ppcl_fx.files import inside, own_file, read_json, safetensors_metadata, tensor_shapes
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
@@ -50,10 +50,6 @@ class _Index(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     weight_map: dict[str, str]
-
-
-class _Digests(RootModel[dict[str, str]]):
-    """Tensor -> digest."""
 
 
 @dataclass(frozen=True)
@@ -171,12 +167,11 @@ class Shards:
         """
         found: dict[str, str] = {}
         for path in self.files:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(DIGESTS)
+            text = safetensors_metadata(path).get(DIGESTS)
             if text is None:
                 continue
             try:
-                found |= _Digests.model_validate_json(text).root
+                found |= TypeAdapter(dict[str, str]).validate_json(text)
             except ValueError as error:
                 raise PpclError(f"{path}: its stored digests are damaged; {AGAIN}") from error
         return found

@@ -19,9 +19,9 @@ from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.redundancy import BlockSavings, FfnFit, Interval, Redundancy, StackAnalysis, StreamCurves
 from ppcl_fx.report import PictureGrid, write_report
 from ppcl_fx.report.blockmap import StackEdits
-from ppcl_fx.report.contact import write_contact_sheet
 from ppcl_fx.report.heatmap import colour, heatmap, value_range
 from ppcl_fx.report.html import Html, join, tag
+from ppcl_fx.report.results import write_contact_sheet
 from ppcl_fx.report.svg import Series, line_chart, short, ticks
 from ppcl_fx.report.training import smooth
 

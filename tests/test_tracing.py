@@ -14,8 +14,8 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.graphs import module_paths, normal_path, parameter_count
 from ppcl_fx.tracing import bind, trace
+from ppcl_fx.tracing.examples import to_meta
 from ppcl_fx.tracing.guards import guards
-from ppcl_fx.tracing.shadow import to_meta
 from tests import models, toys
 from tests.coverage.table import CASES
 

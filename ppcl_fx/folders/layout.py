@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.folders.numbering import Kept, renumbered
+from ppcl_fx.passes.ffn import projector_path
 from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.shards import Shards, check_kind
 from ppcl_fx.sources import RELEASED_LISTS
@@ -75,31 +76,26 @@ class Layout(BaseModel):
 
     def check(self, where: str) -> None:
         """Raise `PpclError` where the lists contradict each other."""
+        for fault in self._faults():
+            raise PpclError(f"{where}: {fault}")
+
+    def _faults(self) -> Iterator[str]:
         for name in LISTS:
             values: list[int] = getattr(self, name)
-            doubled = sorted({value for value in values if values.count(value) > 1})
-            if doubled:
-                raise PpclError(f"{where}: {name} has {doubled[0]} twice; mend the list")
-            beyond = [value for value in values if value >= self.num_layers]
-            if beyond:
-                raise PpclError(
-                    f"{where}: {name} has block {beyond[0]}, and num_layers is {self.num_layers}; mend the list"
-                )
+            yield from (f"{name} has {v} twice; mend the list" for v in sorted(set(values)) if values.count(v) > 1)
+            beyond = f"and num_layers is {self.num_layers}; mend the list"
+            yield from (f"{name} has block {v}, {beyond}" for v in values if v >= self.num_layers)
         if 0 in self.single_stream_index:
-            raise PpclError(
-                f"{where}: single_stream_index has block 0, and no block before it has a text stream; mend the list"
-            )
+            yield "single_stream_index has block 0, and no block before it has a text stream; mend the list"
         for block in self.ehs_proj_index:
             if block not in self.single_stream_index:
-                raise PpclError(
-                    f"{where}: ehs_proj_index has block {block}, which single_stream_index does not have; mend one"
-                )
+                yield f"ehs_proj_index has block {block}, which single_stream_index does not have; mend one"
         for source, last in self.groups():
             held = [block for block in self.ehs_proj_index if source < block <= last]
             if len(held) > 1:
-                raise PpclError(
-                    f"{where}: ehs_proj_index has {held[0]} and {held[1]}, both in the group of blocks {source + 1} "
-                    f"to {last}, and a group has one such projector; mend the list"
+                yield (
+                    f"ehs_proj_index has {held[0]} and {held[1]}, both in the group of blocks {source + 1} to {last}, "
+                    "and a group has one such projector; mend the list"
                 )
 
 
@@ -158,14 +154,12 @@ def compare(weights: Shards, model: nn.Module, layout: Layout) -> None:
     extra = sorted(set(have) - set(must) - set(may), key=_order)
     both = sorted((set(must) | set(may)) & set(have), key=_order)
     wrong = [name for name in both if have[name] != (must | may)[name]]
-    advice = "mend the lists of config.json, or copy the folder again"
-    if missing:
-        raise PpclError(f"{where}: the lists disagree with the weights: {_some(missing)} missing; {advice}")
-    if extra:
-        raise PpclError(f"{where}: the lists disagree with the weights: {_some(extra)} too much; {advice}")
-    if wrong:
-        shapes = f"{list(have[wrong[0]])} and not {list((must | may)[wrong[0]])}"
-        raise PpclError(f"{where}: the lists disagree with the weights: {wrong[0]} is {shapes}; {advice}")
+    fault = f"{_some(missing)} missing" if missing else f"{_some(extra)} too much" if extra else ""
+    if wrong and not fault:
+        fault = f"{wrong[0]} is {list(have[wrong[0]])} and not {list((must | may)[wrong[0]])}"
+    if fault:
+        advice = "mend the lists of config.json, or copy the folder again"
+        raise PpclError(f"{where}: the lists disagree with the weights: {fault}; {advice}")
     for name in both:
         check_kind(weights.stored[name].dtype, torch.empty(0), name, weights.stored[name].file)
 
@@ -179,8 +173,6 @@ def graph_paths(blocks: Sequence[str], plan: Plan, kept: Sequence[Kept], layout:
         kept: the blocks that are left, in order.
         layout: the lists for these blocks.
     """
-    from ppcl_fx.passes.ffn import projector_path
-
     number = {block.index: place for place, block in enumerate(kept)}
     paths = renumbered(blocks, {STACK: kept})
     holder = layout.state_blocks()
@@ -202,20 +194,18 @@ def graph_paths(blocks: Sequence[str], plan: Plan, kept: Sequence[Kept], layout:
 def layout_of(plan: Plan, kept: Sequence[Kept], config: Mapping[str, JsonValue]) -> Layout:
     """Return the layout of a mixture: the plugged edits of `plan` on the blocks that are left."""
     number = {block.index: place for place, block in enumerate(kept)}
-    single: list[int] = []
-    states: list[int] = []
-    for edit in plan.edits:
-        if isinstance(edit, TextStreamEdit):
-            inside = [number[block.index] for block in kept if edit.source < block.index <= edit.last]
-            single += inside
-            states.append(inside[-1])
+    groups = [
+        [number[block.index] for block in kept if edit.source < block.index <= edit.last]
+        for edit in plan.edits
+        if isinstance(edit, TextStreamEdit)
+    ]
     return Layout.model_validate(
         {
             **config,
             "num_layers": len(kept),
-            "single_stream_index": sorted(single),
+            "single_stream_index": sorted(itertools.chain(*groups)),
             "ffn_proj_index": sorted(number[edit.block] for edit in plan.edits if isinstance(edit, FfnEdit)),
-            "ehs_proj_index": sorted(states),
+            "ehs_proj_index": sorted(inside[-1] for inside in groups),
         }
     )
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
 
 from ppcl_fx.fingerprint import tensor_digest
 from ppcl_fx.graphs import ancestors, attribute
@@ -65,14 +67,12 @@ def _target(gm: GraphModule, node: Node, rename: Callable[[str], str]) -> str:
     return str(node.target)
 
 
-def _plain(value: object, values: dict[Node, str]) -> object:
+def _plain(argument: Any, values: dict[Node, str]) -> object:
     """Return an argument with nodes replaced by their hashes, as something whose `repr` says all."""
-    if isinstance(value, Node):
-        return values[value]
-    if isinstance(value, (list, tuple)):
-        return [_plain(item, values) for item in value]
-    if isinstance(value, dict):
-        return {key: _plain(item, values) for key, item in value.items()}
-    if isinstance(value, slice):
-        return ("slice", *(_plain(item, values) for item in (value.start, value.stop, value.step)))
-    return "device" if isinstance(value, torch.device) else value
+
+    def told(item: Any) -> Any:
+        if isinstance(item, Node):
+            return values[item]
+        return "device" if isinstance(item, torch.device) else item
+
+    return map_aggregate(argument, told)

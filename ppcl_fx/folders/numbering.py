@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from ppcl_fx.passes.depth import student_path
 from ppcl_fx.plan import DepthEdit
 
 
@@ -30,8 +31,6 @@ def kept_blocks(blocks: Sequence[str], depth: Sequence[DepthEdit]) -> dict[str, 
         blocks: the teacher's block paths.
         depth: the depth edits that are plugged.
     """
-    from ppcl_fx.passes.depth import student_path
-
     starts = {f"{edit.stack}.{edit.first}": edit for edit in depth}
     gone = {f"{edit.stack}.{index}" for edit in depth for index in range(edit.first + 1, edit.last + 1)}
     found: dict[str, list[Kept]] = {}

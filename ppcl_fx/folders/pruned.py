@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, JsonValue
 
+from ppcl_fx import owned
 from ppcl_fx._version import __version__
+from ppcl_fx.files import new_folder, write_json, write_safetensors
 from ppcl_fx.folders.numbering import Kept
 from ppcl_fx.meta import graph_info
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.plan import Plan
+from ppcl_fx.shards import ONE_FILE
 
 PRUNED = "pruned.json"
 
@@ -35,6 +41,17 @@ class Pruned(BaseModel):
     params: int
     example: dict[str, JsonValue]
     made: dict[str, JsonValue]
+
+
+def write_pruned(
+    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], facts: Pruned, overwrite: bool
+) -> Path:
+    """Write a pruned model's folder, beside its name and renamed; return it."""
+    with new_folder(folder, replaces=owned.PRUNED if overwrite else None) as beside:
+        write_json(beside / "config.json", config)
+        write_json(beside / PRUNED, facts)
+        write_safetensors(beside / ONE_FILE, tensors, {"format": "pt"}, digests=True)
+    return folder
 
 
 def pruned(model: PluggableModel, kept: dict[str, list[Kept]]) -> Pruned:

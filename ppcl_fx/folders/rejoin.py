@@ -20,6 +20,7 @@ from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.plan import Plan
 from ppcl_fx.shards import Shards
+from ppcl_fx.sources import transformer_folder
 from ppcl_fx.tracing import trace
 
 SAMPLES = 512
@@ -28,17 +29,34 @@ MARGIN = 0.5
 """A block is recognised when its weights are this much nearer to one of the teacher's blocks than to all others."""
 
 
-def rejoin(
-    folder: Path,
+def with_teacher(
+    folder: str | Path,
     teacher: nn.Module,
     example_kwargs: Mapping[str, Any],
     *,
     plan: Plan | None = None,
     kept: Sequence[int] | None = None,
 ) -> PluggableModel:
-    """See `ppcl_fx.folders.released.with_teacher`."""
+    """Plug a released checkpoint's parts into its teacher, every edit switchable, with all of them plugged.
+
+    A checkpoint holds what its own mixture uses. Where a student block lost its feed-forward or its text stream too,
+    the block alone, without that second edit, has the teacher's weights there.
+
+    Args:
+        folder: the checkpoint.
+        teacher: the transformer that it was pruned from, with its weights.
+        example_kwargs: the keyword arguments of one call.
+        plan: the plan that it was made by, in the teacher's block numbers. Without it and without `kept` the blocks
+            are told by their weights.
+        kept: instead, the teacher's number of each block that is left: of a run that was replaced, the first.
+
+    Raises:
+        PpclError: the checkpoint is damaged, the plan is not the checkpoint's, or a part that no edit replaced is not
+            the teacher's.
+    """
     from ppcl_fx.folders.released import open_layout
 
+    folder = transformer_folder(Path(folder))
     if plan is not None and kept is not None:
         raise PpclError("give the plan that a checkpoint was made by, or the blocks that it kept, not both")
     layout, skeleton = open_layout(folder)

@@ -6,23 +6,29 @@ from pathlib import Path
 
 import torch
 
-from ppcl_fx import owned
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import new_folder, write_json, write_safetensors
 from ppcl_fx.folders.layout import LISTS, STACK, Layout, expected, graph_paths, layout_of
 from ppcl_fx.folders.numbering import Kept, kept_blocks, translated
-from ppcl_fx.folders.pruned import PRUNED, plugged_plan, pruned
 from ppcl_fx.meta import graph_info
+from ppcl_fx.folders.pruned import plugged_plan, pruned, write_pruned
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.shards import ONE_FILE
 from ppcl_fx.skeleton import skeleton as weightless
 from ppcl_fx.sources import diffusers_class
 
 
-def release(model: PluggableModel, folder: Path, *, overwrite: bool) -> Path:
-    """See `ppcl_fx.folders.released.save_released`."""
+def save_released(model: PluggableModel, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the mixture that is plugged now in the released layout.
+
+    Args:
+        model: the model; its teacher must be of a class with the layout's parts (see `ppcl_fx.folders.layout`).
+        folder: where to; written beside and renamed.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        PpclError: the mixture does not fit the layout, or the folder cannot be written.
+    """
     info = graph_info(model.graph)
     plan = _effective(model, plugged_plan(model))
     _check(model, plan)
@@ -35,11 +41,7 @@ def release(model: PluggableModel, folder: Path, *, overwrite: bool) -> Path:
         **layout.config,
         **{name: getattr(layout, name) for name in LISTS},
     }
-    with new_folder(folder, replaces=owned.PRUNED if overwrite else None) as beside:
-        write_json(beside / "config.json", config)
-        write_json(beside / PRUNED, pruned(model, kept))
-        write_safetensors(beside / ONE_FILE, tensors, {"format": "pt"}, digests=True)
-    return folder
+    return write_pruned(Path(folder), config, tensors, pruned(model, kept), overwrite)
 
 
 def _effective(model: PluggableModel, plan: Plan) -> Plan:

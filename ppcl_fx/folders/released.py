@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,9 +26,14 @@ from ppcl_fx.face import PipelineFace
 from ppcl_fx.files import inside, read_json
 from ppcl_fx.folders.layout import LISTS, STACK, Layout, compare, graph_paths
 from ppcl_fx.folders.numbering import Kept, translated
+from ppcl_fx.folders.rejoin import with_teacher
+from ppcl_fx.folders.release import save_released
 from ppcl_fx.kinds import kind_of
 from ppcl_fx.meta import graph_info
+from ppcl_fx.model import PluggableModel
 from ppcl_fx.offload import GroupOffload
+from ppcl_fx.passes.plug import plugged
+from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.plan import Plan
 from ppcl_fx.retrace import dtypes_of, take_dtypes
 from ppcl_fx.room import Room
@@ -36,9 +41,6 @@ from ppcl_fx.shards import Shards
 from ppcl_fx.skeleton import skeleton as weightless
 from ppcl_fx.sources import is_released, transformer_class, transformer_folder
 from ppcl_fx.tracing import bind, trace
-
-if TYPE_CHECKING:
-    from ppcl_fx.model import PluggableModel
 
 CONFIG = "config.json"
 WHOLE = 16
@@ -110,11 +112,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
         return sum(parameter.numel() for parameter in self.parameters())
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        """Run the model on the transformer's own arguments.
-
-        Raises:
-            PpclError: the call cannot be traced.
-        """
+        """Run the model on the transformer's own arguments. Raises PpclError where the call cannot be traced."""
         self._check_class()
         names = list(inspect.signature(self.__dict__["_skeleton"].forward).parameters)
         given = dict(zip(names, args, strict=False)) | kwargs
@@ -136,8 +134,6 @@ class ReleasedModel(GroupOffload, PipelineFace):
         Args:
             example_kwargs: the keyword arguments of one call.
         """
-        from ppcl_fx.model import PluggableModel
-
         self._trace(example_kwargs)
         graph = self._bound()
         graph_info(graph)["alone"] = self.KIND
@@ -170,8 +166,6 @@ class ReleasedModel(GroupOffload, PipelineFace):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _trace(self, kwargs: Mapping[str, Any]) -> None:
-        from ppcl_fx.passes.rewrite import insert_edits
-
         traced = trace(self.__dict__["_skeleton"], kwargs)
         self.__dict__["_edited"] = insert_edits(traced, Plan(edits=self.layout.edits()))
         self.__dict__["_view"], self.__dict__["_kind"] = None, kind_of(kwargs)
@@ -179,8 +173,6 @@ class ReleasedModel(GroupOffload, PipelineFace):
     def _bound(self) -> GraphModule:
         """Return the graph with this module's parameters in it."""
         if self.__dict__["_view"] is None:
-            from ppcl_fx.passes.plug import plugged
-
             edits = frozenset(edit.id for edit in self.layout.edits())
             view = plugged(self.__dict__["_edited"], edits)
             own = dict(self.named_parameters())
@@ -283,52 +275,6 @@ def open_layout(folder: Path, dtype: torch.dtype | None = None) -> tuple[Layout,
         raise PpclError(f"{path}: {kind.__name__} has no {STACK} that num_layers counts; not of the released layout")
     compare(weights, skeleton, layout)
     return layout, skeleton
-
-
-def with_teacher(
-    folder: str | Path,
-    teacher: nn.Module,
-    example_kwargs: Mapping[str, Any],
-    *,
-    plan: Plan | None = None,
-    kept: list[int] | None = None,
-) -> PluggableModel:
-    """Plug a released checkpoint's parts into its teacher, every edit switchable, with all of them plugged.
-
-    A checkpoint holds what its own mixture uses. Where a student block lost its feed-forward or its text stream too,
-    the block alone, without that second edit, has the teacher's weights there.
-
-    Args:
-        folder: the checkpoint.
-        teacher: the transformer that it was pruned from, with its weights.
-        example_kwargs: the keyword arguments of one call.
-        plan: the plan that it was made by, in the teacher's block numbers. Without it and without `kept` the blocks
-            are told by their weights.
-        kept: instead, the teacher's number of each block that is left: of a run that was replaced, the first.
-
-    Raises:
-        PpclError: the checkpoint is damaged, the plan is not the checkpoint's, or a part that no edit replaced is not
-            the teacher's.
-    """
-    from ppcl_fx.folders.rejoin import rejoin
-
-    return rejoin(transformer_folder(Path(folder)), teacher, example_kwargs, plan=plan, kept=kept)
-
-
-def save_released(model: PluggableModel, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the mixture that is plugged now in the released layout.
-
-    Args:
-        model: the model; its teacher must be of a class with the layout's parts (see `ppcl_fx.folders.layout`).
-        folder: where to; written beside and renamed.
-        overwrite: replace a folder that exists.
-
-    Raises:
-        PpclError: the mixture does not fit the layout, or the folder cannot be written.
-    """
-    from ppcl_fx.folders.release import release
-
-    return release(model, Path(folder), overwrite=overwrite)
 
 
 def _register(root: nn.Module, name: str, tensor: torch.Tensor) -> None:

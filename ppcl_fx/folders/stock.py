@@ -17,21 +17,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
-from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build_call
-from ppcl_fx.files import new_folder, write_json, write_safetensors
 from ppcl_fx.folders.likeness import difference
 from ppcl_fx.folders.numbering import Kept, kept_blocks, renumbered, translated
-from ppcl_fx.folders.pruned import PRUNED, plugged_plan, pruned
+from ppcl_fx.folders.pruned import plugged_plan, pruned, write_pruned
 from ppcl_fx.graphs import draft, finished
 from ppcl_fx.meta import graph_info
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.passes.plug import Plug
 from ppcl_fx.plan import DepthEdit
-from ppcl_fx.shards import ONE_FILE
 from ppcl_fx.skeleton import skeleton as weightless
 from ppcl_fx.sources import diffusers_class
 from ppcl_fx.tracing import trace
@@ -53,11 +49,7 @@ def save_stock(model: PluggableModel, folder: str | Path, *, overwrite: bool = F
             or the folder cannot be written.
     """
     config, tensors, kept = stock(model)
-    with new_folder(folder, replaces=owned.PRUNED if overwrite else None) as beside:
-        write_json(beside / "config.json", config)
-        write_json(beside / PRUNED, pruned(model, kept))
-        write_safetensors(beside / ONE_FILE, tensors, {"format": "pt"}, digests=True)
-    return Path(folder)
+    return write_pruned(Path(folder), config, tensors, pruned(model, kept), overwrite)
 
 
 def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, list[Kept]]]:
@@ -93,20 +85,15 @@ def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor
             f"{kind.__name__} does not work with fewer blocks ({reason}), so there is no diffusers folder for this "
             "model; save the pluggable model"
         ) from error
-    apart = difference(_resolved(model), shorter, lambda path: translated(path, paths))
+    whole = draft(model.graph)  # with whole layers: those rows too that a class computes and does not read
+    Plug(frozenset(model.students)).apply(whole)
+    apart = difference(finished(whole), shorter, lambda path: translated(path, paths))
     if apart:
         raise PpclError(
             f"{kind.__name__} with fewer blocks computes something else than the pruned model (at {apart}), so a "
             "diffusers folder would be wrong; save the pluggable model"
         )
     return {**found, "_class_name": config["_class_name"]}, tensors, kept
-
-
-def _resolved(model: PluggableModel) -> GraphModule:
-    """Return the mixture with whole layers: those rows too that a class computes and does not read."""
-    view = draft(model.graph)
-    Plug(frozenset(model.students)).apply(view)
-    return finished(view)
 
 
 def _fitting(

@@ -26,9 +26,13 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.lora.keys import Lora
 from ppcl_fx.lora.layers import Layer, attach, merged, misfits
+from ppcl_fx.passes.depth import student_path
 from ppcl_fx.plan import DepthEdit, Plan
 
 log = logging.getLogger("ppcl_fx.lora")
+
+PARTS = ("students", "projectors")
+"""What stands in the teacher's place in a pluggable graph."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,7 @@ class Adapters:
             self._known(name)
         elif name in self.loaded:
             raise PpclError(f"a LoRA named {name!r} is loaded already; choose another name, or delete it first")
-        own = {path: module for path, module in self.graph.named_modules() if not _is_student(path)}
+        own = {path: module for path, module in self.graph.named_modules() if path.split(".")[0] not in PARTS}
         why = misfits(lora, own)
         if why:
             raise PpclError(f"the LoRA {name!r} is for another model: {why}; give one that was trained on this teacher")
@@ -236,7 +240,7 @@ class Adapters:
     def _targets(self, path: str, adapter: Adapter) -> Iterator[str]:
         yield path
         for edit in self.plan.depth() if adapter.on_students else []:
-            source, student = _source(edit), _student(edit)
+            source, student = _source(edit), student_path(edit)
             target = student + path[len(source) :]
             if path.startswith(f"{source}.") and target in self._modules:
                 yield target
@@ -292,20 +296,10 @@ class Adapters:
         return False
 
 
-def _is_student(path: str) -> bool:
-    return path.split(".")[0] in ("students", "projectors")
-
-
 def _source(edit: DepthEdit) -> str:
     """Return the path of the block that a student started from."""
     index = (edit.first + edit.last) // 2 if edit.init == "middle" else edit.first
     return f"{edit.stack}.{index}"
-
-
-def _student(edit: DepthEdit) -> str:
-    from ppcl_fx.passes.depth import student_path
-
-    return student_path(edit)
 
 
 def _state(parameter: torch.Tensor) -> tuple[int, int]:

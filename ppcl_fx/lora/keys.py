@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import inside, read_json, read_safetensors
+from ppcl_fx.files import inside, read_json, read_safetensors, safetensors_metadata
 from ppcl_fx.lora.convert import converted
 from ppcl_fx.lora.settings import of_layers, settings
 from ppcl_fx.reading import parse_json
@@ -271,10 +271,7 @@ def _file_in(folder: Path, name: str | None) -> Path:
 
 
 def _header(path: Path) -> dict[str, Any] | None:
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(METADATA)
+    text = safetensors_metadata(path).get(METADATA)
     if text is None:
         return None
     try:

@@ -14,7 +14,6 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.lora.adapters import Adapters, LoraReport, strengths
 from ppcl_fx.lora.keys import Model, read_lora
 from ppcl_fx.lora.layers import need_peft
-from ppcl_fx.lora.mark import mark
 from ppcl_fx.meta import graph_info
 
 if TYPE_CHECKING:
@@ -23,6 +22,9 @@ if TYPE_CHECKING:
     from ppcl_fx.plan import Plan
 
 log = logging.getLogger("ppcl_fx.lora")
+
+MARK = "lora"
+"""The name of the child that says to pipelines that a model has LoRAs."""
 
 
 class LoraModel(nn.Module):
@@ -113,7 +115,7 @@ class LoraModel(nn.Module):
         name = adapter_name if adapter_name is not None else f"default_{len(self._adapters.loaded)}"
         onto = self.lora_on_students if on_students is None else on_students
         self._adapters.load(name, lora, onto, swap=hotswap)
-        mark(self)
+        _mark(self)
         self._weights_written()
         report = self.lora_report(name)
         log.log(logging.WARNING if report.removed + report.projectors else logging.INFO, "%s", report)
@@ -142,13 +144,13 @@ class LoraModel(nn.Module):
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
         """Forget LoRAs; the weights are what they were without them, to the bit."""
         self._adapters.delete([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
-        mark(self)
+        _mark(self)
         self._weights_written()
 
     def unload_lora(self) -> None:
         """Forget every LoRA; the weights are what they were, to the bit. Where they were fused they stay so."""
         self._adapters.unload()
-        mark(self)
+        _mark(self)
         self._weights_written()
 
     def active_adapters(self) -> list[str]:
@@ -235,3 +237,43 @@ class LoraModel(nn.Module):
 
     def _view(self, students: frozenset[str], graph: GraphModule) -> GraphModule:
         raise NotImplementedError
+
+
+def _mark(model: LoraModel) -> None:
+    """Put a sign on a model that has LoRAs, and take it off one that has none: pipelines look for PEFT's layers.
+
+    It is a module without weights, of PEFT's class. Through it ``pipe.get_active_adapters``, ``pipe.unfuse_lora`` and
+    ``pipe.fused_loras`` find what they look for.
+    """
+    model._modules.pop(MARK, None)
+    if not model.peft_config:
+        return
+    from peft.tuners import tuners_utils
+
+    base: Any = tuners_utils.BaseTunerLayer
+
+    class LoraMark(nn.Module, base):  # type: ignore[misc]
+        """Speaks for all linear layers of the model at once."""
+
+        @property
+        def active_adapters(self) -> list[str]:
+            return model.active_adapters()
+
+        @property
+        def merged_adapters(self) -> list[str]:
+            return model.active_adapters() if model.lora_is_fused else []
+
+        @property
+        def lora_A(self) -> dict[str, Any]:
+            """No layer of its own to move to another device."""
+            return {}
+
+        def unmerge(self) -> None:
+            """Do what ``pipe.unfuse_lora`` asks of each layer."""
+            model.unfuse_lora()
+
+        def update_layer(self, *args: Any, **kwargs: Any) -> None:
+            """Refuse: adapters are loaded with ``load_lora_adapter``."""
+            raise NotImplementedError
+
+    model.add_module(MARK, LoraMark())

@@ -9,21 +9,21 @@ from ppcl_fx.plan import Plan
 from ppcl_fx.redundancy import Interval, Redundancy, StackAnalysis, StreamCurves
 from ppcl_fx.report.blockmap import StackEdits, block_map
 from ppcl_fx.report.heatmap import heatmap, value_range
-from ppcl_fx.report.html import Html, join, tag
-from ppcl_fx.report.svg import Series, legend, line_chart
+from ppcl_fx.report.html import Html, join, section, tag
+from ppcl_fx.report.svg import Series, figure, line_chart
 
 TEXT_THRESHOLD = 0.999  # the paper's appendix 6
+SIZE = (520, 230)
+"""Of a small chart."""
 
 
 def analysis_section(redundancy: Redundancy, plan: Plan | None) -> Html:
     """Return the analysis of every stack; with a plan, what it chose is marked beside what was found."""
     stacks = [_stack(stack, StackEdits(plan, stack), redundancy.stream) for stack in redundancy.stacks]
-    opening = tag(
-        "p",
+    lead = (
         "Detection and selection are two steps. Detection walks the Delta curves and yields candidates that "
         "cover the stack back to back; selection picks from them, or parts of them, for a budget. Blocks are "
-        "counted from 0.",
-        class_="lead",
+        "counted from 0."
     )
     judged = {
         None: "what they were solved from, so a good one may only mean few tokens",
@@ -31,7 +31,7 @@ def analysis_section(redundancy: Redundancy, plan: Plan | None) -> Html:
     }.get(redundancy.held_out, f"{redundancy.held_out} of the only call that were held out")
     fits = [tag("p", f"Fits of probes and projectors are judged on {judged}.", class_="note")]
     fits += [tag("p", words, class_="note") for words in redundancy.few]
-    return tag("section", tag("h2", "What the analysis found"), opening, fits, stacks, id="analysis")
+    return section("analysis", "What the analysis found", lead, fits, stacks)
 
 
 def _stack(stack: StackAnalysis, edits: StackEdits, stream: str) -> Html:
@@ -41,10 +41,7 @@ def _stack(stack: StackAnalysis, edits: StackEdits, stream: str) -> Html:
         heading,
         block_map(stack, leading.candidates, edits),
         _heatmaps(stack, edits),
-        [
-            _deltas(stack, name, curves, edits, decides=curves is leading)
-            for name, curves in stack.streams.items()
-        ],
+        [_deltas(stack, name, curves, edits, curves is leading) for name, curves in stack.streams.items()],
         tag("div", _fits(stack), _text(stack, edits), _ffns(stack, edits), class_="pair"),
     )
 
@@ -59,24 +56,16 @@ def _heatmaps(stack: StackAnalysis, edits: StackEdits) -> Html:
         rows = enumerate(curves.similarity[:-1])
         near = [value for i, row in rows if (value := row[i + 1]) is not None]
         mean = sum(near) / len(near) if near else 1.0
-        words = (
-            f"CKA between the outputs of all pairs of blocks, {name} stream; neighbours {mean:.3f} on average"
-        )
+        words = f"CKA between the outputs of all pairs of blocks, {name} stream; neighbours {mean:.3f} on average"
         drawn = heatmap(curves.similarity, low, high, title=words, first=stack.first, squares=edits.intervals)
         caption = f"{name.capitalize()} stream. Neighbouring blocks: {mean:.4f} on average."
         figures.append(tag("figure", drawn, tag("figcaption", caption)))
     note = "The squares are the intervals that the plan replaces." if edits.depth else ""
-    head = tag("h3", "CKA between block outputs")
-    return join(
-        head,
-        tag("p", "The teacher's own activations (the paper's Fig. 5). ", note, class_="note"),
-        _pair(figures),
-    )
+    words = tag("p", "The teacher's own activations (the paper's Fig. 5). ", note, class_="note")
+    return join(tag("h3", "CKA between block outputs"), words, tag("div", figures, class_="pair"))
 
 
-def _deltas(
-    stack: StackAnalysis, stream: str, curves: StreamCurves, edits: StackEdits, decides: bool
-) -> Html:
+def _deltas(stack: StackAnalysis, stream: str, curves: StreamCurves, edits: StackEdits, decides: bool) -> Html:
     if not curves.candidates:
         return tag("p", f"No candidate interval on the {stream} stream.", class_="note")
     chosen = edits.intervals if decides else []
@@ -102,13 +91,7 @@ def _delta(stack: StackAnalysis, curves: StreamCurves, interval: Interval, selec
     span = f"{interval.first}–{interval.last}"
     series = [
         Series("not needed", [stack.first + k for k in rest], [row[k] for k in rest], 0, faint=True),
-        Series(
-            f"Delta({interval.first}, k)",
-            [stack.first + k for k in walked],
-            [row[k] for k in walked],
-            0,
-            dots=True,
-        ),
+        Series(f"Delta({interval.first}, k)", [stack.first + k for k in walked], [row[k] for k in walked], dots=True),
     ]
     band = (interval.first + 0.85, interval.last + 0.15)
     drawn = line_chart(
@@ -140,41 +123,31 @@ def _fits(stack: StackAnalysis) -> Html:
         Series(f"{name} stream", _blocks(stack, len(curves.fit)), curves.fit, colour, dots=True)
         for colour, (name, curves) in enumerate(stack.streams.items())
     ]
-    drawn = line_chart(
-        series, title="Probe residual of each block", x_label="block", y_label="residual", size=(520, 230)
-    )
+    drawn = line_chart(series, title="Probe residual of each block", x_label="block", y_label="residual", size=SIZE)
     words = "Share of a block's change that its linear probe misses (Eq. 2, relative): 0 is a linear block."
-    return _figure("How linear each block is", drawn, legend([(s.name, s.colour) for s in series]), words)
+    return figure(drawn, words, series, "How linear each block is")
 
 
 def _text(stack: StackAnalysis, edits: StackEdits) -> Html:
-    values = [
-        None if v is None or not math.isfinite(v) else max(1.0 - v, 1e-8) for v in stack.text_similarity
-    ]
+    values = [None if v is None or not math.isfinite(v) else max(1.0 - v, 1e-8) for v in stack.text_similarity]
     if all(value is None for value in values):
         return join()
     blocks = _blocks(stack, len(values))
-    lost = [(b, v) for b, v in zip(blocks, values, strict=True) if b in edits.textless]
+    lost = {b: v for b, v in zip(blocks, values, strict=True) if b in edits.textless}
     series = [Series("1 - CKA of the text stream", blocks, values, 2, dots=True)]
     if lost:
-        series.append(
-            Series(
-                "text stream replaced", [b for b, _ in lost], [v for _, v in lost], 1, line=False, dots=True
-            )
-        )
+        series.append(Series("text stream replaced", list(lost), list(lost.values()), 1, line=False, dots=True))
     drawn = line_chart(
         series,
         title="How much each block changes the text stream",
         x_label="block",
         y_label="1 - CKA",
-        size=(520, 230),
+        size=SIZE,
         log_y=True,
         rule=1 - TEXT_THRESHOLD,
     )
-    words = (
-        f"Change of the text state over each block; below the dashed line CKA is {TEXT_THRESHOLD} or more."
-    )
-    return _figure("Text stream", drawn, legend([(s.name, s.colour) for s in series]), words)
+    words = f"Change of the text state over each block; below the dashed line CKA is {TEXT_THRESHOLD} or more."
+    return figure(drawn, words, series, "Text stream")
 
 
 def _ffns(stack: StackAnalysis, edits: StackEdits) -> Html:
@@ -184,28 +157,14 @@ def _ffns(stack: StackAnalysis, edits: StackEdits) -> Html:
     series = []
     for colour, stream in enumerate(dict.fromkeys(fit.stream for fit in stack.ffn)):
         fits = [fit for fit in stack.ffn if fit.stream == stream]
-        series.append(
-            Series(f"{stream} FFN", [f.block for f in fits], [f.error for f in fits], colour, dots=True)
-        )
+        series.append(Series(f"{stream} FFN", [f.block for f in fits], [f.error for f in fits], colour, dots=True))
     chosen = [fit for fit in stack.ffn if fit.block in replaced]
     if chosen:
-        marks = Series(
-            "replaced", [f.block for f in chosen], [f.error for f in chosen], 6, line=False, dots=True
-        )
-        series.append(marks)
-    drawn = line_chart(
-        series, title="Error of an FFN's projector", x_label="block", y_label="error", size=(520, 230)
-    )
+        blocks, errors = [f.block for f in chosen], [f.error for f in chosen]
+        series.append(Series("replaced", blocks, errors, 6, line=False, dots=True))
+    drawn = line_chart(series, title="Error of an FFN's projector", x_label="block", y_label="error", size=SIZE)
     words = "Error of the best linear projector for each FFN, relative to what the FFN adds."
-    return _figure("FFN fit", drawn, legend([(s.name, s.colour) for s in series]), words)
-
-
-def _figure(title: str, drawn: Html, keys: Html, words: str) -> Html:
-    return tag("figure", tag("h3", title), drawn, keys, tag("figcaption", words))
-
-
-def _pair(figures: Sequence[Html]) -> Html:
-    return tag("div", figures, class_="pair")
+    return figure(drawn, words, series, "FFN fit")
 
 
 def _blocks(stack: StackAnalysis, count: int) -> list[int]:

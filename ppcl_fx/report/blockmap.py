@@ -71,16 +71,10 @@ Mark = tuple[int, int, int, bool, str]  # first block, last block, colour, fille
 def _rows(
     stack: StackAnalysis, candidates: Sequence[Interval], edits: StackEdits
 ) -> list[tuple[str, list[Mark]]]:
-    found = [
-        (
-            c.first,
-            c.last,
-            7,
-            False,
-            f"candidate {c.first} to {c.last}" + (", open-ended" if c.open_ended else ""),
-        )
-        for c in candidates
-    ]
+    found = []
+    for c in candidates:
+        words = f"candidate {c.first} to {c.last}" + (", open-ended" if c.open_ended else "")
+        found.append((c.first, c.last, 7, False, words))
     rows: list[tuple[str, list[Mark]]] = [("candidates", found)]
     if not edits:
         return rows
@@ -91,20 +85,12 @@ def _rows(
     if edits.text:
         lost = [(b, b, 2, True, f"text stream of block {b}") for b in sorted(edits.textless)]
         rows.append(("text stream", lost))
-    students = {e.first for e in edits.depth}
     left = [b for b in range(stack.first, stack.first + len(stack.blocks)) if b not in edits.removed]
-    rows.append((f"left: {len(left)} of {len(stack.blocks)}", [_kept(b, b in students) for b in left]))
+    kept: list[Mark] = [(b, b, -1, True, f"block {b} stays") for b in left]
+    for edit in edits.depth:
+        kept[left.index(edit.first)] = (edit.first, edit.first, 0, True, f"block {edit.first} is a student")
+    rows.append((f"left: {len(left)} of {len(stack.blocks)}", kept))
     return rows
-
-
-def _kept(block: int, student: bool) -> Mark:
-    return (
-        block,
-        block,
-        0 if student else -1,
-        True,
-        f"block {block} " + ("is a student" if student else "stays"),
-    )
 
 
 def _marks(marks: Sequence[Mark], first: int, cell: float, y: float, count: int) -> list[Html]:
@@ -114,17 +100,12 @@ def _marks(marks: Sequence[Mark], first: int, cell: float, y: float, count: int)
     ]
     for begin, end, shade, filled, words in marks:
         x, width = _LEFT + (begin - first) * cell + 1, (end - begin + 1) * cell - 2
-        box = {"x": x, "y": y, "width": max(width, 1), "height": _ROW, "rx": 3}
         style = _style(shade, filled)
-        parts.append(tag("rect", tag("title", words), **box, **style))
+        parts.append(tag("rect", tag("title", words), x=x, y=y, width=max(width, 1), height=_ROW, rx=3, **style))
         if end > begin and width > 34:
-            label = {
-                "x": x + width / 2,
-                "y": y + 16,
-                "text_anchor": "middle",
-                "class_": "on" if filled else "strong",
-            }
-            parts.append(tag("text", f"{begin}–{end}", **label))
+            class_ = "on" if filled else "strong"
+            at = x + width / 2
+            parts.append(tag("text", f"{begin}–{end}", x=at, y=y + 16, text_anchor="middle", class_=class_))
     return parts
 
 

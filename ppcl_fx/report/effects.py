@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ppcl_fx.effects import Effect, Effects, Mixture
-from ppcl_fx.report.html import Html, quantity, tag
-from ppcl_fx.report.svg import Series, legend, line_chart
+from ppcl_fx.report.html import Html, quantity, section, table, tag
+from ppcl_fx.report.svg import Series, figure, line_chart
 
 
 def effects_section(effects: Effects) -> Html:
@@ -18,15 +18,12 @@ def effects_section(effects: Effects) -> Html:
         "effects of the edits plugged, each measured alone; measured is the mixture itself."
     )
     mixtures = [_chart(effects.mixtures), _mixtures(effects.mixtures)] if effects.mixtures else []
-    return tag(
-        "section",
-        tag("h2", "Effects on the output"),
-        tag("p", lead, class_="lead"),
-        mixtures,
-        tag("h3", "Each edit alone"),
-        _edits(effects.edits),
-        id="effects",
+    edits = table(
+        ["edit", "effect", "held-out loss"],
+        [_edit(effect) for effect in sorted(effects.edits, key=lambda effect: -effect.error)],
+        "The most harmful first.",
     )
+    return section("effects", "Effects on the output", lead, mixtures, tag("h3", "Each edit alone"), edits)
 
 
 def _chart(mixtures: Sequence[Mixture]) -> Html:
@@ -44,45 +41,26 @@ def _chart(mixtures: Sequence[Mixture]) -> Html:
         log_y=True,
         whole_x=False,
     )
-    words = "The scale is logarithmic; an error of zero has no place on it."
-    return tag("figure", drawn, legend([(s.name, s.colour) for s in series]), tag("figcaption", words))
+    return figure(drawn, "The scale is logarithmic; an error of zero has no place on it.", series)
 
 
 def _mixtures(mixtures: Sequence[Mixture]) -> Html:
     rows = [
-        tag(
-            "tr",
-            tag("th", f"{mixture.keep:.4g}", scope="row"),
-            tag("td", quantity(mixture.params)),
-            tag("td", len(mixture.students)),
-            tag("td", f"{mixture.predicted:.4g}"),
-            tag("td", f"{mixture.measured:.4g}"),
-            tag("td", f"{mixture.measured / mixture.predicted:.2f}" if mixture.predicted > 0 else "–"),
+        (
+            f"{one.keep:.4g}",
+            quantity(one.params),
+            len(one.students),
+            f"{one.predicted:.4g}",
+            f"{one.measured:.4g}",
+            f"{one.measured / one.predicted:.2f}" if one.predicted > 0 else "–",
         )
-        for mixture in mixtures
+        for one in mixtures
     ]
     names = ["keep", "parameters", "edits plugged", "predicted", "measured", "measured / predicted"]
-    return _table(names, rows, "The edits plugged are those with the least summed effect for each share.")
+    return table(names, rows, "The edits plugged are those with the least summed effect for each share.")
 
 
-def _edits(edits: Sequence[Effect]) -> Html:
-    rows = [
-        tag(
-            "tr",
-            tag("th", effect.edit, tag("small", _added(effect)), scope="row"),
-            tag("td", f"{effect.error:.4g}"),
-            tag("td", f"{effect.loss:.4g}" if effect.loss is not None else "–"),
-        )
-        for effect in sorted(edits, key=lambda effect: -effect.error)
-    ]
-    return _table(["edit", "effect", "held-out loss"], rows, "The most harmful first.")
-
-
-def _added(effect: Effect) -> str:
-    return f" added to {', '.join(effect.on)}" if effect.on else ""
-
-
-def _table(names: Sequence[str], rows: Sequence[Html], words: str) -> Html:
-    head = tag("tr", [tag("th", name, class_="left" if i == 0 else None, scope="col") for i, name in enumerate(names)])
-    table = tag("table", tag("caption", words), tag("thead", head), tag("tbody", rows))
-    return tag("div", table, class_="scroll", tabindex=0)
+def _edit(effect: Effect) -> tuple[list[str | Html], str, str]:
+    added = f" added to {', '.join(effect.on)}" if effect.on else ""
+    loss = f"{effect.loss:.4g}" if effect.loss is not None else "–"
+    return [effect.edit, tag("small", added)], f"{effect.error:.4g}", loss

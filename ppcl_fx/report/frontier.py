@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ppcl_fx.plan import Plan
 from ppcl_fx.redundancy import Redundancy
-from ppcl_fx.report.html import Html, join, tag
-from ppcl_fx.report.svg import Series, legend, line_chart
+from ppcl_fx.report.html import Html, join, section, table
+from ppcl_fx.report.svg import Series, figure, line_chart
 
 if TYPE_CHECKING:
     from ppcl_fx.passes.frontier import Point
@@ -30,14 +30,8 @@ def frontier_section(redundancy: Redundancy, plan: Plan | None) -> Html:
         "Eq. 6 between what linear maps make of a part's input and what the teacher makes of it; it orders edits, and "
         "it is not a score."
     )
-    return tag(
-        "section",
-        tag("h2", "What each size costs"),
-        tag("p", lead, class_="lead"),
-        _chart(redundancy, points, plan),
-        _table(redundancy, _spaced(points)),
-        id="frontier",
-    )
+    parts = _chart(redundancy, points, plan), _table(redundancy, _spaced(points))
+    return section("frontier", "What each size costs", lead, *parts)
 
 
 def _chart(redundancy: Redundancy, points: Sequence[Point], plan: Plan | None) -> Html:
@@ -60,8 +54,7 @@ def _chart(redundancy: Redundancy, points: Sequence[Point], plan: Plan | None) -
         log_y=True,
         whole_x=False,
     )
-    words = f"{len(points)} sizes, from the whole teacher to {points[-1].params:,} parameters."
-    return tag("figure", drawn, legend([(s.name, s.colour) for s in series]), tag("figcaption", words))
+    return figure(drawn, f"{len(points)} sizes, from the whole teacher to {points[-1].params:,} parameters.", series)
 
 
 def _spaced(points: Sequence[Point]) -> list[Point]:
@@ -76,22 +69,13 @@ def _spaced(points: Sequence[Point]) -> list[Point]:
 
 def _table(redundancy: Redundancy, points: Sequence[Point]) -> Html:
     names = ["parameters", "share", "predicted damage", "given up since the row above", "given back"]
-    head = tag("tr", [tag("th", name, scope="col") for name in names])
     rows = []
     before: list[str] = []
     for point in points:
         now = [edit.id for edit in point.edits]
-        rows.append(
-            tag(
-                "tr",
-                tag("th", f"{point.params:,}", scope="row"),
-                tag("td", f"{point.params / redundancy.teacher_params:.1%}"),
-                tag("td", f"{point.damage:.4g}"),
-                tag("td", ", ".join(edit for edit in now if edit not in before) or "nothing"),
-                tag("td", ", ".join(edit for edit in before if edit not in now)),
-            )
-        )
+        up = ", ".join(edit for edit in now if edit not in before) or "nothing"
+        back = ", ".join(edit for edit in before if edit not in now)
+        share = f"{point.params / redundancy.teacher_params:.1%}"
+        rows.append((f"{point.params:,}", share, f"{point.damage:.4g}", up, back))
         before = now
-    words = "Steps along the frontier, and what each gives up and gets back."
-    table = tag("table", tag("caption", words), tag("thead", head), tag("tbody", rows))
-    return tag("div", table, class_="scroll", tabindex=0)
+    return table(names, rows, "Steps along the frontier, and what each gives up and gets back.", left=False)

@@ -13,14 +13,8 @@ Matrix = Sequence[Sequence[float | None]]
 # Anchors of a scale whose lightness rises evenly, dark blue to pale yellow: it reads in grey too, and for
 # eyes that do not tell red from green.
 _ANCHORS = (
-    (22, 24, 72),
-    (38, 64, 128),
-    (28, 108, 140),
-    (40, 148, 128),
-    (104, 186, 98),
-    (186, 212, 84),
-    (252, 236, 150),
-)
+    (22, 24, 72), (38, 64, 128), (28, 108, 140), (40, 148, 128), (104, 186, 98), (186, 212, 84), (252, 236, 150),
+)  # fmt: skip
 
 
 def heatmap(
@@ -49,12 +43,9 @@ def heatmap(
     parts = [tag("g", cells, class_="heat")]
     for begin, end in squares:
         x, y, edge = left + (begin - first) * cell, top + (begin - first) * cell, (end - begin + 1) * cell
-        parts.append(
-            tag("rect", x=x, y=y, width=edge, height=edge, fill="none", stroke="#000", stroke_width=3.4)
-        )
-        parts.append(
-            tag("rect", x=x, y=y, width=edge, height=edge, fill="none", stroke="#fff", stroke_width=1.6)
-        )
+        for stroke, width in (("#000", 3.4), ("#fff", 1.6)):
+            line = {"fill": "none", "stroke": stroke, "stroke_width": width}
+            parts.append(tag("rect", x=x, y=y, width=edge, height=edge, **line))
     for value in ticks(first, first + count - 1, 8, whole=True):
         at = (value - first + 0.5) * cell
         parts.append(tag("text", short(value), x=left + at, y=top + side + 15, text_anchor="middle"))
@@ -82,12 +73,9 @@ def colour(share: float) -> str:
 def _cell(
     value: float, low: float, high: float, box: tuple[float, float, float], pair: tuple[int, int]
 ) -> Html:
-    x, y, edge = box
-    shade = colour((value - low) / (high - low))
+    x, y, edge = (round(number, 2) for number in box)
     words = tag("title", f"blocks {pair[0]} and {pair[1]}: {value:.4f}")
-    return tag(
-        "rect", words, x=round(x, 2), y=round(y, 2), width=round(edge, 2), height=round(edge, 2), fill=shade
-    )
+    return tag("rect", words, x=x, y=y, width=edge, height=edge, fill=colour((value - low) / (high - low)))
 
 
 def _scale(low: float, high: float, x: float, top: float, side: float) -> Html:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -51,6 +51,33 @@ def join(*children: Child) -> Html:
     return Html("".join(render(child) for child in children))
 
 
+def section(anchor: str, title: str, lead: str, *children: Child) -> Html:
+    """Return a section of the page: its heading, one paragraph if there is one, and the rest."""
+    return tag("section", tag("h2", title), tag("p", lead, class_="lead") if lead else None, *children, id=anchor)
+
+
+def table(
+    names: Sequence[str], rows: Iterable[Sequence[Child]], words: str, left: bool = True, class_: str | None = None
+) -> Html:
+    """Return a table in a frame that scrolls. The first cell of a row is its heading; a cell may be a ``<td>`` itself.
+
+    Args:
+        names: of the columns.
+        rows: cells from left to right.
+        words: the caption.
+        left: whether the first column's name is on the left.
+        class_: of the table.
+    """
+    head = [tag("th", name, class_="left" if left and i == 0 else None, scope="col") for i, name in enumerate(names)]
+    body = [tag("tr", tag("th", first, scope="row"), [_td(cell) for cell in rest]) for first, *rest in rows]
+    parts = tag("caption", words), tag("thead", tag("tr", head)), tag("tbody", body)
+    return tag("div", tag("table", *parts, class_=class_), class_="scroll", tabindex=0)
+
+
+def _td(cell: Child) -> Html:
+    return cell if isinstance(cell, Html) and cell.startswith("<td") else tag("td", cell)
+
+
 def quantity(value: int | None) -> str:
     """Return a number of parameters in words that fit a table: ``4.83 M``, ``20.43 B``, ``8 000``."""
     if value is None:
@@ -63,8 +90,8 @@ def quantity(value: int | None) -> str:
 
 def definitions(pairs: Mapping[str, object], class_: str = "facts") -> Html:
     """Return a definition list of the pairs; sequences are joined by commas."""
-    rows = [tag("div", tag("dt", key), tag("dd", _plain(value))) for key, value in pairs.items()]
-    return tag("dl", rows, class_=class_)
+    words = {key: ", ".join(map(str, v)) if isinstance(v, list | tuple) else str(v) for key, v in pairs.items()}
+    return tag("dl", [tag("div", tag("dt", key), tag("dd", value)) for key, value in words.items()], class_=class_)
 
 
 def _attribute(key: str, value: Any) -> str:
@@ -75,12 +102,6 @@ def _attribute(key: str, value: Any) -> str:
         return f" {name}"
     text = number(value) if isinstance(value, int | float) else html.escape(str(value), quote=True)
     return f' {name}="{text}"'
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, list | tuple):
-        return ", ".join(str(part) for part in value)
-    return str(value)
 
 
 _VOID = frozenset({"meta", "img", "br", "hr", "link", "col"})

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from ppcl_fx.plan import Plan
 from ppcl_fx.redundancy import Redundancy
-from ppcl_fx.report.html import Html, definitions, join, quantity, tag
-from ppcl_fx.report.style import STYLE
+from ppcl_fx.report.html import Html, definitions, quantity, section, tag
 
 # Nothing may be fetched, whatever a file from outside says: only pictures inside the page and its own style.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
+_STYLE = Path(__file__).parent / "templates" / "style.css"
 _NAMES = {
     "ratios": "Ratios",
     "pictures": "Pictures",
@@ -32,21 +33,13 @@ def page(title: str, sections: Mapping[str, Html], cards: Sequence[tuple[str, st
         tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
         tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
         tag("title", title),
-        tag("style", Html(STYLE)),
+        tag("style", Html(_STYLE.read_text(encoding="utf-8"))),
     )
     links = [tag("a", _NAMES.get(anchor, anchor), href=f"#{anchor}") for anchor in sections]
-    top = tag(
-        "header",
-        tag("h1", title),
-        tag("p", lead, class_="lead"),
-        tag("nav", links, aria_label="Sections") if len(links) > 1 else None,
-        tag(
-            "div", [tag("div", tag("b", value), tag("span", words)) for value, words in cards], class_="cards"
-        )
-        if cards
-        else None,
-        class_="top",
-    )
+    nav = tag("nav", links, aria_label="Sections") if len(links) > 1 else None
+    shown = [tag("div", tag("b", value), tag("span", words)) for value, words in cards]
+    lines = tag("h1", title), tag("p", lead, class_="lead"), nav, tag("div", shown, class_="cards") if cards else None
+    top = tag("header", *lines, class_="top")
     body = tag("body", top, tag("main", list(sections.values())), tag("footer", "Made by ppcl-fx."))
     return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
 
@@ -54,20 +47,11 @@ def page(title: str, sections: Mapping[str, Html], cards: Sequence[tuple[str, st
 def plan_section(plan: Plan, teacher_params: int | None) -> Html:
     """Return the plan in words: sizes, the edits, and the selector's reasons."""
     whole = teacher_params or plan.teacher_params
-    facts = {
-        "parameters": f"{plan.params:,} of {whole:,} ({plan.params / whole:.2%})"
-        if whole
-        else f"{plan.params:,}",
-        "depth": _ids(plan, "depth"),
-        "FFN": _ids(plan, "ffn"),
-        "text stream": _ids(plan, "text_stream"),
-    }
-    reasons = (
-        [tag("h3", "Why"), tag("ul", [tag("li", line) for line in plan.reason], class_="reasons")]
-        if plan.reason
-        else []
-    )
-    return tag("section", tag("h2", "Plan"), definitions(facts), reasons, id="plan")
+    facts = {"parameters": f"{plan.params:,}" + (f" of {whole:,} ({plan.params / whole:.2%})" if whole else "")}
+    for name, kind in (("depth", "depth"), ("FFN", "ffn"), ("text stream", "text_stream")):
+        facts[name] = ", ".join(e.id.partition(":")[2] for e in plan.edits if e.kind == kind) or "none"
+    why = [tag("h3", "Why"), tag("ul", [tag("li", line) for line in plan.reason], class_="reasons")]
+    return section("plan", "Plan", "", definitions(facts), why if plan.reason else None)
 
 
 def provenance_section(facts: Mapping[str, object], redundancy: Redundancy | None) -> Html:
@@ -77,7 +61,7 @@ def provenance_section(facts: Mapping[str, object], redundancy: Redundancy | Non
         known.setdefault("model fingerprint", redundancy.model)
         known.setdefault("calls fingerprint", redundancy.calls)
         known.setdefault("analysed", f"{redundancy.calls_used} calls, {redundancy.samples_used} samples")
-    return tag("section", tag("h2", "Provenance"), definitions(known), id="provenance")
+    return section("provenance", "Provenance", "", definitions(known))
 
 
 def analysis_cards(redundancy: Redundancy) -> list[tuple[str, str]]:
@@ -86,15 +70,7 @@ def analysis_cards(redundancy: Redundancy) -> list[tuple[str, str]]:
     found = sum(len(stack.curves(redundancy.stream).candidates) for stack in redundancy.stacks)
     return [
         (quantity(redundancy.teacher_params), "parameters"),
-        (
-            str(blocks),
-            f"blocks in {len(redundancy.stacks)} stack" + ("s" if len(redundancy.stacks) != 1 else ""),
-        ),
+        (str(blocks), f"blocks in {len(redundancy.stacks)} stack" + "s" * (len(redundancy.stacks) != 1)),
         (str(found), "candidate intervals"),
         (str(redundancy.calls_used), "calls analysed"),
     ]
-
-
-def _ids(plan: Plan, kind: str) -> Html | str:
-    found = [edit.id.partition(":")[2] for edit in plan.edits if edit.kind == kind]
-    return ", ".join(found) if found else join("none")

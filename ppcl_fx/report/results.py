@@ -1,4 +1,4 @@
-"""The table of ratios, the two curves above it, and the grid of pictures."""
+"""The table of ratios, the two curves above it, and the grid of pictures, in the report and as a PNG file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
-from ppcl_fx.report.html import Html, join, quantity, tag
-from ppcl_fx.report.svg import Series, line_chart
+from ppcl_fx.files import new_folder
+from ppcl_fx.report.html import Child, Html, join, quantity, section, table, tag
+from ppcl_fx.report.svg import Series, figure, line_chart
 
 Ratio = Mapping[str, Any]  # one object of summary.json
 _SMALL = 96  # pictures up to this many pixels are enlarged with hard edges
+_SIDE, _GAP, _LEFT, _TOP = 96, 8, 210, 28  # of a contact sheet
 
 
 @dataclass(frozen=True)
@@ -44,29 +47,16 @@ class PictureGrid:
 def ratios_section(ratios: Sequence[Ratio]) -> Html:
     """Return the table of ratios with curves of score and latency over the share of parameters."""
     words = "Scores are shares of pictures that the checker accepts. Drop is relative to the first row."
-    curves = _curves(ratios)
-    return tag(
-        "section", tag("h2", "Ratios"), tag("p", words, class_="lead"), _table(ratios), curves, id="ratios"
-    )
+    return section("ratios", "Ratios", words, _table(ratios), _curves(ratios))
 
 
 def pictures_section(grid: PictureGrid) -> Html:
     """Return the grid: prompts down, ratios across, a mark on each picture that was checked."""
-    head = tag(
-        "tr",
-        tag("th", "prompt", scope="col", class_="left"),
-        [tag("th", name, scope="col") for name in grid.columns],
-    )
-    rows = []
-    for i, prompt in enumerate(grid.prompts):
-        cells = [_cell(grid, i, j) for j in range(len(grid.columns))]
-        rows.append(tag("tr", tag("th", prompt, scope="row"), cells))
+    columns = range(len(grid.columns))
+    rows = [[prompt, *(_cell(grid, i, j) for j in columns)] for i, prompt in enumerate(grid.prompts)]
     marked = " A mark says whether the checker accepted the picture." if grid.marks is not None else ""
-    caption = tag("caption", f"The same prompts and the same noise for every column.{marked}")
-    table = tag("table", caption, tag("thead", head), tag("tbody", rows), class_="pictures")
-    return tag(
-        "section", tag("h2", "Pictures"), tag("div", table, class_="scroll", tabindex=0), id="pictures"
-    )
+    words = f"The same prompts and the same noise for every column.{marked}"
+    return section("pictures", "Pictures", "", table(["prompt", *grid.columns], rows, words, class_="pictures"))
 
 
 def label(ratio: Ratio) -> str:
@@ -94,38 +84,38 @@ def headline(ratios: Sequence[Ratio]) -> list[tuple[str, str]]:
 
 
 def _table(ratios: Sequence[Ratio]) -> Html:
-    categories = list(
-        dict.fromkeys(name for r in ratios for name in (r.get("score") or {}) if name != "overall")
-    )
+    categories = list(dict.fromkeys(name for r in ratios for name in r.get("score") or {} if name != "overall"))
     names = ["model", "parameters", "blocks", *(c.replace("_", " ") for c in categories)]
     names += ["overall", "drop", "latency", "speed\N{NON-BREAKING HYPHEN}up", "parity"]
-    head = tag(
-        "tr", [tag("th", name, scope="col", class_="left" if name == "model" else None) for name in names]
-    )
-    top = max((r.get("params") or 0 for r in ratios), default=0)
-    rows = [tag("tr", _cells(ratio, categories, top)) for ratio in ratios]
     words = (
         "Latency: one call of the transformer in onnxruntime, median, in ms. Parity: largest absolute "
         "difference between onnxruntime and PyTorch, float32."
     )
-    table = tag("table", tag("caption", words), tag("thead", head), tag("tbody", rows))
-    return tag("div", table, class_="scroll", tabindex=0)
+    return table(names, [_cells(ratio, categories, _most(ratios)) for ratio in ratios], words)
 
 
-def _cells(ratio: Ratio, categories: Sequence[str], top: int) -> list[Html]:
+def _most(ratios: Sequence[Ratio]) -> int:
+    return max((r.get("params") or 0 for r in ratios), default=0)
+
+
+def _cells(ratio: Ratio, categories: Sequence[str], top: int) -> list[Child]:
     score = ratio.get("score") or {}
     params = ratio.get("params")
     share = f"{params / top:.1%}" if params and top else ""
+
+    def text(name: str, form: str) -> str:
+        return "–" if ratio.get(name) is None else form.format(ratio[name])
+
     return [
-        tag("th", label(ratio), scope="row"),
-        tag("td", quantity(params), tag("small", share, class_="under") if share else None),
-        tag("td", _text(ratio.get("blocks"), "{}")),
+        label(ratio),
+        [quantity(params), tag("small", share, class_="under") if share else None],
+        text("blocks", "{}"),
         *[_bar(score.get(name)) for name in categories],
         _bar(score.get("overall"), strong=True),
-        tag("td", _text(ratio.get("drop_pct"), "{:.1f} %")),
-        tag("td", _text(ratio.get("latency_ms"), "{:.1f}")),
-        tag("td", _text(ratio.get("speedup"), "{:.2f}×")),
-        tag("td", _text(ratio.get("parity_max_abs"), "{:.1e}")),
+        text("drop_pct", "{:.1f} %"),
+        text("latency_ms", "{:.1f}"),
+        text("speedup", "{:.2f}×"),
+        text("parity_max_abs", "{:.1e}"),
     ]
 
 
@@ -133,60 +123,32 @@ def _bar(value: float | None, strong: bool = False) -> Html:
     if value is None:
         return tag("td", "–")
     share = f"--share: {min(max(value, 0.0), 1.0):.1%}"
-    return tag(
-        "td",
-        f"{value:.3f}" if strong else f"{value:.2f}",
-        class_="bar strong" if strong else "bar",
-        style=share,
-    )
+    text, class_ = (f"{value:.3f}", "bar strong") if strong else (f"{value:.2f}", "bar")
+    return tag("td", text, class_=class_, style=share)
 
 
 def _curves(ratios: Sequence[Ratio]) -> Html:
-    top = max((r.get("params") or 0 for r in ratios), default=0)
+    top = _most(ratios)
     sized = [r for r in ratios if r.get("params") and top]
     if len(sized) < 2:
         return join()
     tuned = [r for r in sized if r.get("finetuned")]
     plain = [r for r in sized if not r.get("finetuned")]
-    scores = [
-        Series(
-            "as distilled",
-            [100 * r["params"] / top for r in plain],
-            [_overall(r) for r in plain],
-            0,
-            dots=True,
-        ),
-        Series(
-            "fine-tuned",
-            [100 * r["params"] / top for r in tuned],
-            [_overall(r) for r in tuned],
-            1,
-            line=False,
-            dots=True,
-        ),
+    shares, scores = [100 * r["params"] / top for r in plain], [_overall(r) for r in plain]
+    after = [100 * r["params"] / top for r in tuned], [_overall(r) for r in tuned]
+    both = [
+        Series("as distilled", shares, scores, 0, dots=True),
+        Series("fine-tuned", *after, 1, line=False, dots=True),
     ]
-    times = [
-        Series(
-            "latency",
-            [100 * r["params"] / top for r in plain],
-            [r.get("latency_ms") for r in plain],
-            5,
-            dots=True,
-        )
-    ]
-    x_label = "parameters left, %"
+    times = [Series("latency", shares, [r.get("latency_ms") for r in plain], 5, dots=True)]
+    x_label, size = "parameters left, %", (520, 220)
     left = line_chart(
-        scores, title="Score over size", x_label=x_label, y_label="score", size=(520, 220), y_range=(0, 1.02)
+        both, title="Score over size", x_label=x_label, y_label="score", size=size, y_range=(0, 1.02)
     )
-    right = line_chart(times, title="Latency over size", x_label=x_label, y_label="ms", size=(520, 220))
+    right = line_chart(times, title="Latency over size", x_label=x_label, y_label="ms", size=size)
     orange = " Orange: after fine-tuning." if tuned else ""
-    one = tag(
-        "figure",
-        tag("h3", "Score"),
-        left,
-        tag("figcaption", f"Overall score over the share of parameters.{orange}"),
-    )
-    two = tag("figure", tag("h3", "Latency"), right, tag("figcaption", "onnxruntime, one call, median."))
+    one = figure(left, f"Overall score over the share of parameters.{orange}", title="Score")
+    two = figure(right, "onnxruntime, one call, median.", title="Latency")
     return tag("div", one, two, class_="pair")
 
 
@@ -200,11 +162,8 @@ def _cell(grid: PictureGrid, i: int, j: int) -> Html:
     words = f"{grid.prompts[i]} by {grid.columns[j]}{verdict}"
     source = "data:image/png;base64," + base64.b64encode(data).decode("ascii")
     shown = tag("img", src=source, alt=words, title=words, class_="small" if max(size) <= _SMALL else None)
-    badge = (
-        None
-        if mark is None
-        else tag("span", "✓" if mark else "✗", class_="mark" if mark else "mark no", aria_hidden="true")
-    )
+    sign, class_ = ("✓", "mark") if mark else ("✗", "mark no")
+    badge = None if mark is None else tag("span", sign, class_=class_, aria_hidden="true")
     return tag("td", tag("span", shown, badge, class_="frame"))
 
 
@@ -239,5 +198,29 @@ def _overall(ratio: Ratio) -> float | None:
     return None if value is None else float(value)
 
 
-def _text(value: float | int | None, form: str) -> str:
-    return "–" if value is None else form.format(value)
+def write_contact_sheet(folder: Path, grid: PictureGrid) -> Path:
+    """Write the grid, prompts down and ratios across, to ``folder/grid.png`` and return that path.
+
+    The folder is replaced as a whole or not at all.
+
+    Raises:
+        PpclError: the file cannot be written or a picture cannot be read.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    columns, rows = len(grid.columns), len(grid.prompts)
+    size = (_LEFT + columns * (_SIDE + _GAP), _TOP + rows * (_SIDE + _GAP))
+    sheet = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for j, name in enumerate(grid.columns):
+        pen.text((_LEFT + j * (_SIDE + _GAP), 8), name, fill="black", font=font)
+    for i, prompt in enumerate(grid.prompts):
+        top = _TOP + i * (_SIDE + _GAP)
+        pen.text((_GAP, top + _SIDE // 2 - 8), prompt, fill="black", font=font)
+        for j in range(columns):
+            if grid.images[i][j] is not None:
+                picture = open_picture(grid.images[i][j]).resize((_SIDE, _SIDE), Image.Resampling.NEAREST)
+                sheet.paste(picture, (_LEFT + j * (_SIDE + _GAP), top))
+    with new_folder(folder, replaces=owned.PICTURES) as beside:
+        sheet.save(beside / "grid.png", optimize=True)
+    return folder / "grid.png"

@@ -5,6 +5,7 @@ Written by hand and not by a plotting library: such files carry fixed colours, a
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,6 +103,12 @@ def legend(series: Sequence[tuple[str, int]]) -> Html:
     return tag("ul", [tag("li", tag("i", class_=f"k{c % COLOURS}"), n) for n, c in series], class_="legend")
 
 
+def figure(drawn: Html, words: str, series: Sequence[Series] = (), title: str = "") -> Html:
+    """Return a drawing with a heading above it if there is one, and the names of its series and words below."""
+    keys = legend([(one.name, one.colour) for one in series]) if series else None
+    return tag("figure", tag("h3", title) if title else None, drawn, keys, tag("figcaption", words))
+
+
 def ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
     """Return about `count` round numbers within [low, high]; `whole` keeps them integers."""
     if high <= low:
@@ -154,27 +161,21 @@ def _y_ticks(frame: Frame, count: int) -> list[float]:
     if len(powers) >= 2:
         every = math.ceil(len(powers) / 6)
         return [10.0**p for p in powers if p % every == 0]
-    return [
-        m * 10.0**p
-        for p in range(math.floor(math.log10(low)), powers.stop)
-        for m in (1, 2, 5)
-        if low <= m * 10.0**p <= high
-    ]
+    fine = (m * 10.0**p for p in range(math.floor(math.log10(low)), powers.stop) for m in (1, 2, 5))
+    return [value for value in fine if low <= value <= high]
 
 
 def _draw(frame: Frame, one: Series) -> list[Html]:
     shade = f"k{one.colour % COLOURS}" + (" faint" if one.faint else "")
     parts: list[Html] = []
-    if one.line:
-        for run in _runs(frame, one):
-            points = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in run)
-            parts.append(tag("polyline", tag("title", one.name), points=points, class_=f"series {shade}"))
-    if one.dots:
-        for run in _runs(frame, one):
-            for x, y in run:
-                words = f"{one.name}: {number(float(x))}, {y:.6g}"
-                at = {"cx": round(frame.x(x), 1), "cy": round(frame.y(y), 1)}
-                parts.append(tag("circle", tag("title", words), **at, r=3, class_=f"fill {shade}"))
+    runs = _runs(frame, one)
+    for run in runs if one.line else []:
+        points = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in run)
+        parts.append(tag("polyline", tag("title", one.name), points=points, class_=f"series {shade}"))
+    for x, y in itertools.chain.from_iterable(runs) if one.dots else []:
+        words = f"{one.name}: {number(float(x))}, {y:.6g}"
+        at = {"cx": round(frame.x(x), 1), "cy": round(frame.y(y), 1)}
+        parts.append(tag("circle", tag("title", words), **at, r=3, class_=f"fill {shade}"))
     return parts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ppcl_fx.report.html import Html, join, tag
+from ppcl_fx.report.html import Html, join, section, table, tag
 from ppcl_fx.report.svg import COLOURS, Series, line_chart
 
 Losses = Mapping[str, Mapping[str, Sequence[float]]]  # stage -> edit id -> loss of each step
@@ -17,7 +17,7 @@ def losses_section(losses: Losses) -> Html:
     if not stages:
         stages = [tag("p", "No step was trained.", class_="note")]
     words = "One line an edit, one chart a stage. The scale is logarithmic."
-    return tag("section", tag("h2", "Distillation"), tag("p", words, class_="lead"), stages, id="losses")
+    return section("losses", "Distillation", words, stages)
 
 
 def smooth(values: Sequence[float], points: int = _POINTS) -> tuple[list[float], list[float]]:
@@ -40,27 +40,14 @@ def _stage(name: str, curves: Mapping[str, Sequence[float]]) -> Html:
         size=(520, 270),
         log_y=True,
     )
-    head = tag(
-        "tr",
-        tag("th", "edit", class_="left", scope="col"),
-        tag("th", "first", scope="col"),
-        tag("th", "last", scope="col"),
-    )
     rows = [_row(index, edit, values) for index, (edit, values) in enumerate(named)]
-    caption = tag("caption", "Means of the first and the last tenth of the steps.")
-    table = tag(
-        "div", tag("table", caption, tag("thead", head), tag("tbody", rows)), class_="scroll", tabindex=0
-    )
-    return join(
-        tag("h3", f"{name} ", tag("small", f"{steps} steps")),
-        tag("div", tag("figure", drawn), table, class_="pair"),
-    )
+    compared = table(["edit", "first", "last"], rows, "Means of the first and the last tenth of the steps.")
+    head = tag("h3", f"{name} ", tag("small", f"{steps} steps"))
+    return join(head, tag("div", tag("figure", drawn), compared, class_="pair"))
 
 
-def _row(index: int, edit: str, values: Sequence[float]) -> Html:
+def _row(index: int, edit: str, values: Sequence[float]) -> tuple[list[str | Html], str, str]:
     tenth = max(1, len(values) // 10)
     begin, end = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-    dash = tag(
-        "i", class_=f"k{index % COLOURS}", style="display:inline-block;width:14px;height:4px;margin-right:8px"
-    )
-    return tag("tr", tag("th", dash, edit, scope="row"), tag("td", f"{begin:.4g}"), tag("td", f"{end:.4g}"))
+    style = "display:inline-block;width:14px;height:4px;margin-right:8px"
+    return [tag("i", class_=f"k{index % COLOURS}", style=style), edit], f"{begin:.4g}", f"{end:.4g}"

@@ -7,16 +7,10 @@ import random
 from dataclasses import dataclass
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.shapes.names import COLOURS, SHAPES
 
-CATEGORIES: tuple[str, ...] = (
-    "single_object",
-    "two_object",
-    "counting",
-    "colors",
-    "position",
-    "color_attr",
-)
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
+COLOURS: tuple[str, ...] = ("red", "green", "blue", "yellow")
+CATEGORIES: tuple[str, ...] = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 """The six categories, under GenEval's own names."""
 
 NUMBERS: dict[int, str] = {2: "two", 3: "three", 4: "four"}
@@ -25,19 +19,14 @@ PAD = "<pad>"
 MAX_WORDS = 10
 """Words in an encoded caption; shorter captions are padded."""
 VOCABULARY: tuple[str, ...] = (
-    PAD,
-    "a",
-    "and",
+    *(PAD, "a", "and"),
     *SHAPES,
     *(shape + "s" for shape in SHAPES),
     *COLOURS,
     *NUMBERS.values(),
-    "left",
-    "right",
-    "of",
-    "above",
-    "below",
+    *("left", "right", "of", "above", "below"),
 )
+_INDEX: dict[str, int] = {word: index for index, word in enumerate(VOCABULARY)}
 
 
 @dataclass(frozen=True)
@@ -55,64 +44,38 @@ class Prompt:
     relation: str | None = None
 
 
-def _single() -> list[Prompt]:
-    return [Prompt(f"a {shape}", "single_object", (shape,), (None,)) for shape in SHAPES]
-
-
-def _two() -> list[Prompt]:
-    pairs = itertools.permutations(SHAPES, 2)
-    return [Prompt(f"a {a} and a {b}", "two_object", (a, b), (None, None)) for a, b in pairs]
-
-
-def _counting() -> list[Prompt]:
-    return [
+_ORDERED = list(itertools.permutations(SHAPES, 2))
+_ALL: dict[str, list[Prompt]] = {
+    "single_object": [Prompt(f"a {shape}", "single_object", (shape,), (None,)) for shape in SHAPES],
+    "two_object": [Prompt(f"a {a} and a {b}", "two_object", (a, b), (None, None)) for a, b in _ORDERED],
+    "counting": [
         Prompt(f"{word} {shape}s", "counting", (shape,) * number, (None,) * number)
         for number, word in NUMBERS.items()
         for shape in SHAPES
-    ]
-
-
-def _colors() -> list[Prompt]:
-    pairs = itertools.product(COLOURS, SHAPES)
-    return [Prompt(f"a {colour} {shape}", "colors", (shape,), (colour,)) for colour, shape in pairs]
-
-
-def _position() -> list[Prompt]:
-    return [
+    ],
+    "colors": [
+        Prompt(f"a {colour} {shape}", "colors", (shape,), (colour,))
+        for colour, shape in itertools.product(COLOURS, SHAPES)
+    ],
+    "position": [
         Prompt(f"a {a} {relation} a {b}", "position", (a, b), (None, None), relation)
-        for a, b in itertools.permutations(SHAPES, 2)
+        for a, b in _ORDERED
         for relation in RELATIONS
-    ]
-
-
-def _color_attr() -> list[Prompt]:
-    return [
+    ],
+    "color_attr": [
         Prompt(f"a {c} {a} and a {d} {b}", "color_attr", (a, b), (c, d))
-        for a, b in itertools.permutations(SHAPES, 2)
+        for a, b in _ORDERED
         for c, d in itertools.permutations(COLOURS, 2)
-    ]
-
-
-_ALL: dict[str, tuple[Prompt, ...]] = {
-    "single_object": tuple(_single()),
-    "two_object": tuple(_two()),
-    "counting": tuple(_counting()),
-    "colors": tuple(_colors()),
-    "position": tuple(_position()),
-    "color_attr": tuple(_color_attr()),
+    ],
 }
 _BY_TEXT: dict[str, Prompt] = {prompt.text: prompt for group in _ALL.values() for prompt in group}
 
 
 def every_prompt(category: str) -> tuple[Prompt, ...]:
-    """Return all distinct prompts of a category.
-
-    Raises:
-        PpclError: the category is not one of ``CATEGORIES``.
-    """
+    """Return all distinct prompts of a category. Raises PpclError where the category is not one of ``CATEGORIES``."""
     if category not in _ALL:
         raise PpclError(f"category {category!r} is unknown; use one of: {', '.join(CATEGORIES)}")
-    return _ALL[category]
+    return tuple(_ALL[category])
 
 
 def prompts(category: str, count: int, seed: int) -> list[Prompt]:
@@ -161,6 +124,3 @@ def encode(text: str) -> list[int]:
             f"prompt {text!r} has the unknown word {unknown[0]!r}; known words: {', '.join(VOCABULARY[1:])}"
         )
     return [_INDEX[word] for word in words] + [0] * (MAX_WORDS - len(words))
-
-
-_INDEX: dict[str, int] = {word: index for index, word in enumerate(VOCABULARY)}

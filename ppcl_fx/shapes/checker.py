@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.shapes.captions import Prompt
+from ppcl_fx.shapes.captions import COLOURS, SHAPES, Prompt
 from ppcl_fx.shapes.drawing import BACKGROUND, CELL, PALETTE, SIZE, sprites
-from ppcl_fx.shapes.names import COLOURS, SHAPES
 from ppcl_fx.shapes.scenes import holds
 
 COVERED = 0.6

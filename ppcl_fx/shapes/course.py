@@ -1,30 +1,75 @@
-"""What a teaching run keeps between steps: weights, their average, optimizers; and how it is saved."""
+"""A teaching run: how its model begins and grows, what it keeps between steps, and how it is saved."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from safetensors.torch import load_file
 
 from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import new_folder
+from ppcl_fx.files import new_folder, safetensors_metadata, write_safetensors
 from ppcl_fx.shapes.fastpath import speed_up
-from ppcl_fx.shapes.growth import empty_transformer, grow, new_transformer
-from ppcl_fx.shapes.keeping import load_state, save_state
-from ppcl_fx.shapes.muon import Muon
-from ppcl_fx.shapes.pipeline import ShapesPipeline
+from ppcl_fx.shapes.pipeline import CHANNELS, ShapesPipeline
 from ppcl_fx.shapes.words import WordEncoder
 
 SHIFT = 3.0
 """Timestep shift towards noise of the pipeline's scheduler."""
 STATE = "state.safetensors"
 LATEST = "latest"
+WIDTH, HEADS, WORD_CHANNELS = 96, 6, 64
+_BLOCK = re.compile(r"^transformer_blocks\.(\d+)\.(.+)$")
+
+
+def empty_transformer(blocks: int) -> Any:
+    """Return a ``QwenImageTransformer2DModel`` of the teacher's sizes with torch's own starting weights."""
+    return QwenImageTransformer2DModel(
+        patch_size=1,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=blocks,
+        attention_head_dim=WIDTH // HEADS,
+        num_attention_heads=HEADS,
+        joint_attention_dim=WORD_CHANNELS,
+        axes_dims_rope=(4, 6, 6),
+    )
+
+
+def new_transformer(blocks: int, seed: int) -> Any:
+    """Return a transformer whose blocks start as the identity and whose output starts at zero."""
+    torch.manual_seed(seed)
+    model = empty_transformer(blocks)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if re.search(r"(_mod\.1|norm_out\.linear|proj_out)\.", name):
+                weight.zero_()
+    return model
+
+
+def grow(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the weights of a transformer with twice the blocks and nearly the same function.
+
+    Each block comes twice, next to itself, with half the residual gate, so that the two together add
+    about what the one added.
+    """
+    wide: dict[str, torch.Tensor] = {}
+    for name, weight in state.items():
+        match = _BLOCK.match(name)
+        if match is None:
+            wide[name] = weight.clone()
+            continue
+        half = weight.clone()
+        if "_mod.1." in name:  # a modulation's rows are shift, scale, gate, twice over
+            half.unflatten(0, (2, 3, -1))[:, 2] *= 0.5
+        for copy in range(2):
+            wide[f"transformer_blocks.{2 * int(match[1]) + copy}.{match[2]}"] = half.clone()
+    return wide
 
 
 @dataclass
@@ -54,7 +99,10 @@ def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
     for name, weight in model.named_parameters():
         inner = "transformer_blocks." in name and "_mod." not in name and weight.dim() == 2
         (turned if inner else others).append(weight)
-    return [Muon(turned), torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
+    return [
+        torch.optim.Muon(turned, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
 
 
 def begin(blocks: int, seed: int, compiled: bool, weights: dict[str, torch.Tensor] | None = None) -> Course:
@@ -98,12 +146,7 @@ def save(course: Course, out: Path, words: WordEncoder, blocks: int) -> None:
     for optimizer in course.optimizers:
         for weight, slots in optimizer.state.items():
             tensors |= {f"optimizer/{names[id(weight)]}/{key}": value for key, value in slots.items()}
-    facts = {
-        "blocks": course.blocks,
-        "step": course.step,
-        "stage_step": course.stage_step,
-        "seconds": course.seconds,
-    }
+    facts = {name: getattr(course, name) for name in ("blocks", "step", "stage_step", "seconds")}
     save_state(out / STATE, tensors, facts)
 
     average, count = course.average, course.blocks
@@ -130,12 +173,20 @@ def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return {name: weight.float() for name, weight in load_file(file).items()}
 
 
-def resume(out: Path, compiled: bool) -> Course:
-    """Return the course of the checkpoint in a folder.
+def save_state(path: Path, tensors: dict[str, torch.Tensor], facts: dict[str, float]) -> None:
+    """Write tensors and a few numbers to one safetensors file, atomically."""
+    write_safetensors(path, tensors, {name: repr(value) for name, value in facts.items()})
 
-    Raises:
-        PpclError: there is no checkpoint.
-    """
+
+def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Read what ``save_state`` wrote; PpclError where there is no such file."""
+    if not path.is_file():
+        raise PpclError(f"no checkpoint at {path}; leave out --resume to start anew")
+    return load_file(path), {name: float(value) for name, value in safetensors_metadata(path).items()}
+
+
+def resume(out: Path, compiled: bool) -> Course:
+    """Return the course of the checkpoint in a folder. Raises PpclError where there is no checkpoint."""
     tensors, facts = load_state(out / STATE)
     parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
     for name, value in tensors.items():
@@ -145,20 +196,9 @@ def resume(out: Path, compiled: bool) -> Course:
     course.average = parts["average"]
     course.step, course.stage_step = int(facts["step"]), int(facts["stage_step"])
     course.seconds = facts["seconds"]
-    _restore(course, parts["optimizer"])
-    return course
-
-
-def _restore(course: Course, slots: dict[str, torch.Tensor]) -> None:
-    """Give the optimizers back what they remembered."""
     weights = dict(course.model.named_parameters())
-    owner = {
-        id(weight): optimizer
-        for optimizer in course.optimizers
-        for group in optimizer.param_groups
-        for weight in group["params"]
-    }
-    for name, value in slots.items():
-        weight_name, key = name.rsplit("/", 1)
-        weight = weights[weight_name]
-        owner[id(weight)].state[weight][key] = value
+    owners = {w: one for one in course.optimizers for group in one.param_groups for w in group["params"]}
+    for name, value in parts["optimizer"].items():
+        weight, key = name.rsplit("/", 1)
+        owners[weights[weight]].state[weights[weight]][key] = value
+    return course

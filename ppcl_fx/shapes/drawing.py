@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from ppcl_fx.shapes.names import SHAPES
+from ppcl_fx.shapes.captions import SHAPES
 
 SIZE = 24
 """Side of a picture in pixels."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import torch
 
-from ppcl_fx.shapes.captions import Prompt
+from ppcl_fx.shapes.captions import COLOURS, RELATIONS, SHAPES, Prompt
 from ppcl_fx.shapes.drawing import GRID, OFFSETS, draw
-from ppcl_fx.shapes.names import COLOURS, SHAPES
 
 _CELLS = GRID * GRID
 
@@ -29,19 +29,15 @@ def holds(relation: str, first: tuple[float, float], second: tuple[float, float]
     return along >= least and along > abs(across)
 
 
-def _pairs(relation: str) -> list[tuple[int, int]]:
-    """List the pairs of cells that stand in a relation."""
-    return [
+_PAIRS: dict[str, list[tuple[int, int]]] = {
+    relation: [
         (a, b)
-        for a in range(_CELLS)
-        for b in range(_CELLS)
+        for a, b in itertools.product(range(_CELLS), repeat=2)
         if holds(relation, divmod(a, GRID), divmod(b, GRID), 1.0)
     ]
-
-
-_PAIRS: dict[str, list[tuple[int, int]]] = {
-    relation: _pairs(relation) for relation in ("left of", "right of", "above", "below")
+    for relation in RELATIONS
 }
+"""The pairs of cells that stand in each relation."""
 
 
 def _place(prompt: Prompt, source: random.Random) -> list[tuple[int, int, int, int, int]]:

@@ -2,7 +2,7 @@
 
 The transformer learns by flow matching: the picture x0 and noise are mixed to
 ``x_t = (1 - s) * x0 + s * noise`` and the transformer learns the velocity ``noise - x0``.  It starts
-with a quarter of its blocks and is grown twice by doubling (``growth.grow``), because early steps then
+with a quarter of its blocks and is grown twice by doubling (``course.grow``), because early steps then
 cost less.  The learning rate and the growth follow the share of the time budget that is used up, so a
 run takes the same time on any machine, and a slower machine takes fewer steps.
 
@@ -201,11 +201,7 @@ def _work(worker: int, args: argparse.Namespace) -> None:
 
 
 def read_arguments(words: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line.
-
-    Raises:
-        PpclError: the number of blocks cannot be grown to from a quarter of it.
-    """
+    """Read the command line. Raises PpclError where the number of blocks cannot be grown to from a quarter of it."""
     parser = argparse.ArgumentParser(description="teach the shapes model from nothing")
     parser.add_argument("--out", required=True, help="folder for checkpoints and the pipeline")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")

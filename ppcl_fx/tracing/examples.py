@@ -1,7 +1,9 @@
-"""Example values of graph arguments, and the memory that spares computing the same example twice."""
+"""Example values on the meta device: of graph arguments and of a model, and what spares computing one twice."""
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -63,12 +65,15 @@ def signature(target: Any, args: Any, kwargs: Any) -> Hashable | None:
         return None
 
 
-def fresh(value: Any) -> Any:
-    """Return a remembered example as an object of its own, or the value itself where it cannot change."""
+def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """Change every tensor in nested lists, tuples and dicts; everything else stays as it is."""
     if isinstance(value, torch.Tensor):
-        return value.detach()
-    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size) and not hasattr(value, "_fields"):
-        return type(value)(fresh(item) for item in value)
+        return change(value)
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        items = [map_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
     return value
 
 
@@ -99,3 +104,48 @@ def _module_key(module: nn.Module) -> Hashable:
         others = [(n, type(v)) for n, v in vars(child).items() if not n.startswith("_")]
         parts.append((path, type(child), tuple(own), tuple(tensors), tuple(others)))
     return tuple(parts)
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+def to_meta(value: Any) -> Any:
+    """Move every tensor in nested lists, tuples and dicts to the meta device; leave everything else as it is."""
+    return map_tensors(value, lambda tensor: _meta(tensor.detach()))
+
+
+def shadow(model: nn.Module) -> tuple[nn.Module, dict[int, torch.Tensor]]:
+    """Copy a model with every tensor on the meta device.
+
+    The model itself is never run while tracing, so nothing can leak into it, and a 20 B model costs nothing.
+
+    Returns:
+        The copy, and for each of its plain tensor attributes (neither parameter nor buffer, by `id` of the copy)
+        the tensor of the model that it stands for.
+    """
+    memo: dict[int, Any] = {}
+    plain: dict[int, torch.Tensor] = {}
+    modules = list(model.modules())
+    for module in modules:
+        memo[id(module)] = module.__class__.__new__(module.__class__)
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None and id(tensor) not in memo:
+                memo[id(tensor)] = _meta(tensor)
+        for tensor in vars(module).values():
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in memo:
+                memo[id(tensor)] = _meta(tensor)
+                plain[id(memo[id(tensor)])] = tensor
+    for module in modules:
+        # Most attributes of a module are numbers and empty hook tables; a general deep copy of them is slow.
+        memo[id(module)].__dict__.update({name: _copied(value, memo) for name, value in vars(module).items()})
+    return memo[id(model)], plain
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device)):
+        return value
+    if type(value) in (dict, OrderedDict) and all(item is None or id(item) in memo for item in value.values()):
+        return type(value)((key, memo.get(id(item))) for key, item in value.items())
+    return copy.deepcopy(value, memo)

@@ -16,11 +16,10 @@ from torch.fx.proxy import Scope, TracerBase
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.graphs import attribute
-from ppcl_fx.tracing.examples import META, examples, fresh, signature
+from ppcl_fx.tracing.examples import META, examples, map_tensors, shadow, signature, to_meta
 from ppcl_fx.tracing.guards import autocast_enabled, expect, expect_tensor
 from ppcl_fx.tracing.patches import patched
 from ppcl_fx.tracing.proxies import ExampleProxy
-from ppcl_fx.tracing.shadow import shadow, to_meta
 from ppcl_fx.tracing.values import UnknownValue, Values
 
 
@@ -192,7 +191,7 @@ class ExampleTracer(TracerBase):
         key = signature(module if module is not None else node.target, args, kwargs)
         # Look-alike blocks ask the same questions again and again.
         if key is not None and key in self._known:
-            return fresh(self._known[key])
+            return map_tensors(self._known[key], torch.Tensor.detach)  # an object of its own
         was, self.recording = self.recording, False
         try:
             with META:
@@ -212,7 +211,7 @@ class ExampleTracer(TracerBase):
         finally:
             self.recording = was
         if key is not None:
-            self._known[key] = fresh(value)
+            self._known[key] = map_tensors(value, torch.Tensor.detach)
         return value
 
     def _evaluate_by_value(self, node: Node, module: nn.Module | None, why: Exception) -> Any:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
 from ppcl_fx.graphs import ancestors
-from ppcl_fx.tracing.examples import resolved
+from ppcl_fx.tracing.examples import map_tensors, resolved
 from ppcl_fx.tracing.guards import is_guard
 
 
@@ -71,15 +72,16 @@ class Values:
 
     def _light(self, node: Node) -> Any:
         value = node.meta["val"]
-        if any(not _is_real_number(tensor) for tensor in _tensors(value)):
-            return _map_tensors(self.of(node), lambda tensor: tensor.cpu())
-        return _map_tensors(value, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+        if any(not (tensor.is_floating_point() or tensor.is_complex()) for tensor in tensors):
+            return map_tensors(self.of(node), torch.Tensor.cpu)
+        return map_tensors(value, lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype))
 
     def _compute(self, node: Node) -> Any:
         if node.op == "placeholder":
             self.used.add(str(node.target))
             name = f"the input {node.target!r}"
-            return _map_tensors(self.given[str(node.target)], lambda tensor: _real(tensor, name))
+            return map_tensors(self.given[str(node.target)], lambda tensor: _real(tensor, name))
         if node.op == "get_attr":
             return _real(node.meta["actual"], f"the weight {node.target!r}")
         args, kwargs = resolved(tuple(node.args), self.of), resolved(dict(node.kwargs), self.of)
@@ -103,26 +105,6 @@ def _real(tensor: torch.Tensor, name: str) -> torch.Tensor:
     if tensor.is_meta:
         raise UnknownValue(name)
     return tensor.detach().clone()
-
-
-def _is_real_number(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
-def _tensors(value: Any) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = []
-    _map_tensors(value, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    return found
-
-
-def _map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size) and not hasattr(value, "_fields"):
-        return type(value)(_map_tensors(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: _map_tensors(item, change) for key, item in value.items()}
-    return value
 
 
 def _zeroed(shadow: nn.Module) -> nn.Module:

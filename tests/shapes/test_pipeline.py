@@ -13,7 +13,7 @@ from torch import nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.shapes.captions import CATEGORIES, prompts
-from ppcl_fx.shapes.growth import empty_transformer
+from ppcl_fx.shapes.course import empty_transformer
 from ppcl_fx.shapes.pipeline import ShapesPipeline, pack, unpack
 from ppcl_fx.shapes.score import generate, score, score_pictures, summarise
 from ppcl_fx.shapes.words import WordEncoder

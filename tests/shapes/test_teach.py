@@ -13,10 +13,8 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.owned import PIPELINE, foreign
+from ppcl_fx.shapes.course import empty_transformer, grow, load_state, new_transformer, save_state
 from ppcl_fx.shapes.fastpath import speed_up
-from ppcl_fx.shapes.growth import empty_transformer, grow, new_transformer
-from ppcl_fx.shapes.keeping import load_state, save_state
-from ppcl_fx.shapes.muon import Muon, orthogonal
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.shapes.teach import main, read_arguments, teach
 
@@ -70,33 +68,6 @@ def test_the_quick_path_gives_the_same_answer() -> None:
     speed_up(model, compiled=False)
     assert torch.allclose(_answer(model), truth, atol=2e-5)
     assert list(model.state_dict()) == names
-
-
-@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 16, 8), (2, 8, 16)])
-def test_orthogonal_brings_singular_values_near_one(shape: tuple[int, ...]) -> None:
-    batch = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
-    values = torch.linalg.svdvals(orthogonal(batch))
-    assert float(values.min()) > 0.5
-    assert float(values.max()) < 1.5
-
-
-def test_muon_moves_as_torchs_own() -> None:
-    shapes = [(8, 8), (16, 8), (8, 8), (8, 16)]
-    torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    theirs = [torch.nn.Parameter(weight.detach().clone()) for weight in ours]
-    steps = [
-        Muon(ours, 0.01),
-        torch.optim.Muon(theirs, lr=0.01, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
-    ]
-    for turn in range(3):
-        for weights, optimizer in zip((ours, theirs), steps, strict=True):
-            generator = torch.Generator().manual_seed(turn)
-            for weight in weights:
-                weight.grad = torch.randn(weight.shape, generator=generator)
-            optimizer.step()
-    for a, b in zip(ours, theirs, strict=True):
-        assert torch.allclose(a, b, atol=2e-3)
 
 
 def test_a_state_is_read_back_and_a_failed_write_leaves_the_old_one(tmp_path: Path) -> None:
