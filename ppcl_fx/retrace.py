@@ -18,8 +18,8 @@ from torch.fx import GraphModule
 from ppcl_fx.dtypes import main_dtype, set_dtypes
 from ppcl_fx.errors import PpclError
 from ppcl_fx.examples import build_call
-from ppcl_fx.meta import graph_info
 from ppcl_fx.graphs import attribute
+from ppcl_fx.meta import graph_info
 from ppcl_fx.plan import Plan
 from ppcl_fx.tracing import trace
 

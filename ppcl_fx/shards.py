@@ -323,11 +323,11 @@ def _misfit(
                 f"config.json says {there[path]} blocks in {path} and the weights hold {here[path]}; "
                 "mend config.json, or download the weights again"
             )
+    odd = missing or extra
+    named = f"{odd[0]} and {len(odd) - 1} more" if len(odd) > 1 else odd[0]
     if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        return f"the weights lack {missing[0]}{more}, which {kind} has{near(missing[0], extra)}; download them again"
-    more = f" and {len(extra) - 1} more" if len(extra) > 1 else ""
-    return f"the weights hold {extra[0]}{more}, which {kind} does not have; download them again"
+        return f"the weights lack {named}, which {kind} has{near(odd[0], extra)}; download them again"
+    return f"the weights hold {named}, which {kind} does not have; download them again"
 
 
 def _blocks(names: Iterable[str]) -> dict[str, int]:

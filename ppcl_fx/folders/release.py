@@ -10,8 +10,8 @@ from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
 from ppcl_fx.folders.layout import LISTS, STACK, Layout, expected, graph_paths, layout_of
 from ppcl_fx.folders.numbering import Kept, kept_blocks, translated
-from ppcl_fx.meta import graph_info
 from ppcl_fx.folders.pruned import plugged_plan, pruned, write_pruned
+from ppcl_fx.meta import graph_info
 from ppcl_fx.model import PluggableModel
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.skeleton import skeleton as weightless

@@ -80,17 +80,17 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
             f"{type(model).__name__} has no transformer blocks (no ModuleList whose elements all contain attention); "
             "give a diffusion transformer"
         )
-    blocks = {f"{path}.{i}" for path in lists for i in range(len(model.get_submodule(path)))}  # type: ignore[arg-type]
+    blocks = [f"{path}.{name}" for path in lists for name in model.get_submodule(path)._modules]
     symbolic = {name: value for name, value in given.items() if not is_fixed(value)}
     fixed = {name: copy.copy(value) for name, value in given.items() if is_fixed(value)}
     with foreign(f"{type(model).__name__} does not take this call", "give one that was recorded with this model"):
-        gm = _graph_module(model, inlined_modules(model), blocks, symbolic, fixed)
+        gm = _graph_module(model, inlined_modules(model), set(blocks), symbolic, fixed)
     used = gm.state_dict()
     gm.meta["ppcl"] = {
         "inputs": list(symbolic),
         "fixed": {name: value for name, value in fixed.items() if value is not None},
         "ones": ones,
-        "blocks": [f"{path}.{i}" for path in lists for i in range(len(model.get_submodule(path)))],  # type: ignore[arg-type]
+        "blocks": blocks,
         "signature": list(signature.parameters),
         "example": {
             name: describe(value, ones[name][0] if name in ones else None)
@@ -104,7 +104,9 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
         "kinds": {},
     }
     for other in example_kwargs.others if isinstance(example_kwargs, Examples) else ():
-        if not _takes(gm, other):
+        try:
+            bind(gm, other)
+        except GuardError:  # it has not the inputs of such a call
             graph_info(gm)["kinds"][kind_of(other)] = trace(model, other)
     return gm
 
@@ -123,15 +125,6 @@ def graph_for(gm: GraphModule, kwargs: Mapping[str, Any]) -> GraphModule:
     found = kinds.get(kind_of(kwargs), gm) if kinds else gm
     assert isinstance(found, GraphModule)
     return found
-
-
-def _takes(gm: GraphModule, kwargs: Mapping[str, Any]) -> bool:
-    """Tell whether a graph has the inputs of a call."""
-    try:
-        bind(gm, kwargs)
-    except GuardError:
-        return False
-    return True
 
 
 def _completed(
