@@ -131,7 +131,7 @@ class Spec(BaseModel):
 
     def shallow_teacher(self) -> torch.fx.GraphModule:
         """Return the traced teacher with three blocks in each list, on the meta device."""
-        short = {name: 3 for name in ("num_layers", "num_single_layers") if name in self.config}
+        short: dict[str, Any] = {name: 3 for name in ("num_layers", "num_single_layers") if name in self.config}
         return trace(self._model({**self.config, **short}), self._arguments())
 
     def call(self, gm: torch.fx.GraphModule, device: torch.device) -> dict[str, Any]:
