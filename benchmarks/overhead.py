@@ -28,6 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 import ppcl_fx
 from benchmarks.clock import parser, shapes_pipeline, write
 from benchmarks.selection import texts
+from ppcl_fx.model import mixture
 from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.passes.distil import distil, pairs, train_only
 from ppcl_fx.shapes import load_pipeline
@@ -36,7 +37,7 @@ from ppcl_fx.train.config import STAGES, Weights
 from ppcl_fx.train.data import Batches
 from ppcl_fx.train.executor import inputs, live_nodes
 from ppcl_fx.train.losses import edit_loss, output_loss
-from ppcl_fx.train.stages import mixture, prediction
+from ppcl_fx.train.stages import prediction
 
 WARM = 5
 """Steps before the clock counts."""

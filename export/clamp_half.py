@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from ppcl_fx.liveness import owner
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.dead_code import owner
 
 END = float(torch.finfo(torch.float16).max)
 """The largest value of float16, 65504."""

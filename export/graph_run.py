@@ -12,13 +12,12 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map_only
 
 from ppcl_fx.errors import GuardError
 from ppcl_fx.export.meta_results import MetaResults
-from ppcl_fx.passes.streaming.executor import swapped
+from ppcl_fx.passes.streaming.executor import buffers_on_meta, on_meta
 
 Seen = tuple[tuple[int, ...], torch.dtype]
 """The shape and the type of a tensor."""
@@ -34,24 +33,6 @@ def alike_once() -> Iterator[None]:
         yield
     finally:
         _RESULTS.reset(token)
-
-
-@contextmanager
-def buffers_on_meta(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """Let a module whose parameters are on the meta device run there: its buffers, which are real, join them.
-
-    Args:
-        module: the module; afterwards it has its own buffers again.
-        wanted: do nothing where this is false.
-    """
-    own = {n: b for n, b in module.named_buffers(remove_duplicate=False) if not b.is_meta} if wanted else {}
-    with swapped(module, {name: buffer.to("meta") for name, buffer in own.items()}):
-        yield
-
-
-def on_meta(values: Mapping[str, Any]) -> bool:
-    """Tell whether the tensors of a call are on the meta device."""
-    return any(isinstance(value, torch.Tensor) and value.is_meta for value in values.values())
 
 
 class ShapeRecorder(Interpreter):

@@ -10,9 +10,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import _PyTreeCodeGen
 
 from ppcl_fx.errors import PpclError, Refusal
-from ppcl_fx.export.graph_run import buffers_on_meta, on_meta
 from ppcl_fx.graphs import ancestors
 from ppcl_fx.passes.contract import Pass, Refused, Result
+from ppcl_fx.passes.streaming.executor import buffers_on_meta, on_meta
 from ppcl_fx.tracing.guards import is_guard
 
 POSITIONS = "positions"

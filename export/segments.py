@@ -14,7 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ppcl_fx.export.tuples_apart import holds_tensors
 from ppcl_fx.graphs import attribute
-from ppcl_fx.passes.dead_code import owner
+from ppcl_fx.liveness import owner
 from ppcl_fx.passes.streaming.partition import grouped, parts
 
 

@@ -12,8 +12,8 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
 from ppcl_fx.graphs import module_paths
+from ppcl_fx.liveness import mark
 from ppcl_fx.meta import graph_info
-from ppcl_fx.passes.dead_code import mark
 from ppcl_fx.passes.residuals import bare
 from ppcl_fx.passes.switches import SWITCH, is_depth, surface, switches
 from ppcl_fx.sites import FfnSite, TextSite, ffn_sites, text_site

@@ -13,10 +13,11 @@ from torch.fx.node import map_arg
 
 from ppcl_fx.errors import Refusal, near
 from ppcl_fx.graphs import module_paths
+from ppcl_fx.liveness import SINK, mark
 from ppcl_fx.meta import graph_info
 from ppcl_fx.passes.context import Context
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.dead_code import SINK, DeadCode, mark
+from ppcl_fx.passes.dead_code import DeadCode
 from ppcl_fx.passes.residuals import residuals, with_residuals
 from ppcl_fx.passes.switches import SWITCH, insert_switch, switches
 from ppcl_fx.plan import DepthEdit

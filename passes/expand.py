@@ -17,8 +17,8 @@ from torch.fx.node import map_arg
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.liveness import SINK, USED, used_items
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.dead_code import SINK, USED, used_items
 from ppcl_fx.tracing import trace_inside
 from ppcl_fx.tracing.guards import expect_tensor
 

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from ppcl_fx.liveness import SINK
 from ppcl_fx.passes.contract import Pass, Refused, Result
-from ppcl_fx.passes.dead_code import SINK
 
 _ROWS = "_ppcl_rows"
 _VERSIONS = "_ppcl_versions"

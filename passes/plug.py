@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.graphs import Draft, draft, finished
+from ppcl_fx.liveness import SINK
 from ppcl_fx.meta import graph_info
 from ppcl_fx.passes.contract import Pass, Pipeline, Result
-from ppcl_fx.passes.dead_code import SINK, DeadCode
+from ppcl_fx.passes.dead_code import DeadCode
 from ppcl_fx.passes.expand import Expand
 from ppcl_fx.passes.narrow import Narrow
 from ppcl_fx.passes.switches import switches

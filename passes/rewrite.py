@@ -9,17 +9,12 @@ from torch.fx import GraphModule
 
 from ppcl_fx.calls import Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.graphs import Draft, draft, finished, parameter_count
+from ppcl_fx.graphs import finished
 from ppcl_fx.meta import graph_info
 from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.context import Context
-from ppcl_fx.passes.contract import Pass, Pipeline
-from ppcl_fx.passes.depth import Depth
-from ppcl_fx.passes.ffn import Ffn
 from ppcl_fx.passes.initialise import fit_projectors
-from ppcl_fx.passes.plug import mixture_draft
-from ppcl_fx.passes.text_stream import TextStream
-from ppcl_fx.plan import FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.passes.insertion import edited
+from ppcl_fx.plan import Plan
 from ppcl_fx.retrace import over
 
 
@@ -75,34 +70,3 @@ def _weightless(gm: GraphModule) -> GraphModule:
     """Return a copy whose parameters are on the meta device."""
     empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=p.requires_grad) for p in gm.parameters()}
     return copy.deepcopy(gm, dict(empty))
-
-
-def edited(gm: GraphModule, plan: Plan) -> Draft:
-    """Return what `insert_edits` returns, as a draft."""
-    plan.check()
-    made = draft(gm)
-    Context.of(made).begin()
-    Pipeline(passes_of(plan))(made)
-    return made
-
-
-def passes_of(plan: Plan) -> list[Pass]:
-    """Return the passes that make a plan's edits, depth first: width edits work on what depth leaves."""
-    made: list[Pass] = [Depth(edit.stack, edit.first, edit.last, edit.init) for edit in plan.depth()]
-    for edit in plan.edits:
-        if isinstance(edit, FfnEdit):
-            made.append(Ffn(edit.stack, edit.block))
-        elif isinstance(edit, TextStreamEdit):
-            made.append(TextStream(edit.stack, edit.source, edit.last))
-    return made
-
-
-def count(gm: GraphModule, plan: Plan) -> int:
-    """Return the exact number of parameters of a model with every edit of a plan plugged.
-
-    Args:
-        gm: the traced teacher; only shapes matter, the meta device will do.
-        plan: the edits.
-    """
-    return parameter_count(mixture_draft(edited(gm, plan), frozenset(plan.ids)))
-

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from ppcl_fx.passes.dead_code import SINK
+from ppcl_fx.liveness import SINK
 
 SWITCH = "ppcl_switch"
 

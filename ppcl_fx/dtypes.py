@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.meta import graph_info
+from ppcl_fx.shards import loaded_dtype
 
 DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
 NAMES: dict[DtypeName, torch.dtype] = {
@@ -30,17 +31,6 @@ def kept_in_float32(model: Any) -> tuple[str, ...]:
     if isinstance(model, torch.fx.GraphModule):
         return tuple(graph_info(model).get("kept", ()))
     return tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
-
-
-def loaded_dtype(name: str, dtype: torch.dtype, kept: Iterable[str]) -> torch.dtype:
-    """Return the dtype that a floating-point tensor of the state dict gets from diffusers' ``from_pretrained``.
-
-    Args:
-        name: the tensor.
-        dtype: what the model is loaded in.
-        kept: what `kept_in_float32` returned.
-    """
-    return torch.float32 if set(kept) & set(name.split(".")) else dtype
 
 
 def main_dtype(model: nn.Module) -> torch.dtype:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import wraps
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -13,7 +14,6 @@ from torch import nn
 from ppcl_fx.errors import PpclError
 from ppcl_fx.skeleton import skeleton
 from ppcl_fx.sources import diffusers_class
-from ppcl_fx.uncached import Uncached
 
 if TYPE_CHECKING:
 
@@ -22,6 +22,16 @@ if TYPE_CHECKING:
 
 else:
     from diffusers import ModelMixin as _DiffusersModel
+
+
+class Uncached:
+    """A transformer without caches of its own; pipelines name the guidance branch of a call all the same."""
+
+    @contextmanager
+    def cache_context(self, name: str, **where: Any) -> Iterator[None]:
+        """Do nothing: the branch, and where the loop stands, are told to caches that this model does not have."""
+        del name, where
+        yield
 
 
 class PipelineFace(Uncached, _DiffusersModel):

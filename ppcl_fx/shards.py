@@ -14,7 +14,6 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ppcl_fx.dtypes import loaded_dtype
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.files import inside, own_file, read_json, safetensors_metadata, tensor_shapes
 
@@ -343,3 +342,14 @@ def _blocks(names: Iterable[str]) -> dict[str, int]:
 
 def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def loaded_dtype(name: str, dtype: torch.dtype, kept: Iterable[str]) -> torch.dtype:
+    """Return the dtype that a floating-point tensor of the state dict gets from diffusers' ``from_pretrained``.
+
+    Args:
+        name: the tensor.
+        dtype: what the model is loaded in.
+        kept: what `kept_in_float32` returned.
+    """
+    return torch.float32 if set(kept) & set(name.split(".")) else dtype

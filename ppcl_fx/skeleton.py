@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_fx.configurations import check_config
-from ppcl_fx.dtypes import kept_in_float32, loaded_dtype, main_dtype, set_dtypes
+from ppcl_fx.dtypes import kept_in_float32, main_dtype, set_dtypes
 from ppcl_fx.errors import foreign
 from ppcl_fx.fingerprint import fingerprint
 from ppcl_fx.room import Room, on_register
-from ppcl_fx.shards import Shards
+from ppcl_fx.shards import Shards, loaded_dtype
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.model import STUDENTS, PluggableModel
 from ppcl_fx.passes.config import RewriteConfig
 from ppcl_fx.passes.damage import depth_damage, ffn_damage, text_damage
-from ppcl_fx.passes.rewrite import count, insert_edits
+from ppcl_fx.passes.insertion import count
+from ppcl_fx.passes.rewrite import insert_edits
 from ppcl_fx.plan import DepthEdit
 from ppcl_fx.plans import named, names
 from ppcl_fx.sources import open_source

@@ -19,6 +19,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.files import write_safetensors
 from ppcl_fx.folders.released import save_released
 from ppcl_fx.folders.stock import save_stock
+from ppcl_fx.model import mixture
 from ppcl_fx.passes.rewrite import rewrite
 from ppcl_fx.plan import DepthEdit, Plan
 from ppcl_fx.shards import DIGESTS, Shards, is_finite
@@ -26,7 +27,6 @@ from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import trace
 from ppcl_fx.train.bounded.folder import StudentFolder
 from ppcl_fx.train.finetuned import FinetunedFolder, load_finetuned, save_finetuned
-from ppcl_fx.train.stages import mixture
 from ppcl_fx.verify import verify
 from tests import models
 from tests.cli_place import Place

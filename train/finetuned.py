@@ -27,9 +27,9 @@ from ppcl_fx.files import (
 from ppcl_fx.meta import graph_info
 from ppcl_fx.model import CARD as STUDENT_CARD
 from ppcl_fx.model import FINETUNED as CARD
+from ppcl_fx.model import mixture
 from ppcl_fx.plan import plan_digest as plan_digest
 from ppcl_fx.shards import Shards, check_kind, check_weight
-from ppcl_fx.train.stages import mixture
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ppcl_fx.errors import PpclError, Refusal
+from ppcl_fx.model import mixture
 from ppcl_fx.passes.outline import outline
 from ppcl_fx.passes.streaming.partition import regions
 from ppcl_fx.train.batch_split import SplitBatch
@@ -28,7 +29,7 @@ from ppcl_fx.train.data import moved
 from ppcl_fx.train.executor import Groups, casting, inputs
 from ppcl_fx.train.losses import output_loss
 from ppcl_fx.train.process_group import ProcessGroup, collective
-from ppcl_fx.train.stages import WHOLE, Compute, FineTuning, mixture, prediction
+from ppcl_fx.train.stages import WHOLE, Compute, FineTuning, prediction
 
 if TYPE_CHECKING:
     from ppcl_fx.model import PluggableModel

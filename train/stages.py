@@ -25,7 +25,7 @@ from ppcl_fx.train.executor import Distiller, Groups, Saving, casting, inputs, w
 from ppcl_fx.train.losses import output_loss
 
 if TYPE_CHECKING:
-    from ppcl_fx.model import PluggableModel
+    from ppcl_fx.model import PluggableModel, mixture
     from ppcl_fx.train.data import Batches
 
 CHECKED = 8
@@ -296,17 +296,6 @@ def outline_students(gm: GraphModule) -> list[Module]:
         outline(gm, path, nodes)
     gm.recompile()
     return [gm.get_submodule(path) for path in students]
-
-
-def mixture(model: PluggableModel, students: Sequence[str]) -> GraphModule:
-    """Return the plain graph of `model` with `students` plugged in, its parameters shared, and plug back what
-    was.
-    """
-    before = tuple(model.students)
-    try:
-        return model.plug(students=list(students)).graph_module()
-    finally:
-        model.plug(students=list(before))
 
 
 def prediction(output: Any) -> Tensor:

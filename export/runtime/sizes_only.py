@@ -9,8 +9,8 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map_only
 
-from ppcl_fx.export.graph_run import buffers_on_meta
 from ppcl_fx.export.positions import POSITIONS, looks_only
+from ppcl_fx.passes.streaming.executor import buffers_on_meta
 
 
 class SizesOnly(Interpreter):

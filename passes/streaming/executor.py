@@ -224,6 +224,24 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
             table[leaf] = own
 
 
+@contextmanager
+def buffers_on_meta(module: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let a module whose parameters are on the meta device run there: its buffers, which are real, join them.
+
+    Args:
+        module: the module; afterwards it has its own buffers again.
+        wanted: do nothing where this is false.
+    """
+    own = {n: b for n, b in module.named_buffers(remove_duplicate=False) if not b.is_meta} if wanted else {}
+    with swapped(module, {name: buffer.to("meta") for name, buffer in own.items()}):
+        yield
+
+
+def on_meta(values: Mapping[str, Any]) -> bool:
+    """Tell whether the tensors of a call are on the meta device."""
+    return any(isinstance(value, Tensor) and value.is_meta for value in values.values())
+
+
 def bound(gm: GraphModule, kwargs: Mapping[str, Any]) -> list[Any]:
     """Return the values of a graph's placeholders, in order, from a call's keyword arguments.
 

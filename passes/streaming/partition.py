@@ -10,7 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
 from ppcl_fx.graphs import attribute
-from ppcl_fx.passes.dead_code import owner
+from ppcl_fx.liveness import owner
 from ppcl_fx.passes.switches import is_switch
 from ppcl_fx.tracing.guards import guards
 

@@ -24,6 +24,7 @@ from ppcl_fx.files import read_json
 from ppcl_fx.fingerprint import tensor_digest
 from ppcl_fx.folders.released import save_released
 from ppcl_fx.folders.stock import save_stock
+from ppcl_fx.model import mixture
 from ppcl_fx.passes.rewrite import insert_edits, rewrite
 from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.redundancy import Redundancy
@@ -35,7 +36,6 @@ from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.finetuned import load_finetuned, save_finetuned
 from ppcl_fx.train.sources.captions import open_pairs
 from ppcl_fx.train.sources.encode import _open as open_picture
-from ppcl_fx.train.stages import mixture
 from ppcl_fx.verify import verify
 from tests import models
 from tests.fuzz import mutations as m

@@ -22,10 +22,10 @@ from ppcl_fx.passes.calibration import calibrate
 from ppcl_fx.passes.config import AnalyzeConfig
 from ppcl_fx.passes.ffn_fit import FfnFits
 from ppcl_fx.passes.held_out import SHARE
+from ppcl_fx.passes.insertion import count
 from ppcl_fx.passes.intervals import CandidateIntervals
 from ppcl_fx.passes.probes import LinearProbes
 from ppcl_fx.passes.reservoir import Reservoir
-from ppcl_fx.passes.rewrite import count
 from ppcl_fx.passes.savings import saved
 from ppcl_fx.passes.select import select, uniform
 from ppcl_fx.passes.similarity import Similarity, linear_cka

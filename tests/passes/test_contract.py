@@ -12,8 +12,9 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.liveness import mark
 from ppcl_fx.passes.contract import Pass, Pipeline, Refused, Result, options
-from ppcl_fx.passes.dead_code import DeadCode, mark
+from ppcl_fx.passes.dead_code import DeadCode
 from ppcl_fx.passes.depth import CutDepth, Depth
 from ppcl_fx.passes.expand import Expand
 from ppcl_fx.passes.ffn import Ffn
