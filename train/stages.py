@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,18 +15,16 @@ from torch.fx import GraphModule
 from torch.nn import Module
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.model import PluggableModel, mixture
 from ppcl_fx.passes.distil import distil, pairs
 from ppcl_fx.passes.outline import outline
 from ppcl_fx.passes.plug import plugged
 from ppcl_fx.passes.streaming.partition import regions, segmented
 from ppcl_fx.retrace import over
 from ppcl_fx.train.config import Weights
+from ppcl_fx.train.data import Batches
 from ppcl_fx.train.executor import Distiller, Groups, Saving, casting, inputs, without_edit
 from ppcl_fx.train.losses import output_loss
-
-if TYPE_CHECKING:
-    from ppcl_fx.model import PluggableModel, mixture
-    from ppcl_fx.train.data import Batches
 
 CHECKED = 8
 """Kinds of batches whose recorded outputs are compared with the teacher's."""
