@@ -37,12 +37,12 @@ from torch.fx import GraphModule
 import ppcl_fx
 from benchmarks.clock import parser, shapes_pipeline, timed, write
 from benchmarks.trace import STACK
-from ppcl_fx.calls import Calls
+from ppcl_fx.calls.store import Calls
 from ppcl_fx.demo import SEED, Settings
-from ppcl_fx.passes.calibration import calibrate
-from ppcl_fx.passes.reservoir import ranks
-from ppcl_fx.passes.streaming.run_store import SAMPLES
-from ppcl_fx.redundancy import Matrix, Redundancy
+from ppcl_fx.passes.calibration.calibration import calibrate
+from ppcl_fx.passes.calibration.reservoir import ranks
+from ppcl_fx.passes.calibration.run_store import SAMPLES
+from ppcl_fx.schema.analysis import Matrix, Redundancy
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
 
 STREAMS = {"text": "encoder_hidden_states", "image": "hidden_states"}

@@ -26,20 +26,20 @@ from torch.fx.passes.split_module import split_module
 
 import ppcl_fx
 from benchmarks.clock import RESULTS, parser
-from ppcl_fx.calls import Calls, map_tensors
-from ppcl_fx.costs import BlockCost, Costs, StackCost
+from ppcl_fx.calls.store import Calls, map_tensors
 from ppcl_fx.errors import PpclError, Refusal
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.graphs import module_paths
-from ppcl_fx.passes.ffn import projector_path
-from ppcl_fx.passes.plug import plugged
-from ppcl_fx.passes.rewrite import insert_edits
-from ppcl_fx.passes.streaming.executor import moved_to
-from ppcl_fx.plan import Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.ir.executor import moved_to
+from ppcl_fx.ir.graphs import module_paths
+from ppcl_fx.ir.sites import ffn_sites, text_site
+from ppcl_fx.ir.stacks import Block, Stack, stacks
+from ppcl_fx.model.rewrite import insert_edits
+from ppcl_fx.model.sources import SHAPES, open_source
+from ppcl_fx.passes.edits.ffn import projector_path
+from ppcl_fx.passes.edits.plug import plugged
 from ppcl_fx.report.machine import describe, slug
-from ppcl_fx.sites import ffn_sites, text_site
-from ppcl_fx.sources import SHAPES, open_source
-from ppcl_fx.stacks import Block, Stack, stacks
+from ppcl_fx.schema.costs import BlockCost, Costs, StackCost
+from ppcl_fx.schema.plan import Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind, trace
 
 KINDS = ("whole", "ffn", "text", "text_last", "text_last_ffn")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ppcl_fx.files import write_json
+from ppcl_fx.io.files import write_json
 from ppcl_fx.report.machine import describe, slug
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.shapes.pipeline import ShapesPipeline

@@ -24,14 +24,14 @@ from diffusers import QwenImageTransformer2DModel
 
 from benchmarks.clock import apart, parser, write
 from benchmarks.streaming import Peak, calls, config, plan
-from ppcl_fx.files import write_json
-from ppcl_fx.long_files import Form, form_bytes
-from ppcl_fx.model import STUDENTS, TEACHER, PluggableModel
-from ppcl_fx.passes.rewrite import insert_edits
-from ppcl_fx.passes.streaming.rewrite import student_forms
-from ppcl_fx.shards import INDEX
-from ppcl_fx.skeleton import skeleton
+from ppcl_fx.io.files import write_json
+from ppcl_fx.io.long_files import Form, form_bytes
+from ppcl_fx.io.shards import INDEX
+from ppcl_fx.model.pluggable import STUDENTS, TEACHER, PluggableModel
+from ppcl_fx.model.rewrite import insert_edits
+from ppcl_fx.model.streamed_rewrite import student_forms
 from ppcl_fx.tracing import trace
+from ppcl_fx.tracing.meta_model import skeleton
 
 SHARD = 10 * 10**9
 """Bytes of one file of the checkpoint, as on the hub."""
@@ -81,8 +81,8 @@ def make(folder: Path, blocks: int, heads: int) -> None:
 def measure(folder: Path, keeps: list[float]) -> dict[str, Any]:
     """Export in this process."""
     from ppcl_fx.export import ExportConfig, export
-    from ppcl_fx.export.names import WEIGHTS
-    from ppcl_fx.train.bounded.folder import StudentFolder
+    from ppcl_fx.export.store.names import WEIGHTS
+    from ppcl_fx.model.student_folder import StudentFolder
 
     peak = Peak()
     peak.start()

@@ -28,11 +28,11 @@ from typing import Any
 from benchmarks.clock import apart, parser, write
 from benchmarks.streaming import PACKAGES, Peak, calls, config, described, make, opened
 from benchmarks.trace import STACK
-from ppcl_fx.calls import Calls
-from ppcl_fx.files import need_room
-from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
-from ppcl_fx.plan import DepthEdit, Plan
-from ppcl_fx.train.bounded.folder import StudentFolder
+from ppcl_fx.calls.store import Calls
+from ppcl_fx.io.files import need_room
+from ppcl_fx.model.streamed_rewrite import rewrite_streamed
+from ppcl_fx.model.student_folder import StudentFolder
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.train.bounded.trainer import BoundedTraining
 from ppcl_fx.train.config import Limits, TrainConfig
 

@@ -24,10 +24,10 @@ import torch
 import ppcl_fx
 from benchmarks.clock import parser, write
 from benchmarks.trace import STACK
-from ppcl_fx.files import read_safetensors
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
+from ppcl_fx.io.files import read_safetensors
+from ppcl_fx.schema.curves import Losses
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.shapes import load_pipeline
-from ppcl_fx.train.curves import Losses
 
 PROMPTS = ["a red circle", "two blue squares", "a green triangle above a red square"]
 OPTIONS = [

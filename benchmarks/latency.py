@@ -33,9 +33,9 @@ from benchmarks.clock import RESULTS, parser
 from benchmarks.latency_models import DTYPES, SIZES, TABLE_1, Spec, specs, stored_bytes
 from benchmarks.latency_worker import BLOCK, ENGINES, ONNXRUNTIME, RUNTIMES, Job, Worker
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.files import need_room, write_json
-from ppcl_fx.memory import size_words
-from ppcl_fx.model import PluggableModel
+from ppcl_fx.io.files import need_room, write_json
+from ppcl_fx.io.memory import size_words
+from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.report.machine import describe, slug
 
 GIB = 2**30

@@ -15,16 +15,16 @@ from torch import nn
 
 import ppcl_fx
 from benchmarks.clock import shapes_pipeline
+from ppcl_fx.calls.examples import build, describe
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.examples import build, describe
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.config import RewriteConfig
-from ppcl_fx.passes.rewrite import insert_edits
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.plans import named
-from ppcl_fx.skeleton import skeleton
-from ppcl_fx.sources import diffusers_class
+from ppcl_fx.model.paper_plans import named
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.rewrite import insert_edits
+from ppcl_fx.model.sources import diffusers_class
+from ppcl_fx.passes.options import RewriteConfig
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind, trace
+from ppcl_fx.tracing.meta_model import skeleton
 
 SIZES = ("tiny", "small", "full")
 BLOCKS = "transformer_blocks"
@@ -93,7 +93,7 @@ class Spec(BaseModel):
         title: what it is, in words.
         kind: diffusers' class.
         config: its configuration.
-        example: one call's arguments, as `ppcl_fx.examples.describe` writes them.
+        example: one call's arguments, as `ppcl_fx.calls.examples.describe` writes them.
         dtype: "fp32" or "bf16".
         plan: the plan that all ratios are taken from.
         ratios: the teacher first.

@@ -26,7 +26,7 @@ from benchmarks.latency_models import Spec, materialise
 from benchmarks.streaming import Peak
 from benchmarks.streaming import held as resident
 from ppcl_fx.errors import PpclError
-from ppcl_fx.stacks import stacks
+from ppcl_fx.ir.stacks import stacks
 
 EAGER, COMPILE, ONNXRUNTIME, TENSORRT = "eager", "torch.compile", "onnxruntime", "tensorrt"
 BLOCK = "block"
@@ -282,12 +282,12 @@ def _onnx_block(
 ) -> Callable[[], Any]:
     """Export one block of a traced model, as export does it within the whole, and open it in onnxruntime."""
     from ppcl_fx.export.fusing import fuse
-    from ppcl_fx.export.graph_run import run_graph
-    from ppcl_fx.export.lowering import lower
-    from ppcl_fx.export.onnx_file import save
-    from ppcl_fx.export.segments import segments
-    from ppcl_fx.export.stitching import Translations, observed, stitch
-    from ppcl_fx.export.weight_source import state
+    from ppcl_fx.export.onnx.assemble import Translations, observed, stitch
+    from ppcl_fx.export.onnx.graph_run import run_graph
+    from ppcl_fx.export.onnx.segments import segments
+    from ppcl_fx.export.onnx.writer import save
+    from ppcl_fx.export.store.weight_source import state
+    from ppcl_fx.passes.lowering.lowering import lower
 
     lowered = lower(gm)
     part = max((s for s in segments(lowered.graph) if s.name == path), key=lambda s: len(s.graph.graph.nodes))

@@ -24,7 +24,7 @@ from torch.nn import functional
 import ppcl_fx
 from benchmarks.clock import parser, shapes_pipeline, write
 from ppcl_fx.errors import PpclError
-from ppcl_fx.model import PluggableModel
+from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt, prompts
 from ppcl_fx.shapes.checker import check
 from ppcl_fx.shapes.pipeline import SIDE, ShapesPipeline, pack

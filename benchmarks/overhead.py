@@ -28,16 +28,16 @@ from torch.fx import Graph, GraphModule, Node
 import ppcl_fx
 from benchmarks.clock import parser, shapes_pipeline, write
 from benchmarks.selection import texts
-from ppcl_fx.model import mixture
-from ppcl_fx.passes.config import RewriteConfig
-from ppcl_fx.passes.distil import distil, pairs, train_only
+from ppcl_fx.model.pluggable import mixture
+from ppcl_fx.passes.options import RewriteConfig
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.train import train
 from ppcl_fx.train.config import STAGES, Weights
-from ppcl_fx.train.data import Batches
-from ppcl_fx.train.executor import inputs, live_nodes
-from ppcl_fx.train.losses import edit_loss, output_loss
-from ppcl_fx.train.stages import prediction
+from ppcl_fx.train.core.batches import Batches
+from ppcl_fx.train.core.distillation_graph import distil, pairs, train_only
+from ppcl_fx.train.core.distiller import inputs, live_nodes
+from ppcl_fx.train.core.losses import edit_loss, output_loss
+from ppcl_fx.train.core.stages import prediction
 
 WARM = 5
 """Steps before the clock counts."""

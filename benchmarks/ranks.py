@@ -30,14 +30,14 @@ import torch
 import ppcl_fx
 from benchmarks.clock import parser, shapes_pipeline, write
 from benchmarks.trace import STACK
-from ppcl_fx.files import read_json, write_json
-from ppcl_fx.passes.distil import distil, train_only
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.io.files import read_json, write_json
+from ppcl_fx.schema.curves import Losses
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.train import train
-from ppcl_fx.train.curves import Losses
-from ppcl_fx.train.edit_parallel import assign, division_cost
-from ppcl_fx.train.process_group import joined
+from ppcl_fx.train.core.distillation_graph import distil, train_only
+from ppcl_fx.train.distributed.edit_parallel import assign, division_cost
+from ppcl_fx.train.distributed.process_group import joined
 
 INTERVALS = ((2, 4), (5, 7), (8, 10), (11, 13))
 PROMPTS = ("a red circle", "two blue squares", "a green triangle", "a yellow circle")

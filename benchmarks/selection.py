@@ -22,10 +22,10 @@ import torch
 import ppcl_fx
 from benchmarks.clock import parser, shapes_pipeline, spread, write
 from ppcl_fx import demo
-from ppcl_fx.calls import Calls
-from ppcl_fx.files import write_json
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.config import RewriteConfig
+from ppcl_fx.calls.store import Calls
+from ppcl_fx.io.files import write_json
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.passes.options import RewriteConfig
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.shapes.score import score_pictures, summarise

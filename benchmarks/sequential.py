@@ -20,8 +20,8 @@ import ppcl_fx
 from benchmarks.clock import parser, shapes_pipeline, spread, write
 from benchmarks.selection import RECORDED, distil, recorded, row
 from ppcl_fx import demo
-from ppcl_fx.files import write_json
-from ppcl_fx.passes.config import RewriteConfig
+from ppcl_fx.io.files import write_json
+from ppcl_fx.passes.options import RewriteConfig
 
 WAYS = ("non-sequential", "sequential")
 

@@ -35,21 +35,21 @@ from safetensors.torch import save_file
 
 from benchmarks.clock import apart, parser, write
 from benchmarks.trace import STACK
-from ppcl_fx.calls import Call, Calls
-from ppcl_fx.files import need_room
-from ppcl_fx.passes.analyze import analyze_streamed
-from ppcl_fx.passes.probes import NormalEquations
-from ppcl_fx.passes.stream_sites import stream_sites
-from ppcl_fx.passes.streaming.executor import Executor, Residency
-from ppcl_fx.passes.streaming.memory_estimate import state_budget
-from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
-from ppcl_fx.passes.streaming.run_store import Settings
-from ppcl_fx.passes.streaming.spill import Spill
-from ppcl_fx.plan import DepthEdit, Plan
-from ppcl_fx.plans import named
-from ppcl_fx.shards import Shards, Stored
-from ppcl_fx.skeleton import Checkpoint, skeleton
+from ppcl_fx.calls.store import Call, Calls
+from ppcl_fx.io.files import need_room
+from ppcl_fx.io.shards import Shards, Stored
+from ppcl_fx.ir.executor import Executor, Residency
+from ppcl_fx.ir.spill import Spill
+from ppcl_fx.model.paper_plans import named
+from ppcl_fx.model.streamed_rewrite import rewrite_streamed
+from ppcl_fx.passes.analysis.analyze import analyze_streamed
+from ppcl_fx.passes.analysis.probes import NormalEquations
+from ppcl_fx.passes.analysis.stream_sites import stream_sites
+from ppcl_fx.passes.calibration.memory_estimate import state_budget
+from ppcl_fx.passes.calibration.run_store import Settings
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
+from ppcl_fx.tracing.meta_model import Checkpoint, skeleton
 
 Config = dict[str, Any]
 PACKAGES = ("torch", "diffusers", "safetensors", "ppcl-fx")

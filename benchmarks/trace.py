@@ -18,8 +18,8 @@ from diffusers import QwenImageTransformer2DModel
 
 import ppcl_fx
 from benchmarks.clock import parser, timed, write
-from ppcl_fx.plan import DepthEdit, Plan
-from ppcl_fx.plans import named
+from ppcl_fx.model.paper_plans import named
+from ppcl_fx.schema.plan import DepthEdit, Plan
 
 STACK = "transformer_blocks"
 PLANS = {"rewrite_eq_13": "paper:qwen-image-12b", "rewrite_paper_plan": "paper:qwen-image-10b"}

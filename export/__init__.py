@@ -6,19 +6,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ppcl_fx.export.complex_to_real import ComplexToReal
     from ppcl_fx.export.config import ExportConfig
     from ppcl_fx.export.exporting import ExportResult, export, export_graph
-    from ppcl_fx.export.gate import compare_artefacts
-    from ppcl_fx.export.integrity import check_artefacts
-    from ppcl_fx.export.lowering import DropGuards, Lowered, lower
-    from ppcl_fx.export.manifest import Manifest
-    from ppcl_fx.export.metrics import Agreement, Gate, SamplingAgreement
     from ppcl_fx.export.one_graph import Exported
-    from ppcl_fx.export.positions import PositionsAsInputs
+    from ppcl_fx.export.onnx.assemble import Translations
     from ppcl_fx.export.runtime import EngineTransformer
-    from ppcl_fx.export.sampling import SamplingRun
-    from ppcl_fx.export.stitching import Translations
+    from ppcl_fx.export.store.manifest import Manifest
     from ppcl_fx.export.tensorrt import (
         BuildOptions,
         EngineManifest,
@@ -29,37 +22,44 @@ if TYPE_CHECKING:
     )
     from ppcl_fx.export.tensorrt.places import Origin
     from ppcl_fx.export.tensorrt.request import BuildConfig
-    from ppcl_fx.export.tuples_apart import TuplesApart
+    from ppcl_fx.export.verify.gate import compare_artefacts
+    from ppcl_fx.export.verify.integrity import check_artefacts
+    from ppcl_fx.export.verify.metrics import Agreement, Gate, SamplingAgreement
+    from ppcl_fx.export.verify.sampling import SamplingRun
+    from ppcl_fx.passes.lowering.complex_to_real import ComplexToReal
+    from ppcl_fx.passes.lowering.lowering import DropGuards, Lowered, lower
+    from ppcl_fx.passes.lowering.positions import PositionsAsInputs
+    from ppcl_fx.passes.lowering.tuples_apart import TuplesApart
 
 _HOME = {
-    "Agreement": "metrics",
-    "BuildOptions": "tensorrt",
-    "ComplexToReal": "complex_to_real",
-    "DropGuards": "lowering",
-    "EngineManifest": "tensorrt",
-    "EngineTransformer": "runtime",
-    "BuildConfig": "tensorrt.request",
-    "ExportConfig": "config",
-    "ExportResult": "exporting",
-    "Exported": "one_graph",
-    "Gate": "metrics",
-    "Lowered": "lowering",
-    "Origin": "tensorrt.places",
-    "PositionsAsInputs": "positions",
-    "Profile": "tensorrt",
-    "SamplingAgreement": "metrics",
-    "SamplingRun": "sampling",
-    "Manifest": "manifest",
-    "Translations": "stitching",
-    "TuplesApart": "tuples_apart",
-    "build_engine": "tensorrt",
-    "check_artefacts": "integrity",
-    "compare_artefacts": "gate",
-    "export": "exporting",
-    "export_graph": "exporting",
-    "load_engine": "tensorrt",
-    "lower": "lowering",
-    "refit": "tensorrt",
+    "Agreement": "ppcl_fx.export.verify.metrics",
+    "BuildOptions": "ppcl_fx.export.tensorrt",
+    "ComplexToReal": "ppcl_fx.passes.lowering.complex_to_real",
+    "DropGuards": "ppcl_fx.passes.lowering.lowering",
+    "EngineManifest": "ppcl_fx.export.tensorrt",
+    "EngineTransformer": "ppcl_fx.export.runtime",
+    "BuildConfig": "ppcl_fx.export.tensorrt.request",
+    "ExportConfig": "ppcl_fx.export.config",
+    "ExportResult": "ppcl_fx.export.exporting",
+    "Exported": "ppcl_fx.export.one_graph",
+    "Gate": "ppcl_fx.export.verify.metrics",
+    "Lowered": "ppcl_fx.passes.lowering.lowering",
+    "Origin": "ppcl_fx.export.tensorrt.places",
+    "PositionsAsInputs": "ppcl_fx.passes.lowering.positions",
+    "Profile": "ppcl_fx.export.tensorrt",
+    "SamplingAgreement": "ppcl_fx.export.verify.metrics",
+    "SamplingRun": "ppcl_fx.export.verify.sampling",
+    "Manifest": "ppcl_fx.export.store.manifest",
+    "Translations": "ppcl_fx.export.onnx.assemble",
+    "TuplesApart": "ppcl_fx.passes.lowering.tuples_apart",
+    "build_engine": "ppcl_fx.export.tensorrt",
+    "check_artefacts": "ppcl_fx.export.verify.integrity",
+    "compare_artefacts": "ppcl_fx.export.verify.gate",
+    "export": "ppcl_fx.export.exporting",
+    "export_graph": "ppcl_fx.export.exporting",
+    "load_engine": "ppcl_fx.export.tensorrt",
+    "lower": "ppcl_fx.passes.lowering.lowering",
+    "refit": "ppcl_fx.export.tensorrt",
 }
 
 __all__ = [
@@ -97,4 +97,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"ppcl_fx.export.{_HOME[name]}"), name)
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ppcl_fx.config import MOST, Bytes, Config, Count, Flag, Shares, Tolerance, flag_of
 from ppcl_fx.export.tensorrt.profiles import check_spec
 from ppcl_fx.export.tensorrt.request import BuildConfig
+from ppcl_fx.io.options import MOST, Bytes, Config, Count, Flag, Shares, Tolerance, flag_of
 
 if TYPE_CHECKING:
     import torch

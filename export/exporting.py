@@ -10,33 +10,33 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.fx import GraphModule
 
-from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.config import ENGINES, FOLDERS, KEEPS, ExportConfig
 from ppcl_fx.export.extras import check_export
-from ppcl_fx.export.inputs import in_type
-from ppcl_fx.export.manifest import Manifest
-from ppcl_fx.export.names import graph_path, manifest_path, ratio_name, typed_graph_path
 from ppcl_fx.export.one_graph import STEPS, Exported, Job, Mixture, Work, write_graphs
-from ppcl_fx.export.onnx_file import Prepared, prepare
-from ppcl_fx.export.opened import Opened
-from ppcl_fx.export.publish import check_free, claimed, writing
+from ppcl_fx.export.onnx.inputs import in_type
+from ppcl_fx.export.onnx.writer import Prepared, prepare
 from ppcl_fx.export.runtime.head import write_head
-from ppcl_fx.export.sizes import refused
+from ppcl_fx.export.store.manifest import Manifest
+from ppcl_fx.export.store.names import graph_path, manifest_path, ratio_name, typed_graph_path
+from ppcl_fx.export.store.opened import Opened
+from ppcl_fx.export.store.publish import check_free, claimed, writing
+from ppcl_fx.export.store.weight_source import WeightFolder, WeightSource
 from ppcl_fx.export.tensorrt.folder import Built, build_folder
 from ppcl_fx.export.tensorrt.manifest import NOT_COMPARED
 from ppcl_fx.export.tensorrt.places import Origin, find_graphs, read_graph
 from ppcl_fx.export.tensorrt.request import BuildConfig, write_request
 from ppcl_fx.export.tensorrt.trtexec import write_script
-from ppcl_fx.export.weight_source import WeightFolder, WeightSource
-from ppcl_fx.files import new_folder, read_json
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.train.finetuned import FinetunedFolder
+from ppcl_fx.export.verify.sizes import refused
+from ppcl_fx.io import owned_folders as owned
+from ppcl_fx.io.files import new_folder, read_json
+from ppcl_fx.model.finetuned import FinetunedFolder
+from ppcl_fx.model.pluggable import PluggableModel
 
 if TYPE_CHECKING:
-    from ppcl_fx.calls import Calls
-    from ppcl_fx.export.sampling import SamplingRun
-    from ppcl_fx.export.stitching import Translations
+    from ppcl_fx.calls.store import Calls
+    from ppcl_fx.export.onnx.assemble import Translations
+    from ppcl_fx.export.verify.sampling import SamplingRun
 
 class Progress(Protocol):
     """Called with the steps done, the number of all, and what is being done where that is another thing than before."""
@@ -133,7 +133,7 @@ def export(
     if config.format in FOLDERS:
         return _model_folders(model, folder, config, progress)
     check_export()
-    from ppcl_fx.export.stitching import Translations
+    from ppcl_fx.export.onnx.assemble import Translations
 
     job = Job(config, known if known is not None else Translations(), sampling, note)
     if isinstance(model, FinetunedFolder):
@@ -199,8 +199,8 @@ def _model_folders(
     model: PluggableModel | WeightFolder | FinetunedFolder, out: Path, config: ExportConfig, progress: Progress
 ) -> ExportResult:
     """Write a model folder for each share: OUT/keep-0.5 and so on, all or none."""
-    from ppcl_fx.folders.released import save_released
-    from ppcl_fx.folders.stock import save_stock
+    from ppcl_fx.formats.released import save_released
+    from ppcl_fx.formats.stock import save_stock
 
     if not isinstance(model, PluggableModel):
         raise PpclError(f"--format {config.format}: only for a model that is loaded; give ppcl_fx.load(STUDENT)")
@@ -272,7 +272,7 @@ def export_graph(
             allowed.
     """
     check_export()
-    from ppcl_fx.export.stitching import Translations
+    from ppcl_fx.export.onnx.assemble import Translations
 
     path, config, origin = Path(path), config or ExportConfig(), origin or Origin()
     check_free([path], config.overwrite)

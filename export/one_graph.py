@@ -13,36 +13,36 @@ import torch
 from torch.fx import GraphModule
 
 from ppcl_fx._version import __version__
-from ppcl_fx.dtypes import main_dtype
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.gate import gated
-from ppcl_fx.export.graph_run import alike_once
-from ppcl_fx.export.half import HALF, compare_in_float32, largest_value, rounding
-from ppcl_fx.export.inputs import in_type
-from ppcl_fx.export.integrity import sample_of
-from ppcl_fx.export.manifest import HalfPrecision, Manifest, WeightFile
-from ppcl_fx.export.metrics import Gate
-from ppcl_fx.export.names import manifest_path, typed_graph_path
-from ppcl_fx.export.onnx_file import Prepared, compare, parameters_in, ports, prepare, save, translated
-from ppcl_fx.export.onnx_runner import latency
-from ppcl_fx.export.opened import Opened
-from ppcl_fx.export.publish import beside, publish
-from ppcl_fx.export.reference import Answers
-from ppcl_fx.export.weight_source import WeightSource, weightless
-from ppcl_fx.export.weight_store import Store, drop_unused, stored, weights_of
-from ppcl_fx.files import sha256_of
-from ppcl_fx.graphs import parameter_count
-from ppcl_fx.meta import graph_info
-from ppcl_fx.passes.expand import traced_once
+from ppcl_fx.export.onnx.graph_run import alike_once
+from ppcl_fx.export.onnx.half import HALF, compare_in_float32, largest_value, rounding
+from ppcl_fx.export.onnx.inputs import in_type
+from ppcl_fx.export.onnx.writer import Prepared, compare, parameters_in, ports, prepare, save, translated
+from ppcl_fx.export.store.manifest import HalfPrecision, Manifest, WeightFile
+from ppcl_fx.export.store.names import manifest_path, typed_graph_path
+from ppcl_fx.export.store.opened import Opened
+from ppcl_fx.export.store.publish import beside, publish
+from ppcl_fx.export.store.weight_source import WeightSource, weightless
+from ppcl_fx.export.store.weight_store import Store, drop_unused, stored, weights_of
+from ppcl_fx.export.verify.gate import gated
+from ppcl_fx.export.verify.integrity import sample_of
+from ppcl_fx.export.verify.metrics import Gate
+from ppcl_fx.export.verify.onnx_runner import latency
+from ppcl_fx.export.verify.reference import Answers
+from ppcl_fx.io.files import sha256_of
+from ppcl_fx.ir.dtypes import main_dtype
+from ppcl_fx.ir.graphs import parameter_count
+from ppcl_fx.ir.meta import graph_info
+from ppcl_fx.passes.lowering.expand import traced_once
 
 if TYPE_CHECKING:
-    from ppcl_fx.calls import Calls
-    from ppcl_fx.export.axes import Axis
-    from ppcl_fx.export.sampling import SamplingRun
-    from ppcl_fx.export.stitching import Initial, Translations
-    from ppcl_fx.plan import Plan
+    from ppcl_fx.calls.store import Calls
+    from ppcl_fx.export.onnx.assemble import Initial, Translations
+    from ppcl_fx.export.onnx.dynamic_axes import Axis
+    from ppcl_fx.export.verify.sampling import SamplingRun
+    from ppcl_fx.schema.plan import Plan
 
 
 STEPS = 4
@@ -182,7 +182,7 @@ class Work:
         )
 
     def _initial(self, gm: GraphModule) -> Initial | None:
-        from ppcl_fx.export.initials import external, read_late
+        from ppcl_fx.export.onnx.initializers import external, read_late
 
         if self.store is not None:
             return external(self.store, self.weights.pieces(gm))
@@ -215,7 +215,7 @@ class Work:
         return found
 
     def _files(self, made: Any, data: Path | None) -> list[WeightFile]:
-        from ppcl_fx.export.initials import weight_files
+        from ppcl_fx.export.onnx.initializers import weight_files
 
         if data is not None:
             size = data.stat().st_size
@@ -237,7 +237,7 @@ def write_graphs(
     Args:
         opened: the model.
         mixtures: what to write.
-        folder: where the graphs lie; held by the caller (`ppcl_fx.export.publish`).
+        folder: where the graphs lie; held by the caller (`ppcl_fx.export.store.publish`).
         job: what is asked.
         axes: sizes that may change, where they are known already.
         written: called after each mixture that is there.

@@ -11,13 +11,13 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
-from ppcl_fx.graphs import module_paths
-from ppcl_fx.liveness import mark
-from ppcl_fx.meta import graph_info
-from ppcl_fx.passes.residuals import bare
-from ppcl_fx.passes.switches import SWITCH, is_depth, surface, switches
-from ppcl_fx.sites import FfnSite, TextSite, ffn_sites, text_site
-from ppcl_fx.stacks import Block, Stack, stacks
+from ppcl_fx.ir.graphs import module_paths
+from ppcl_fx.ir.liveness import mark
+from ppcl_fx.ir.meta import graph_info
+from ppcl_fx.ir.sites import FfnSite, TextSite, ffn_sites, text_site
+from ppcl_fx.ir.stacks import Block, Stack, stacks
+from ppcl_fx.ir.switches import SWITCH, is_depth, surface, switches
+from ppcl_fx.passes.edits.residuals import bare
 
 _Found = TypeVar("_Found")
 _DEPTH = re.compile(r"depth:(.+)\.(\d+)-(\d+)")
@@ -66,11 +66,11 @@ class Context:
         return self._once("spans", self._spans)
 
     def ffn_sites(self, block: Block) -> list[FfnSite]:
-        """Return the feed-forwards of a block that stand alone (`ppcl_fx.sites.ffn_sites`)."""
+        """Return the feed-forwards of a block that stand alone (`ppcl_fx.ir.sites.ffn_sites`)."""
         return self._once(("ffn", block.path), lambda: ffn_sites(self.gm, block))
 
     def text_site(self, block: Block) -> TextSite:
-        """Return the text stream of a block; raise `Refusal` where it has none (`ppcl_fx.sites.text_site`)."""
+        """Return the text stream of a block; raise `Refusal` where it has none (`ppcl_fx.ir.sites.text_site`)."""
         return self._once(("text", block.path), lambda: text_site(self.gm, block))
 
     def teacher(self, edit: str, stack: str, index: int) -> Block:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from torch.fx.passes.infra.pass_base import PassResult
 
 from ppcl_fx._version import __version__
-from ppcl_fx.meta import graph_info
+from ppcl_fx.ir.meta import graph_info
 
 log = logging.getLogger("ppcl_fx.passes")
 

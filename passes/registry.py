@@ -50,7 +50,6 @@ def registered() -> dict[str, type[Pass]]:
     """Return every pass by name: those of this package, and those of packages with an entry point in `GROUP`."""
     for module in pkgutil.walk_packages(ppcl_fx.passes.__path__, "ppcl_fx.passes."):
         importlib.import_module(module.name)
-    importlib.import_module("ppcl_fx.export.lowering")
     for entry in entry_points(group=GROUP):
         entry.load()
     return dict(sorted(REGISTRY.items()))

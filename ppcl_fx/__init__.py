@@ -19,39 +19,37 @@ they are first used, so that ``import ppcl_fx`` is quick and does not import tor
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import GuardError, PpclError, Refusal, near
 
 if TYPE_CHECKING:
-    from ppcl_fx.calls import Calls
+    from ppcl_fx.calls.record import record
+    from ppcl_fx.calls.store import Calls
     from ppcl_fx.export.runtime import EngineTransformer
-    from ppcl_fx.model import PluggableModel, load
-    from ppcl_fx.passes.analyze import analyze
-    from ppcl_fx.passes.rewrite import rewrite
-    from ppcl_fx.passes.select import select
-    from ppcl_fx.plan import Plan
-    from ppcl_fx.recording import record
-    from ppcl_fx.redundancy import Redundancy
-    from ppcl_fx.stacks import Stack, stacks
+    from ppcl_fx.ir.stacks import Stack, stacks
+    from ppcl_fx.model.pluggable import PluggableModel, load
+    from ppcl_fx.model.rewrite import rewrite
+    from ppcl_fx.passes.analysis.analyze import analyze
+    from ppcl_fx.passes.selection.select import select
+    from ppcl_fx.schema.analysis import Redundancy
+    from ppcl_fx.schema.plan import Plan
     from ppcl_fx.tracing import trace
 
 _HOME = {
     "Calls": "ppcl_fx.calls",
     "EngineTransformer": "ppcl_fx.export.runtime",
-    "Plan": "ppcl_fx.plan",
+    "Plan": "ppcl_fx.schema.plan",
     "PluggableModel": "ppcl_fx.model",
-    "Redundancy": "ppcl_fx.redundancy",
-    "Stack": "ppcl_fx.stacks",
-    "analyze": "ppcl_fx.passes.analyze",
+    "Redundancy": "ppcl_fx.schema.analysis",
+    "Stack": "ppcl_fx.ir.stacks",
+    "analyze": "ppcl_fx.passes.analysis.analyze",
     "load": "ppcl_fx.model",
-    "record": "ppcl_fx.recording",
-    "rewrite": "ppcl_fx.passes.rewrite",
-    "select": "ppcl_fx.passes.select",
-    "stacks": "ppcl_fx.stacks",
+    "record": "ppcl_fx.calls.record",
+    "rewrite": "ppcl_fx.model.rewrite",
+    "select": "ppcl_fx.passes.selection.select",
+    "stacks": "ppcl_fx.ir.stacks",
     "trace": "ppcl_fx.tracing",
 }
 
@@ -75,18 +73,6 @@ __all__ = [
     "trace",
 ]
 
-
-class _Public(ModuleType):
-    """This package's type: a public function is not hidden by the submodule of the same name (`stacks`)."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # The import system puts each submodule on its package once it is imported.
-        if name in _HOME and isinstance(value, ModuleType):
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Public
 
 if not TYPE_CHECKING:  # a type checker sees the imports above, and reports other names
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ppcl_fx import owned
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.files import write_json
+from ppcl_fx.io import owned_folders as owned
+from ppcl_fx.io.files import write_json
 from ppcl_fx.report import write_report
 from ppcl_fx.report.results import write_contact_sheet
 
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from rich.console import Console
     from torch.fx import GraphModule
 
-    from ppcl_fx.calls import Calls
-    from ppcl_fx.model import PluggableModel
-    from ppcl_fx.plan import Plan
-    from ppcl_fx.redundancy import Redundancy
+    from ppcl_fx.calls.store import Calls
+    from ppcl_fx.model.pluggable import PluggableModel
+    from ppcl_fx.schema.analysis import Redundancy
+    from ppcl_fx.schema.plan import Plan
     from ppcl_fx.shapes.pipeline import ShapesPipeline
     from ppcl_fx.train import StageCurves
 
@@ -213,9 +213,9 @@ def _train(
     settings: Settings, clock: Clock, model: PluggableModel, calls: Calls
 ) -> tuple[list[StageCurves], GraphModule]:
     """Distil depth and width, fine-tune the smallest mixture, save both; return the curves and the fine-tuned model."""
+    from ppcl_fx.model.finetuned import NAME as FINETUNED
     from ppcl_fx.train import train
     from ppcl_fx.train.config import Weights
-    from ppcl_fx.train.finetuned import NAME as FINETUNED
 
     steps = fitting_steps(settings.steps, {edit.kind for edit in model.plan.edits})
     folder, sequential = settings.out / "train", settings.variant == "sequential"

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule
 
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.report import PictureGrid
 from ppcl_fx.report.machine import describe
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.shapes.captions import CATEGORIES
 from ppcl_fx.shapes.score import Drawn, score_pictures, summarise
 from ppcl_fx.tracing import bind
@@ -22,7 +22,7 @@ from ppcl_fx.tracing import bind
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ppcl_fx.calls import Calls
+    from ppcl_fx.calls.store import Calls
     from ppcl_fx.shapes.pipeline import ShapesPipeline
 
 SHOWN = 2
@@ -93,7 +93,7 @@ def export_ratios(
         ``parity_max_abs`` (largest difference between onnxruntime and PyTorch over ``shapes`` shapes).
     """
     from ppcl_fx.export import ExportConfig, Origin, Translations, export, export_graph, lower
-    from ppcl_fx.export.names import graph_path, ratio_name
+    from ppcl_fx.export.store.names import graph_path, ratio_name
 
     known = Translations()  # blocks of one structure are translated once for all files
     done = list(export(model, folder, ExportConfig(keep=tuple(keeps)), calls=calls[:1], known=known).ratios)
@@ -119,7 +119,7 @@ def latencies(
 
     They take turns, so that whatever else the machine does falls on all of them alike.
     """
-    from ppcl_fx.export.onnx_runner import latency, session
+    from ppcl_fx.export.verify.onnx_runner import latency, session
 
     running = [session(path) for path in files]
     times: list[list[float]] = [[] for _ in files]

@@ -62,7 +62,7 @@ class _OnDisk(dict[str, Any]):
 @pytest.fixture(scope="session")
 def translated_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let every export of a run share one store of translations, but where a test makes its own."""
-    from ppcl_fx.export import stitching
+    from ppcl_fx.export.onnx import assemble as stitching
 
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ppcl_fx.config import options_table
 from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.tensorrt.request import BuildConfig
-from ppcl_fx.passes.config import AnalyzeConfig, RewriteConfig
+from ppcl_fx.io.options import options_table
+from ppcl_fx.passes.options import AnalyzeConfig, RewriteConfig
 from ppcl_fx.train.config import TrainConfig
 
 PAGE = Path(__file__).parents[1] / "docs" / "options.md"

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from benchmarks import blocks as benchmark
-from ppcl_fx.costs import Costs
-from ppcl_fx.passes.plug import plugged
-from ppcl_fx.passes.rewrite import insert_edits
-from ppcl_fx.plan import FfnEdit, Plan
-from ppcl_fx.stacks import stacks
+from ppcl_fx.ir.stacks import stacks
+from ppcl_fx.model.rewrite import insert_edits
+from ppcl_fx.passes.edits.plug import plugged
+from ppcl_fx.schema.costs import Costs
+from ppcl_fx.schema.plan import FfnEdit, Plan
 from ppcl_fx.tracing import bind, trace
 from tests import models
 from tests.shapes_folder import save_pipeline

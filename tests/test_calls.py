@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ppcl_fx.calls import Call, Calls, collate, map_tensors
+from ppcl_fx.calls.store import Call, Calls, collate, map_tensors
 from ppcl_fx.errors import PpclError
-from ppcl_fx.fingerprint import fingerprint, tensor_digest
+from ppcl_fx.io.fingerprint import fingerprint, tensor_digest
 
 
 def call(index: int = 0, batch: int = 2, prompts: tuple[str, ...] = ("a", "b"), **kwargs: Any) -> Call:

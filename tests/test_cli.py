@@ -20,13 +20,13 @@ from ppcl_fx.cli.app import main
 from ppcl_fx.cli.boundary import Result, guarded
 from ppcl_fx.cli.flags import flagged
 from ppcl_fx.cli.options import check_output
-from ppcl_fx.config import Config, options_table
 from ppcl_fx.errors import PpclError, Stopped
 from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.tensorrt.request import BuildConfig
-from ppcl_fx.files import check_writable
-from ppcl_fx.owned import CHECKPOINT
-from ppcl_fx.passes.config import AnalyzeConfig, RewriteConfig
+from ppcl_fx.io.files import check_writable
+from ppcl_fx.io.options import Config, options_table
+from ppcl_fx.io.owned_folders import CHECKPOINT
+from ppcl_fx.passes.options import AnalyzeConfig, RewriteConfig
 from tests.options_page import PAGE, page
 
 COMMANDS = ("analyze", "rewrite", "train", "export", "build", "passes", "run-passes")
@@ -220,7 +220,7 @@ def _signalled(number: signal.Signals, folder: Path) -> subprocess.CompletedProc
         "import sys, time, typer\n"
         "from pathlib import Path\n"
         "from ppcl_fx.cli.boundary import guarded\n"
-        "from ppcl_fx.files import new_folder\n"
+        "from ppcl_fx.io.files import new_folder\n"
         "app = typer.Typer()\n"
         "@app.command()\n"
         "def work() -> None:\n"

@@ -16,7 +16,7 @@ from PIL import Image
 
 import ppcl_fx
 from ppcl_fx.cli.app import main
-from ppcl_fx.files import read_safetensors
+from ppcl_fx.io.files import read_safetensors
 from ppcl_fx.shapes import scenes
 from ppcl_fx.shapes.captions import parse
 from tests.cli_place import Place
@@ -96,7 +96,7 @@ def test_rewrite_meets_the_budget_to_the_parameter(place: Place) -> None:
 
 
 def test_with_every_edit_switched_back_the_student_is_the_teacher(place: Place) -> None:
-    from ppcl_fx.sources import open_source
+    from ppcl_fx.model.sources import open_source
 
     model = ppcl_fx.load(place.student)
     teacher = open_source(str(place.model)).transformer()

@@ -18,12 +18,12 @@ import torch
 import ppcl_fx
 from ppcl_fx.cli.app import main
 from ppcl_fx.cli.terminal import time_words
-from ppcl_fx.costs import BlockCost, Costs, StackCost
 from ppcl_fx.errors import PpclError
-from ppcl_fx.memory import parse_size
-from ppcl_fx.passes.config import RewriteConfig
-from ppcl_fx.passes.latency import milliseconds
-from ppcl_fx.redundancy import Redundancy
+from ppcl_fx.io.memory import parse_size
+from ppcl_fx.passes.calibration.latency import milliseconds
+from ppcl_fx.passes.options import RewriteConfig
+from ppcl_fx.schema.analysis import Redundancy
+from ppcl_fx.schema.costs import BlockCost, Costs, StackCost
 from tests.shapes_folder import save_pipeline
 
 LIMIT = ("--memory-limit", "6GiB")
@@ -201,7 +201,7 @@ def test_a_killed_analysis_goes_on(folder: Path, program: Program, tmp_path: Pat
         "import sys, time\n"
         "from ppcl_fx.passes import calibration\n"
         "calibration.CHECKPOINT_SECONDS = 0.0\n"
-        "from ppcl_fx.passes.streaming.run_store import RunStore\n"
+        "from ppcl_fx.passes.calibration.run_store import RunStore\n"
         "finish = RunStore.finish\n"
         "def slowly(self, cut):\n"
         "    finish(self, cut)\n"

@@ -11,9 +11,9 @@ import torch
 
 import ppcl_fx
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.narrow import is_copied, rows_of
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.passes.lowering.narrow import is_copied, rows_of
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.lora import loras
@@ -140,7 +140,7 @@ def test_a_mixture_that_cannot_be_made_is_not_plugged(copying: Any, monkeypatch:
     def refuse(*given: Any) -> Any:
         raise PpclError("no place for it")
 
-    monkeypatch.setattr("ppcl_fx.passes.plug.plugged", refuse)
+    monkeypatch.setattr("ppcl_fx.passes.edits.plug.plugged", refuse)
     with pytest.raises(PpclError, match="no place for it"):
         model.plug(students=model.edits)
     assert model.students == ()

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.depth import CutDepth
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.passes.edits.depth import CutDepth
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan
 from ppcl_fx.tracing import bind, trace
 from tests import models
 

@@ -18,17 +18,17 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import ppcl_fx
-from ppcl_fx.components import load_model
-from ppcl_fx.configurations import LARGEST, check_config
 from ppcl_fx.errors import PpclError
-from ppcl_fx.folders.released import save_released
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Plan, TextStreamEdit
-from ppcl_fx.room import Room
-from ppcl_fx.skeleton import skeleton
-from ppcl_fx.sources import open_source
+from ppcl_fx.formats.components import load_model
+from ppcl_fx.formats.released import save_released
+from ppcl_fx.io.build_bounds import Room
+from ppcl_fx.io.configurations import LARGEST, check_config
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.model.student_folder import StudentFolder
+from ppcl_fx.schema.plan import DepthEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
-from ppcl_fx.train.bounded.folder import StudentFolder
+from ppcl_fx.tracing.meta_model import skeleton
 from tests import models
 from tests.shapes_folder import save_pipeline
 
@@ -101,7 +101,7 @@ def test_a_transformers_config(folder: Path, case: str) -> None:
     if case == "odd axes":  # fits the weights, and fails where it is called
         from ppcl_fx.cli.analyze import _record
         from ppcl_fx.cli.terminal import Terminal
-        from ppcl_fx.passes.config import AnalyzeConfig
+        from ppcl_fx.passes.options import AnalyzeConfig
 
         source = open_source(str(folder))
         refused(

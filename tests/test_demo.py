@@ -10,7 +10,7 @@ import torch
 
 from ppcl_fx import demo, demo_results
 from ppcl_fx.errors import PpclError
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.shapes.captions import CATEGORIES, prompts
 from ppcl_fx.shapes.score import Drawn
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError, foreign
-from ppcl_fx.fingerprint import tensor_digest
+from ppcl_fx.io.fingerprint import tensor_digest
 from ppcl_fx.tracing import trace
 from tests import models
 

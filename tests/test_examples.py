@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
+from ppcl_fx.calls.examples import build, describe
 from ppcl_fx.errors import PpclError
-from ppcl_fx.examples import build, describe
 
 
 def test_a_dict_keeps_its_keys_whatever_their_type() -> None:

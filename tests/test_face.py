@@ -23,8 +23,8 @@ from torch import nn
 
 import ppcl_fx
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Edit, Plan
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.schema.plan import DepthEdit, Edit, Plan
 from ppcl_fx.tracing import trace
 from tests import models, toys
 from tests.coverage.case import Case

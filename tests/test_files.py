@@ -14,7 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import (
+from ppcl_fx.io.files import (
     Sealed,
     inside,
     new_folder,
@@ -25,7 +25,7 @@ from ppcl_fx.files import (
     write_safetensors,
     write_text,
 )
-from ppcl_fx.owned import Kind
+from ppcl_fx.io.owned_folders import Kind
 
 
 class Inner(BaseModel):
@@ -219,7 +219,7 @@ def test_names_that_stay_inside(tmp_path: Path) -> None:
 
 
 def test_importing_files_does_not_import_torch() -> None:
-    code = "import sys; import ppcl_fx.files; sys.exit('torch' in sys.modules)"
+    code = "import sys; import ppcl_fx.io.files; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

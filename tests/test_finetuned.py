@@ -13,11 +13,11 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 import ppcl_fx
-from ppcl_fx.model import mixture
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.model.finetuned import save_finetuned
+from ppcl_fx.model.pluggable import mixture
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.tracing import trace
-from ppcl_fx.train.finetuned import save_finetuned
 from tests import models
 from tests.export.test_runtime_families import drawn, flux
 from tests.shapes_folder import save_pipeline

@@ -13,11 +13,11 @@ import ppcl_fx
 from ppcl_fx.cli.teacher import Recorded, open_pipeline, open_teacher
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.shapes.pipeline import ShapesPipeline
-from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import trace
 from tests.shapes_folder import save_pipeline
 

@@ -19,8 +19,8 @@ from torch import distributed, nn
 
 import ppcl_fx
 from ppcl_fx.errors import PpclError
+from ppcl_fx.model.sources import open_source
 from ppcl_fx.shapes.pipeline import ShapesPipeline
-from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.cli_place import Place

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 import ppcl_fx
 from ppcl_fx import EngineTransformer
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.examples import build_call, describe
+from ppcl_fx.calls.kinds import Examples, kind_of, ones_in
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import GuardError
-from ppcl_fx.examples import build_call, describe
 from ppcl_fx.export import ExportConfig, export
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.kinds import Examples, kind_of, ones_in
-from ppcl_fx.passes.analyze import analyze_streamed
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
-from ppcl_fx.sources import open_source
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.passes.analysis.analyze import analyze_streamed
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.tracing import bind, trace
 from ppcl_fx.train import train
 from ppcl_fx.train.bounded.trainer import BoundedTraining

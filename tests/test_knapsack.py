@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import pytest
 
-from ppcl_fx.knapsack import COUNTED, cheapest, least_within, saving_terms, savings, touching
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.passes.selection.knapsack import COUNTED, cheapest, least_within, saving_terms, savings, touching
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.passes.test_plug import BUILD, DUAL, EDITS

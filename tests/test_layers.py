@@ -75,7 +75,7 @@ def test_no_import_points_up() -> None:
         "from ppcl_fx.cli.app import main",
         "import ppcl_fx.train.run",
         "def f():\n    from ppcl_fx.model import load",
-        "if TYPE_CHECKING:\n    from ppcl_fx.export.names import stem",
+        "if TYPE_CHECKING:\n    from ppcl_fx.export.store.names import stem",
         "from ppcl_fx import rewrite",
     ],
 )

@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 import ppcl_fx
-from ppcl_fx.model import CARD, PluggableModel
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Plan
-from ppcl_fx.sources import open_source
-from ppcl_fx.stacks import stacks
+from ppcl_fx.ir.stacks import stacks
+from ppcl_fx.model.finetuned import load_finetuned, save_finetuned
+from ppcl_fx.model.pluggable import CARD, PluggableModel
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.model.student_folder import StudentFolder
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
-from ppcl_fx.train.bounded.folder import StudentFolder
-from ppcl_fx.train.finetuned import load_finetuned, save_finetuned
 from tests.coverage.case import Case, Kwargs
 from tests.coverage.table import CASES
 

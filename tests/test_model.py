@@ -12,10 +12,10 @@ import torch
 
 import ppcl_fx
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.files import read_safetensors, write_safetensors
-from ppcl_fx.model import PluggableModel, load
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.io.files import read_safetensors, write_safetensors
+from ppcl_fx.model.pluggable import PluggableModel, load
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
 from tests import models, toys
 from tests.passes.by_hand import randomise

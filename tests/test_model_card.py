@@ -6,9 +6,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from ppcl_fx.model_card import model_card
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.formats.model_card import model_card
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
 from tests import models
 

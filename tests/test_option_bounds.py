@@ -14,8 +14,8 @@ import pytest
 from ppcl_fx.cli.app import main
 from ppcl_fx.cli.boundary import printable
 from ppcl_fx.errors import OptionError, PpclError
-from ppcl_fx.memory import parse_size
-from ppcl_fx.passes.config import RewriteConfig
+from ppcl_fx.io.memory import parse_size
+from ppcl_fx.passes.options import RewriteConfig
 from ppcl_fx.train.config import resolve
 
 HUGE = "1" + "0" * 30

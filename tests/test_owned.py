@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
-from ppcl_fx.owned import Kind, check_replaceable, foreign
+from ppcl_fx.io import owned_folders as owned
+from ppcl_fx.io.owned_folders import Kind, check_replaceable, foreign
 from tests.cli_place import Place
 
 

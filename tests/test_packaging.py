@@ -106,10 +106,10 @@ def test_public_names_come_from_the_package(name: str) -> None:
     assert name in dir(ppcl_fx)
 
 
-@pytest.mark.parametrize("first", ["import ppcl_fx.stacks", "from ppcl_fx import stacks"])
+@pytest.mark.parametrize("first", ["import ppcl_fx.ir.stacks", "from ppcl_fx import stacks"])
 def test_a_function_is_not_hidden_by_its_module(first: str) -> None:
     code = (
-        f"{first}; import sys, ppcl_fx.stacks; assert ppcl_fx.stacks is sys.modules['ppcl_fx.stacks'].stacks"
+        f"{first}; import sys, ppcl_fx.ir.stacks; assert ppcl_fx.ir.stacks is sys.modules['ppcl_fx.ir.stacks'].stacks"
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.pictures import as_rgb, open_picture
 from ppcl_fx.report.results import open_picture as open_for_report
+from ppcl_fx.train.images.pictures import as_rgb, open_picture
 
 COLOUR = (200, 100, 50)
 WHITE = [255, 255, 255]

@@ -15,12 +15,12 @@ from torch.fx import GraphModule
 
 import ppcl_fx
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.offload import Pieces
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.model.offload import Pieces
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.shapes.pipeline import ShapesPipeline
-from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import trace
 from tests import models, toys
 from tests.lora import loras

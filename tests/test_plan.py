@@ -9,8 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import read_json, write_json
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit, known
+from ppcl_fx.io.files import read_json, write_json
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit, known
 
 STACK = "transformer_blocks"
 

@@ -16,14 +16,14 @@ import ppcl_fx
 from ppcl_fx.cli.app import main
 from ppcl_fx.cli.rewrite import Wish
 from ppcl_fx.errors import PpclError, Refusal
-from ppcl_fx.model import STUDENTS, PluggableModel
-from ppcl_fx.passes.config import RewriteConfig
-from ppcl_fx.passes.damage import depth_damage, ffn_damage, text_damage
-from ppcl_fx.passes.insertion import count
-from ppcl_fx.passes.rewrite import insert_edits
-from ppcl_fx.plan import DepthEdit
-from ppcl_fx.plans import named, names
-from ppcl_fx.sources import open_source
+from ppcl_fx.model.paper_plans import named, names
+from ppcl_fx.model.pluggable import STUDENTS, PluggableModel
+from ppcl_fx.model.rewrite import insert_edits
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.passes.edits.insertion import count
+from ppcl_fx.passes.options import RewriteConfig
+from ppcl_fx.passes.selection.sensitivity import depth_damage, ffn_damage, text_damage
+from ppcl_fx.schema.plan import DepthEdit
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.models import flux_kwargs, qwen_kwargs

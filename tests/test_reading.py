@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from ppcl_fx import reading
 from ppcl_fx.cli.analyze import read_prompts
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.byte_ranges import byte_ranges
-from ppcl_fx.export.integrity import external_data, sample_of
-from ppcl_fx.files import read_json, read_safetensors, sha256_of, tensor_shapes
-from ppcl_fx.reading import (
+from ppcl_fx.export.verify.integrity import external_data, sample_of
+from ppcl_fx.io import reading
+from ppcl_fx.io.byte_ranges import byte_ranges
+from ppcl_fx.io.files import read_json, read_safetensors, sha256_of, tensor_shapes
+from ppcl_fx.io.reading import (
     append_regular,
     check_model_folder,
     open_regular,

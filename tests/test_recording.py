@@ -30,11 +30,11 @@ from diffusers import (
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
-from ppcl_fx import recording
-from ppcl_fx.calls import Call, Calls, collate
+from ppcl_fx.calls import record as recording
+from ppcl_fx.calls.record import record
+from ppcl_fx.calls.store import Call, Calls, collate
 from ppcl_fx.errors import PpclError
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.recording import record
+from ppcl_fx.io.fingerprint import fingerprint
 from ppcl_fx.shapes.captions import MAX_WORDS, VOCABULARY
 from ppcl_fx.shapes.pipeline import CHANNELS, ShapesPipeline
 from ppcl_fx.shapes.words import WordEncoder

@@ -13,10 +13,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.frontier import frontier
-from ppcl_fx.passes.select import Options
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.redundancy import BlockSavings, FfnFit, Interval, Redundancy, StackAnalysis, StreamCurves
+from ppcl_fx.passes.selection.frontier import frontier
+from ppcl_fx.passes.selection.select import Options
 from ppcl_fx.report import PictureGrid, write_report
 from ppcl_fx.report.blockmap import StackEdits
 from ppcl_fx.report.heatmap import colour, heatmap, value_range
@@ -24,6 +22,8 @@ from ppcl_fx.report.html import Html, join, tag
 from ppcl_fx.report.results import write_contact_sheet
 from ppcl_fx.report.svg import Series, line_chart, short, ticks
 from ppcl_fx.report.training import smooth
+from ppcl_fx.schema.analysis import BlockSavings, FfnFit, Interval, Redundancy, StackAnalysis, StreamCurves
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 
 EVIL = "<script>alert(1)</script>\"' onload=x"
 CATEGORIES = ("single_object", "two_objects", "counting", "colours", "position", "attribute_binding")

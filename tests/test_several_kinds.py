@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 import ppcl_fx
 from ppcl_fx import EngineTransformer
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.kinds import ones_in
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.export import ExportConfig, export
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.kinds import ones_in
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.analyze import analyze_streamed
-from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.sources import open_source
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.model.streamed_rewrite import rewrite_streamed
+from ppcl_fx.passes.analysis.analyze import analyze_streamed
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind, graph_for, trace, with_rows
 from ppcl_fx.train import train
 from ppcl_fx.train.bounded.trainer import BoundedTraining
 from ppcl_fx.train.config import TrainConfig, Weights
-from ppcl_fx.train.stages import WHOLE, Distillation, FineTuning
+from ppcl_fx.train.core.stages import WHOLE, Distillation, FineTuning
 from tests import models
 from tests.test_kinds import MASK, NeedsAMask, answer
 from tests.toys import build, example

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.shards import INDEX, ONE_FILE, Shards
-from ppcl_fx.sources import open_source
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.io.shards import INDEX, ONE_FILE, Shards
+from ppcl_fx.model.sources import open_source
 from tests import models
 
 Builder = Callable[[], tuple[nn.Module, dict[str, Any]]]

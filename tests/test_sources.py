@@ -13,12 +13,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, QwenImageTr
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
+from ppcl_fx.calls.record import record
 from ppcl_fx.errors import PpclError
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.recording import record
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.model.sources import open_source
 from ppcl_fx.shapes.pipeline import CHANNELS, ShapesPipeline
 from ppcl_fx.shapes.words import WordEncoder
-from ppcl_fx.sources import open_source
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -10,9 +10,9 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError, Refusal
-from ppcl_fx.passes.depth import CutDepth, interval
-from ppcl_fx.sites import ffn_sites, text_site
-from ppcl_fx.stacks import stacks
+from ppcl_fx.ir.sites import ffn_sites, text_site
+from ppcl_fx.ir.stacks import stacks
+from ppcl_fx.passes.edits.depth import CutDepth, interval
 from ppcl_fx.tracing import trace
 from tests import models, toys
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.graphs import module_paths, normal_path, parameter_count
+from ppcl_fx.ir.graphs import module_paths, normal_path, parameter_count
 from ppcl_fx.tracing import bind, trace
 from ppcl_fx.tracing.examples import to_meta
 from ppcl_fx.tracing.guards import guards

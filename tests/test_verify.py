@@ -14,20 +14,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import ppcl_fx
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.store import Call, Calls
+from ppcl_fx.cli.integrity import verify
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import write_safetensors
-from ppcl_fx.folders.released import save_released
-from ppcl_fx.folders.stock import save_stock
-from ppcl_fx.model import mixture
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Plan
-from ppcl_fx.shards import DIGESTS, Shards, is_finite
-from ppcl_fx.sources import open_source
+from ppcl_fx.formats.released import save_released
+from ppcl_fx.formats.stock import save_stock
+from ppcl_fx.io.files import write_safetensors
+from ppcl_fx.io.shards import DIGESTS, Shards, is_finite
+from ppcl_fx.model.finetuned import FinetunedFolder, load_finetuned, save_finetuned
+from ppcl_fx.model.pluggable import mixture
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.model.student_folder import StudentFolder
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
-from ppcl_fx.train.bounded.folder import StudentFolder
-from ppcl_fx.train.finetuned import FinetunedFolder, load_finetuned, save_finetuned
-from ppcl_fx.verify import verify
 from tests import models
 from tests.cli_place import Place
 from tests.shapes_folder import save_pipeline
@@ -257,4 +257,4 @@ def test_files_are_the_same_bytes_each_time_and_safetensors_reads_them(tmp_path:
         assert file.metadata()["format"] == "pt"
     digests = Shards.one_file(tmp_path / "0").digests()
     assert digests.keys() == tensors.keys()
-    assert digests == {name: ppcl_fx.fingerprint.tensor_digest(tensor) for name, tensor in tensors.items()}  # type: ignore[attr-defined]
+    assert digests == {name: ppcl_fx.io.fingerprint.tensor_digest(tensor) for name, tensor in tensors.items()}  # type: ignore[attr-defined]

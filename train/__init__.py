@@ -14,24 +14,24 @@ from typing import TYPE_CHECKING, Any
 from ppcl_fx.errors import near
 
 if TYPE_CHECKING:
+    from ppcl_fx.model.finetuned import load_finetuned
+    from ppcl_fx.schema.curves import Losses, StageCurves
     from ppcl_fx.train.config import STAGES, Limits, TrainConfig, Weights
-    from ppcl_fx.train.curves import Losses, StageCurves
-    from ppcl_fx.train.effects import measure_effects, predicted_and_measured
-    from ppcl_fx.train.finetuned import load_finetuned
+    from ppcl_fx.train.metrics.effects import measure_effects, predicted_and_measured
     from ppcl_fx.train.run import TrainResult, train
 
 _HOME = {
-    "STAGES": "config",
-    "Limits": "config",
-    "Losses": "curves",
-    "StageCurves": "curves",
-    "TrainConfig": "config",
-    "TrainResult": "run",
-    "Weights": "config",
-    "load_finetuned": "finetuned",
-    "measure_effects": "effects",
-    "predicted_and_measured": "effects",
-    "train": "run",
+    "STAGES": "ppcl_fx.train.config",
+    "Limits": "ppcl_fx.train.config",
+    "Losses": "ppcl_fx.schema.curves",
+    "StageCurves": "ppcl_fx.schema.curves",
+    "TrainConfig": "ppcl_fx.train.config",
+    "TrainResult": "ppcl_fx.train.run",
+    "Weights": "ppcl_fx.train.config",
+    "load_finetuned": "ppcl_fx.model.finetuned",
+    "measure_effects": "ppcl_fx.train.metrics.effects",
+    "predicted_and_measured": "ppcl_fx.train.metrics.effects",
+    "train": "ppcl_fx.train.run",
 }
 
 __all__ = [
@@ -55,6 +55,6 @@ if not TYPE_CHECKING:
         home = _HOME.get(name)
         if home is None:
             raise AttributeError(f"module 'ppcl_fx.train' has no attribute {name!r}{near(name, __all__)}")
-        value = getattr(importlib.import_module(f"ppcl_fx.train.{home}"), name)
+        value = getattr(importlib.import_module(home), name)
         globals()[name] = value
         return value

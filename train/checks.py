@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ppcl_fx import owned
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.files import check_writable
+from ppcl_fx.io import owned_folders as owned
+from ppcl_fx.io.files import check_writable
+from ppcl_fx.schema.curves import LOSSES
 from ppcl_fx.train.config import CONFIG, TrainConfig
-from ppcl_fx.train.curves import LOSSES
-from ppcl_fx.train.metrics import EVENTS, LOG
-from ppcl_fx.train.optimizer import try_eight_bit
+from ppcl_fx.train.core.optimizer import try_eight_bit
+from ppcl_fx.train.metrics.logger import EVENTS, LOG
 
 CHECKPOINTS = "checkpoints"
 LOGS = "logs"

@@ -21,10 +21,10 @@ from pydantic import (
     model_validator,
 )
 
-from ppcl_fx.config import Flag
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.files import write_text
-from ppcl_fx.reading import read_text
+from ppcl_fx.io.files import write_text
+from ppcl_fx.io.options import Flag
+from ppcl_fx.io.reading import read_text
 
 STAGES = ("depth", "width", "finetune")
 """The stages of training, in the paper's order."""

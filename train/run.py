@@ -16,13 +16,20 @@ import torch
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.distil import train_only
-from ppcl_fx.train import checkpoints
-from ppcl_fx.train.checkpoints import CheckpointWriter, LoadedCheckpoint, RunIdentity
+from ppcl_fx.model.finetuned import plan_digest, save_finetuned
+from ppcl_fx.schema.curves import LOSSES, Losses, StageCurves
 from ppcl_fx.train.checks import CHECKPOINTS, LOGS, check_here, check_places
 from ppcl_fx.train.config import CONFIG, TrainConfig, resolve
 from ppcl_fx.train.config import save as save_config
-from ppcl_fx.train.consensus import (
+from ppcl_fx.train.core import checkpoints
+from ppcl_fx.train.core.batches import Batches, Data
+from ppcl_fx.train.core.checkpoints import CheckpointWriter, LoadedCheckpoint, RunIdentity
+from ppcl_fx.train.core.distillation_graph import train_only
+from ppcl_fx.train.core.loop import Progress, Whole, held_out, run_stage
+from ppcl_fx.train.core.stage_trainer import StageTrainer
+from ppcl_fx.train.core.stages import Compute, Distillation, FineTuning, Stage
+from ppcl_fx.train.data.source import DataSource, Feed
+from ppcl_fx.train.distributed.consensus import (
     StopRequest,
     begin,
     fit_again,
@@ -31,21 +38,14 @@ from ppcl_fx.train.consensus import (
     share_checkpoints,
     students_alone,
 )
-from ppcl_fx.train.core import StageTrainer
-from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
-from ppcl_fx.train.data import Batches, Data
-from ppcl_fx.train.edit_parallel import EditParallel
-from ppcl_fx.train.effects import with_mixtures
-from ppcl_fx.train.finetuned import plan_digest, save_finetuned
-from ppcl_fx.train.loop import Progress, Whole, held_out, run_stage
-from ppcl_fx.train.metrics import MetricsLogger, Show
-from ppcl_fx.train.process_group import ProcessGroup, current
-from ppcl_fx.train.sources.source import DataSource, Feed
-from ppcl_fx.train.stages import Compute, Distillation, FineTuning, Stage
+from ppcl_fx.train.distributed.edit_parallel import EditParallel
+from ppcl_fx.train.distributed.process_group import ProcessGroup, current
+from ppcl_fx.train.metrics.effects import with_mixtures
+from ppcl_fx.train.metrics.logger import MetricsLogger, Show
 
 if TYPE_CHECKING:
-    from ppcl_fx.calls import Calls
-    from ppcl_fx.model import PluggableModel
+    from ppcl_fx.calls.store import Calls
+    from ppcl_fx.model.pluggable import PluggableModel
 
 Score = Callable[[str, Any], float]
 """Told the stage and the model so far; returns how good it is."""
@@ -270,7 +270,7 @@ class _Runner:
         if self.ranks.alone:
             return Distillation(model, name, weights, sequential=self.config.sequential, compute=compute)
         if name == "finetune":
-            from ppcl_fx.train.fsdp import FSDPFineTuning  # slow to import
+            from ppcl_fx.train.distributed.fsdp import FSDPFineTuning
 
             return FSDPFineTuning(model, self.students, self.ranks, compute)
         return EditParallel(model, name, weights, self.ranks, compute)
@@ -344,9 +344,9 @@ def _shapes_score(model: PluggableModel, count: int) -> Callable[[str, Any], flo
     Raises:
         PpclError: The model's teacher is not the shapes model that ships with the package.
     """
-    from ppcl_fx.fingerprint import fingerprint
-    from ppcl_fx.model import PluggableModel
-    from ppcl_fx.plan import Plan
+    from ppcl_fx.io.fingerprint import fingerprint
+    from ppcl_fx.model.pluggable import PluggableModel
+    from ppcl_fx.schema.plan import Plan
     from ppcl_fx.shapes import load_pipeline
     from ppcl_fx.shapes.score import score
 

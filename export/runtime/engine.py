@@ -12,7 +12,7 @@ from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.head import Front, check_head, pluggable_graph, read_head
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import AUTO, Choice, Sessions, choose, device_of, export_command
-from ppcl_fx.face import PipelineFace
+from ppcl_fx.model.face import PipelineFace
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule

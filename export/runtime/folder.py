@@ -8,11 +8,11 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.manifest import Manifest
-from ppcl_fx.export.names import manifest_path, ratio_of
+from ppcl_fx.export.store.manifest import Manifest
+from ppcl_fx.export.store.names import manifest_path, ratio_of
 from ppcl_fx.export.tensorrt import EngineManifest, find_graphs
 from ppcl_fx.export.tensorrt.places import Place
-from ppcl_fx.files import inside, own_file, read_json
+from ppcl_fx.io.files import inside, own_file, read_json
 
 
 class _Kind(BaseModel):

@@ -11,27 +11,27 @@ import torch
 from pydantic import ConfigDict, JsonValue
 from torch.fx import GraphModule
 
+from ppcl_fx.calls.examples import build_call
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.examples import build_call
-from ppcl_fx.export.manifest import Manifest
-from ppcl_fx.export.onnx_file import floats_as
-from ppcl_fx.export.positions import POSITIONS, PositionsAsInputs
+from ppcl_fx.export.onnx.writer import floats_as
 from ppcl_fx.export.runtime.sizes_only import SizesOnly
-from ppcl_fx.export.tuples_apart import TuplesApart
-from ppcl_fx.files import Sealed, inside, read_json, write_json
-from ppcl_fx.graphs import draft
-from ppcl_fx.meta import graph_info
+from ppcl_fx.export.store.manifest import Manifest
+from ppcl_fx.io.build_bounds import Room
+from ppcl_fx.io.files import Sealed, inside, read_json, write_json
+from ppcl_fx.ir.graphs import draft
+from ppcl_fx.ir.meta import graph_info
+from ppcl_fx.model.rewrite import insert_edits
+from ppcl_fx.model.sources import diffusers_class
 from ppcl_fx.passes.contract import Pipeline
-from ppcl_fx.passes.plug import plugged
-from ppcl_fx.passes.rewrite import insert_edits
-from ppcl_fx.plan import Plan, plan_digest
-from ppcl_fx.room import Room
-from ppcl_fx.skeleton import skeleton
-from ppcl_fx.sources import diffusers_class
+from ppcl_fx.passes.edits.plug import plugged
+from ppcl_fx.passes.lowering.positions import POSITIONS, PositionsAsInputs
+from ppcl_fx.passes.lowering.tuples_apart import TuplesApart
+from ppcl_fx.schema.plan import Plan, plan_digest
 from ppcl_fx.tracing import bind, trace_saved, with_rows
+from ppcl_fx.tracing.meta_model import skeleton
 
 if TYPE_CHECKING:
-    from ppcl_fx.model import PluggableModel
+    from ppcl_fx.model.pluggable import PluggableModel
 
 HEAD = "head.json"
 WHOLE, MOST_TENSORS = 64, 10**6
@@ -45,7 +45,7 @@ class Head(Sealed):
 
     Attributes:
         config: the transformer's configuration, its class in ``_class_name``.
-        example: the arguments it was traced with, as `ppcl_fx.examples.describe` writes them.
+        example: the arguments it was traced with, as `ppcl_fx.calls.examples.describe` writes them.
         plan: the plan of all its edits.
     """
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.manifest import Port
+from ppcl_fx.export.store.manifest import Port
 from ppcl_fx.export.tensorrt import Range
 
 TYPES: dict[str, torch.dtype] = {

@@ -8,9 +8,9 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.onnx_runner import one_line, runtime_errors
 from ppcl_fx.export.runtime.limits import TYPES, sized
 from ppcl_fx.export.runtime.sessions import ONNXRUNTIME_TENSORRT, Choice, provider
+from ppcl_fx.export.verify.onnx_runner import one_line, runtime_errors
 
 ELEMENTS = {
     torch.float32: 1,

@@ -13,13 +13,13 @@ import torch
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.integrity import check_artefacts
-from ppcl_fx.export.manifest import Port
 from ppcl_fx.export.runtime.folder import Artefact
 from ppcl_fx.export.runtime.head import Front
 from ppcl_fx.export.runtime.limits import TYPES
+from ppcl_fx.export.store.manifest import Port
 from ppcl_fx.export.tensorrt import Hashes, Range
 from ppcl_fx.export.tensorrt.places import rebuild_command
+from ppcl_fx.export.verify.integrity import check_artefacts
 
 AUTO = "auto"
 TENSORRT = "tensorrt"

@@ -9,8 +9,8 @@ import torch
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_map_only
 
-from ppcl_fx.export.positions import POSITIONS, looks_only
-from ppcl_fx.passes.streaming.executor import buffers_on_meta
+from ppcl_fx.ir.executor import buffers_on_meta
+from ppcl_fx.passes.lowering.positions import POSITIONS, looks_only
 
 
 class SizesOnly(Interpreter):
@@ -20,7 +20,7 @@ class SizesOnly(Interpreter):
     Such a tensor is computed on the meta device, and what goes on is a tensor of its size that takes no memory.
 
     Args:
-        parted: a graph after `ppcl_fx.export.positions.PositionsAsInputs`, with tables.
+        parted: a graph after `ppcl_fx.passes.lowering.positions.PositionsAsInputs`, with tables.
     """
 
     def __init__(self, parted: GraphModule) -> None:

@@ -13,13 +13,13 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.lowering import lower
+from ppcl_fx.export.onnx.assemble import ROWS
 from ppcl_fx.export.runtime.head import Front
 from ppcl_fx.export.runtime.limits import TYPES
 from ppcl_fx.export.runtime.sessions import Choice
-from ppcl_fx.export.stitching import ROWS
-from ppcl_fx.files import inside
-from ppcl_fx.graphs import copy_graph_module
+from ppcl_fx.io.files import inside
+from ppcl_fx.ir.graphs import copy_graph_module
+from ppcl_fx.passes.lowering.lowering import lower
 
 
 class TorchSession:

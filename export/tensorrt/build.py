@@ -10,15 +10,15 @@ from typing import Any, BinaryIO
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.names import engine_manifest_path
+from ppcl_fx.export.store.names import engine_manifest_path
 from ppcl_fx.export.tensorrt.manifest import EngineManifest, Hashes
 from ppcl_fx.export.tensorrt.monitor import Messages, Monitor, Report, stoppable
 from ppcl_fx.export.tensorrt.options import BuildOptions, check_version, configure, network_flags
 from ppcl_fx.export.tensorrt.places import Origin, read_graph
 from ppcl_fx.export.tensorrt.profiles import Profile, shapes_of
 from ppcl_fx.export.tensorrt_api import Api, Gpu, find_gpu
-from ppcl_fx.files import inside, need_room, new_file, write_json
-from ppcl_fx.reading import read_bytes
+from ppcl_fx.io.files import inside, need_room, new_file, write_json
+from ppcl_fx.io.reading import read_bytes
 
 TIMINGS_BYTES = 2**30
 """A cache of kernel timings may be this large."""

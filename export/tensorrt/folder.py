@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.integrity import check_artefacts
-from ppcl_fx.export.names import TIMINGS, manifest_path
+from ppcl_fx.export.store.names import TIMINGS, manifest_path
 from ppcl_fx.export.tensorrt.build import build_engine, load_tensorrt
 from ppcl_fx.export.tensorrt.manifest import EngineManifest, Hashes, check_card, read_card
 from ppcl_fx.export.tensorrt.options import check_version
@@ -17,6 +16,7 @@ from ppcl_fx.export.tensorrt.places import Place, find_graphs, read_graph, read_
 from ppcl_fx.export.tensorrt.profiles import Profile
 from ppcl_fx.export.tensorrt.request import BuildConfig, read_request
 from ppcl_fx.export.tensorrt_api import Api, Gpu
+from ppcl_fx.export.verify.integrity import check_artefacts
 
 Report = Callable[[int, int, str], None]
 

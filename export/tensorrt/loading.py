@@ -13,8 +13,8 @@ from ppcl_fx.export.tensorrt.manifest import EngineManifest, Hashes, check_card,
 from ppcl_fx.export.tensorrt.monitor import Messages
 from ppcl_fx.export.tensorrt.places import rebuild_command
 from ppcl_fx.export.tensorrt_api import Api, Gpu
-from ppcl_fx.files import inside
-from ppcl_fx.reading import open_regular
+from ppcl_fx.io.files import inside
+from ppcl_fx.io.reading import open_regular
 
 
 @dataclass(frozen=True)

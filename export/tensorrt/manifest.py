@@ -10,14 +10,14 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.manifest import Port
-from ppcl_fx.export.names import engine_manifest_path
+from ppcl_fx.export.store.manifest import Port
+from ppcl_fx.export.store.names import engine_manifest_path
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import rebuild_command
 from ppcl_fx.export.tensorrt.profiles import Profile
 from ppcl_fx.export.tensorrt_api import Gpu
-from ppcl_fx.files import inside, own_file, read_json, sha256_of
-from ppcl_fx.plan import Plan
+from ppcl_fx.io.files import inside, own_file, read_json, sha256_of
+from ppcl_fx.schema.plan import Plan
 
 NOT_COMPARED = "the engine was not compared with PyTorch: the build does not run it"
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ppcl_fx.config import Bytes, Config, Flag
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.tensorrt_api import Api, version_numbers
+from ppcl_fx.io.options import Bytes, Config, Flag
 
 OLDEST = (10, 15)
 """The oldest version that is supported: its parser knows Attention (from 10.14 on), RotaryEmbedding and

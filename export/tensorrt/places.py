@@ -12,12 +12,18 @@ from pydantic import BaseModel, ConfigDict, JsonValue
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.names import engine_manifest_path, engine_path, manifest_path, ratio_of, typed_graph_path
-from ppcl_fx.files import inside, own_file, read_json
-from ppcl_fx.plan import Plan
+from ppcl_fx.export.store.names import (
+    engine_manifest_path,
+    engine_path,
+    manifest_path,
+    ratio_of,
+    typed_graph_path,
+)
+from ppcl_fx.io.files import inside, own_file, read_json
+from ppcl_fx.schema.plan import Plan
 
 if TYPE_CHECKING:
-    from ppcl_fx.export.manifest import Port
+    from ppcl_fx.export.store.manifest import Port
 
 REQUEST = "build.json"
 SCRIPT = "build.sh"
@@ -102,7 +108,7 @@ def read_graph(onnx: Path) -> GraphFile:
     """
     if not onnx.is_file():
         raise PpclError(f"{onnx}: no such file; export the model again")
-    from ppcl_fx.export.onnx_file import ports  # slow to import
+    from ppcl_fx.export.onnx.writer import ports
 
     ir = need("onnx_ir")
     try:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from ppcl_fx.config import Config, Flag
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.io.options import Config, Flag
 
 if TYPE_CHECKING:
-    from ppcl_fx.export.manifest import Port
+    from ppcl_fx.export.store.manifest import Port
 
 BATCH = "batch"
 Kind = Literal["min", "opt", "max"]

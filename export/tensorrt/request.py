@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from ppcl_fx.config import Config, Flag
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import REQUEST, GraphFile
 from ppcl_fx.export.tensorrt.profiles import Profile, Spec, check_spec, default_profile, resolve
-from ppcl_fx.files import inside, read_json, write_json
+from ppcl_fx.io.files import inside, read_json, write_json
+from ppcl_fx.io.options import Config, Flag
 
 
 class BuildConfig(Config):

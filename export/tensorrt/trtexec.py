@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.manifest import Port
-from ppcl_fx.export.names import TIMINGS
+from ppcl_fx.export.store.manifest import Port
+from ppcl_fx.export.store.names import TIMINGS
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import SCRIPT, Place, read_graph
 from ppcl_fx.export.tensorrt.profiles import KINDS, Profile, shapes_of
 from ppcl_fx.export.tensorrt.request import BuildConfig
-from ppcl_fx.files import write_text
+from ppcl_fx.io.files import write_text
 
 HEAD = """#!/bin/sh
 # Builds the engines of this folder with NVIDIA's trtexec, for the GPU of the machine it runs on.

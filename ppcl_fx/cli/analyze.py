@@ -14,18 +14,25 @@ from ppcl_fx.cli.options import Model, Overwrite, check_device, check_folder, ch
 from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
 from ppcl_fx.errors import PpclError, foreign
-from ppcl_fx.owned import ANALYSING, REPORT_MARK, check_file, check_no_link, check_replaceable, discard
-from ppcl_fx.owned import CALLS as RECORDED
-from ppcl_fx.passes.config import AnalyzeConfig
-from ppcl_fx.reading import read_text
-from ppcl_fx.sources import check_source
+from ppcl_fx.io.owned_folders import (
+    ANALYSING,
+    REPORT_MARK,
+    check_file,
+    check_no_link,
+    check_replaceable,
+    discard,
+)
+from ppcl_fx.io.owned_folders import CALLS as RECORDED
+from ppcl_fx.io.reading import read_text
+from ppcl_fx.model.sources import check_source
+from ppcl_fx.passes.options import AnalyzeConfig
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ppcl_fx.calls import Calls
-    from ppcl_fx.redundancy import Redundancy
-    from ppcl_fx.sources import Source
+    from ppcl_fx.calls.store import Calls
+    from ppcl_fx.model.sources import Source
+    from ppcl_fx.schema.analysis import Redundancy
 
 CALLS, ANALYSIS, REPORT, WORK = "calls", "analysis.json", "report.html", "unfinished"
 SHIPPED_PROMPTS = 8
@@ -64,8 +71,8 @@ def analyze(
     texts = read_prompts(prompts) if prompts is not None else None
 
     import ppcl_fx
+    from ppcl_fx.model.sources import open_source
     from ppcl_fx.report import write_report
-    from ppcl_fx.sources import open_source
 
     with terminal.step("loading the model"):
         source = open_source(model)
@@ -74,8 +81,8 @@ def analyze(
         checkpoint = open_checkpoint(model, terminal, {calls: recorded.model})
         import torch
 
-        from ppcl_fx.passes.analyze import calibration_on_disk, conclude
-        from ppcl_fx.passes.streaming.run_store import Settings
+        from ppcl_fx.passes.analysis.analyze import calibration_on_disk, conclude
+        from ppcl_fx.passes.calibration.run_store import Settings
 
         settings = Settings(samples=config.samples, ridge=config.ridge, refine_steps=config.refine_steps)
         limit, device = config.memory_limit, torch.device(config.device)

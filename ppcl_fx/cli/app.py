@@ -37,7 +37,7 @@ def verify(
     Loading compares samples of the weights, which is quick at any size; this finds a single changed bit.
     """
     check_folder(folder, "a folder that ppcl-fx or diffusers wrote")
-    from ppcl_fx.verify import verify as run
+    from ppcl_fx.cli.integrity import verify as run
 
     with terminal.step("reading everything"), quiet_diffusers():
         found = run(folder)

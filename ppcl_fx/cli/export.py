@@ -15,20 +15,20 @@ from ppcl_fx.cli.flags import flagged
 from ppcl_fx.cli.options import Overwrite, check_folder, check_output, refuse
 from ppcl_fx.cli.teacher import Recorded, open_calls, open_pipeline, open_student
 from ppcl_fx.cli.terminal import Terminal
-from ppcl_fx.config import MOST, MOST_STEPS
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.config import FOLDERS, KEEPS, ExportConfig
 from ppcl_fx.export.tensorrt.request import BuildConfig
-from ppcl_fx.owned import PRUNED_RATIOS, SAVED
-from ppcl_fx.sources import check_source
+from ppcl_fx.io.options import MOST, MOST_STEPS
+from ppcl_fx.io.owned_folders import PRUNED_RATIOS, SAVED
+from ppcl_fx.model.sources import check_source
 
 if TYPE_CHECKING:
     from ppcl_fx.export.exporting import ExportResult
-    from ppcl_fx.export.sampling import SamplingRun
+    from ppcl_fx.export.store.weight_source import WeightFolder
     from ppcl_fx.export.tensorrt.folder import Built
-    from ppcl_fx.export.weight_source import WeightFolder
-    from ppcl_fx.model import PluggableModel
-    from ppcl_fx.train.finetuned import FinetunedFolder
+    from ppcl_fx.export.verify.sampling import SamplingRun
+    from ppcl_fx.model.finetuned import FinetunedFolder
+    from ppcl_fx.model.pluggable import PluggableModel
 
 SAMPLES = 2
 """Pictures of a sampling run, if nothing else is said."""
@@ -89,9 +89,9 @@ def export(
     check_folder(calls, "recorded calls", "index.json")
 
     from ppcl_fx.export.exporting import export as run
-    from ppcl_fx.export.opened import stays_on_disk
-    from ppcl_fx.model import PluggableModel
-    from ppcl_fx.train.finetuned import FinetunedFolder
+    from ppcl_fx.export.store.opened import stays_on_disk
+    from ppcl_fx.model.finetuned import FinetunedFolder
+    from ppcl_fx.model.pluggable import PluggableModel
 
     recorded = open_calls(calls, terminal) if calls is not None else None
     model = _opened(student, config, terminal, recorded)
@@ -163,9 +163,9 @@ def _opened(
     student: Path, config: ExportConfig, terminal: Terminal, recorded: Recorded | None
 ) -> PluggableModel | WeightFolder | FinetunedFolder:
     """Return a fine-tuned model or a student with its weights on disk; in memory for folders, and released ones."""
-    from ppcl_fx.model import CARD
-    from ppcl_fx.train.bounded.folder import StudentFolder
-    from ppcl_fx.train.finetuned import FinetunedFolder, is_finetuned
+    from ppcl_fx.model.finetuned import FinetunedFolder, is_finetuned
+    from ppcl_fx.model.pluggable import CARD
+    from ppcl_fx.model.student_folder import StudentFolder
 
     if is_finetuned(student):
         with terminal.step("opening the fine-tuned model"):
@@ -178,8 +178,8 @@ def _opened(
 
 def _open_sampling(name: str, student: Path, model: str, recorded: Recorded | None, terminal: Terminal) -> SamplingRun:
     """Open a pipeline and say what it may draw: prompts of the recorded calls, or the shipped model's own."""
-    from ppcl_fx.export.sampling import SamplingRun
-    from ppcl_fx.sources import SHAPES, open_source
+    from ppcl_fx.export.verify.sampling import SamplingRun
+    from ppcl_fx.model.sources import SHAPES, open_source
 
     source = open_source(name)
     if recorded is not None:

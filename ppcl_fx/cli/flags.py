@@ -14,8 +14,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from ppcl_fx.cli.terminal import Terminal
-from ppcl_fx.config import MOST, default_words, flag_of, is_config, marks_of, meta_of, plain_type
 from ppcl_fx.errors import OptionError, PpclError
+from ppcl_fx.io.options import MOST, default_words, flag_of, is_config, marks_of, meta_of, plain_type
 
 NONE = "none"
 """What switches off an option that may be off, as in a config file."""

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
-from ppcl_fx.config import Config, flag_of
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.files import check_writable
-from ppcl_fx.owned import Kind, check_no_link, check_replaceable, foreign
+from ppcl_fx.io.files import check_writable
+from ppcl_fx.io.options import Config, flag_of
+from ppcl_fx.io.owned_folders import Kind, check_no_link, check_replaceable, foreign
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A diffusers folder, a hub id, or 'shapes'.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]

@@ -47,7 +47,7 @@ def run_passes(
     """Trace MODEL, its weights left on disk, run PASSES in their order, and say what each did."""
     check_folder(calls, "recorded calls")
     with quiet_diffusers():
-        from ppcl_fx.graphs import draft, parameter_count
+        from ppcl_fx.ir.graphs import draft, parameter_count
         from ppcl_fx.passes.registry import parse
         from ppcl_fx.tracing import trace
 

@@ -14,18 +14,18 @@ from ppcl_fx.cli.options import Model, Overwrite, check_device, check_file, chec
 from ppcl_fx.cli.teacher import Recorded, open_calls, open_checkpoint, open_teacher
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
-from ppcl_fx.owned import STUDENT
-from ppcl_fx.passes.config import RewriteConfig
-from ppcl_fx.sources import check_source
+from ppcl_fx.io.owned_folders import STUDENT
+from ppcl_fx.model.sources import check_source
+from ppcl_fx.passes.options import RewriteConfig
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from ppcl_fx.calls import Calls
-    from ppcl_fx.costs import Costs
-    from ppcl_fx.model import PluggableModel
-    from ppcl_fx.plan import Plan
-    from ppcl_fx.plans import NamedPlan
+    from ppcl_fx.calls.store import Calls
+    from ppcl_fx.model.paper_plans import NamedPlan
+    from ppcl_fx.model.pluggable import PluggableModel
+    from ppcl_fx.schema.costs import Costs
+    from ppcl_fx.schema.plan import Plan
 
 
 @flagged
@@ -104,7 +104,7 @@ def rewrite(
     if config.memory_limit is not None:
         import torch
 
-        from ppcl_fx.passes.streaming.rewrite import ProjectorFit, rewrite_streamed
+        from ppcl_fx.model.streamed_rewrite import ProjectorFit, rewrite_streamed
 
         assert chosen is not None
         checkpoint = open_checkpoint(model, terminal, fingerprints)
@@ -120,7 +120,7 @@ def rewrite(
                 report=progress,
             )
     elif released is not None:
-        from ppcl_fx.folders.released import with_teacher
+        from ppcl_fx.formats.released import with_teacher
 
         teacher = open_teacher(model, terminal, fingerprints)
         with terminal.step("joining with the teacher"):
@@ -153,7 +153,7 @@ class Wish:
 
     def check(self) -> None:
         """Raise `PpclError` where the options contradict each other."""
-        from ppcl_fx.plans import is_name
+        from ppcl_fx.model.paper_plans import is_name
 
         by_name = self.plan is not None and is_name(self.plan)
         if self.analysis is None and self.plan is None and self.released is None:
@@ -172,7 +172,7 @@ class Wish:
 
     def named(self) -> NamedPlan | None:
         """Return the plan that was given by name, checked; None where none or a file was given."""
-        from ppcl_fx import plans
+        from ppcl_fx.model import paper_plans as plans
 
         if self.plan is None or not plans.is_name(self.plan):
             return None
@@ -182,7 +182,7 @@ class Wish:
 
     def calls_beside(self) -> Path:
         """Return where recorded calls lie when nobody says so: beside the analysis or the plan."""
-        from ppcl_fx.plans import is_name
+        from ppcl_fx.model.paper_plans import is_name
 
         if self.analysis is not None:
             return self.analysis.parent / "calls"
@@ -199,7 +199,7 @@ class Wish:
         if self.analysis is None:
             return plan
         import ppcl_fx
-        from ppcl_fx.passes.damage import predicted
+        from ppcl_fx.passes.selection.sensitivity import predicted
 
         analysis = ppcl_fx.Redundancy.load(self.analysis)
         return predicted(analysis, plan).model_copy(update={"model": analysis.model})
@@ -220,7 +220,7 @@ def timed(config: RewriteConfig, costs: Path | None) -> Costs | None:
     if config.select not in (None, "budget"):
         words = "this rule knows no time; leave --select out, or give 'budget'"
         raise PpclError(f"--latency, --select {config.select}: {words}")
-    from ppcl_fx.costs import Costs
+    from ppcl_fx.schema.costs import Costs
 
     measured = Costs.load(costs)
     try:
@@ -251,8 +251,8 @@ def _check_calls(recorded: Recorded, analysis: Path) -> None:
 
 
 def _read_plan(path: Path) -> Plan:
-    from ppcl_fx.files import read_json
-    from ppcl_fx.plan import Plan
+    from ppcl_fx.io.files import read_json
+    from ppcl_fx.schema.plan import Plan
 
     plan = read_json(path, Plan)
     if not plan.edits:

@@ -13,10 +13,10 @@ from ppcl_fx.errors import PpclError
 if TYPE_CHECKING:
     from torch import nn
 
-    from ppcl_fx.calls import Calls
-    from ppcl_fx.model import PluggableModel
-    from ppcl_fx.skeleton import Checkpoint
-    from ppcl_fx.sources import Source
+    from ppcl_fx.calls.store import Calls
+    from ppcl_fx.model.pluggable import PluggableModel
+    from ppcl_fx.model.sources import Source
+    from ppcl_fx.tracing.meta_model import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Recorded:
         """Raise `PpclError` where a pluggable model has another teacher (fingerprint `model`) than these calls."""
         if not model or not self.calls.model or model == self.calls.model:
             return
-        from ppcl_fx.model import TEACHER
-        from ppcl_fx.sources import open_source
+        from ppcl_fx.model.pluggable import TEACHER
+        from ppcl_fx.model.sources import open_source
 
         teacher = open_source(str(student / TEACHER)).checkpoint() if (student / TEACHER).is_dir() else None
         known = teacher.known_as(self.calls.model) if teacher is not None else None
@@ -46,7 +46,7 @@ class Recorded:
 
 def open_calls(folder: Path, terminal: Terminal) -> Recorded:
     """Open recorded calls and check every tensor."""
-    from ppcl_fx.calls import Calls
+    from ppcl_fx.calls.store import Calls
 
     if not folder.is_dir():
         raise PpclError(f"{folder}: no such folder; give recorded calls with --calls")
@@ -56,7 +56,7 @@ def open_calls(folder: Path, terminal: Terminal) -> Recorded:
 
 def open_teacher(name: str, terminal: Terminal, fingerprints: Mapping[Path, str]) -> nn.Module:
     """Load a transformer that certain files were made for, in the dtype that their fingerprint names."""
-    from ppcl_fx.sources import open_source
+    from ppcl_fx.model.sources import open_source
 
     dtype = open_checkpoint(name, terminal, fingerprints).dtype if any(fingerprints.values()) else None
     with terminal.step("loading the transformer"):
@@ -82,7 +82,7 @@ def open_checkpoint(name: str, terminal: Terminal, fingerprints: Mapping[Path, s
 
     It is used in the dtype that the files name, by its fingerprint; where they name none, as it is stored.
     """
-    from ppcl_fx.sources import open_source
+    from ppcl_fx.model.sources import open_source
 
     with terminal.step("checking the weights"):
         checkpoint = open_source(name).checkpoint()
@@ -99,7 +99,7 @@ def open_checkpoint(name: str, terminal: Terminal, fingerprints: Mapping[Path, s
 def open_student(folder: Path, terminal: Terminal, recorded: Recorded | None = None) -> PluggableModel:
     """Load a pluggable model."""
     import ppcl_fx
-    from ppcl_fx.model import PluggableModel
+    from ppcl_fx.model.pluggable import PluggableModel
 
     if not folder.is_dir():
         raise PpclError(f"{folder}: no such folder; give what 'ppcl-fx rewrite' wrote")

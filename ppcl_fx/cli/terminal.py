@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol
 
 from ppcl_fx.cli.boundary import printable
-from ppcl_fx.memory import size_words
+from ppcl_fx.io.memory import size_words
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-    from ppcl_fx.train.metrics import Row
+    from ppcl_fx.train.metrics.logger import Row
 
 
 class Report(Protocol):

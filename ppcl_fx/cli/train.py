@@ -16,24 +16,24 @@ from ppcl_fx.cli.flags import flagged
 from ppcl_fx.cli.options import check_device, check_file, check_folder
 from ppcl_fx.cli.teacher import open_calls, open_pipeline, open_student
 from ppcl_fx.cli.terminal import Terminal, watching
-from ppcl_fx.config import flag_of
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import check_writable
-from ppcl_fx.memory import parse_size
-from ppcl_fx.owned import REPORT_MARK
-from ppcl_fx.owned import check_file as check_replaceable
-from ppcl_fx.sources import check_source, holds_config
+from ppcl_fx.io.files import check_writable
+from ppcl_fx.io.memory import parse_size
+from ppcl_fx.io.options import flag_of
+from ppcl_fx.io.owned_folders import REPORT_MARK
+from ppcl_fx.io.owned_folders import check_file as check_replaceable
+from ppcl_fx.model.sources import check_source, holds_config
 from ppcl_fx.train.config import UNUSED_BOUNDED, Limits, TrainConfig, resolve
 
 if TYPE_CHECKING:
-    from ppcl_fx.calls import Calls
-    from ppcl_fx.effects import Effects
-    from ppcl_fx.model import PluggableModel
-    from ppcl_fx.plan import Plan
+    from ppcl_fx.calls.store import Calls
+    from ppcl_fx.model.pluggable import PluggableModel
+    from ppcl_fx.schema.measured_effects import Effects
+    from ppcl_fx.schema.plan import Plan
     from ppcl_fx.train import StageCurves
     from ppcl_fx.train.bounded.trainer import BoundedResult
-    from ppcl_fx.train.process_group import ProcessGroup
-    from ppcl_fx.train.sources.source import DataSource
+    from ppcl_fx.train.data.source import DataSource
+    from ppcl_fx.train.distributed.process_group import ProcessGroup
 
 REPORT, RECORDED, ENCODED = "report.html", "recorded", "encoded"
 
@@ -116,7 +116,7 @@ def train(
                 terminal.note(line)
             return _bounded_result(student, training.run(report))
 
-    from ppcl_fx.train.process_group import joined
+    from ppcl_fx.train.distributed.process_group import joined
 
     with joined(rank_timeout) as ranks:
         return _run(student, data, chosen, resume, terminal.quieter(not ranks.first), ranks)
@@ -191,19 +191,19 @@ class Given:
             recording = open_calls(self.calls, terminal)
             recording.check(student, model.plan.model)
             return recording.calls
-        from ppcl_fx.sources import open_source
-        from ppcl_fx.train.process_group import Place
+        from ppcl_fx.model.sources import open_source
+        from ppcl_fx.train.distributed.process_group import Place
 
         assert self.pipeline is not None
         pipeline = open_pipeline("--pipeline", open_source(self.pipeline), student, model.plan.model, terminal)
         place = Place(model.device, model.dtype, ranks)
         if self.prompts is not None:
-            from ppcl_fx.train.sources.prompts import PromptSource
+            from ppcl_fx.train.data.prompts import PromptSource
 
             texts = read_prompts(self.prompts)
             return PromptSource(pipeline, texts, student / RECORDED, options.batch, options.seed, place)
-        from ppcl_fx.train.sources.encode import Encoder
-        from ppcl_fx.train.sources.images import open_images
+        from ppcl_fx.train.images.encode import Encoder
+        from ppcl_fx.train.images.images import open_images
 
         assert self.images is not None
         with terminal.step("encoding the pictures") as report:
@@ -219,8 +219,8 @@ class Given:
 
 
 def _bounded_result(student: Path, done: BoundedResult) -> Result:
-    from ppcl_fx.files import inside, read_json
-    from ppcl_fx.plan import Plan
+    from ppcl_fx.io.files import inside, read_json
+    from ppcl_fx.schema.plan import Plan
 
     report = _report(student, read_json(inside(student, "plan.json"), Plan), done.stages)
     more = {"schedule": list(done.lines), "losses": str(done.losses), "stopped": done.stopped}

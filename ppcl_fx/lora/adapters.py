@@ -3,10 +3,10 @@
 The changes are *fused*: each weight becomes ``W + strength * alpha / rank * B A``, written into the parameter's own
 memory, and the weight as it was is kept in host memory, so that unloading gives it back to the bit. Fused rather than
 kept beside the weights as PEFT's layers are, for three reasons. The passes that make a mixture look at exact
-`torch.nn.Linear` layers and cut views out of their weights (`ppcl_fx.passes.narrow`, `expand`): with plain weights
-every mixture is right without their knowing of LoRA. Attention modules stay whole in the graph, where no node could
-carry a second path. And a mixture runs, trains, exports and counts as if there were no adapter. What it costs: host
-memory for the weights that are changed, and the rounding of a fused weight in 16 bits, as with diffusers' own
+`torch.nn.Linear` layers and cut views out of their weights (`ppcl_fx.passes.lowering.narrow`, `expand`): with plain
+weights every mixture is right without their knowing of LoRA. Attention modules stay whole in the graph, where no node
+could carry a second path. And a mixture runs, trains, exports and counts as if there were no adapter. What it costs:
+host memory for the weights that are changed, and the rounding of a fused weight in 16 bits, as with diffusers' own
 ``fuse_lora``. PEFT's own layers read and merge them (`ppcl_fx.lora.layers`), so a fused teacher is the same to the bit.
 """
 
@@ -26,8 +26,8 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.lora.keys import Lora
 from ppcl_fx.lora.layers import Layer, attach, merged, misfits
-from ppcl_fx.passes.depth import student_path
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.passes.edits.depth import student_path
+from ppcl_fx.schema.plan import DepthEdit, Plan
 
 log = logging.getLogger("ppcl_fx.lora")
 

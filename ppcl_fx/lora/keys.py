@@ -14,10 +14,10 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import inside, read_json, read_safetensors, safetensors_metadata
+from ppcl_fx.io.files import inside, read_json, read_safetensors, safetensors_metadata
+from ppcl_fx.io.reading import parse_json
 from ppcl_fx.lora.convert import converted
 from ppcl_fx.lora.settings import of_layers, settings
-from ppcl_fx.reading import parse_json
 
 log = logging.getLogger("ppcl_fx.lora")
 

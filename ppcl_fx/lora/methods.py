@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.lora.adapters import Adapters, LoraReport, strengths
 from ppcl_fx.lora.keys import Model, read_lora
 from ppcl_fx.lora.layers import need_peft
-from ppcl_fx.meta import graph_info
 
 if TYPE_CHECKING:
     from torch.fx import GraphModule
 
-    from ppcl_fx.plan import Plan
+    from ppcl_fx.schema.plan import Plan
 
 log = logging.getLogger("ppcl_fx.lora")
 

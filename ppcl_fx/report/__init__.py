@@ -11,9 +11,9 @@ from ppcl_fx.report.results import PictureGrid, Ratio
 from ppcl_fx.report.training import Losses
 
 if TYPE_CHECKING:
-    from ppcl_fx.effects import Effects
-    from ppcl_fx.plan import Plan
-    from ppcl_fx.redundancy import Redundancy
+    from ppcl_fx.schema.analysis import Redundancy
+    from ppcl_fx.schema.measured_effects import Effects
+    from ppcl_fx.schema.plan import Plan
 
 __all__ = ["PictureGrid", "write_report"]
 
@@ -50,7 +50,7 @@ def write_report(
     Raises:
         PpclError: the file cannot be written or a picture cannot be read.
     """
-    from ppcl_fx.files import write_text
+    from ppcl_fx.io.files import write_text
     from ppcl_fx.report.analysis import analysis_section
     from ppcl_fx.report.effects import effects_section
     from ppcl_fx.report.frontier import frontier_section

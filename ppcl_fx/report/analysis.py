@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ppcl_fx.plan import Plan
-from ppcl_fx.redundancy import Interval, Redundancy, StackAnalysis, StreamCurves
 from ppcl_fx.report.blockmap import StackEdits, block_map
 from ppcl_fx.report.heatmap import heatmap, value_range
 from ppcl_fx.report.html import Html, join, section, tag
 from ppcl_fx.report.svg import Series, figure, line_chart
+from ppcl_fx.schema.analysis import Interval, Redundancy, StackAnalysis, StreamCurves
+from ppcl_fx.schema.plan import Plan
 
 TEXT_THRESHOLD = 0.999  # the paper's appendix 6
 SIZE = (520, 230)

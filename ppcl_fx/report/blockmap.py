@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.redundancy import Interval, StackAnalysis
 from ppcl_fx.report.html import Html, tag
 from ppcl_fx.report.svg import legend, picture
+from ppcl_fx.schema.analysis import Interval, StackAnalysis
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 
 _LEFT, _ROW, _GAP = 132.0, 24.0, 8.0
 

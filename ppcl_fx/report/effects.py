@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ppcl_fx.effects import Effect, Effects, Mixture
 from ppcl_fx.report.html import Html, quantity, section, table, tag
 from ppcl_fx.report.svg import Series, figure, line_chart
+from ppcl_fx.schema.measured_effects import Effect, Effects, Mixture
 
 
 def effects_section(effects: Effects) -> Html:

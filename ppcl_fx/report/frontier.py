@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ppcl_fx.plan import Plan
-from ppcl_fx.redundancy import Redundancy
 from ppcl_fx.report.html import Html, join, section, table
 from ppcl_fx.report.svg import Series, figure, line_chart
+from ppcl_fx.schema.analysis import Redundancy
+from ppcl_fx.schema.plan import Plan
 
 if TYPE_CHECKING:
-    from ppcl_fx.passes.frontier import Point
+    from ppcl_fx.passes.selection.frontier import Point
 
 ROWS = 20  # of the table; a deep model's frontier has hundreds of points
 
 
 def frontier_section(redundancy: Redundancy, plan: Plan | None) -> Html:
     """Return the frontier as a chart and a table of steps; with a plan, where that lies is marked."""
-    from ppcl_fx.passes.frontier import frontier
-    from ppcl_fx.passes.select import Options
+    from ppcl_fx.passes.selection.frontier import frontier
+    from ppcl_fx.passes.selection.select import Options
 
     points = frontier(redundancy, Options(budget=0, stream=redundancy.stream))
     if len(points) < 2:
@@ -41,7 +41,7 @@ def _chart(redundancy: Redundancy, points: Sequence[Point], plan: Plan | None) -
         Series("least predicted damage", [100 * p.params / whole for p in shown], [p.damage for p in shown], 0)
     ]
     if plan is not None and plan.edits and plan.params:
-        from ppcl_fx.passes.damage import predicted
+        from ppcl_fx.passes.selection.sensitivity import predicted
 
         damage = sum(edit.damage or 0.0 for edit in predicted(redundancy, plan).edits)
         if damage > 0:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ppcl_fx.plan import Plan
-from ppcl_fx.redundancy import Redundancy
 from ppcl_fx.report.html import Html, definitions, quantity, section, tag
+from ppcl_fx.schema.analysis import Redundancy
+from ppcl_fx.schema.plan import Plan
 
 # Nothing may be fetched, whatever a file from outside says: only pictures inside the page and its own style.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

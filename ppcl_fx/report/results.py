@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import new_folder
+from ppcl_fx.io import owned_folders as owned
+from ppcl_fx.io.files import new_folder
 from ppcl_fx.report.html import Child, Html, join, quantity, section, table, tag
 from ppcl_fx.report.svg import Series, figure, line_chart
 
@@ -175,7 +175,7 @@ def open_picture(image: Any) -> Any:
     """
     from PIL import Image
 
-    from ppcl_fx import pictures
+    from ppcl_fx.train.images import pictures
 
     try:
         known = isinstance(image, bytes | str | Path)

@@ -12,9 +12,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from safetensors.torch import load_file
 
-from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import new_folder, safetensors_metadata, write_safetensors
+from ppcl_fx.io import owned_folders as owned
+from ppcl_fx.io.files import new_folder, safetensors_metadata, write_safetensors
 from ppcl_fx.shapes.fastpath import speed_up
 from ppcl_fx.shapes.pipeline import CHANNELS, ShapesPipeline
 from ppcl_fx.shapes.words import WordEncoder

@@ -26,8 +26,8 @@ from torch import distributed
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
-from ppcl_fx import owned
 from ppcl_fx.errors import PpclError
+from ppcl_fx.io import owned_folders as owned
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
 from ppcl_fx.shapes.course import LATEST, STATE, Course, begin, grown, pipeline_of, read_weights, resume, save
 from ppcl_fx.shapes.pipeline import SIDE, pack

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ppcl_fx.dtypes import kept_in_float32
+from ppcl_fx.calls.examples import describe
+from ppcl_fx.calls.kinds import Examples, Sizes, filled, is_fixed, kind_of, ones_in, repeated
 from ppcl_fx.errors import GuardError, PpclError, foreign, near
-from ppcl_fx.examples import describe
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.kinds import Examples, Sizes, filled, is_fixed, kind_of, ones_in, repeated
-from ppcl_fx.meta import graph_info
-from ppcl_fx.room import Room
+from ppcl_fx.io.build_bounds import Room
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.ir.dtypes import kept_in_float32
+from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.tracing.held import check_free
 from ppcl_fx.tracing.leaves import block_lists, inlined_modules
 from ppcl_fx.tracing.loadable import check_loadable
@@ -144,7 +144,7 @@ def trace_saved(model: nn.Module, example_kwargs: Mapping[str, Any], where: Path
 
     Args:
         model: the transformer.
-        example_kwargs: what `ppcl_fx.examples.build_call` made.
+        example_kwargs: what `ppcl_fx.calls.examples.build_call` made.
         where: the file, for messages.
 
     Raises:

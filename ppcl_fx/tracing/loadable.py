@@ -45,7 +45,7 @@ def _by_configuration(model: nn.Module) -> Shapes | None:
 
 @functools.lru_cache(maxsize=8)
 def _shapes(kind: type[Any], config: str) -> Shapes | None:
-    from ppcl_fx.skeleton import skeleton
+    from ppcl_fx.tracing.meta_model import skeleton
 
     try:
         built = skeleton(kind, json.loads(config))

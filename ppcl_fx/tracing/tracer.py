@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from torch.fx.proxy import Scope, TracerBase
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.graphs import attribute
+from ppcl_fx.ir.graphs import attribute
 from ppcl_fx.tracing.examples import META, examples, map_tensors, shadow, signature, to_meta
 from ppcl_fx.tracing.guards import autocast_enabled, expect, expect_tensor
 from ppcl_fx.tracing.patches import patched

@@ -11,7 +11,7 @@ from torch import nn
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from ppcl_fx.graphs import ancestors
+from ppcl_fx.ir.graphs import ancestors
 from ppcl_fx.tracing.examples import map_tensors, resolved
 from ppcl_fx.tracing.guards import is_guard
 

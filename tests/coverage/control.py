@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ppcl_fx.plan import DepthEdit
+from ppcl_fx.schema.plan import DepthEdit
 from tests.coverage.case import Kwargs
 from tests.coverage.edits import replaced
 

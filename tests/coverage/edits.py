@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ppcl_fx.graphs import ancestors, descendants
-from ppcl_fx.plan import DepthEdit
-from ppcl_fx.sites import FfnSite, TextSite
-from ppcl_fx.stacks import Block
+from ppcl_fx.ir.graphs import ancestors, descendants
+from ppcl_fx.ir.sites import FfnSite, TextSite
+from ppcl_fx.ir.stacks import Block
+from ppcl_fx.schema.plan import DepthEdit
 
 
 @contextlib.contextmanager

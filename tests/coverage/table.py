@@ -20,13 +20,13 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_flatten
 
 from ppcl_fx.errors import GuardError, Refusal
-from ppcl_fx.graphs import parameter_count, used_parameters
-from ppcl_fx.passes.ffn import projector_path
-from ppcl_fx.passes.plug import plugged
-from ppcl_fx.passes.rewrite import insert_edits
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.sites import FfnSite, ffn_sites, text_site
-from ppcl_fx.stacks import Block, Stack, stacks
+from ppcl_fx.ir.graphs import parameter_count, used_parameters
+from ppcl_fx.ir.sites import FfnSite, ffn_sites, text_site
+from ppcl_fx.ir.stacks import Block, Stack, stacks
+from ppcl_fx.model.rewrite import insert_edits
+from ppcl_fx.passes.edits.ffn import projector_path
+from ppcl_fx.passes.edits.plug import plugged
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind, trace
 from tests.coverage import dual, more, single, video, video_more
 from tests.coverage.case import EXAMPLE, OTHERS, Case, Kwargs

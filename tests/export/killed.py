@@ -10,8 +10,8 @@ import torch
 
 import ppcl_fx
 from ppcl_fx.cli.app import main
-from ppcl_fx.export import stitching
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
+from ppcl_fx.export.onnx import assemble as stitching
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.tracing import trace
 from tests import models
 

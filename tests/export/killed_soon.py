@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from ppcl_fx.export import ExportConfig, export
-from ppcl_fx.train.bounded.folder import StudentFolder
+from ppcl_fx.model.student_folder import StudentFolder
 from tests.export.killed import KNOWN, save_student
 
 with tempfile.TemporaryDirectory() as place:

@@ -20,13 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import ExportConfig, check_artefacts, export, onnx_file
-from ppcl_fx.export.integrity import sample_of
-from ppcl_fx.export.publish import MARK, claimed
+from ppcl_fx.export import ExportConfig, check_artefacts, export
+from ppcl_fx.export.onnx import writer as onnx_file
 from ppcl_fx.export.runtime.head import Head
+from ppcl_fx.export.store.publish import MARK, claimed
 from ppcl_fx.export.tensorrt import folder as build_folder
-from ppcl_fx.files import write_json, write_safetensors
-from ppcl_fx.train.bounded.folder import StudentFolder
+from ppcl_fx.export.verify.integrity import sample_of
+from ppcl_fx.io.files import write_json, write_safetensors
+from ppcl_fx.model.student_folder import StudentFolder
 from tests.cli_place import Place
 from tests.export.fake_trt import GPU, working
 from tests.export.killed import command, save_student

@@ -10,7 +10,7 @@ from torch import nn
 from torch.fx import symbolic_trace
 
 from ppcl_fx.export import ComplexToReal
-from ppcl_fx.export.complex_to_real import complex_nodes
+from ppcl_fx.passes.lowering.complex_to_real import complex_nodes
 
 
 def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ppcl_fx.export.tensorrt.profiles import Spec
 from ppcl_fx.export.tensorrt.request import BuildConfig, read_request, write_request
 from ppcl_fx.export.tensorrt.trtexec import write_script
 from ppcl_fx.export.tensorrt_api import Gpu
-from ppcl_fx.owned import ENGINES, foreign
+from ppcl_fx.io.owned_folders import ENGINES, foreign
 from tests.export.fake_trt import GPU, working
 from tests.export.test_tensorrt import PROFILE, SPEC, write_graph
 

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import ppcl_fx
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, Manifest, export, one_graph
-from ppcl_fx.export.metrics import difference
-from ppcl_fx.export.names import manifest_path
-from ppcl_fx.export.onnx_runner import session
-from ppcl_fx.files import read_json
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.export.store.names import manifest_path
+from ppcl_fx.export.verify.metrics import difference
+from ppcl_fx.export.verify.onnx_runner import session
+from ppcl_fx.io.files import read_json
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
 from tests import models
 

@@ -15,15 +15,15 @@ import torch
 from onnx import numpy_helper
 
 import ppcl_fx
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, SamplingRun, check_artefacts, export, one_graph
-from ppcl_fx.export.metrics import Agreement, agreement, spread, worst
-from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.runtime import artefacts
-from ppcl_fx.files import write_json
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.export.store.names import manifest_path
+from ppcl_fx.export.verify.metrics import Agreement, agreement, spread, worst
+from ppcl_fx.io.files import write_json
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.export import test_runtime_families as families

@@ -17,9 +17,9 @@ import pytest
 
 from ppcl_fx.cli.app import main
 from ppcl_fx.export import check_artefacts
-from ppcl_fx.export.integrity import external_data
-from ppcl_fx.export.names import manifest_path
-from ppcl_fx.export.publish import MARK
+from ppcl_fx.export.store.names import manifest_path
+from ppcl_fx.export.store.publish import MARK
+from ppcl_fx.export.verify.integrity import external_data
 from tests.export.killed import command, save_student, work
 
 PATIENCE = 600.0

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.manifest import Port
+from ppcl_fx.export.store.manifest import Port
 from ppcl_fx.export.tensorrt.profiles import (
     Profile,
     Range,

@@ -14,17 +14,17 @@ from diffusers import FirstBlockCacheConfig, ModelMixin
 
 import ppcl_fx
 from ppcl_fx import EngineTransformer
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.export import ExportConfig, SamplingRun, compare_artefacts, export, lower
-from ppcl_fx.export.manifest import Port
 from ppcl_fx.export.runtime import artefacts, sessions
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import choose
+from ppcl_fx.export.store.manifest import Port
 from ppcl_fx.export.tensorrt import BuildOptions, EngineManifest, Profile, Range
 from ppcl_fx.export.tensorrt.manifest import FileMark
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.shapes.captions import parse
 from ppcl_fx.shapes.checker import check

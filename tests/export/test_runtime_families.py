@@ -17,12 +17,12 @@ from diffusers import (
 from torch import nn
 
 from ppcl_fx import EngineTransformer
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.export import ExportConfig, Exported, Manifest, SamplingRun, export
-from ppcl_fx.export.names import manifest_path
-from ppcl_fx.files import read_json
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.export.store.names import manifest_path
+from ppcl_fx.io.files import read_json
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
 from tests import models
 

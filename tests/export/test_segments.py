@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from ppcl_fx.export import lower
-from ppcl_fx.export.graph_run import run_graph
-from ppcl_fx.export.segments import Segment, described, segments, structure
+from ppcl_fx.export.onnx.graph_run import run_graph
+from ppcl_fx.export.onnx.segments import Segment, described, segments, structure
 from ppcl_fx.tracing import bind, trace
 from tests import models
 

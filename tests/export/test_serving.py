@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ppcl_fx.export.axes import Axis
-from ppcl_fx.export.onnx_file import Prepared, prepare
-from ppcl_fx.export.sizes import _at, refused
+from ppcl_fx.export.onnx.dynamic_axes import Axis
+from ppcl_fx.export.onnx.writer import Prepared, prepare
+from ppcl_fx.export.verify.sizes import _at, refused
 from ppcl_fx.tracing import trace
 
 Tiny = tuple[nn.Module, dict[str, Any]]

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.manifest import Manifest, Port, WeightFile
-from ppcl_fx.export.names import manifest_path
 from ppcl_fx.export.runtime import artefacts
 from ppcl_fx.export.runtime.sessions import Choice, Sessions, choose, device_of
+from ppcl_fx.export.store.manifest import Manifest, Port, WeightFile
+from ppcl_fx.export.store.names import manifest_path
 from ppcl_fx.export.tensorrt import build_engine
 from ppcl_fx.export.tensorrt.places import find_graphs, read_origin
-from ppcl_fx.files import sha256_of, write_json
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.io.files import sha256_of, write_json
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from tests.export.fake_trt import GPU, working
 from tests.export.test_tensorrt import PROFILE, write_graph
 

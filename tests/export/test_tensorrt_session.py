@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.manifest import Manifest
 from ppcl_fx.export.runtime.folder import Artefact
 from ppcl_fx.export.runtime.sessions import TENSORRT, Choice, Sessions
 from ppcl_fx.export.runtime.tensorrt_session import GRAPHS, TensorRTSession
+from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.tensorrt import BuildOptions, Hashes, build_engine, loading
 from tests.export.fake_trt import GPU, FakeApi, Thing, working
 from tests.export.test_tensorrt import PROFILE, write_graph

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.manifest import Manifest
 from ppcl_fx.export.runtime.folder import Artefact
 from ppcl_fx.export.runtime.sessions import TORCH, Choice
 from ppcl_fx.export.runtime.torch_session import _fill, _placed, _weights
+from ppcl_fx.export.store.manifest import Manifest
 from tests.export.test_tensorrt import write_graph
 
 META = torch.device("meta")

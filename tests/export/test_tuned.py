@@ -16,10 +16,10 @@ import ppcl_fx
 from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, check_artefacts, export
-from ppcl_fx.model import mixture
+from ppcl_fx.model.finetuned import FinetunedFolder, save_finetuned
+from ppcl_fx.model.pluggable import mixture
 from ppcl_fx.tracing import bind
 from ppcl_fx.train import load_finetuned
-from ppcl_fx.train.finetuned import FinetunedFolder, save_finetuned
 from tests.cli_place import Place
 from tests.export.killed import save_student
 from tests.models import qwen_kwargs

@@ -17,16 +17,16 @@ from torch import nn
 import ppcl_fx
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, Manifest, check_artefacts, export, lower
-from ppcl_fx.export import weight_store as stores
-from ppcl_fx.export.integrity import external_data
-from ppcl_fx.export.metrics import difference
-from ppcl_fx.export.names import manifest_path
-from ppcl_fx.export.onnx_runner import run, session
-from ppcl_fx.files import read_json
-from ppcl_fx.owned import ENGINES, foreign
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan
+from ppcl_fx.export.store import weight_store as stores
+from ppcl_fx.export.store.names import manifest_path
+from ppcl_fx.export.verify.integrity import external_data
+from ppcl_fx.export.verify.metrics import difference
+from ppcl_fx.export.verify.onnx_runner import run, session
+from ppcl_fx.io.files import read_json
+from ppcl_fx.io.owned_folders import ENGINES, foreign
+from ppcl_fx.model.student_folder import StudentFolder
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan
 from ppcl_fx.tracing import bind, trace
-from ppcl_fx.train.bounded.folder import StudentFolder
 from tests import models
 
 BLOCKS = "transformer_blocks"
@@ -263,7 +263,7 @@ def test_no_room_is_told_before_anything_is_written(
     qwen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("ppcl_fx.files.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("ppcl_fx.io.files.shutil.disk_usage", lambda _: usage)
     with pytest.raises(PpclError, match="make room"):
         exported(qwen, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -286,7 +286,7 @@ def test_a_failure_half_way_leaves_nothing(qwen: Path, tmp_path: Path, monkeypat
 
 
 def test_truncated_header_is_refused(qwen: Path, tmp_path: Path) -> None:
-    from ppcl_fx.export.byte_ranges import byte_ranges
+    from ppcl_fx.io.byte_ranges import byte_ranges
 
     path = tmp_path / "x.safetensors"
     for data in (b"", b"\xff" * 8, (2).to_bytes(8, "little") + b"[]", (90).to_bytes(8, "little") + b"{}"):

@@ -14,14 +14,14 @@ import torch
 
 import ppcl_fx
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import read_safetensors, write_safetensors
-from ppcl_fx.folders import released
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.shards import INDEX
-from ppcl_fx.shards import ONE_FILE as WEIGHTS
-from ppcl_fx.sources import open_source
+from ppcl_fx.formats import released
+from ppcl_fx.io.files import read_safetensors, write_safetensors
+from ppcl_fx.io.shards import INDEX
+from ppcl_fx.io.shards import ONE_FILE as WEIGHTS
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.passes.by_hand import randomise

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.folders.likeness import difference
-from ppcl_fx.folders.pruned import PRUNED, Pruned
-from ppcl_fx.folders.stock import save_stock
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan
+from ppcl_fx.formats.likeness import difference
+from ppcl_fx.formats.pruned import PRUNED, Pruned
+from ppcl_fx.formats.stock import save_stock
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan
 from ppcl_fx.tracing import trace
 from tests import models, toys
 
@@ -65,7 +65,7 @@ def test_diffusers_alone_loads_a_depth_student(name: str, tmp_path: Path) -> Non
 
 
 def test_the_folder_is_a_teacher_for_the_next_pruning(tmp_path: Path) -> None:
-    from ppcl_fx.sources import open_source
+    from ppcl_fx.model.sources import open_source
 
     _, model, kwargs = pluggable("qwen")
     again = open_source(str(save_stock(model, tmp_path / "student"))).transformer()
@@ -126,7 +126,7 @@ class ByNumber(toys.Toy):
 
 def test_a_class_that_counts_its_blocks_is_told_by_its_graph() -> None:
     """Where a block's number is part of what is computed, a shorter list is another model."""
-    from ppcl_fx.folders.numbering import kept_blocks, renumbered, translated
+    from ppcl_fx.formats.numbering import kept_blocks, renumbered, translated
 
     edit = DepthEdit(stack="blocks", first=0, last=1)
     for kind, words in ((ByNumber, "mul"), (None, "")):

@@ -16,27 +16,28 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel
 
 import ppcl_fx
-from ppcl_fx.calls import Calls
+from ppcl_fx.calls.store import Calls
 from ppcl_fx.cli.analyze import read_prompts
-from ppcl_fx.components import load_model
-from ppcl_fx.costs import Costs
-from ppcl_fx.files import read_json
-from ppcl_fx.fingerprint import tensor_digest
-from ppcl_fx.folders.released import save_released
-from ppcl_fx.folders.stock import save_stock
-from ppcl_fx.model import mixture
-from ppcl_fx.passes.rewrite import insert_edits, rewrite
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
-from ppcl_fx.redundancy import Redundancy
+from ppcl_fx.cli.integrity import verify
+from ppcl_fx.formats.components import load_model
+from ppcl_fx.formats.released import save_released
+from ppcl_fx.formats.stock import save_stock
+from ppcl_fx.io.files import read_json
+from ppcl_fx.io.fingerprint import tensor_digest
+from ppcl_fx.model.finetuned import load_finetuned, save_finetuned
+from ppcl_fx.model.pluggable import mixture
+from ppcl_fx.model.rewrite import insert_edits, rewrite
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.schema.analysis import Redundancy
+from ppcl_fx.schema.costs import Costs
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.shapes.pipeline import ShapesPipeline
-from ppcl_fx.sources import open_source
 from ppcl_fx.tracing import trace
-from ppcl_fx.train import checkpoints, config
+from ppcl_fx.train import config
 from ppcl_fx.train.config import TrainConfig
-from ppcl_fx.train.finetuned import load_finetuned, save_finetuned
-from ppcl_fx.train.sources.captions import open_pairs
-from ppcl_fx.train.sources.encode import _open as open_picture
-from ppcl_fx.verify import verify
+from ppcl_fx.train.core import checkpoints
+from ppcl_fx.train.images.captions import open_pairs
+from ppcl_fx.train.images.encode import _open as open_picture
 from tests import models
 from tests.fuzz import mutations as m
 from tests.lora import loras
@@ -173,7 +174,7 @@ def _answer(model: Any, call: dict[str, Any]) -> str:
 def _recorded(folder: Path) -> str:
     from ppcl_fx.cli.analyze import _record
     from ppcl_fx.cli.terminal import Terminal
-    from ppcl_fx.passes.config import AnalyzeConfig
+    from ppcl_fx.passes.options import AnalyzeConfig
 
     return _drawn(
         _record(

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
 from tests.lora import loras
 

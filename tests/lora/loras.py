@@ -15,7 +15,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import nn
 
-from ppcl_fx.model import PluggableModel
+from ppcl_fx.model.pluggable import PluggableModel
 from tests import models
 
 FILE = "pytorch_lora_weights.safetensors"

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from ppcl_fx.errors import PpclError
 from ppcl_fx.lora import LoraReport
 from ppcl_fx.lora.keys import read_lora
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.lora import loras

@@ -13,30 +13,30 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.held_out import hold_out
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.held_out import hold_out
-from ppcl_fx.passes.analyze import analyze
-from ppcl_fx.passes.calibration import calibrate
-from ppcl_fx.passes.config import AnalyzeConfig
-from ppcl_fx.passes.ffn_fit import FfnFits
-from ppcl_fx.passes.held_out import SHARE
-from ppcl_fx.passes.insertion import count
-from ppcl_fx.passes.intervals import CandidateIntervals
-from ppcl_fx.passes.probes import LinearProbes
-from ppcl_fx.passes.reservoir import Reservoir
-from ppcl_fx.passes.savings import saved
-from ppcl_fx.passes.select import select, uniform
-from ppcl_fx.passes.similarity import Similarity, linear_cka
-from ppcl_fx.passes.streaming.executor import Executor
-from ppcl_fx.passes.streaming.partition import Watch
-from ppcl_fx.passes.streaming.run_store import Settings
-from ppcl_fx.passes.text_similarity import TextSimilarity
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.redundancy import Interval, Redundancy
-from ppcl_fx.sites import ffn_sites
-from ppcl_fx.stacks import stacks
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.ir.executor import Executor
+from ppcl_fx.ir.partition import Watch
+from ppcl_fx.ir.sites import ffn_sites
+from ppcl_fx.ir.stacks import stacks
+from ppcl_fx.passes.analysis.analyze import analyze
+from ppcl_fx.passes.analysis.ffn_fit import FfnFits
+from ppcl_fx.passes.analysis.intervals import CandidateIntervals
+from ppcl_fx.passes.analysis.probes import LinearProbes
+from ppcl_fx.passes.analysis.similarity import Similarity, linear_cka
+from ppcl_fx.passes.analysis.text_similarity import TextSimilarity
+from ppcl_fx.passes.calibration.calibration import calibrate
+from ppcl_fx.passes.calibration.held_out import SHARE
+from ppcl_fx.passes.calibration.reservoir import Reservoir
+from ppcl_fx.passes.calibration.run_store import Settings
+from ppcl_fx.passes.edits.insertion import count
+from ppcl_fx.passes.options import AnalyzeConfig
+from ppcl_fx.passes.selection.savings import saved
+from ppcl_fx.passes.selection.select import select, uniform
+from ppcl_fx.schema.analysis import Interval, Redundancy
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
 from tests import models
 

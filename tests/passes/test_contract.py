@@ -12,16 +12,16 @@ from torch.fx import GraphModule, Node
 from torch.fx.passes.infra.pass_manager import PassManager
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.liveness import mark
+from ppcl_fx.ir.liveness import mark
 from ppcl_fx.passes.contract import Pass, Pipeline, Refused, Result, options
-from ppcl_fx.passes.dead_code import DeadCode
-from ppcl_fx.passes.depth import CutDepth, Depth
-from ppcl_fx.passes.expand import Expand
-from ppcl_fx.passes.ffn import Ffn
-from ppcl_fx.passes.narrow import Narrow
-from ppcl_fx.passes.outline import Inline, Outline
-from ppcl_fx.passes.plug import Plug
-from ppcl_fx.passes.text_stream import TextStream
+from ppcl_fx.passes.edits.depth import CutDepth, Depth
+from ppcl_fx.passes.edits.ffn import Ffn
+from ppcl_fx.passes.edits.outline import Inline, Outline
+from ppcl_fx.passes.edits.plug import Plug
+from ppcl_fx.passes.edits.text_stream import TextStream
+from ppcl_fx.passes.lowering.dead_code import DeadCode
+from ppcl_fx.passes.lowering.expand import Expand
+from ppcl_fx.passes.lowering.narrow import Narrow
 from ppcl_fx.tracing import bind, trace
 from ppcl_fx.tracing.guards import guards
 from tests import models, toys

@@ -11,12 +11,12 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
-from ppcl_fx.graphs import copy_graph_module, module_paths, parameter_count
+from ppcl_fx.ir.graphs import copy_graph_module, module_paths, parameter_count
+from ppcl_fx.ir.stacks import stacks
+from ppcl_fx.ir.switches import switches
 from ppcl_fx.passes.contract import Pipeline
-from ppcl_fx.passes.depth import CutDepth, Depth, student_path
-from ppcl_fx.passes.plug import plugged
-from ppcl_fx.passes.switches import switches
-from ppcl_fx.stacks import stacks
+from ppcl_fx.passes.edits.depth import CutDepth, Depth, student_path
+from ppcl_fx.passes.edits.plug import plugged
 from ppcl_fx.tracing import bind, trace
 from ppcl_fx.tracing.guards import is_guard
 from tests import models

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.graphs import module_paths
-from ppcl_fx.model import PluggableModel
-from ppcl_fx.passes.distil import distil, pairs
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.ir.graphs import module_paths
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind, trace
+from ppcl_fx.train.core.distillation_graph import distil, pairs
 from tests import models
 from tests.passes.by_hand import randomise
 

@@ -10,14 +10,22 @@ from collections.abc import Iterator
 import pytest
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.config import RewriteConfig
-from ppcl_fx.passes.damage import LEARNED, predicted
-from ppcl_fx.passes.frontier import frontier
-from ppcl_fx.passes.intervals import first_difference
-from ppcl_fx.passes.savings import saved
-from ppcl_fx.passes.select import Options, select
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.redundancy import BlockSavings, FfnFit, Interval, Matrix, Redundancy, StackAnalysis, StreamCurves
+from ppcl_fx.passes.analysis.intervals import first_difference
+from ppcl_fx.passes.options import RewriteConfig
+from ppcl_fx.passes.selection.frontier import frontier
+from ppcl_fx.passes.selection.savings import saved
+from ppcl_fx.passes.selection.select import Options, select
+from ppcl_fx.passes.selection.sensitivity import LEARNED, predicted
+from ppcl_fx.schema.analysis import (
+    BlockSavings,
+    FfnFit,
+    Interval,
+    Matrix,
+    Redundancy,
+    StackAnalysis,
+    StreamCurves,
+)
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 
 
 def random_stack(

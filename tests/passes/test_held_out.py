@@ -13,20 +13,20 @@ import torch
 from torch import Tensor, nn
 
 import ppcl_fx
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.held_out import hold_out
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.held_out import hold_out
-from ppcl_fx.passes.analyze import analyze_streamed
-from ppcl_fx.passes.held_out import ENOUGH, Division, HeldOutFit
-from ppcl_fx.passes.initialise import fit_projectors, projector_sites
-from ppcl_fx.passes.probes import NormalEquations
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.passes.streaming.executor import Executor
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan
-from ppcl_fx.redundancy import Redundancy
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.ir.executor import Executor
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.passes.analysis.analyze import analyze_streamed
+from ppcl_fx.passes.analysis.probes import NormalEquations
+from ppcl_fx.passes.calibration.held_out import ENOUGH, Division, HeldOutFit
+from ppcl_fx.passes.calibration.initialise import fit_projectors, projector_sites
 from ppcl_fx.report import write_report
-from ppcl_fx.sources import open_source
+from ppcl_fx.schema.analysis import Redundancy
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.tracing import trace
 from tests import models
 

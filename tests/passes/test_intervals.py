@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from ppcl_fx.passes.intervals import algorithm_1, first_difference, interval_end, shifted, threshold_intervals
-from ppcl_fx.redundancy import Interval, Matrix
+from ppcl_fx.passes.analysis.intervals import (
+    algorithm_1,
+    first_difference,
+    interval_end,
+    shifted,
+    threshold_intervals,
+)
+from ppcl_fx.schema.analysis import Interval, Matrix
 
 
 def _curves(size: int, rows: dict[int, list[float]]) -> Matrix:

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from ppcl_fx.costs import BlockCost, Costs, StackCost
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.config import RewriteConfig
-from ppcl_fx.passes.damage import predicted
-from ppcl_fx.passes.latency import in_time, milliseconds, time_frontier
-from ppcl_fx.passes.savings import saved
-from ppcl_fx.passes.select import Options, select
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.redundancy import Redundancy, StackAnalysis
+from ppcl_fx.passes.calibration.latency import in_time, milliseconds, time_frontier
+from ppcl_fx.passes.options import RewriteConfig
+from ppcl_fx.passes.selection.savings import saved
+from ppcl_fx.passes.selection.select import Options, select
+from ppcl_fx.passes.selection.sensitivity import predicted
+from ppcl_fx.schema.analysis import Redundancy, StackAnalysis
+from ppcl_fx.schema.costs import BlockCost, Costs, StackCost
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from tests.passes.test_frontier import analysis_of, every_plan, random_stack
 
 

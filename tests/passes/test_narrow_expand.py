@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ppcl_fx.graphs import copy_graph_module, parameter_count
+from ppcl_fx.ir.graphs import copy_graph_module, parameter_count
 from ppcl_fx.passes.contract import Pipeline
-from ppcl_fx.passes.dead_code import DeadCode
-from ppcl_fx.passes.expand import Expand
-from ppcl_fx.passes.narrow import Narrow
+from ppcl_fx.passes.lowering.dead_code import DeadCode
+from ppcl_fx.passes.lowering.expand import Expand
+from ppcl_fx.passes.lowering.narrow import Narrow
 from ppcl_fx.tracing import bind, trace, trace_inside
 from tests import models
 

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
-from ppcl_fx.graphs import copy_graph_module, parameter_count
+from ppcl_fx.ir.graphs import copy_graph_module, parameter_count
+from ppcl_fx.ir.stacks import stacks
 from ppcl_fx.passes.contract import Pipeline
-from ppcl_fx.passes.outline import Inline, Outline, outline
-from ppcl_fx.stacks import stacks
+from ppcl_fx.passes.edits.outline import Inline, Outline, outline
 from ppcl_fx.tracing import bind, trace
 from tests import models
 

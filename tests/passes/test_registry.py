@@ -12,24 +12,24 @@ import torch
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
-from ppcl_fx.calls import Call
+from ppcl_fx.calls.store import Call
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.export.lowering import LOWERING
-from ppcl_fx.export.positions import tables
-from ppcl_fx.export.tuples_apart import TuplesApart
-from ppcl_fx.graphs import copy_graph_module
-from ppcl_fx.passes.calibration import Calibration, calibrate
+from ppcl_fx.ir.graphs import copy_graph_module
+from ppcl_fx.ir.stacks import Stack, stacks
+from ppcl_fx.passes.calibration.calibration import Calibration, calibrate
 from ppcl_fx.passes.context import Context
 from ppcl_fx.passes.contract import Pass, Pipeline, _state
-from ppcl_fx.passes.dead_code import DeadCode
-from ppcl_fx.passes.depth import Depth
-from ppcl_fx.passes.expand import Expand
-from ppcl_fx.passes.ffn import Ffn
-from ppcl_fx.passes.outline import Outline
-from ppcl_fx.passes.plug import Plug
+from ppcl_fx.passes.edits.depth import Depth
+from ppcl_fx.passes.edits.ffn import Ffn
+from ppcl_fx.passes.edits.outline import Outline
+from ppcl_fx.passes.edits.plug import Plug
+from ppcl_fx.passes.edits.text_stream import TextStream
+from ppcl_fx.passes.lowering.dead_code import DeadCode
+from ppcl_fx.passes.lowering.expand import Expand
+from ppcl_fx.passes.lowering.lowering import LOWERING
+from ppcl_fx.passes.lowering.positions import tables
+from ppcl_fx.passes.lowering.tuples_apart import TuplesApart
 from ppcl_fx.passes.registry import parse, registered
-from ppcl_fx.passes.text_stream import TextStream
-from ppcl_fx.stacks import Stack, stacks
 from ppcl_fx.tracing import bind, trace
 from tests import models
 

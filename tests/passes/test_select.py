@@ -7,14 +7,22 @@ import itertools
 import pytest
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.config import RewriteConfig
-from ppcl_fx.passes.damage import LEARNED
-from ppcl_fx.passes.intervals import first_difference
-from ppcl_fx.passes.rules import cheapest_covers, within
-from ppcl_fx.passes.savings import saved
-from ppcl_fx.passes.select import RULES, rule, select, uniform
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.redundancy import BlockSavings, FfnFit, Interval, Matrix, Redundancy, StackAnalysis, StreamCurves
+from ppcl_fx.passes.analysis.intervals import first_difference
+from ppcl_fx.passes.options import RewriteConfig
+from ppcl_fx.passes.selection.rules import cheapest_covers, within
+from ppcl_fx.passes.selection.savings import saved
+from ppcl_fx.passes.selection.select import RULES, rule, select, uniform
+from ppcl_fx.passes.selection.sensitivity import LEARNED
+from ppcl_fx.schema.analysis import (
+    BlockSavings,
+    FfnFit,
+    Interval,
+    Matrix,
+    Redundancy,
+    StackAnalysis,
+    StreamCurves,
+)
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 
 BLOCK = 1000
 SAVINGS = BlockSavings(ffn=550, ffn_without_text=275, text=390, text_last=360)
@@ -181,8 +189,8 @@ def test_text_streams_go_deeper_first_and_around_intervals() -> None:
 
 
 def test_a_text_group_neither_starts_nor_ends_inside_an_interval() -> None:
-    from ppcl_fx.passes.select import Options
-    from ppcl_fx.passes.width_rules import text_edits
+    from ppcl_fx.passes.edits.width_rules import text_edits
+    from ppcl_fx.passes.selection.select import Options
 
     text = [0.1, 0.9, 0.9, 0.9995, 0.9995, 0.9995, 0.9995, 0.9]
     analysis = _analysis(_stack([0.5] * 8, [(0, 7)], text=text))

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppcl_fx.passes import comparers, similarity
-from ppcl_fx.passes import curves as curve_sums
-from ppcl_fx.passes.comparers import Features, Kernels
-from ppcl_fx.passes.curves import CurveSums
-from ppcl_fx.passes.probes import Projector
-from ppcl_fx.passes.similarity import Average, directional_gap, linear_cka
+from ppcl_fx.passes.analysis import comparers, similarity
+from ppcl_fx.passes.analysis import curves as curve_sums
+from ppcl_fx.passes.analysis.comparers import Features, Kernels
+from ppcl_fx.passes.analysis.curves import CurveSums
+from ppcl_fx.passes.analysis.probes import Projector
+from ppcl_fx.passes.analysis.similarity import Average, directional_gap, linear_cka
 
 
 def _hsic_cka(x: Tensor, y: Tensor) -> float:

@@ -9,14 +9,14 @@ import torch
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
-from ppcl_fx.graphs import copy_graph_module, parameter_count
+from ppcl_fx.ir.graphs import copy_graph_module, parameter_count
+from ppcl_fx.ir.switches import switches
+from ppcl_fx.model.rewrite import insert_edits
 from ppcl_fx.passes.contract import Pipeline
-from ppcl_fx.passes.ffn import Ffn, projector_path
-from ppcl_fx.passes.plug import plugged
-from ppcl_fx.passes.rewrite import insert_edits
-from ppcl_fx.passes.switches import switches
-from ppcl_fx.passes.text_stream import TextStream
-from ppcl_fx.plan import FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.passes.edits.ffn import Ffn, projector_path
+from ppcl_fx.passes.edits.plug import plugged
+from ppcl_fx.passes.edits.text_stream import TextStream
+from ppcl_fx.schema.plan import FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind, trace
 from tests import models
 from tests.passes.by_hand import Parts, by_hand, randomise

@@ -15,10 +15,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager, pass_result_wrapper
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.graphs import copy_graph_module
+from ppcl_fx.ir.graphs import copy_graph_module
 from ppcl_fx.passes.contract import REGISTRY, Pass, Pipeline, Result, as_lowering
-from ppcl_fx.passes.depth import CutDepth, Depth, student_path
-from ppcl_fx.passes.plug import plugged
+from ppcl_fx.passes.edits.depth import CutDepth, Depth, student_path
+from ppcl_fx.passes.edits.plug import plugged
 from ppcl_fx.passes.registry import parse
 from tests.passes.test_registry import BUILD, FORMS, base, outputs
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.owned import PIPELINE, foreign
+from ppcl_fx.io.owned_folders import PIPELINE, foreign
 from ppcl_fx.shapes.course import empty_transformer, grow, load_state, new_transformer, save_state
 from ppcl_fx.shapes.fastpath import speed_up
 from ppcl_fx.shapes.pipeline import ShapesPipeline

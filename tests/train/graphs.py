@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
-from ppcl_fx.passes.distil import pairs
+from ppcl_fx.train.core.distillation_graph import pairs
 
 WIDTH = 8
 EDITS = ("depth:blocks.0-1", "depth:blocks.2-3")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ppcl_fx.files import write_safetensors
+from ppcl_fx.io.files import write_safetensors
 from ppcl_fx.train import train
 from tests.train.pluggable import build
 

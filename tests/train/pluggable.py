@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 import ppcl_fx
-from ppcl_fx.calls import Call, Calls
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.calls.store import Call, Calls
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from tests import models
 
 CALLS = 5

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train import checkpoints
-from ppcl_fx.train.checkpoints import RunIdentity, State
-from ppcl_fx.train.curves import StageCurves
-from ppcl_fx.train.optimizer import make_optimizer
+from ppcl_fx.schema.curves import StageCurves
+from ppcl_fx.train.core import checkpoints
+from ppcl_fx.train.core.checkpoints import RunIdentity, State
+from ppcl_fx.train.core.optimizer import make_optimizer
 
 IDENTITY = RunIdentity(plan="p", calls="c", options={"lr": 0.1, "steps": [10, 10]})
 

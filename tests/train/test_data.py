@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.data import Batches, signature
+from ppcl_fx.train.core.batches import Batches, signature
 from tests.models import flux_kwargs, qwen_kwargs
 
 

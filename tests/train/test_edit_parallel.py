@@ -10,17 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ppcl_fx.calls import Call, Calls, collate
+from ppcl_fx.calls.store import Call, Calls, collate
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.distil import distil, train_only
-from ppcl_fx.plan import DepthEdit, Plan
-from ppcl_fx.train import consensus
-from ppcl_fx.train.batch_split import SplitBatch, cut, portion
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.train.config import Weights
-from ppcl_fx.train.data import Batches
-from ppcl_fx.train.edit_parallel import assign, division_cost
-from ppcl_fx.train.process_group import ProcessGroup, collective, current, joined
-from ppcl_fx.train.stages import Distillation
+from ppcl_fx.train.core.batches import Batches
+from ppcl_fx.train.core.distillation_graph import distil, train_only
+from ppcl_fx.train.core.stages import Distillation
+from ppcl_fx.train.distributed import consensus
+from ppcl_fx.train.distributed.batch_split import SplitBatch, cut, portion
+from ppcl_fx.train.distributed.edit_parallel import assign, division_cost
+from ppcl_fx.train.distributed.process_group import ProcessGroup, collective, current, joined
 from tests.models import flux_kwargs, qwen_kwargs
 from tests.train.pluggable import build
 

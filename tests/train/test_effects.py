@@ -12,15 +12,15 @@ import pytest
 import torch
 
 import ppcl_fx
-from ppcl_fx.calls import Call, Calls
-from ppcl_fx.effects import EFFECTS, Effects, load_effects
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import read_json, write_json
-from ppcl_fx.plan import DepthEdit, Plan
+from ppcl_fx.io.files import read_json, write_json
 from ppcl_fx.report import write_report
+from ppcl_fx.schema.measured_effects import EFFECTS, Effects, load_effects
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.train import measure_effects, predicted_and_measured, train
-from ppcl_fx.train.data import spaced
-from ppcl_fx.train.effects import OutputErrors, ratios
+from ppcl_fx.train.core.batches import spaced
+from ppcl_fx.train.metrics.effects import OutputErrors, ratios
 from tests import models
 from tests.passes.test_plug import EDITS
 from tests.train.pluggable import build

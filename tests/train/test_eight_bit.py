@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ppcl_fx.calls import Calls
+from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import read_safetensors
-from ppcl_fx.train import TrainResult, optimizer, train
+from ppcl_fx.io.files import read_safetensors
+from ppcl_fx.train import TrainResult, train
+from ppcl_fx.train.core import optimizer
 from tests.train.pluggable import build
 
 

@@ -13,8 +13,8 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError
 from ppcl_fx.tracing.guards import expect
-from ppcl_fx.train.executor import Distiller, edit_parameters, live_nodes
-from ppcl_fx.train.losses import Weights, edit_loss, normalized_error, squared_error
+from ppcl_fx.train.core.distiller import Distiller, edit_parameters, live_nodes
+from ppcl_fx.train.core.losses import Weights, edit_loss, normalized_error, squared_error
 from tests.train.graphs import EDITS, distillation_graph, inputs
 
 

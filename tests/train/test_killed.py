@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from ppcl_fx.files import read_safetensors
+from ppcl_fx.io.files import read_safetensors
 from ppcl_fx.train import Losses
 from tests.train.killed import RESULT, work
 

@@ -15,17 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import ppcl_fx.files
-from ppcl_fx.calls import Call, Calls
+import ppcl_fx.io.files
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError, Stopped
-from ppcl_fx.files import check_writable
-from ppcl_fx.graphs import module_paths
-from ppcl_fx.passes.distil import train_only
+from ppcl_fx.io.files import check_writable
+from ppcl_fx.ir.graphs import module_paths
 from ppcl_fx.train import TrainResult, train
 from ppcl_fx.train.config import Weights
-from ppcl_fx.train.core import converged
-from ppcl_fx.train.data import split
-from ppcl_fx.train.stages import Distillation, FineTuning
+from ppcl_fx.train.core.batches import split
+from ppcl_fx.train.core.distillation_graph import train_only
+from ppcl_fx.train.core.stage_trainer import converged
+from ppcl_fx.train.core.stages import Distillation, FineTuning
 from tests.train.pluggable import build
 
 NOBODY = 65534
@@ -233,7 +233,7 @@ def test_a_full_disk_loses_nothing(
 ) -> None:
     (plain, calls), (model, _), (again, _) = build(), build(), build()
     _run(plain, calls, tmp_path / "plain")
-    original, full = ppcl_fx.files.sync, {"disk": False}
+    original, full = ppcl_fx.io.files.sync, {"disk": False}
 
     def sync(path: Path) -> None:
         if full["disk"]:
@@ -243,7 +243,7 @@ def test_a_full_disk_loses_nothing(
     def fill(_stage: str, done: int, _total: int, _loss: float) -> None:
         full["disk"] = done >= 3
 
-    monkeypatch.setattr(ppcl_fx.files, "sync", sync)
+    monkeypatch.setattr(ppcl_fx.io.files, "sync", sync)
     out = tmp_path / "full"
     with pytest.raises(PpclError, match="No space left on device"):
         _run(model, calls, out, progress=fill)

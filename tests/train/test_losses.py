@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ppcl_fx.train.losses import (
+from ppcl_fx.train.core.losses import (
     Weights,
     edit_loss,
     normalized_error,

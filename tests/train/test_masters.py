@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import Parameter
 
-from ppcl_fx.train.optimizer import MasterWeights, make_optimizer
+from ppcl_fx.train.core.optimizer import MasterWeights, make_optimizer
 
 
 def _steps(masters: MasterWeights, parameter: Parameter, count: int) -> None:

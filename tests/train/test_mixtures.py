@@ -11,16 +11,16 @@ import torch
 from torch import Tensor
 
 import ppcl_fx
-from ppcl_fx.calls import Calls
-from ppcl_fx.model import STUDENTS, PluggableModel
-from ppcl_fx.passes.distil import distil, train_only
-from ppcl_fx.passes.initialise import RIDGE, fit_projectors, projector_sites
-from ppcl_fx.passes.probes import NormalEquations
-from ppcl_fx.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.calls.store import Calls
+from ppcl_fx.model.pluggable import STUDENTS, PluggableModel
+from ppcl_fx.passes.analysis.probes import NormalEquations
+from ppcl_fx.passes.calibration.initialise import RIDGE, fit_projectors, projector_sites
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind
 from ppcl_fx.train import train
 from ppcl_fx.train.config import Weights
-from ppcl_fx.train.stages import Distillation
+from ppcl_fx.train.core.distillation_graph import distil, train_only
+from ppcl_fx.train.core.stages import Distillation
 from tests import models
 from tests.passes.by_hand import randomise
 from tests.passes.test_distil import teacher_states, values

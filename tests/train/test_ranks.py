@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from ppcl_fx.errors import Stopped
-from ppcl_fx.train import checkpoints
-from ppcl_fx.train.edit_parallel import EditParallel
+from ppcl_fx.train.core import checkpoints
+from ppcl_fx.train.distributed.edit_parallel import EditParallel
 from tests.train.world import result, start, trained
 
 # Some builds of torch leave torch.distributed out; there are no ranks then.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from ppcl_fx.train.optimizer import clip, factor, make_optimizer, warmup_steps
+from ppcl_fx.train.core.optimizer import clip, factor, make_optimizer, warmup_steps
 
 
 def test_linear_up_then_half_a_cosine() -> None:

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ppcl_fx.calls import Calls
+from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.model import mixture
-from ppcl_fx.passes.distil import train_only
+from ppcl_fx.model.pluggable import mixture
 from ppcl_fx.train import Losses, TrainResult, load_finetuned, train
 from ppcl_fx.train.config import Weights
-from ppcl_fx.train.executor import inputs
-from ppcl_fx.train.stages import Compute, Distillation, FineTuning, prediction, terms
+from ppcl_fx.train.core.distillation_graph import train_only
+from ppcl_fx.train.core.distiller import inputs
+from ppcl_fx.train.core.stages import Compute, Distillation, FineTuning, prediction, terms
 from tests.train.pluggable import build
 
 STEPS = {"depth": 6, "width": 4, "finetune": 4}

@@ -16,7 +16,7 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train import train
-from ppcl_fx.train.process_group import joined
+from ppcl_fx.train.distributed.process_group import joined
 from tests.train.pluggable import build
 
 Job = Callable[[Path, int], Any]

@@ -13,9 +13,9 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.files import need_room, read_json, sha256_of, write_json
-from ppcl_fx.memory import size_words
-from ppcl_fx.passes.streaming.tensor_codec import Encoded, decode, encode
+from ppcl_fx.io.files import need_room, read_json, sha256_of, write_json
+from ppcl_fx.io.memory import size_words
+from ppcl_fx.ir.tensor_codec import Encoded, decode, encode
 
 INDEX = "cache.json"
 _log = logging.getLogger("ppcl_fx.train")

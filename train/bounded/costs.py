@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppcl_fx.graphs import attribute
-from ppcl_fx.passes.streaming.memory_estimate import INSIDE, block_bytes, segment_weights, value_bytes
-from ppcl_fx.passes.streaming.partition import Segment
+from ppcl_fx.ir.graphs import attribute
+from ppcl_fx.ir.partition import Segment
+from ppcl_fx.passes.calibration.memory_estimate import INSIDE, block_bytes, segment_weights, value_bytes
 from ppcl_fx.train.bounded.problems import Problem
-from ppcl_fx.train.executor import live_nodes
-from ppcl_fx.train.optimizer import EIGHT_BIT_FROM
+from ppcl_fx.train.core.distiller import live_nodes
+from ppcl_fx.train.core.optimizer import EIGHT_BIT_FROM
 
 _log = logging.getLogger("ppcl_fx.train")
 

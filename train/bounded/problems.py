@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from ppcl_fx.graphs import ancestors, attribute
-from ppcl_fx.passes.distil import ORIGIN, distil, pairs
-from ppcl_fx.passes.streaming.memory_estimate import value_bytes
-from ppcl_fx.train.executor import live_nodes
+from ppcl_fx.ir.graphs import ancestors, attribute
+from ppcl_fx.passes.calibration.memory_estimate import value_bytes
+from ppcl_fx.train.core.distillation_graph import ORIGIN, distil, pairs
+from ppcl_fx.train.core.distiller import live_nodes
 
 if TYPE_CHECKING:
-    from ppcl_fx.model import PluggableModel
+    from ppcl_fx.model.pluggable import PluggableModel
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.memory import size_words
+from ppcl_fx.io.memory import size_words
 from ppcl_fx.train.bounded.costs import ProblemCost, Speeds, TeacherCost
 
 CLEARLY = 0.98

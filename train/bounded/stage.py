@@ -13,28 +13,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.distil import train_only
-from ppcl_fx.passes.initialise import fit_on_disk, projector_sites
-from ppcl_fx.passes.streaming.executor import Residency
-from ppcl_fx.passes.streaming.memory_estimate import block_bytes, elements
-from ppcl_fx.passes.streaming.partition import cut
-from ppcl_fx.passes.streaming.spill import Spill
-from ppcl_fx.train import checkpoints
+from ppcl_fx.ir.executor import Residency
+from ppcl_fx.ir.partition import cut
+from ppcl_fx.ir.spill import Spill
+from ppcl_fx.model.student_folder import StudentFolder, load_finished, save_finished
+from ppcl_fx.passes.calibration.initialise import fit_on_disk, projector_sites
+from ppcl_fx.passes.calibration.memory_estimate import block_bytes, elements
+from ppcl_fx.schema.curves import StageCurves
 from ppcl_fx.train.bounded.cache import Cache
 from ppcl_fx.train.bounded.costs import Speeds, problem_cost, teacher_cost
-from ppcl_fx.train.bounded.folder import StudentFolder, load_finished, save_finished
 from ppcl_fx.train.bounded.problems import Problem, problems
 from ppcl_fx.train.bounded.schedule import Capacity, Pricing, Schedule, StageSchedule, Sweep, Work
 from ppcl_fx.train.bounded.student import Student
 from ppcl_fx.train.bounded.teacher import Report, Route, Teacher, prepared, states_room
-from ppcl_fx.train.checkpoints import CheckpointWriter, RunIdentity
 from ppcl_fx.train.config import TrainConfig
-from ppcl_fx.train.core import BatchPart, StageTrainer
-from ppcl_fx.train.curves import StageCurves
-from ppcl_fx.train.data import Batches, call_names
+from ppcl_fx.train.core import checkpoints
+from ppcl_fx.train.core.batches import Batches, call_names
+from ppcl_fx.train.core.checkpoints import CheckpointWriter, RunIdentity
+from ppcl_fx.train.core.distillation_graph import train_only
+from ppcl_fx.train.core.stage_trainer import BatchPart, StageTrainer
 
 if TYPE_CHECKING:
-    from ppcl_fx.calls import Calls
+    from ppcl_fx.calls.store import Calls
 
 FITTED = "projectors"
 """What the projectors in students that were fitted again are called in the work folder."""
@@ -304,7 +304,7 @@ class BoundedStage:
 
 
 class Borders:
-    """The teacher's values at a student's border, call by call: a `ppcl_fx.train.core.Draw`.
+    """The teacher's values at a student's border, call by call: a `ppcl_fx.train.core.stage_trainer.Draw`.
 
     Args:
         problem: the student's.

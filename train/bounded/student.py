@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ppcl_fx.graphs import copy_graph_module
+from ppcl_fx.ir.graphs import copy_graph_module
 from ppcl_fx.train.bounded.problems import Problem, tensor_place
 from ppcl_fx.train.config import TrainConfig
-from ppcl_fx.train.executor import Distiller, Groups
-from ppcl_fx.train.stages import Stage, outline_students
+from ppcl_fx.train.core.distiller import Distiller, Groups
+from ppcl_fx.train.core.stages import Stage, outline_students
 
 
 class Student(Stage):
-    """A problem with its weights in memory: a `ppcl_fx.train.stages.Stage` on the values at its border.
+    """A problem with its weights in memory: a `ppcl_fx.train.core.stages.Stage` on the values at its border.
 
     Args:
         problem: the problem; its parameters are on the meta device and are again after `release`.

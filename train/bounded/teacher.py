@@ -11,13 +11,13 @@ from typing import Any
 
 from torch.fx import GraphModule, Node
 
-from ppcl_fx.memory import anonymous
-from ppcl_fx.passes.streaming.executor import Executor, Residency
-from ppcl_fx.passes.streaming.partition import Watch, closure, parts
+from ppcl_fx.io.memory import anonymous
+from ppcl_fx.ir.executor import Executor, Residency
+from ppcl_fx.ir.partition import Watch, closure, parts
 from ppcl_fx.tracing import with_rows
 from ppcl_fx.train.bounded.cache import Cache, Damaged
 from ppcl_fx.train.bounded.problems import Problem
-from ppcl_fx.train.data import Batches
+from ppcl_fx.train.core.batches import Batches
 
 _log = logging.getLogger("ppcl_fx.train")
 

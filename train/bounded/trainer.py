@@ -14,26 +14,26 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch.fx import GraphModule
 
-from ppcl_fx import owned
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.files import ROOM, inside, read_json, write_json
-from ppcl_fx.memory import anonymous
+from ppcl_fx.io import owned_folders as owned
+from ppcl_fx.io.files import ROOM, inside, read_json, write_json
+from ppcl_fx.io.memory import anonymous
+from ppcl_fx.model.finetuned import plan_digest
+from ppcl_fx.model.student_folder import StudentFolder
+from ppcl_fx.schema.curves import LOSSES, Losses, StageCurves
 from ppcl_fx.tracing import bind, with_rows
 from ppcl_fx.train.bounded.costs import Speeds, measure_speeds
-from ppcl_fx.train.bounded.folder import StudentFolder
 from ppcl_fx.train.bounded.schedule import Capacity, StageSchedule
 from ppcl_fx.train.bounded.stage import BoundedStage, Context
 from ppcl_fx.train.bounded.teacher import Report
 from ppcl_fx.train.bounded.words import schedule_lines
-from ppcl_fx.train.checkpoints import RunIdentity
 from ppcl_fx.train.checks import check_here, check_places
 from ppcl_fx.train.config import NOT_BOUNDED, UNUSED_BOUNDED, Limits, TrainConfig
-from ppcl_fx.train.curves import LOSSES, Losses, StageCurves
-from ppcl_fx.train.data import split
-from ppcl_fx.train.finetuned import plan_digest
+from ppcl_fx.train.core.batches import split
+from ppcl_fx.train.core.checkpoints import RunIdentity
 
 if TYPE_CHECKING:
-    from ppcl_fx.calls import Calls
+    from ppcl_fx.calls.store import Calls
 
 WORK = "bounded"
 """The folder, in the student's, of what a run keeps until it ends."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppcl_fx.memory import size_words
+from ppcl_fx.io.memory import size_words
 from ppcl_fx.train.bounded.costs import Speeds
 from ppcl_fx.train.bounded.schedule import Capacity, Price, Schedule, StageSchedule
 

@@ -11,23 +11,22 @@ import pytest
 import torch
 from torch import nn
 
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.passes import analyze as analysis
-from ppcl_fx.passes import calibration
-from ppcl_fx.passes.analyze import analyze, analyze_streamed
-from ppcl_fx.passes.calibration import Calibration, silent
-from ppcl_fx.passes.config import AnalyzeConfig
-from ppcl_fx.passes.reservoir import Reservoir, ranks
-from ppcl_fx.passes.streaming.executor import Executor, Residency
-from ppcl_fx.passes.streaming.run_store import Settings
-from ppcl_fx.passes.streaming.spill import Spill
-from ppcl_fx.passes.streaming.tensor_codec import Encoded, decode, encode
-from ppcl_fx.redundancy import Redundancy
-from ppcl_fx.skeleton import Checkpoint
-from ppcl_fx.sources import open_source
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.ir.executor import Executor, Residency
+from ppcl_fx.ir.spill import Spill
+from ppcl_fx.ir.tensor_codec import Encoded, decode, encode
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.passes.analysis import analyze as analysis
+from ppcl_fx.passes.analysis.analyze import analyze, analyze_streamed
+from ppcl_fx.passes.calibration.calibration import Calibration, calibration, silent
+from ppcl_fx.passes.calibration.reservoir import Reservoir, ranks
+from ppcl_fx.passes.calibration.run_store import Settings
+from ppcl_fx.passes.options import AnalyzeConfig
+from ppcl_fx.schema.analysis import Redundancy
 from ppcl_fx.tracing import trace
+from ppcl_fx.tracing.meta_model import Checkpoint
 from tests import models
 
 CPU = torch.device("cpu")
@@ -174,7 +173,7 @@ def test_killed_while_the_curves_are_made(
         if path.parent.name == "curves" and written.count(path.name) == 1:
             raise Killed
 
-    from ppcl_fx.passes.streaming import run_store
+    from ppcl_fx.passes.calibration.calibration import run_store
 
     write = run_store.write_safetensors
     monkeypatch.setattr(run_store, "write_safetensors", die)

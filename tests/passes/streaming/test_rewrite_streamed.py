@@ -15,19 +15,19 @@ from safetensors.torch import load_file
 from torch import nn
 
 import ppcl_fx
-from ppcl_fx import files
-from ppcl_fx.calls import Call, Calls
+from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError, Refusal
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.long_files import write_long
-from ppcl_fx.model import PLAN, STUDENTS, TEACHER
-from ppcl_fx.passes.rewrite import rewrite
-from ppcl_fx.passes.streaming import rewrite as stream_rewrite
-from ppcl_fx.passes.streaming.rewrite import rewrite_streamed
-from ppcl_fx.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
-from ppcl_fx.plans import NamedPlan
-from ppcl_fx.shards import ONE_FILE
-from ppcl_fx.sources import open_source
+from ppcl_fx.io import files
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.io.long_files import write_long
+from ppcl_fx.io.shards import ONE_FILE
+from ppcl_fx.model import streamed_rewrite as stream_rewrite
+from ppcl_fx.model.paper_plans import NamedPlan
+from ppcl_fx.model.pluggable import PLAN, STUDENTS, TEACHER
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.model.sources import open_source
+from ppcl_fx.model.streamed_rewrite import rewrite_streamed
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
 from tests import models
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ppcl_fx.calls import Calls
+from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.model import STUDENTS
-from ppcl_fx.passes.streaming.executor import Executor
+from ppcl_fx.ir.executor import Executor
+from ppcl_fx.model.pluggable import STUDENTS
 from ppcl_fx.train import StageCurves, train
 from ppcl_fx.train.bounded.trainer import BoundedResult
-from ppcl_fx.train.core import StageTrainer
+from ppcl_fx.train.core.stage_trainer import StageTrainer
 from tests.train.bounded.test_trainer import _Killed, kill_at, prepared, run, save
 from tests.train.pluggable import build
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ppcl_fx.passes.distil import train_only
 from ppcl_fx.train.bounded.problems import Problem, problems
 from ppcl_fx.train.config import Weights
-from ppcl_fx.train.stages import Distillation
+from ppcl_fx.train.core.distillation_graph import train_only
+from ppcl_fx.train.core.stages import Distillation
 from tests.train.pluggable import build
 
 

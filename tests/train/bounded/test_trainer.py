@@ -15,16 +15,16 @@ import torch
 from safetensors.torch import load_file
 
 import ppcl_fx
-from ppcl_fx.calls import Calls
+from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.model import STUDENTS
+from ppcl_fx.model.pluggable import STUDENTS
 from ppcl_fx.train import Losses, train
 from ppcl_fx.train.bounded import teacher, trainer
 from ppcl_fx.train.bounded.costs import Speeds
 from ppcl_fx.train.bounded.schedule import MARGIN
 from ppcl_fx.train.bounded.trainer import BoundedResult, BoundedTraining
 from ppcl_fx.train.config import Limits, TrainConfig, Weights
-from ppcl_fx.train.core import StageTrainer
+from ppcl_fx.train.core.stage_trainer import StageTrainer
 from tests.train.pluggable import build
 
 FAST_DISK = Speeds(flops=1e6, read=1e12, write=1e12)

@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import ppcl_fx
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.plan import DepthEdit, Plan
-from ppcl_fx.recording import first_call
+from ppcl_fx.calls.record import first_call
+from ppcl_fx.io.fingerprint import fingerprint
+from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.train import train
-from ppcl_fx.train.process_group import Place
-from ppcl_fx.train.sources.encode import Encoder
-from ppcl_fx.train.sources.images import ImageSource, open_images
-from ppcl_fx.train.sources.parts import Recording
-from ppcl_fx.train.sources.prompts import PromptSource
+from ppcl_fx.train.data.parts import Recording
+from ppcl_fx.train.data.prompts import PromptSource
+from ppcl_fx.train.distributed.process_group import Place
+from ppcl_fx.train.images.encode import Encoder
+from ppcl_fx.train.images.images import ImageSource, open_images
 from tests.shapes_folder import save_pipeline
 
 BLOCKS, BATCH, SEED = 4, 3, 0

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.sources.captions import open_pairs
+from ppcl_fx.train.images.captions import open_pairs
 
 
 def write_metadata(folder: Path, *lines: object) -> Path:

@@ -9,7 +9,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.sources.flow import Density, Shift, generator_of, noised, shifted
+from ppcl_fx.train.images.flow import Density, Shift, generator_of, noised, shifted
 
 MANY = 4000
 LEVELS = [0.001, 0.05, 0.3, 0.5, 0.77, 0.999]

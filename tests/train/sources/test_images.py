@@ -12,17 +12,17 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from ppcl_fx.calls.record import record
 from ppcl_fx.errors import PpclError
-from ppcl_fx.recording import record
 from ppcl_fx.shapes.pipeline import ShapesPipeline, pack
-from ppcl_fx.train.sources import cache as caching
-from ppcl_fx.train.sources.cache import cut
-from ppcl_fx.train.sources.captions import open_pairs
-from ppcl_fx.train.sources.encode import Encoder
-from ppcl_fx.train.sources.flow import Density, generator_of
-from ppcl_fx.train.sources.images import ImageSource, open_images
-from ppcl_fx.train.sources.source import DataSource
-from ppcl_fx.train.sources.template import Template
+from ppcl_fx.train.data import cache as caching
+from ppcl_fx.train.data.cache import cut
+from ppcl_fx.train.data.source import DataSource
+from ppcl_fx.train.data.template import Template
+from ppcl_fx.train.images.captions import open_pairs
+from ppcl_fx.train.images.encode import Encoder
+from ppcl_fx.train.images.flow import Density, generator_of
+from ppcl_fx.train.images.images import ImageSource, open_images
 from tests.train.sources.pictures import CAPTIONS, picture, png, same, write_folder
 
 FEW, BATCH = 12, 3

@@ -10,13 +10,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler
 
+from ppcl_fx.calls.record import first_call, record
 from ppcl_fx.errors import PpclError
-from ppcl_fx.recording import first_call, record
 from ppcl_fx.shapes.pipeline import ShapesPipeline
-from ppcl_fx.train.sources.encode import Encoder
-from ppcl_fx.train.sources.flow import generator_of
-from ppcl_fx.train.sources.images import open_images
-from ppcl_fx.train.sources.template import Unsupported, find_template
+from ppcl_fx.train.data.template import Unsupported, find_template
+from ppcl_fx.train.images.encode import Encoder
+from ppcl_fx.train.images.flow import generator_of
+from ppcl_fx.train.images.images import open_images
 from tests import test_recording as pipelines
 from tests.train.sources.pictures import CAPTIONS, picture, same, write_folder
 

@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 import torch
 
-from ppcl_fx.calls import Calls
+from ppcl_fx.calls.record import record
+from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.fingerprint import fingerprint
-from ppcl_fx.recording import record
+from ppcl_fx.io.fingerprint import fingerprint
 from ppcl_fx.shapes.pipeline import ShapesPipeline
-from ppcl_fx.train.sources import parts
-from ppcl_fx.train.sources.parts import Recording
-from ppcl_fx.train.sources.prompts import PromptSource
-from ppcl_fx.train.sources.source import DataSource
+from ppcl_fx.train.data import parts
+from ppcl_fx.train.data.parts import Recording
+from ppcl_fx.train.data.prompts import PromptSource
+from ppcl_fx.train.data.source import DataSource
 from tests.shapes_folder import save_pipeline
 
 PROMPTS = ["a red circle", "a blue square", "two red circles", "a green circle", "a red square", "a blue circle"]

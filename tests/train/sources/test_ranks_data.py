@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train import process_group
-from ppcl_fx.train.batch_split import SplitBatch
-from ppcl_fx.train.process_group import ProcessGroup
-from ppcl_fx.train.sources import bad_samples, cache, parts
-from ppcl_fx.train.sources.encode import Encoder
-from ppcl_fx.train.sources.source import DistributedSource
+from ppcl_fx.train.data import bad_samples, cache, parts
+from ppcl_fx.train.data.source import DistributedSource
+from ppcl_fx.train.distributed import process_group
+from ppcl_fx.train.distributed.batch_split import SplitBatch
+from ppcl_fx.train.distributed.process_group import ProcessGroup
+from ppcl_fx.train.images.encode import Encoder
 from tests.train.sources.pictures import same, write_folder
 from tests.train.sources.taught import pictures, prompts, trained
 from tests.train.world import result, start

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.data import Batches
-from ppcl_fx.train.sources.bad_samples import BadSamples
-from ppcl_fx.train.sources.sampler import Sampler
-from ppcl_fx.train.sources.source import DataSource
+from ppcl_fx.train.core.batches import Batches
+from ppcl_fx.train.data.bad_samples import BadSamples
+from ppcl_fx.train.data.sampler import Sampler
+from ppcl_fx.train.data.source import DataSource
 from tests.models import qwen_kwargs
 from tests.train.test_data import _calls
 

@@ -1,0 +1,222 @@
+"""Files of half precision: whether float16 holds the model, and how a file is checked that no runtime here runs."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export.extras import need
+from ppcl_fx.export.onnx.graph_run import run_graph
+from ppcl_fx.export.onnx.inputs import in_type
+from ppcl_fx.export.onnx.writer import Prepared, floats_as
+from ppcl_fx.export.verify.metrics import difference
+from ppcl_fx.export.verify.onnx_runner import run, session
+from ppcl_fx.export.verify.reference import Answers
+from ppcl_fx.ir.dtypes import main_dtype
+from ppcl_fx.passes.lowering.clamp_half import END
+from ppcl_fx.tracing import bind, with_rows
+
+if TYPE_CHECKING:
+    from ppcl_fx.calls.store import Calls
+
+HALF = (torch.bfloat16, torch.float16)
+
+MARGIN = 2.0
+"""How many times the largest value seen has to fit into float16: other prompts reach further than the recorded ones."""
+
+CALLS = 8
+"""Recorded calls that are looked at, at most, evenly spread."""
+
+_CHOOSING = ("masked_fill", "where", "full", "full_like", "scalar_tensor", "clamp")
+"""Operations whose results are values that were given: a mask may hold minus infinity."""
+
+
+# ---- the range of float16 ----------------------------------------------------------------------------------------
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the largest absolute float16 value that each node of a graph computes, inside its modules too."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.node = ""
+        self.found: dict[str, float] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        chosen = func._schema.name.partition("::")[2].rstrip("_") in _CHOOSING
+        given = chosen or any(not bool(value.isfinite().all()) for value in _floats((args, kwargs)))
+        for value in _floats(result):
+            if value.dtype == torch.float16:
+                finite = value[value.isfinite()]
+                largest = float(finite.abs().max()) if finite.numel() else 0.0
+                if finite.numel() < value.numel() and not given:  # it became too large here
+                    largest = float("inf")
+                if not chosen:
+                    self.found[self.node] = max(self.found.get(self.node, 0.0), largest)
+        return result
+
+
+def _floats(tree: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(tree) if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+
+class _NodeByNode(Interpreter):
+    def __init__(self, gm: GraphModule, notes: _Largest) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.notes = notes
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node, with its name known to the notes."""
+        self.notes.node = str(n.target) if n.op == "call_module" else n.name
+        return super().run_node(n)
+
+
+def largest_values(gm: GraphModule, calls: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the largest absolute float16 value of each node of a float16 graph, in the order of computation.
+
+    Args:
+        gm: the graph; what it computes in float32 does not count.
+        calls: its inputs by name, one mapping a call. A value that was finite and no longer is counts as infinite; an
+            infinity that was given, in a mask, does not count.
+    """
+    notes = _Largest()
+    runner = _NodeByNode(gm, notes)
+    names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad(), notes:
+        for call in calls:
+            runner.run(*(call[name] for name in names))
+    return notes.found
+
+
+def check_range(gm: GraphModule, calls: Iterable[Mapping[str, Any]]) -> float:
+    """Show on calls that float16 holds a model; return the largest value there is.
+
+    Args:
+        gm: the graph with float16 weights.
+        calls: as for `largest_values`.
+
+    Raises:
+        PpclError: a value comes closer to the end of float16 than `MARGIN` allows; the first such node is named.
+    """
+    found = largest_values(gm, calls)
+    for name, value in found.items():
+        if value * MARGIN > END:
+            raise PpclError(
+                f"fp16 does not hold this model: {name} reaches {value:.3g} on the recorded calls, fp16 ends at "
+                f"{END:g} and {MARGIN:g} times the value has to fit; export with --dtype bf16 or fp32"
+            )
+    return max(found.values(), default=0.0)
+
+
+def largest_value(
+    gm: GraphModule, calls: Calls | None, dtype: torch.dtype | None, unchecked: str | None
+) -> float | None:
+    """Show that a graph may leave as float16, before anything is written.
+
+    Args:
+        gm: the graph.
+        calls: recorded calls; `CALLS` of them are run.
+        dtype: the type that it is to leave in; None for its own.
+        unchecked: why its weights cannot be run here, if so.
+
+    Returns:
+        The largest absolute value on the calls; None where it does not leave as float16.
+
+    Raises:
+        PpclError: there are no calls, the weights were not read, or a value comes too near to the end of float16.
+    """
+    if (dtype or main_dtype(gm)) != torch.float16:
+        return None
+    if unchecked is not None:
+        raise PpclError(f"fp16: whether it holds the model is {unchecked}; raise the limit, or export bf16")
+    if calls is None:
+        raise PpclError("fp16: whether it holds the model is shown on recorded calls; give --calls, or export bf16")
+    half, *_ = in_type(gm, calls, torch.float16)
+    count = min(CALLS, len(calls))
+    chosen = (calls[index * len(calls) // count] for index in range(count))
+    return check_range(half, (floats_as(bind(half, with_rows(half, call.kwargs)), torch.float16) for call in chosen))
+
+
+# ---- the check of a file that no runtime here runs ---------------------------------------------------------------
+
+
+def compare_in_float32(prepared: Prepared, path: Path) -> tuple[dict[str, float], Answers]:
+    """Check a file of half precision: widen every type of it to float32, and compare that to PyTorch in float32.
+
+    The weights are those of the file, rounded as they are. So the comparison shows to float32's accuracy that the file
+    computes what the model computes. How far rounding takes the results is another question: see `rounding`.
+    onnxruntime has few kernels of half precision for the CPU, so the file itself is not run.
+
+    Args:
+        prepared: the graph in half precision.
+        path: its file; the widened one lies beside it meanwhile.
+
+    Returns:
+        The largest difference for each shape by name; and the widened graph and file, to ask them more.
+    """
+    ir = need("onnx_ir")
+    wide, found = _in_float32(prepared.gm), {}
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.widened-") as folder:
+        model = ir.load(path)
+        widen(model)
+        twin = Path(folder) / path.name
+        ir.save(model, twin, external_data=f"{path.name}.data")
+        running = session(twin)
+    for name, kwargs in prepared.calls.items():
+        expected = run_graph(wide, floats_as(kwargs, torch.float32))[0]
+        feeds = floats_as(prepared.lowered.feeds(kwargs), torch.float32)
+        found[name] = difference(run(running, feeds), expected)
+    return found, Answers.of(prepared, running, wide)
+
+
+def widen(model: Any) -> None:
+    """Make float32 of every bfloat16 and float16 in an `onnx_ir.Model`, in place: weights, constants, casts, inputs."""
+    ir = need("onnx_ir")
+    half = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
+
+    def wide(tensor: Any) -> Any:
+        return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
+
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        if value.dtype in half:
+            value.dtype = ir.DataType.FLOAT
+            if value.const_value is not None:
+                value.const_value = wide(value.const_value)
+    for node in model.graph:
+        for name, given in list(node.attributes.items()):
+            if given.type == ir.AttributeType.TENSOR and given.value.dtype in half:
+                node.attributes[name] = ir.AttrTensor(name, wide(given.value))
+            elif name in ("to", "dtype") and given.type == ir.AttributeType.INT and given.value in half:
+                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
+        for value in node.outputs:
+            if value.dtype in half:
+                value.dtype = ir.DataType.FLOAT
+
+
+def rounding(prepared: Prepared) -> float:
+    """Return how far half precision takes the result of the traced call: the relative error, root mean square.
+
+    It compares PyTorch in half precision to PyTorch in float32, with the same rounded weights and inputs. What the
+    model itself rounds, a timestep for example, counts.
+    """
+    call = prepared.calls["traced"]
+    rounded = run_graph(prepared.gm, call)[0].double()
+    exact = run_graph(_in_float32(prepared.gm), floats_as(call, torch.float32))[0].double()
+    return float((rounded - exact).norm() / exact.norm())
+
+
+def _in_float32(gm: GraphModule) -> GraphModule:
+    wide = copy.deepcopy(gm).float()
+    wide.meta = dict(gm.meta)
+    return wide

@@ -1,0 +1,202 @@
+"""Cut a graph into segments, one for each run of nodes of one block, so that look-alike blocks are translated once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph, GraphModule, Node
+
+from ppcl_fx.ir.graphs import attribute
+from ppcl_fx.ir.liveness import owner
+from ppcl_fx.ir.partition import grouped, parts
+from ppcl_fx.passes.lowering.tuples_apart import holds_tensors
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of a graph that takes tensors and returns tensors.
+
+    Attributes:
+        name: the path of its block, or ``between`` and a number for what lies outside of blocks.
+        graph: its graph module, with the modules of the whole at their own paths; returns a tuple.
+        inputs: the nodes of the whole graph it takes, in order.
+        outputs: the nodes of the whole graph it returns, in order.
+        parameters: the parameters and buffers it uses, by path, in an order that look-alike segments share.
+    """
+
+    name: str
+    graph: GraphModule = field(repr=False)
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    parameters: tuple[str, ...]
+
+
+def segments(gm: GraphModule) -> list[Segment]:
+    """Cut a graph, in the order of computation.
+
+    What is no tensor (sizes, types) does not cross a cut: each segment computes it again from the tensors.
+
+    Args:
+        gm: a lowered graph, in which no tuple of tensors travels between nodes.
+    """
+    own = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output", "get_attr") and _crosses(n)]
+    home = parts(own, between=True)
+    made = [
+        _Part(gm, index, owner(nodes[0]) or f"between_{index}", nodes, home)
+        for index, nodes in enumerate(grouped(home))
+    ]
+    wanted = {node for part in made for node in part.inputs} | set(gm.graph.output_node().all_input_nodes)
+    return [part.finish([node for node in part.nodes if node in wanted]) for part in made]
+
+
+def _crosses(node: Node) -> bool:
+    """Tell whether a node has a segment of its own: tensors do, and what works in place; sizes do not."""
+    value = node.meta.get("val")
+    return value is None or isinstance(value, torch.Tensor) or holds_tensors(value)
+
+
+class _Part:
+    """A segment in the making. It is no `carve`: what is no tensor is computed again instead of crossing the cut."""
+
+    def __init__(self, gm: GraphModule, index: int, name: str, nodes: list[Node], home: dict[Node, int]) -> None:
+        self.gm, self.index, self.name, self.nodes, self.home = gm, index, name, nodes, home
+        self.graph = Graph()
+        self.copies: dict[Node, Node] = {}
+        self.inputs: list[Node] = []
+        for node in nodes:
+            self._copy(node)
+
+    def _copy(self, node: Node) -> Node:
+        if node in self.copies:
+            return self.copies[node]
+        if node.op == "placeholder" or self.home.get(node, self.index) != self.index:
+            with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
+                last = self.copies[self.inputs[-1]] if self.inputs else None
+                if last is None:
+                    new = self.graph.placeholder(f"in{len(self.inputs)}")
+                else:
+                    with self.graph.inserting_after(last):
+                        new = self.graph.placeholder(f"in{len(self.inputs)}")
+            new.meta = dict(node.meta)
+            self.inputs.append(node)
+        else:
+            for source in node.all_input_nodes:
+                self._copy(source)
+            new = self.graph.node_copy(node, self.copies.__getitem__)
+        self.copies[node] = new
+        return new
+
+    def finish(self, outputs: list[Node]) -> Segment:
+        self.graph.output(tuple(self.copies[node] for node in outputs))
+        graph = GraphModule(self.gm, self.graph, class_name="Segment")
+        return Segment(self.name, graph, tuple(self.inputs), tuple(outputs), tuple(_parameters(graph)))
+
+
+def _parameters(gm: GraphModule) -> list[str]:
+    found: dict[str, None] = {}
+    for node in gm.graph.nodes:
+        if node.op == "get_attr":
+            found[str(node.target)] = None
+        elif node.op == "call_module":
+            module = gm.get_submodule(str(node.target))
+            names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+            found |= {f"{node.target}.{name}": None for name, _ in names}
+    return list(found)
+
+
+def structure(segment: Segment, inputs: list[str]) -> str:
+    """Return a hash that two segments share exactly when one translation serves both, weights aside.
+
+    Args:
+        segment: the segment.
+        inputs: a description of each input (type, sizes, which sizes change).
+    """
+    names: dict[Node, str] = {}
+    order = {name: i for i, name in enumerate(segment.parameters)}
+    lines = [*inputs]
+    for node in segment.graph.graph.nodes:
+        names[node] = f"n{len(names)}"
+        what = str(node.target) if node.op in ("call_function", "call_method") else ""
+        if node.op == "call_function":
+            what = f"{getattr(node.target, '__module__', '')}.{what.partition(' at 0x')[0]} {_value(node.target)}"
+        elif node.op == "get_attr":
+            tensor = attribute(segment.graph, str(node.target))
+            what = f"parameter {order[str(node.target)]} {_tensor(tensor)}"
+        elif node.op == "call_module":
+            what = described(segment.graph.get_submodule(str(node.target)), f"{node.target}.", order)
+        lines.append(f"{node.op} {what} {_written((node.args, node.kwargs), names)}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _written(value: Any, names: dict[Node, str]) -> str:
+    if isinstance(value, Node):
+        return names[value]
+    if isinstance(value, (list, tuple)):
+        return f"{type(value).__name__}({', '.join(_written(item, names) for item in value)})"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_written(item, names)}' for key, item in value.items())}}}"
+    if isinstance(value, slice):
+        return _written(("slice", value.start, value.stop, value.step), names)
+    return f"{type(value).__name__} {value!r}"
+
+
+def _tensor(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else repr(value)
+
+
+def described(module: nn.Module, path: str = "", order: Mapping[str, int] | None = None) -> str:
+    """Describe a module by everything its computation can depend on, the values of its parameters aside.
+
+    Args:
+        module: the module.
+        path: what stands before the names of its parameters in `order`.
+        order: a number for each parameter, where it is to be told which is which.
+    """
+    lines: list[str] = []
+    for name, child in module.named_modules():
+        lines.append(f"{name}: {type(child).__module__}.{type(child).__qualname__} training={child.training}")
+        lines += _attributes(child, depth=0)
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    numbers = order or {}
+    lines += [f"{numbers.get(path + name)}: {name} {_tensor(tensor)}" for name, tensor in tensors]
+    return "; ".join(lines)
+
+
+_INTERNAL = set(vars(nn.Module()))
+
+
+def _attributes(thing: Any, depth: int) -> Iterator[str]:
+    for name, value in sorted(vars(thing).items()):
+        if not (isinstance(thing, nn.Module) and name in _INTERNAL):
+            yield f"{name}={_value(value, depth)}"
+
+
+def _value(value: Any, depth: int = 0) -> str:
+    if value is None or isinstance(value, (bool, int, float, str, torch.dtype, torch.device, torch.Size)):
+        return repr(value)
+    if isinstance(value, torch.Tensor):  # a constant on a plain attribute: its values count
+        data = value.detach().cpu().contiguous().resolve_conj()
+        real = torch.view_as_real(data) if data.is_complex() else data
+        return f"{_tensor(data)} {hashlib.sha256(real.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_value(item, depth) for item in value)}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key!r}: {_value(item, depth)}' for key, item in value.items())}}}"
+    if isinstance(value, nn.Module):
+        return type(value).__qualname__
+    if isinstance(value, functools.partial):
+        return f"partial({', '.join(_value(part, depth) for part in (value.func, value.args, value.keywords))})"
+    if callable(value) and hasattr(value, "__qualname__"):
+        name = f"{value.__module__}.{value.__qualname__}"
+        own = getattr(value, "__func__", value)  # of a bound method, which is another object at each look
+        # Two functions made in one place have one name, and may differ by what they enclose.
+        return f"{name} {id(own)}" if getattr(own, "__closure__", None) or "<" in value.__qualname__ else name
+    if depth < 3 and hasattr(value, "__dict__"):  # an attention processor
+        return f"{type(value).__qualname__}({', '.join(_attributes(value, depth + 1))})"
+    return f"{type(value).__qualname__} {id(value)}"  # unknown: alike only to itself

@@ -1,0 +1,3 @@
+"""Where exports keep weights and manifests."""
+
+from __future__ import annotations

@@ -1,0 +1,104 @@
+"""What is written beside an exported file: where it comes from, what it takes, and how well it was checked."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, JsonValue
+
+from ppcl_fx.export.verify.metrics import Gate
+from ppcl_fx.io.files import Sealed
+from ppcl_fx.schema.plan import Plan
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Port(_Strict):
+    """An input or an output: name, type, and sizes, where a name stands for a size that may change."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class WeightFile(_Strict):
+    """A file that holds weights of a graph: its path within the graph's folder, its content, its size in bytes.
+
+    ``sample`` is what `ppcl_fx.export.verify.integrity.sample_of` said of it; older manifests have none.
+    """
+
+    file: str
+    sha256: str
+    size: int
+    sample: str | None = None
+
+
+class HalfPrecision(_Strict):
+    """What is known of a file in bfloat16 or float16 that was compared to PyTorch.
+
+    Attributes:
+        compared_in: the type that all of it was widened to for the comparison.
+        rounding: relative error of PyTorch in the file's type to PyTorch in float32, on the traced call.
+        largest_value: for float16 the largest absolute value on recorded calls.
+    """
+
+    compared_in: Literal["float32"] = "float32"
+    rounding: float
+    largest_value: float | None
+
+
+class Manifest(_Strict, Sealed):
+    """The JSON beside an ONNX file: its manifest.
+
+    Attributes:
+        file: name of the ONNX file in the same folder.
+        sha256: of the ONNX file.
+        size: of the ONNX file, in bytes.
+        weights: the files that hold its weights; other graphs may use them too.
+        dtype: type of the weights.
+        keep: the share of the teacher's parameters asked for.
+        params: parameters of this mixture, as the plan counts them.
+        params_in_file: parameters in the file: those of them that have an effect on the output.
+        students: ids of the edits that are plugged.
+        finetuned: whether all of its weights were trained as one, and none is the teacher's.
+        plan: the plan they come from.
+        opset: version of the ONNX operators.
+        positions: inputs that hold position tables, computed from the call's Python arguments.
+        parity: for each shape the largest difference between onnxruntime and PyTorch; empty where unchecked.
+        parity_max_abs: the largest of them.
+        unchecked: what was not checked, and why; None where all was.
+        tolerance: the largest difference that was allowed.
+        latency_ms: median time of a run in onnxruntime, on the CPU, at the traced shape; None where unchecked or in
+            half precision, for which onnxruntime has few kernels there.
+        half: what is known of the rounding; None where the file is in float32 or unchecked.
+        gate: what was compared beyond the shapes, and what was not; None in a manifest of version 2, which had none.
+        made: versions and passes.
+    """
+
+    version: Literal[2, 3] = 3
+    kind: Literal["onnx"] = "onnx"
+    file: str
+    sha256: str
+    size: int
+    weights: list[WeightFile]
+    dtype: str
+    keep: float
+    params: int
+    params_in_file: int
+    students: list[str]
+    finetuned: bool = False
+    plan: Plan | None
+    opset: int
+    inputs: list[Port]
+    outputs: list[Port]
+    positions: list[str]
+    parity: dict[str, float]
+    parity_max_abs: float | None
+    unchecked: str | None
+    tolerance: float
+    latency_ms: float | None
+    half: HalfPrecision | None = None
+    gate: Gate | None = None
+    made: dict[str, JsonValue]

@@ -1,0 +1,340 @@
+"""Calibration: the teacher runs once on each call, and gives all that the analysis passes need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ppcl_fx.calls.store import Calls
+from ppcl_fx.errors import PpclError
+from ppcl_fx.ir.executor import Executor, Residency
+from ppcl_fx.ir.partition import Watch
+from ppcl_fx.passes.analysis.curves import CurveSums
+from ppcl_fx.passes.analysis.probes import Fit, Projector
+from ppcl_fx.passes.analysis.similarity import Curves
+from ppcl_fx.passes.analysis.stream_sites import (
+    StreamSite,
+    all_ffn_sites,
+    check_state,
+    mirrored,
+    rows_of,
+    stream_sites,
+)
+from ppcl_fx.passes.calibration.held_out import Division, HeldOutFit
+from ppcl_fx.passes.calibration.reservoir import Reservoir, groups
+from ppcl_fx.passes.calibration.run_store import Found, Note, RunStore, Settings, Shelf
+
+if TYPE_CHECKING:
+    from ppcl_fx.calls.store import Call
+
+FFN_RIDGE = 1e-6
+"""Ridge of the feed-forwards' fits."""
+
+CHECKPOINT_SECONDS = 30.0
+"""Time after which the calls' values are written even where memory holds them all."""
+
+Progress = Callable[[int, int], None]
+"""Called with the number of calls done and the number of all."""
+
+
+class Report(Protocol):
+    """Called with the steps done, the steps in all, and what they are."""
+
+    def __call__(self, done: int, total: int, label: str = "") -> None:
+        """Show that `done` of `total` steps are done."""
+
+
+def silent(done: int, total: int, label: str = "") -> None:
+    """Report nothing."""
+
+
+class Calibration:
+    """What the analysis passes ask of the teacher: solved probes and their fits, kept samples, curves.
+
+    With all in memory the calls run one after the other; with values kept between segments, block by block, and each
+    block's sums are solved and dropped when it is done. The results are the same, to the bit.
+
+    Args:
+        gm: the traced teacher; its parameters may be on the meta device. It is not changed.
+        calls: recorded calls. Every token of every call is a sample of the probes.
+        settings: what is solved and kept.
+        residency: where weights and values are; all in memory if left out.
+        store: where results go; a run goes on from what it holds. In memory if left out.
+        report: told how far it is.
+
+    Attributes:
+        gm: the graph that runs.
+        streams: every stream of every stack.
+        ffn: every feed-forward with its block.
+        calls_used: how many calls run.
+        held_out: what of them fits are judged on.
+
+    Raises:
+        PpclError: there are no calls, the model has no blocks, or no sample is to be kept.
+    """
+
+    def __init__(
+        self,
+        gm: GraphModule,
+        calls: Sequence[Call],
+        settings: Settings,
+        residency: Residency | None = None,
+        store: RunStore | None = None,
+        report: Report = silent,
+    ) -> None:
+        check_request(calls, settings.samples)
+        self.gm, self.settings = gm, settings
+        self.streams, self.ffn = tuple(stream_sites(gm)), all_ffn_sites(gm)
+        self.store = store or RunStore()
+        division = Division(calls)
+        self.calls_used, self.held_out = len(calls), division.kind
+        self._calls, self._report = calls, report
+        self._batches = [call.batch for call in (calls.heads() if isinstance(calls, Calls) else calls)]
+        self._collector = _Collector(self, division)
+        watches = self._collector.watches()
+        self.executor = Executor(gm, lambda graph: mirrored(watches, gm, graph), residency)
+
+    def require(self, gm: GraphModule) -> None:
+        """Check that `gm` is the graph that was measured.
+
+        Raises:
+            PpclError: it is another graph.
+        """
+        if gm.graph is not self.gm.graph:
+            raise PpclError("the measurements belong to another graph; run calibrate() on this one first")
+
+    def run(self, stop: int | None = None) -> Calibration:
+        """Run what is not done yet, up to sweep `stop` (for tests: all of them by default), and return this.
+
+        Raises:
+            PpclError: a value is NaN or infinite, a call does not fit the trace, or the disk is full.
+        """
+        values, sweeps = self.executor.residency.values, self.executor.sweeps
+        written = time.monotonic()
+        if values is not None:
+            # What a killed run wrote after its last full cut is of no use.
+            values.forget_all_but(self.store.cut)
+        for sweep in sweeps[self.store.cut : stop]:
+            self._sweep(sweep, len(sweeps))
+            last = sweep is sweeps[-1]
+            if values is None:
+                continue
+            if last or values.spilled(sweep.stop) or time.monotonic() - written >= CHECKPOINT_SECONDS:
+                values.flush(sweep.stop)
+                self.store.finish(sweep.stop)
+                values.forget_all_but(sweep.stop)
+                written = time.monotonic()
+        return self
+
+    def _sweep(self, sweep: range, count: int) -> None:
+        segments = self.executor.segments[sweep.start : sweep.stop]
+        # Where there are several, solving what a sweep summed is a step too.
+        steps, label = len(self._calls), ""
+        if count > 1:
+            steps, label = steps + 1, segments[0].label or "the first layers"
+
+        def begin(position: int) -> None:
+            self._collector.begin(position, self._batches[position])
+
+        def shown(call: int, result: Any) -> None:
+            self._report(sweep.start * steps + call + 1, count * steps, label)
+
+        due = [watch for segment in segments for watches in segment.due.values() for watch in watches]
+        with self._collector.collecting(due):
+            self.executor.run(sweep, (call.kwargs for call in self._calls), begin, shown)
+            self.store.add(*self._collector.solved(due))
+        if count > 1:
+            self._report((sweep.start + 1) * steps, count * steps, label)
+
+    # ---- what passes ask for -----------------------------------------------------------------------------------
+
+    @property
+    def samples_used(self) -> int:
+        """How many samples the curves average over."""
+        return len(self._collector.reservoir.kept())
+
+    def probes(self, site: StreamSite) -> list[Projector]:
+        """The solved probe of each block (Eq. 1, refined by Eq. 2), where the curves are computed."""
+        device = self.executor.residency.device
+        return [Projector(self.store.probe(name).to(device)) for name in self._names(site)]
+
+    def fits(self, site: StreamSite) -> list[float]:
+        """Relative squared error of each block's probe on what was held out."""
+        return [self.store.found.fits[name] for name in self._names(site)]
+
+    def energies(self, site: StreamSite) -> list[float]:
+        """Mean squared length of a token of each block's output."""
+        return [self.store.found.energies[name] for name in self._names(site)]
+
+    def few(self, site: StreamSite) -> str:
+        """What to say where the probes of a stream were solved from few tokens; else nothing."""
+        return self.store.found.few[self._names(site)[0]]
+
+    def ffn_fits(self) -> list[Fit]:
+        """How well a projector stands in for each feed-forward of `ffn`."""
+        return [Fit(*self.store.found.ffn[position]) for position in range(len(self.ffn))]
+
+    def batches(self, site: StreamSite) -> Iterator[list[Tensor]]:
+        """The kept samples of a stream in batches of one shape: ``[B, T, D]`` before the stack and after each block."""
+        position = self.streams.index(site)
+        shelves = [self.store.kept(_shelf_name(position, state)) for state in range(len(site.outputs) + 1)]
+        kept = self._collector.reservoir.kept()
+        for group in groups([tuple(shelves[0][sample].shape) for sample in kept], len(shelves)):
+            chosen = [kept[i] for i in group]
+            states = (torch.stack([shelf[sample] for sample in chosen]) for shelf in shelves)
+            yield [state.to(self.executor.residency.device) for state in states]
+
+    def curves(self, site: StreamSite) -> Curves:
+        """CKA and gap curves and the heatmap over the kept samples; what the store has is not done again."""
+        sums, stream = CurveSums(len(site.outputs)), str(self.streams.index(site))
+        done = self.store.load_curves(stream, sums.tensors())
+        probes = self.probes(site)
+        size = len(probes)
+        for number, batch in enumerate(self.batches(site)):
+            if number < done:
+                continue
+            pairs = 0
+
+            def tick(more: int) -> None:
+                nonlocal pairs
+                pairs += more
+                self._report(pairs, size * (size - 1) // 2, f"curves of {site.stack.name}, {site.stream}")
+
+            sums.add(batch[1:], probes, tick)
+            self.store.save_curves(stream, sums.tensors(), number + 1)
+        return sums.curves()
+
+    def _names(self, site: StreamSite) -> list[str]:
+        position = self.streams.index(site)
+        return [_probe_name(position, block) for block in range(len(site.outputs))]
+
+
+def calibrate(
+    gm: GraphModule, calls: Sequence[Call], settings: Settings | None = None, *, progress: Progress | None = None
+) -> Calibration:
+    """Run the teacher once on each call, all in memory, and return the calibration.
+
+    Args:
+        gm: a traced graph; it is not changed.
+        calls: recorded calls.
+        settings: what is solved and kept.
+        progress: called after each call.
+
+    Raises:
+        PpclError: as `Calibration`, or a value is NaN or infinite.
+    """
+
+    def report(done: int, total: int, label: str = "") -> None:
+        if progress is not None and not label:  # not of curves
+            progress(done, total)
+
+    return Calibration(gm, calls, settings or Settings(), report=report).run()
+
+
+def check_request(calls: Sequence[Call], max_samples: int) -> None:
+    """Raise `PpclError` where there is nothing to measure."""
+    if not len(calls):
+        raise PpclError("there are no calls to analyse; record some first")
+    if max_samples < 1:
+        raise PpclError(f"max_samples is {max_samples}; CKA needs at least one sample")
+
+
+def _probe_name(site: int, block: int) -> str:
+    return f"{site}.{block}"
+
+
+def _shelf_name(site: int, state: int) -> str:
+    return f"{site}-{state}"
+
+
+class _Collector:
+    """Observers that sum, solve and keep, for the watches of one sweep at a time."""
+
+    def __init__(self, calibration: Calibration, division: Division) -> None:
+        self._of, self._division = calibration, division
+        self.reservoir = Reservoir(calibration.settings.samples, calibration.settings.memory)
+        for note in calibration.store.found.notes:
+            self.reservoir.note(note.call, note.batch, note.nbytes)
+        self._call = self._batch = 0
+        self._notes: list[Note] = []
+        self._probes: dict[Watch, tuple[str, HeldOutFit]] = {}
+        self._projectors: dict[Watch, tuple[int, HeldOutFit]] = {}
+        self._shelves: dict[Watch, tuple[str, Shelf]] = {}
+
+    def watches(self) -> list[Watch]:
+        """Return what to watch: each state alone, each block's input with its output, each feed-forward's two ends."""
+        for number, site in enumerate(self._of.streams):
+            states = (site.inputs[0], *site.outputs)
+            for position, node in enumerate(states):
+                name = _shelf_name(number, position)
+                shelf = self._of.store.shelf(name)
+                # What a sample takes in all is known from its first state.
+                see = partial(self._see, shelf, site, len(states) if position == 0 else 0)
+                self._shelves[Watch((node,), see)] = name, shelf
+            for position, ends in enumerate(zip(site.inputs, site.outputs, strict=True)):
+                sums = HeldOutFit(site.title, self._division)
+                self._probes[Watch(ends, sums.add)] = _probe_name(number, position), sums
+        for number, (_, ffn) in enumerate(self._of.ffn):
+            sums = HeldOutFit(f"{ffn.block}, {ffn.stream} feed-forward", self._division, bias=True)
+            self._projectors[Watch((ffn.before, ffn.after), sums.add)] = number, sums
+        return [*self._shelves, *self._probes, *self._projectors]
+
+    def begin(self, position: int, batch: int) -> None:
+        """A call of so many samples starts."""
+        self._call, self._batch = position, batch
+        self._division.begin(position)
+
+    def _see(self, shelf: Shelf, site: StreamSite, states: int, state: Tensor) -> None:
+        """Keep those samples of a call's state that are chosen by what is known so far."""
+        check_state(site, state)
+        state = rows_of(state, self._batch)
+        if states:
+            note = Note(call=self._call, batch=len(state), nbytes=states * state[0].nbytes)
+            self._notes.append(note)
+            for sample in self.reservoir.note(note.call, note.batch, note.nbytes):
+                for _, other in self._shelves.values():
+                    other.drop(sample)
+        for row in range(len(state)):
+            if (self._call, row) in self.reservoir:
+                shelf.add((self._call, row), state[row])
+
+    @contextmanager
+    def collecting(self, due: Sequence[Watch]) -> Iterator[None]:
+        """Open the shelves of a sweep in which these watches are served."""
+        mine = [self._shelves[watch][1] for watch in due if watch in self._shelves]
+        self._notes = []
+        try:
+            for shelf in mine:
+                shelf.open()
+            yield
+        finally:
+            for shelf in mine:
+                shelf.close()
+
+    def solved(self, due: Sequence[Watch]) -> tuple[Found, dict[str, Tensor]]:
+        """Solve what the sweep summed, drop the sums, and return what it gave, with the probes."""
+        settings = self._of.settings
+        found, probes = Found(notes=self._notes), dict[str, Tensor]()
+        for watch in due:
+            if watch in self._probes:
+                name, sums = self._probes[watch]
+                solved = sums.solve(settings.ridge, settings.refine_steps)
+                found.fits[name], found.energies[name], found.few[name] = (sums.error(solved), sums.energy, sums.few)
+                probes[name] = solved.weight
+                sums.clear()
+            elif watch in self._projectors:
+                number, sums = self._projectors[watch]
+                fit = sums.fit(sums.solve(FFN_RIDGE))
+                found.ffn[number] = fit.error, fit.cosine
+                sums.clear()
+            else:
+                kept, shelf = self._shelves[watch]
+                found.shelves[kept] = shelf.content()
+        return found, probes

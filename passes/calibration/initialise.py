@@ -1,0 +1,198 @@
+"""Projectors start from least squares: one run on recorded calls, normal equations (Eq. 1 with a bias)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.io.files import read_safetensors, write_safetensors
+from ppcl_fx.ir.executor import Executor, Residency
+from ppcl_fx.ir.partition import Watch
+from ppcl_fx.ir.switches import host, is_switch, student_end
+from ppcl_fx.passes.analysis.probes import NormalEquations, Projector
+from ppcl_fx.passes.calibration.calibration import Report
+from ppcl_fx.passes.calibration.held_out import enough
+
+RIDGE = 1e-4
+_log = logging.getLogger("ppcl_fx")
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectorSite:
+    """A projector in a pluggable graph, and the values that it is fitted to.
+
+    Attributes:
+        path: the projector's module path.
+        nodes: its input and what it replaces, and for a student's stream also what leaves the student there and
+            what the teacher has in its place.
+        in_student: whether it lies in a depth edit's student, so that its fit is of the student as it is.
+    """
+
+    path: str
+    nodes: tuple[Node, ...]
+    in_student: bool
+
+    def watch(self, sums: NormalEquations) -> Watch:
+        """Return the watch that adds a call's tokens to the sums of this projector."""
+
+        def add(source: Tensor, replaced: Tensor, student: Tensor | None = None, teacher: Tensor | None = None) -> None:
+            if student is None or teacher is None:
+                sums.add(source, replaced)
+            else:
+                # What is added behind a student (a ControlNet's residual) is not the projector's to learn.
+                sums.add(source, teacher - (student - replaced))
+
+        return Watch(self.nodes, add)
+
+
+def fit_projectors(
+    gm: GraphModule,
+    calls: Iterable[Mapping[str, Any]],
+    *,
+    in_students: bool = False,
+    device: torch.device | None = None,
+) -> list[str]:
+    """Set projectors of a pluggable graph to the least-squares maps from their inputs to the teacher's values.
+
+    Each is fitted to the teacher's own states, independently of all other edits. In a depth edit's student its input is
+    the student's, and so is the value that feeds the student's attention.
+
+    Args:
+        gm: the pluggable graph; its projectors are changed in place.
+        calls: keyword arguments of recorded calls of the teacher.
+        in_students: fit only the projectors in depth edits' students, which another training of the student has made
+            stale.
+        device: where to compute; where the graph is if left out.
+
+    Returns:
+        The module paths of the projectors: of those that were fitted, and of those that stay as they are for want of
+        tokens.
+
+    Raises:
+        PpclError: the calls hold NaN, do not fit the graph, or are too few for a first fit.
+    """
+    residency = Residency(device) if device is not None else Residency.of(gm)
+    found = dict(_fitted(gm, calls, residency, in_students))
+    for path, projector in found.items():
+        linear = gm.get_submodule(path)
+        assert isinstance(linear, nn.Linear)
+        if projector is not None and projector.bias is not None:
+            with torch.no_grad():
+                linear.weight.copy_(projector.weight)
+                linear.bias.copy_(projector.bias)
+    return list(found)
+
+
+def fit_on_disk(
+    gm: GraphModule,
+    calls: Iterable[Mapping[str, Any]],
+    count: int,
+    residency: Residency,
+    work: Path,
+    report: Report,
+    in_students: bool = False,
+) -> dict[str, Tensor]:
+    """Fit projectors as `fit_projectors` does, with one block's weights in memory at a time.
+
+    Args:
+        gm: the pluggable graph, its parameters on the meta device.
+        calls: keyword arguments of recorded calls of the teacher.
+        count: how many these are.
+        residency: where weights come from, and what keeps the calls' values between two blocks.
+        work: a folder for what does not stay in memory.
+        report: told how far it is.
+        in_students: fit only the projectors in depth edits' students.
+
+    Returns:
+        The fitted weights and biases by parameter name, memory-mapped.
+
+    Raises:
+        PpclError: the disk is full, or as `fit_projectors`.
+    """
+
+    def shown(sweep: int, sweeps: int, call: int) -> None:
+        report(sweep * count + call + 1, sweeps * count, "fitting projectors")
+
+    fitted: dict[str, Tensor] = {}
+    for path, projector in _fitted(gm, calls, residency, in_students, shown):
+        if projector is not None and projector.bias is not None:
+            file = work / f"{path}.safetensors"
+            write_safetensors(file, {f"{path}.weight": projector.weight, f"{path}.bias": projector.bias})
+            fitted |= read_safetensors(file)
+    return fitted
+
+
+def _fitted(
+    gm: GraphModule,
+    calls: Iterable[Mapping[str, Any]],
+    residency: Residency,
+    in_students: bool,
+    shown: Callable[[int, int, int], None] = lambda sweep, sweeps, call: None,
+) -> Iterator[tuple[str, Projector | None]]:
+    """Run what the projectors need, and give the map of each as soon as its sums are there; None for what stays."""
+    sums = {s.path: NormalEquations(bias=True) for s in projector_sites(gm) if s.in_student or not in_students}
+    if not sums:
+        return
+    paths: dict[Watch, str] = {}
+
+    def watches(graph: GraphModule) -> list[Watch]:
+        mine = {site.watch(sums[site.path]): site.path for site in projector_sites(graph) if site.path in sums}
+        paths.update(mine)
+        return list(mine)
+
+    executor = Executor(gm, watches, residency, partial=True)
+    count = 0
+    for number, sweep in enumerate(sweeps := executor.sweeps):
+
+        def end(call: int, result: Any, number: int = number) -> None:
+            nonlocal count
+            count = max(count, call + 1)
+            shown(number, len(sweeps), call)
+
+        executor.run(sweep, calls, end=end)
+        for segment in executor.segments[sweep.start : sweep.stop]:
+            for watch in (watch for watches in segment.due.values() for watch in watches):
+                equations = sums[paths[watch]]
+                yield paths[watch], _solved(paths[watch], equations, count, in_students)
+                equations.clear()
+
+
+def _solved(path: str, sums: NormalEquations, calls: int, in_students: bool) -> Projector | None:
+    """Return the map of a projector; None for one that is to be fitted again and stays as it is, for want of tokens.
+
+    Raises:
+        PpclError: there are too few tokens for a first fit; the line says how many calls would do.
+    """
+    try:
+        few = enough(path, sums, calls, sums.samples)
+    except PpclError as error:
+        if not in_students:
+            raise
+        # A training that is done is not to be lost for it.
+        _log.warning("%s; it stays as it was before its student was trained", error)
+        return None
+    if few:
+        _log.warning("%s", few)
+    return sums.solve(RIDGE)
+
+
+def projector_sites(gm: GraphModule) -> list[ProjectorSite]:
+    """Return the projectors of a pluggable graph, in order."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op != "call_module" or not str(node.target).startswith("projectors."):
+            continue
+        (total,) = node.users
+        for user in total.users:
+            if is_switch(user) and user.args[1] is total:
+                nodes = (node.args[0], user.args[0], *(student_end(gm, user) or ()))
+                found.append(ProjectorSite(str(node.target), nodes, bool(host(gm, user))))
+    return found

@@ -1,0 +1,258 @@
+"""The run store: results of a calibration, in memory, or in a folder, from which a killed one goes on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.io.files import inside, need_room, read_json, read_safetensors, write_json, write_safetensors
+from ppcl_fx.passes.calibration.reservoir import Sample
+
+PROGRESS = "progress.json"
+
+SAMPLES = 160
+"""Sample-timesteps that CKA averages over: the size of the paper's calibration set."""
+
+MEMORY = 4 * 2**30
+"""Bytes of activations kept at most."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Settings(_Record):
+    """What decides the results of a calibration beside the model and the calls.
+
+    samples: that CKA averages over, at most. memory: bytes of activations kept for it, at most.
+    ridge: of the probes' normal equations, relative to the mean squared channel. refine_steps: gradient steps on Eq. 2.
+    """
+
+    samples: int = SAMPLES
+    memory: int = MEMORY
+    ridge: float = 1e-6
+    refine_steps: int = 0
+
+
+class Identity(Settings):
+    """What an analysis is of: a run goes on from another's results only where all of this is the same."""
+
+    version: Literal[2] = 2
+    model: str
+    calls: str
+    dtype: str
+
+
+class Done(_Record):
+    """How far an analysis has come: `cut` segments are done, and the calls' values after them are in files."""
+
+    identity: Identity
+    cut: int
+
+
+class Kept(_Record):
+    """The activations kept of one node: ``[tokens, width]`` for each sample, one after the other in a file.
+
+    samples: call, row and tokens of each.
+    """
+
+    dtype: str
+    width: int
+    samples: list[tuple[int, int, int]]
+
+
+class Note(_Record):
+    """The bytes that the samples of a call take in one stream (`Reservoir.note`)."""
+
+    call: int
+    batch: int
+    nbytes: int
+
+
+class Found(_Record):
+    """What one sweep gave.
+
+    fits: error of each probe, by the probe's name. energies: of the states that probes imitate, and few: what to say of
+    the tokens that they were solved from, by the same name.
+    ffn: error and cosine of each feed-forward, by its position. shelves: what was kept, by the shelf's name.
+    notes: sizes that the sweep made known.
+    """
+
+    fits: dict[str, float] = {}
+    energies: dict[str, float] = {}
+    few: dict[str, str] = {}
+    ffn: dict[int, tuple[float, float]] = {}
+    shelves: dict[str, Kept] = {}
+    notes: list[Note] = []
+
+
+class RunStore:
+    """The results of a calibration.
+
+    Args:
+        folder: made if it is not there; None to keep all in memory.
+        identity: of this analysis; needed with a folder.
+
+    Attributes:
+        cut: segments that were done when the store was opened.
+        found: the results of all sweeps so far.
+
+    Raises:
+        PpclError: the folder holds the results of another analysis, or they are damaged.
+    """
+
+    def __init__(self, folder: Path | None = None, identity: Identity | None = None) -> None:
+        self.folder = folder
+        self.cut = self._added = 0
+        self.found = Found()
+        self._identity = identity
+        self._probes: dict[str, Path | Tensor] = {}
+        self._shelves: dict[str, Shelf] = {}
+        if folder is None:
+            return
+        assert identity is not None
+        if (folder / PROGRESS).is_file():
+            done = read_json(inside(folder, PROGRESS), Done)
+            for name, mine in identity.model_dump().items():
+                theirs = getattr(done.identity, name)
+                if theirs != mine:
+                    raise PpclError(
+                        f"{folder}: holds an unfinished analysis of another {name} ({theirs}, here {mine}); "
+                        "give the same again to go on with it, or remove the folder"
+                    )
+            for number in range(done.cut):
+                self._note(read_json(folder / "results" / f"{number:04d}.json", Found))
+            self.cut = done.cut
+        for part in ("results", "probes", "kept", "curves"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+
+    def add(self, found: Found, probes: Mapping[str, Tensor]) -> None:
+        """Keep what the next sweep gave, the solved probes among it."""
+        self._probes.update(probes)
+        if self.folder is not None:
+            name = f"{self._added:04d}"
+            if probes:
+                write_safetensors(self.folder / "probes" / f"{name}.safetensors", dict(probes))
+            write_json(self.folder / "results" / f"{name}.json", found)
+        self._note(found)
+
+    def _note(self, found: Found) -> None:
+        if self.folder is not None:
+            self._probes.update(dict.fromkeys(found.fits, self.folder / "probes" / f"{self._added:04d}.safetensors"))
+        for name in ("fits", "energies", "few", "ffn", "shelves"):
+            getattr(self.found, name).update(getattr(found, name))
+        self.found.notes.extend(found.notes)
+        self._added += 1
+
+    def finish(self, cut: int) -> None:
+        """Note that `cut` segments are done, and the calls' values after them written."""
+        assert self.folder is not None and self._identity is not None
+        write_json(self.folder / PROGRESS, Done(identity=self._identity, cut=cut))
+
+    def probe(self, name: str) -> Tensor:
+        """Return the weight of a solved probe; from a folder memory-mapped."""
+        kept = self._probes[name]
+        return read_safetensors(kept)[name] if isinstance(kept, Path) else kept
+
+    def shelf(self, name: str) -> Shelf:
+        """Return what the samples of one node are kept on."""
+        if name not in self._shelves:
+            path = None if self.folder is None else inside(self.folder / "kept", f"{name}.bin")
+            self._shelves[name] = Shelf(path)
+        return self._shelves[name]
+
+    def kept(self, name: str) -> dict[Sample, Tensor]:
+        """Return the samples of one node, ``[tokens, width]`` each, from a folder memory-mapped."""
+        return self.shelf(name).read(self.found.shelves[name])
+
+    def load_curves(self, stream: str, tensors: Mapping[str, Tensor]) -> int:
+        """Copy the sums of a stream's curves into `tensors`; return how many batches they are of."""
+        path = self._curves(stream)
+        if path is None or not path.is_file():
+            return 0
+        stored = read_safetensors(path)
+        batches = int(stored.pop("batches"))
+        for name, tensor in stored.items():
+            tensors[name].copy_(tensor)
+        return batches
+
+    def save_curves(self, stream: str, tensors: Mapping[str, Tensor], batches: int) -> None:
+        """Write what `load_curves` reads."""
+        path = self._curves(stream)
+        if path is not None:
+            write_safetensors(path, {**tensors, "batches": torch.tensor(batches)})
+
+    def _curves(self, stream: str) -> Path | None:
+        return None if self.folder is None else inside(self.folder / "curves", f"{stream}.safetensors")
+
+
+class Shelf:
+    """The samples kept of one node: in memory, or one after the other in a file, which is open in one sweep alone."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._held: dict[Sample, Tensor] = {}
+        self._file: BinaryIO | None = None
+        self._samples: list[tuple[int, int, int]] = []
+        self._dtype, self._width = torch.float32, 0
+
+    def open(self) -> None:
+        """Start empty."""
+        self._held, self._samples = {}, []
+        if self._path is not None:
+            self._file = self._path.open("wb")
+
+    def add(self, sample: Sample, state: Tensor) -> None:
+        """Keep a sample's state, ``[tokens, width]``."""
+        self._dtype, self._width = state.dtype, state.shape[-1]
+        self._samples.append((*sample, len(state)))
+        if self._path is None:
+            self._held[sample] = state.to("cpu", copy=True)
+            return
+        assert self._file is not None
+        plain = state.detach().cpu().contiguous()
+        need_room(self._path, plain.nbytes)
+        self._file.write(plain.view(torch.uint8).numpy().data)
+
+    def drop(self, sample: Sample) -> None:
+        """Forget a sample that memory holds."""
+        self._held.pop(sample, None)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def content(self) -> Kept:
+        """Flush to disk, and say what is kept."""
+        if self._file is not None:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        dtype = str(self._dtype).removeprefix("torch.")
+        return Kept(dtype=dtype, width=self._width, samples=self._samples)
+
+    def read(self, kept: Kept) -> dict[Sample, Tensor]:
+        """Return the samples."""
+        if self._path is None:
+            return self._held
+        dtype = getattr(torch, kept.dtype)
+        total = sum(tokens for _, _, tokens in kept.samples) * kept.width
+        if self._path.stat().st_size < total * dtype.itemsize:
+            raise PpclError(f"{self._path}: truncated; remove {self._path.parent.parent} and analyse again")
+        if total:
+            whole = torch.from_file(str(self._path), shared=False, size=total, dtype=dtype)
+        else:
+            whole = torch.empty(0, dtype=dtype)
+        found, at = {}, 0
+        for call, row, tokens in kept.samples:
+            found[call, row] = whole[at : at + tokens * kept.width].view(tokens, kept.width)
+            at += tokens * kept.width
+        return found

@@ -1,0 +1,3 @@
+"""Selection: from an analysis and a budget to a plan."""
+
+from __future__ import annotations

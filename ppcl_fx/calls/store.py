@@ -1,0 +1,397 @@
+"""Calls: recorded inputs of a transformer, in memory or as safetensors shards with a JSON index."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import torch
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
+from safetensors import safe_open
+
+from ppcl_fx.calls.collate import AGAIN, check_finite, collate, map_tensors
+from ppcl_fx.calls.kinds import Examples, Sizes, kind_of, shapes_of
+from ppcl_fx.errors import PpclError
+from ppcl_fx.io import owned_folders as owned
+from ppcl_fx.io.files import (
+    Record,
+    inside,
+    new_folder,
+    read_json,
+    tensor_shapes,
+    write_json,
+    write_safetensors,
+)
+from ppcl_fx.io.fingerprint import tensor_digest
+from ppcl_fx.io.reading import INDEX_BYTES
+
+__all__ = ["Call", "Calls", "check_finite", "collate", "map_tensors"]
+
+INDEX = "index.json"
+SHARD_BYTES = 256 * 2**20
+"""A shard is closed once it holds this many bytes."""
+OUTPUT = "(output)"  # stands for the output among a call's arguments; none can be called so
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the transformer.
+
+    Attributes:
+        kwargs: the arguments by name, as the transformer got them; tensors are on the CPU.
+        prompts: the prompts of the pictures that this call helped to draw.
+        timestep: the value the transformer got (its first element).
+        index: position in the recording, from 0.
+        batch: samples in the call: the size of dimension 0 of the batched tensors. It may be a multiple of
+            the number of prompts (several pictures a prompt, or both branches of guidance in one call).
+        branch: which call of its denoising step this is, from 0: guidance may call once for each branch.
+        output: what the transformer returned, its first tensor, on the CPU; None where it was not recorded.
+    """
+
+    kwargs: dict[str, Any]
+    prompts: tuple[str, ...]
+    timestep: float
+    index: int
+    batch: int
+    branch: int = 0
+    output: torch.Tensor | None = None
+
+
+class TensorRef(Record):
+    """A tensor: where it lies, its shape, and the hash of its dtype, shape and bytes."""
+
+    kind: Literal["tensor"] = "tensor"
+    shard: str
+    name: str
+    shape: list[int]
+    sha256: str
+
+
+class Items(Record):
+    """A list or a tuple."""
+
+    kind: Literal["list", "tuple"]
+    items: list[Value]
+
+
+class Entries(Record):
+    """A dict with names as keys."""
+
+    kind: Literal["dict"] = "dict"
+    entries: dict[str, Value]
+
+
+Value = StrictBool | StrictInt | StrictFloat | StrictStr | TensorRef | Items | Entries | None
+Items.model_rebuild()
+Entries.model_rebuild()
+
+
+class CallEntry(Record):
+    """One call in the index; the fields are those of `Call`. Older folders have no `output`."""
+
+    prompts: list[str]
+    timestep: float
+    index: int
+    batch: int
+    branch: int
+    kwargs: dict[str, Value]
+    output: TensorRef | None = None
+
+    def tensors(self) -> list[tuple[str, TensorRef]]:
+        """Return every tensor of the call with the name of the argument it belongs to."""
+        specs = {**self.kwargs, **({} if self.output is None else {OUTPUT: self.output})}
+        return [(name, ref) for name, spec in specs.items() for ref in _refs(spec)]
+
+
+class Index(Record):
+    """What ``index.json`` holds: the fingerprints of the model and of the calls, and the calls in order.
+
+    ``ones`` are the arguments that stand for ones where a call lacks them, with the shape of the ones: a number, or
+    another argument's name and one of its dimensions. Older folders have none.
+    """
+
+    version: Literal[1] = 1
+    model: str
+    fingerprint: str
+    calls: list[CallEntry]
+    ones: dict[str, list[StrictInt | tuple[StrictStr, StrictInt]]] = Field(default_factory=dict)
+
+
+class Calls(Sequence[Call]):
+    """A sequence of calls of one transformer.
+
+    Args:
+        calls: the calls, in the order in which they were made.
+        model: the fingerprint of the transformer, see `ppcl_fx.io.fingerprint`.
+        ones: the arguments for which the transformer takes ones where a call lacks them, see `ppcl_fx.calls.kinds`.
+    """
+
+    def __init__(self, calls: Sequence[Call], model: str = "", ones: Mapping[str, Sizes] | None = None) -> None:
+        self.model = model
+        self.ones = dict(ones or {})
+        self._calls = calls
+        self._fingerprint: str | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """The hash (sha256) of the model's fingerprint and of all calls, tensors and prompts included."""
+        if self._fingerprint is None:
+            self._fingerprint = _fingerprint(self.model, _entries(self._calls, _placeless))
+        return self._fingerprint
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    @overload
+    def __getitem__(self, index: int) -> Call: ...
+    @overload
+    def __getitem__(self, index: slice) -> Calls: ...
+    def __getitem__(self, index: int | slice) -> Call | Calls:
+        """Return one call, or, for a slice, the calls in it; each keeps its `index`."""
+        if isinstance(index, slice):
+            return Calls([self._calls[i] for i in range(*index.indices(len(self)))], self.model, self.ones)
+        return self._calls[index]
+
+    def examples(self) -> Examples:
+        """Return the arguments of a call: the example inputs for tracing.
+
+        It is the first of the kind with the most arguments. It knows a call of each other kind, so that
+        `ppcl_fx.trace` can make one graph for all.
+
+        Raises:
+            PpclError: there are no calls.
+        """
+        if not self._calls:
+            raise PpclError("there are no calls to take an example from; record at least one prompt")
+        first: dict[Any, int] = {}
+        shapes = {}
+        for index, kwargs in enumerate(self._given()):
+            first.setdefault(kind_of(kwargs), index)
+            known = shapes_of(kwargs)
+            shapes[frozenset(known.items())] = known
+        fullest, *others = sorted(first.items(), key=lambda one: -len(one[0]))
+        kinds = [self._calls[index].kwargs for _, index in others]
+        return Examples(self._calls[fullest[1]].kwargs, kinds, list(shapes.values()), self.ones)
+
+    def _given(self) -> Iterator[Mapping[str, Any]]:
+        """Yield each call's arguments; of saved calls no tensor is read, and what stands for it has its shape."""
+        if isinstance(self._calls, _StoredCalls):
+            return (_value(Entries(entries=entry.kwargs), lambda ref: ref) for entry in self._calls.entries)
+        return (call.kwargs for call in self._calls)
+
+    def heads(self) -> list[Call]:
+        """Return the calls without arguments and outputs; of saved calls nothing is read."""
+        kept = self._calls.entries if isinstance(self._calls, _StoredCalls) else self._calls
+        return [Call({}, tuple(one.prompts), one.timestep, one.index, one.batch, one.branch) for one in kept]
+
+    def save(self, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write the calls to a new folder: shards of about `shard_bytes` and ``index.json``.
+
+        Equal tensors (text embeddings come back at every timestep) are stored once.
+
+        Raises:
+            PpclError: there are no calls, one of them holds NaN, or the folder exists or cannot be written.
+        """
+        if not self._calls:
+            raise PpclError(f"{folder}: there are no calls to save; record at least one prompt")
+        with new_folder(folder, replaces=owned.CALLS if overwrite else None) as new:
+            shards = _ShardWriter(new, shard_bytes)
+            entries = _entries(self._calls, shards.add)
+            shards.flush()
+            self._fingerprint = _fingerprint(self.model, entries)
+            index = Index(model=self.model, fingerprint=self._fingerprint, calls=entries, ones=self.ones)
+            write_json(new / INDEX, index)
+
+    @classmethod
+    def open(cls, folder: str | Path, *, check: bool = True) -> Calls:
+        """Open saved calls; tensors stay on disk, memory-mapped, until a call is asked for.
+
+        Names, shapes and file lengths are always compared with the index. With `check`, every tensor is
+        also read once: a changed byte, NaN and infinity are found here, not in the middle of a training.
+
+        Raises:
+            PpclError: a file is missing, truncated, does not agree with the index, or holds NaN. The line
+                names the file and the call.
+        """
+        folder = Path(folder)
+        index = read_json(inside(folder, INDEX), Index, INDEX_BYTES)
+        stored = _StoredCalls(folder, index.calls)
+        stored.check_headers()
+        if _fingerprint(index.model, index.calls) != index.fingerprint:
+            raise PpclError(f"{folder / INDEX}: was changed after it was written; {AGAIN}")
+        if check:
+            stored.check_values()
+        calls = cls(stored, index.model, index.ones)
+        calls._fingerprint = index.fingerprint
+        return calls
+
+
+def _spec(value: Any) -> Value:
+    """The index's form of an argument whose tensors are already references."""
+    if isinstance(value, list | tuple):
+        return Items(kind="tuple" if isinstance(value, tuple) else "list", items=[_spec(v) for v in value])
+    if isinstance(value, dict):
+        return Entries(entries={key: _spec(v) for key, v in value.items()})
+    scalar: Value = value
+    return scalar
+
+
+def _value(spec: Value, read: Callable[[TensorRef], Any]) -> Any:
+    if isinstance(spec, TensorRef):
+        return read(spec)
+    if isinstance(spec, Items):
+        items = [_value(item, read) for item in spec.items]
+        return tuple(items) if spec.kind == "tuple" else items
+    if isinstance(spec, Entries):
+        return {key: _value(item, read) for key, item in spec.entries.items()}
+    return spec
+
+
+def _refs(spec: Value) -> list[TensorRef]:
+    found: list[TensorRef] = []
+    _value(spec, found.append)
+    return found
+
+
+def _placeless(name: str, tensor: torch.Tensor, sha256: str) -> TensorRef:
+    return TensorRef(shard="", name=name, shape=list(tensor.shape), sha256=sha256)
+
+
+def _entries(calls: Sequence[Call], refer: Callable[[str, torch.Tensor, str], TensorRef]) -> list[CallEntry]:
+    """The index's entries; `refer` gets a name, the tensor and its hash, and says where the tensor lies."""
+    entries = []
+    for call in calls:
+
+        def change(path: str, tensor: torch.Tensor, call: Call = call) -> TensorRef:
+            check_finite(tensor, f"call {call.index}: {path!r}")
+            return refer(f"{call.index}.{path}", tensor, tensor_digest(tensor))
+
+        kwargs = {name: _spec(map_tensors(value, change, name)) for name, value in call.kwargs.items()}
+        fields = {name: getattr(call, name) for name in ("timestep", "index", "batch", "branch")}
+        output = None if call.output is None else change(OUTPUT, call.output)
+        entries.append(CallEntry(prompts=list(call.prompts), kwargs=kwargs, output=output, **fields))
+    return entries
+
+
+def _fingerprint(model: str, entries: Sequence[CallEntry]) -> str:
+    """Where a tensor lies does not count, what it holds does."""
+    digest = hashlib.sha256(model.encode())
+    for entry in entries:
+        plain = entry.model_dump(mode="json")
+        if plain["output"] is None:
+            del plain["output"]  # such calls have the fingerprint they had before outputs were recorded
+        for value in [*plain["kwargs"].values(), plain.get("output")]:
+            _forget_place(value)
+        digest.update(json.dumps(plain, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _forget_place(value: Any) -> None:
+    if not isinstance(value, dict):
+        return
+    if value["kind"] == "tensor":
+        del value["shard"], value["name"]
+    for inner in value.get("items", []):
+        _forget_place(inner)
+    for inner in value.get("entries", {}).values():
+        _forget_place(inner)
+
+
+@dataclass
+class _ShardWriter:
+    folder: Path
+    limit: int
+    pending: dict[str, torch.Tensor] = field(default_factory=dict)
+    pending_bytes: int = 0
+    written: int = 0
+    known: dict[str, TensorRef] = field(default_factory=dict)
+
+    def add(self, name: str, tensor: torch.Tensor, sha256: str) -> TensorRef:
+        if sha256 not in self.known:
+            size = tensor.numel() * tensor.element_size()
+            if self.pending and self.pending_bytes + size > self.limit:
+                self.flush()
+            if name in self.pending:  # calls of several recordings may have one number
+                name = f"{name}.{sha256}"
+            self.pending[name] = tensor
+            self.pending_bytes += size
+            self.known[sha256] = _placeless(name, tensor, sha256).model_copy(update={"shard": self._shard()})
+        return self.known[sha256]
+
+    def flush(self) -> None:
+        if self.pending:
+            write_safetensors(self.folder / self._shard(), self.pending)
+            self.pending, self.pending_bytes, self.written = {}, 0, self.written + 1
+
+    def _shard(self) -> str:
+        return f"calls-{self.written:05d}.safetensors"
+
+
+class _StoredCalls(Sequence[Call]):
+    """The calls of a folder, read when they are asked for."""
+
+    def __init__(self, folder: Path, entries: list[CallEntry]) -> None:
+        self.folder = folder
+        self.entries = entries
+        self._files: dict[str, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        entry = self.entries[index]
+        kwargs = {name: _value(spec, self._read) for name, spec in entry.kwargs.items()}
+        output = None if entry.output is None else self._read(entry.output)
+        prompts = tuple(entry.prompts)
+        return Call(kwargs, prompts, entry.timestep, entry.index, entry.batch, entry.branch, output)
+
+    def check_headers(self) -> None:
+        headers: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
+        for entry, _, ref in self._all_refs():
+            path = inside(self.folder, ref.shard)
+            if ref.shard not in headers:
+                headers[ref.shard] = _header(path, entry.index)
+            if ref.name not in headers[ref.shard]:
+                raise PpclError(f"{path}: call {entry.index}: holds no tensor {ref.name!r}; {AGAIN}")
+            shape = list(headers[ref.shard][ref.name][1])
+            if shape != ref.shape:
+                where = f"{path}: call {entry.index}: {ref.name!r}"
+                raise PpclError(f"{where} is {shape} here and {ref.shape} in {INDEX}; {AGAIN}")
+
+    def check_values(self) -> None:
+        seen: set[str] = set()
+        for entry, name, ref in self._all_refs():
+            if ref.sha256 in seen:
+                continue
+            seen.add(ref.sha256)
+            where = f"{self.folder / ref.shard}: call {entry.index}: {name!r}"
+            tensor = self._read(ref)
+            check_finite(tensor, where)
+            if tensor_digest(tensor) != ref.sha256:
+                raise PpclError(f"{where} is not what was recorded; {AGAIN}")
+
+    def _all_refs(self) -> list[tuple[CallEntry, str, TensorRef]]:
+        return [(entry, name, ref) for entry in self.entries for name, ref in entry.tensors()]
+
+    def _read(self, ref: TensorRef) -> torch.Tensor:
+        if ref.shard not in self._files:
+            self._files[ref.shard] = safe_open(inside(self.folder, ref.shard), framework="pt")
+        # A copy: a mapped tensor lies at any address, and what MKL computes depends on the address on some processors.
+        tensor: torch.Tensor = self._files[ref.shard].get_tensor(ref.name).clone()
+        return tensor
+
+
+def _header(path: Path, call: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    if not path.is_file():
+        raise PpclError(f"{path}: no such file, and call {call} is in it; copy it there, or {AGAIN}")
+    try:
+        return tensor_shapes(path)
+    except PpclError as error:
+        reason = str(error).removeprefix(f"{path}: ").split("; ")[0]
+        raise PpclError(f"{path}: call {call}: {reason}; {AGAIN}") from None

@@ -1,0 +1,119 @@
+"""The parts of a pipeline on disk: models with weights, and what is configured by numbers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from torch import nn
+from transformers import PreTrainedModel
+
+from ppcl_fx.errors import PpclError, foreign
+from ppcl_fx.io.build_bounds import Room
+from ppcl_fx.io.configurations import check_config, check_numbers
+from ppcl_fx.io.reading import JSON_BYTES, parse_json, read_bytes
+from ppcl_fx.io.shards import STEM, Shards, check_weight
+from ppcl_fx.tracing.meta_model import skeleton
+
+AGAIN = "download or save it again"
+
+
+def is_model(kind: type[Any]) -> bool:
+    """Tell whether a part of a pipeline is a model with weights."""
+    return issubclass(kind, (ModelMixin, PreTrainedModel))
+
+
+def open_weights(kind: Any, folder: Path) -> Shards:
+    """Open the weights of a model of diffusers or transformers, and build it without them.
+
+    It is built within what the headers of the weights say, so a number too much costs neither memory nor time.
+
+    Args:
+        kind: its class.
+        folder: its folder.
+
+    Raises:
+        PpclError: a file is missing or damaged, or the class refuses the configuration.
+    """
+    path = folder / "config.json"
+    is_diffusers = issubclass(kind, ModelMixin)
+    shards = Shards.open(folder, STEM if is_diffusers else "model")
+    room = Room.of(shards.shapes)
+    if is_diffusers:
+        skeleton(kind, _object(path), torch.float32, room=room, where=str(path))
+    else:
+        _check_size(kind, path, room)
+    return shards
+
+
+def load_model(kind: Any, folder: Path, options: Mapping[str, Any]) -> nn.Module:
+    """Load a model of diffusers or transformers, in evaluation mode; nothing in it is left random, or is not finite.
+
+    Args:
+        kind: its class.
+        folder: its folder.
+        options: what `from_pretrained` takes.
+
+    Raises:
+        PpclError: a file is missing or damaged, or the weights do not fit the class.
+    """
+    open_weights(kind, folder)
+    with foreign(f"{folder}: cannot be loaded", AGAIN):
+        model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
+    _check_loaded(kind, folder, info, set(model.state_dict()))
+    loaded: nn.Module = model.eval()
+    for name, parameter in loaded.named_parameters():
+        check_weight(parameter, name, folder)
+    return loaded
+
+
+def check_component(kind: Any, folder: Path) -> None:
+    """Check the configuration of a part without weights: a scheduler, an image processor.
+
+    Raises:
+        PpclError: an entry is not what the class takes.
+    """
+    name = getattr(kind, "config_name", None)
+    if isinstance(name, str) and (folder / name).is_file():
+        check_config(kind, _object(folder / name), str(folder / name))
+
+
+def _check_size(kind: Any, path: Path, room: Room) -> None:
+    """Build a model of transformers on the meta device, and stop where its numbers ask for more than there is."""
+    check_numbers(_object(path), str(path))
+    with foreign(f"{path}: {kind.__name__} refuses this configuration", "mend config.json"):
+        config = kind.config_class.from_pretrained(path.parent)
+        with room.kept(str(path)), torch.device("meta"):
+            kind(config)
+
+
+def _check_loaded(kind: Any, folder: Path, info: Mapping[str, Collection[Any]], names: Collection[str]) -> None:
+    """Refuse what the libraries only log: they leave missing weights random, and drop what is too much."""
+    extra = info["unexpected_keys"]
+    if not issubclass(kind, ModelMixin):
+        # Checkpoints of transformers hold heads and buffers of their makers; a block too much is another thing.
+        alike = {_numberless(name) for name in names}
+        extra = [name for name in extra if _numberless(name) in alike]
+    for problem, found in {**info, "unexpected_keys": extra}.items():
+        if problem in ("missing_keys", "unexpected_keys", "mismatched_keys") and found:
+            what = f"{problem.replace('_', ' ')}, the first is {sorted(map(str, found))[0]!r}"
+            raise PpclError(f"{folder}: the weights do not fit {kind.__name__} ({what}); download them again")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Return what a JSON file holds. Configurations of schedulers may hold infinities."""
+    try:
+        found = parse_json(read_bytes(path, JSON_BYTES), finite=False)
+    except ValueError as error:
+        raise PpclError(f"{path}: not valid JSON ({error}); {AGAIN}") from None
+    if not isinstance(found, dict):
+        raise PpclError(f"{path}: holds no JSON object; {AGAIN}")
+    return found
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d+", "#", name)

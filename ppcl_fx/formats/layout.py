@@ -1,0 +1,260 @@
+"""The released layout as data: three lists of block numbers in ``config.json``, and what each block then holds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from torch import nn
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.formats.numbering import Kept, renumbered
+from ppcl_fx.io.shards import Shards, check_kind
+from ppcl_fx.model.sources import RELEASED_LISTS
+from ppcl_fx.passes.edits.ffn import projector_path
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+
+STACK = "transformer_blocks"
+LISTS = RELEASED_LISTS
+STREAMS = {"image": "img", "text": "txt"}
+"""How the layout begins the names of a stream's parts."""
+
+Index = Annotated[int, Field(ge=0, strict=True)]
+
+
+class Layout(BaseModel):
+    """A ``config.json`` of the released layout; block numbers count the blocks that are left.
+
+    Attributes:
+        num_layers: how many blocks are left.
+        single_stream_index: blocks without a text stream.
+        ffn_proj_index: blocks whose feed-forwards are projectors, in every stream that they have.
+        ehs_proj_index: blocks without a text stream that hold their group's projector of the text state.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, JsonValue]
+
+    num_layers: Annotated[int, Field(ge=1, strict=True)]
+    single_stream_index: list[Index] = Field(default_factory=list)
+    ffn_proj_index: list[Index] = Field(default_factory=list)
+    ehs_proj_index: list[Index] = Field(default_factory=list)
+
+    @property
+    def config(self) -> dict[str, JsonValue]:
+        """The configuration of the model's class: everything but the three lists."""
+        return {**self.__pydantic_extra__, "num_layers": self.num_layers}
+
+    def groups(self) -> list[tuple[int, int]]:
+        """Return the runs of blocks without a text stream as ``(source, last)``; the source has one still."""
+        found: list[tuple[int, int]] = []
+        for index in sorted(self.single_stream_index):
+            if found and found[-1][1] == index - 1:
+                found[-1] = (found[-1][0], index)
+            else:
+                found.append((index - 1, index))
+        return found
+
+    def edits(self) -> list[Edit]:
+        """Return what the lists say as edits of a model with `num_layers` blocks."""
+        return [
+            *(TextStreamEdit(stack=STACK, source=source, last=last) for source, last in self.groups()),
+            *(FfnEdit(stack=STACK, block=block) for block in sorted(self.ffn_proj_index)),
+        ]
+
+    def state_blocks(self) -> dict[int, int]:
+        """Return, for the last block of each group, the block that holds the group's projector of the text state.
+
+        Nothing reads the text state within a group, so wherever in it the projector lies, the group's end sees it.
+        """
+        return {
+            last: block for source, last in self.groups() for block in self.ehs_proj_index if source < block <= last
+        }
+
+    def check(self, where: str) -> None:
+        """Raise `PpclError` where the lists contradict each other."""
+        for fault in self._faults():
+            raise PpclError(f"{where}: {fault}")
+
+    def _faults(self) -> Iterator[str]:
+        for name in LISTS:
+            values: list[int] = getattr(self, name)
+            yield from (f"{name} has {v} twice; mend the list" for v in sorted(set(values)) if values.count(v) > 1)
+            beyond = f"and num_layers is {self.num_layers}; mend the list"
+            yield from (f"{name} has block {v}, {beyond}" for v in values if v >= self.num_layers)
+        if 0 in self.single_stream_index:
+            yield "single_stream_index has block 0, and no block before it has a text stream; mend the list"
+        for block in self.ehs_proj_index:
+            if block not in self.single_stream_index:
+                yield f"ehs_proj_index has block {block}, which single_stream_index does not have; mend one"
+        for source, last in self.groups():
+            held = [block for block in self.ehs_proj_index if source < block <= last]
+            if len(held) > 1:
+                yield (
+                    f"ehs_proj_index has {held[0]} and {held[1]}, both in the group of blocks {source + 1} to {last}, "
+                    "and a group has one such projector; mend the list"
+                )
+
+
+def expected(model: nn.Module, layout: Layout) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Return name -> shape of the tensors that a checkpoint must have, and of those that it may have.
+
+    A block without a text stream has ``attn`` whole (its ``to_add_out`` is there and not used) and no ``txt_*``. A
+    block whose feed-forwards are projectors has the first half of each modulation, the attention's.
+
+    Args:
+        model: the model's class with `layout.num_layers` whole blocks; only shapes are looked at.
+        layout: the lists.
+
+    Raises:
+        PpclError: the class has no such blocks.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    width = shapes.get(f"{STACK}.0.img_mod.1.weight", (0, 0))[-1]
+    if not width or f"{STACK}.0.txt_mod.1.weight" not in shapes:
+        raise PpclError(
+            f"{type(model).__name__} has no {STACK} with img_mod and txt_mod, so there is no released layout for it; "
+            "save the pluggable model itself"
+        )
+    single, ffn = set(layout.single_stream_index), set(layout.ffn_proj_index)
+    must: dict[str, tuple[int, ...]] = {}
+    may: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        block, part = _place(name)
+        if block in ffn and part in ("img_mod", "txt_mod"):
+            shape = (shape[0] // 2, *shape[1:])
+        gone = (block in single and part.startswith("txt_")) or (block in ffn and part in ("img_mlp", "txt_mlp"))
+        unused = block in single and name.startswith(f"{STACK}.{block}.attn.to_add_out.")
+        if not gone:
+            (may if unused else must)[name] = shape
+    for path in projectors(layout):
+        must |= {f"{path}.weight": (width, width), f"{path}.bias": (width,)}
+    return must, may
+
+
+def projectors(layout: Layout) -> list[str]:
+    """Return the module paths of all projectors."""
+    single = set(layout.single_stream_index)
+    return [
+        *(f"{STACK}.{block}.img_ffn_proj" for block in layout.ffn_proj_index),
+        *(f"{STACK}.{block}.txt_ffn_proj" for block in layout.ffn_proj_index if block not in single),
+        *(f"{STACK}.{block}.txt_proj" for block in layout.single_stream_index),
+        *(f"{STACK}.{block}.ehs_proj" for block in layout.ehs_proj_index),
+    ]
+
+
+def compare(weights: Shards, model: nn.Module, layout: Layout) -> None:
+    """Raise `PpclError` where the weights are not those that the lists say."""
+    must, may = expected(model, layout)
+    have, where = weights.shapes, weights.folder
+    missing = sorted(set(must) - set(have), key=_order)
+    extra = sorted(set(have) - set(must) - set(may), key=_order)
+    both = sorted((set(must) | set(may)) & set(have), key=_order)
+    wrong = [name for name in both if have[name] != (must | may)[name]]
+    fault = f"{_some(missing)} missing" if missing else f"{_some(extra)} too much" if extra else ""
+    if wrong and not fault:
+        fault = f"{wrong[0]} is {list(have[wrong[0]])} and not {list((must | may)[wrong[0]])}"
+    if fault:
+        advice = "mend the lists of config.json, or copy the folder again"
+        raise PpclError(f"{where}: the lists disagree with the weights: {fault}; {advice}")
+    for name in both:
+        check_kind(weights.stored[name].dtype, torch.empty(0), name, weights.stored[name].file)
+
+
+def graph_paths(blocks: Sequence[str], plan: Plan, kept: Sequence[Kept], layout: Layout) -> dict[str, str]:
+    """Return module path in a pluggable graph -> module path in the released layout.
+
+    Args:
+        blocks: the block paths of the graph's teacher.
+        plan: the edits that are plugged, in the teacher's block numbers.
+        kept: the blocks that are left, in order.
+        layout: the lists for these blocks.
+    """
+    number = {block.index: place for place, block in enumerate(kept)}
+    paths = renumbered(blocks, {STACK: kept})
+    holder = layout.state_blocks()
+    for edit in plan.edits:
+        if isinstance(edit, FfnEdit):
+            for stream, prefix in STREAMS.items():
+                paths[projector_path(edit.id, stream)] = f"{STACK}.{number[edit.block]}.{prefix}_ffn_proj"
+        elif isinstance(edit, TextStreamEdit):
+            inside = [block for block in kept if edit.source < block.index <= edit.last]
+            for block in inside:
+                key = block.path.replace(".", "_")
+                paths[projector_path(edit.id, f"{key}.z")] = f"{STACK}.{number[block.index]}.txt_proj"
+            last = inside[-1]
+            key, at = last.path.replace(".", "_"), number[last.index]
+            paths[projector_path(edit.id, f"{key}.state")] = f"{STACK}.{holder.get(at, at)}.ehs_proj"
+    return paths
+
+
+def layout_of(plan: Plan, kept: Sequence[Kept], config: Mapping[str, JsonValue]) -> Layout:
+    """Return the layout of a mixture: the plugged edits of `plan` on the blocks that are left."""
+    number = {block.index: place for place, block in enumerate(kept)}
+    groups = [
+        [number[block.index] for block in kept if edit.source < block.index <= edit.last]
+        for edit in plan.edits
+        if isinstance(edit, TextStreamEdit)
+    ]
+    return Layout.model_validate(
+        {
+            **config,
+            "num_layers": len(kept),
+            "single_stream_index": sorted(itertools.chain(*groups)),
+            "ffn_proj_index": sorted(number[edit.block] for edit in plan.edits if isinstance(edit, FfnEdit)),
+            "ehs_proj_index": sorted(inside[-1] for inside in groups),
+        }
+    )
+
+
+def teacher_plan(layout: Layout, kept: Sequence[int], blocks: int) -> Plan:
+    """Return a layout's edits in the teacher's block numbers.
+
+    Args:
+        layout: the lists.
+        kept: the teacher's number of each block that is left, in order.
+        blocks: how many blocks the teacher has.
+
+    Raises:
+        PpclError: the numbers do not rise from 0, or are not as many as the blocks.
+    """
+    if len(kept) != layout.num_layers:
+        raise PpclError(
+            f"{len(kept)} of the teacher's blocks are said to be kept, and the checkpoint has {layout.num_layers}; "
+            "give one number for each"
+        )
+    rising = all(one < two for one, two in itertools.pairwise(kept))
+    if not rising or kept[0] != 0 or kept[-1] >= blocks:
+        raise PpclError(
+            f"the kept blocks {list(kept)} do not rise from 0 to at most {blocks - 1}; the first block of each run "
+            "that was replaced is the kept one"
+        )
+    ends = [*(after - 1 for after in kept[1:]), blocks - 1]
+    edits: list[Edit] = [
+        DepthEdit(stack=STACK, first=first, last=last) for first, last in zip(kept, ends, strict=True) if last > first
+    ]
+    for edit in layout.edits():
+        if isinstance(edit, TextStreamEdit):
+            edits.append(TextStreamEdit(stack=STACK, source=kept[edit.source], last=ends[edit.last]))
+        elif isinstance(edit, FfnEdit):
+            edits.append(FfnEdit(stack=STACK, block=kept[edit.block]))
+    return Plan(edits=edits)
+
+
+def _place(name: str) -> tuple[int, str]:
+    """Return the block number and the part of a parameter's name; -1 outside of the blocks."""
+    parts = name.split(".")
+    if len(parts) > 3 and parts[0] == STACK and parts[1].isdecimal():
+        return int(parts[1]), parts[2]
+    return -1, ""
+
+
+def _order(name: str) -> tuple[int, str]:
+    return _place(name)[0], name
+
+
+def _some(names: Sequence[str]) -> str:
+    return f"{names[0]} is" if len(names) == 1 else f"{names[0]} and {len(names) - 1} more are"

@@ -1,0 +1,158 @@
+"""A depth-pruned model as a plain diffusers folder: the same class with fewer blocks, loaded without this package.
+
+Which entry of a class's configuration counts its blocks is found out by trying, and the class is trusted only when its
+graph with fewer blocks is the pruned model's::
+
+    model.plug(students=model.edits)
+    ppcl_fx.formats.stock.save_stock(model, folder)
+    QwenImageTransformer2DModel.from_pretrained(folder)     # anywhere
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ppcl_fx.calls.examples import build_call
+from ppcl_fx.errors import PpclError
+from ppcl_fx.formats.likeness import difference
+from ppcl_fx.formats.numbering import Kept, kept_blocks, renumbered, translated
+from ppcl_fx.formats.pruned import plugged_plan, pruned, write_pruned
+from ppcl_fx.ir.graphs import draft, finished
+from ppcl_fx.ir.meta import graph_info
+from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.sources import diffusers_class
+from ppcl_fx.passes.edits.plug import Plug
+from ppcl_fx.schema.plan import DepthEdit
+from ppcl_fx.tracing import trace
+from ppcl_fx.tracing.meta_model import skeleton as weightless
+
+MOST_TRIES = 64
+"""Configurations that are tried before a class is given up."""
+
+
+def save_stock(model: PluggableModel, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the mixture that is plugged now as a diffusers folder, with its plan in ``pruned.json``.
+
+    Args:
+        model: the model; depth edits alone may be plugged.
+        folder: where to; written beside and renamed.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        PpclError: a width edit is plugged, the class cannot have fewer blocks or computes something else with them,
+            or the folder cannot be written.
+    """
+    config, tensors, kept = stock(model)
+    return write_pruned(Path(folder), config, tensors, pruned(model, kept), overwrite)
+
+
+def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, list[Kept]]]:
+    """Return the configuration and the weights with which diffusers builds the mixture that is plugged now.
+
+    Returns:
+        The configuration, name -> tensor (shared with the model), and the blocks that are left.
+
+    Raises:
+        PpclError: see `save_stock`.
+    """
+    info = graph_info(model.graph)
+    config = info.get("config", {})
+    if not config.get("_class_name"):
+        raise PpclError("the teacher has no diffusers configuration, so there is no diffusers folder for it")
+    plan = plugged_plan(model)
+    width = [edit.id for edit in plan.edits if not isinstance(edit, DepthEdit)]
+    if width:
+        raise PpclError(
+            f"{width[0]} is plugged, and no class of diffusers has such a part; plug depth edits alone, or write the "
+            "released layout"
+        )
+    kept = kept_blocks(info["blocks"], plan.depth())
+    kind = diffusers_class(config["_class_name"])
+    skeleton, found, tensors = _fitting(kind, config, kept, model)
+    example = build_call(info["example"])
+    paths = renumbered(info["blocks"], kept)
+    try:
+        shorter = trace(skeleton, example)
+    except (PpclError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PpclError(
+            f"{kind.__name__} does not work with fewer blocks ({reason}), so there is no diffusers folder for this "
+            "model; save the pluggable model"
+        ) from error
+    whole = draft(model.graph)  # with whole layers: those rows too that a class computes and does not read
+    Plug(frozenset(model.students)).apply(whole)
+    apart = difference(finished(whole), shorter, lambda path: translated(path, paths))
+    if apart:
+        raise PpclError(
+            f"{kind.__name__} with fewer blocks computes something else than the pruned model (at {apart}), so a "
+            "diffusers folder would be wrong; save the pluggable model"
+        )
+    return {**found, "_class_name": config["_class_name"]}, tensors, kept
+
+
+def _fitting(
+    kind: type[nn.Module], config: Mapping[str, Any], kept: Mapping[str, Sequence[Kept]], model: PluggableModel
+) -> tuple[nn.Module, dict[str, Any], dict[str, torch.Tensor]]:
+    """Return the class without weights, its configuration, and the weights of the blocks that are left by its names."""
+    back = {f"{stack}.{place}": block.path for stack, blocks in kept.items() for place, block in enumerate(blocks)}
+    held = {**graph_info(model.graph)["unused"], **model.graph.state_dict()}
+    apart = "no entry of its configuration counts the blocks"
+    for tried in itertools.islice(_configurations(config, kept), MOST_TRIES):
+        try:
+            skeleton = weightless(kind, tried, model.dtype)
+        except PpclError:
+            continue
+        if any(_length(skeleton, stack) != len(blocks) for stack, blocks in kept.items()):
+            continue
+        wanted = {name: (translated(name, back), tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        odd = sorted(n for n, (source, shape) in wanted.items() if source not in held or held[source].shape != shape)
+        if not odd:
+            return skeleton, tried, {name: held[source] for name, (source, _) in wanted.items()}
+        apart = f"its parameters differ then, {odd[0]} for one"
+    raise PpclError(
+        f"{kind.__name__} cannot be built with the blocks that are left ({apart}), so there is no diffusers folder for "
+        "this model; save the pluggable model"
+    )
+
+
+def _configurations(config: Mapping[str, Any], kept: Mapping[str, Sequence[Kept]]) -> Iterator[dict[str, Any]]:
+    """Give configurations that may build a model with the blocks that are left, the plainest first.
+
+    The length of each shortened block list may be any entry with that number. Lists of whole numbers may name blocks:
+    they are tried as they are, and with the new numbers of the blocks that are left.
+    """
+    shorter = {stack: blocks for stack, blocks in kept.items() if blocks[-1].last + 1 != len(blocks)}
+    counters = [
+        [(name, len(blocks)) for name, value in config.items() if type(value) is int and value == blocks[-1].last + 1]
+        for blocks in shorter.values()
+    ]
+    lists = [name for name, value in config.items() if _may_name_blocks(value)]
+    for chosen in itertools.product(*counters):
+        if len({name for name, _ in chosen}) < len(chosen):
+            continue
+        for blocks in shorter.values() or [()]:
+            number = {block.index: place for place, block in enumerate(blocks)}
+            for count in range(len(lists) + 1):
+                for named in itertools.combinations(lists, count):
+                    anew = {name: [number[i] for i in config[name] if i in number] for name in named}
+                    yield {**config, **dict(chosen), **anew}
+
+
+def _may_name_blocks(value: object) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and bool(value)
+        and all(type(item) is int and item >= 0 for item in value)
+        and len(set(value)) == len(value)
+    )
+
+
+def _length(model: nn.Module, stack: str) -> int:
+    found = model.get_submodule(stack)
+    return len(found) if isinstance(found, nn.ModuleList) else -1

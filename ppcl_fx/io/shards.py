@@ -1,0 +1,355 @@
+"""Weights that stay on disk: one safetensors file, or an index and its shards, checked by their headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ppcl_fx.errors import PpclError, near
+from ppcl_fx.io.files import inside, own_file, read_json, safetensors_metadata, tensor_shapes
+
+STEM = "diffusion_pytorch_model"
+INDEX = f"{STEM}.safetensors.index.json"
+ONE_FILE = f"{STEM}.safetensors"
+AGAIN = "copy it again from where it came"
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+DIGESTS = "ppcl-fx sha256"
+"""What a header's metadata calls the digests of its file's tensors."""
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What a floating-point weight may be stored as. Eight-bit floats mean nothing without their scales."""
+
+
+class _Index(BaseModel):
+    """A diffusers index: which file each tensor is in."""
+
+    model_config = ConfigDict(extra="allow")
+
+    weight_map: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies: the file, its name there, its dtype and shape."""
+
+    file: Path
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class Shards:
+    """The tensors of a checkpoint by name; each is read when asked for, memory-mapped.
+
+    Args:
+        folder: the folder, for messages.
+        stored: where each tensor lies. `Shards.open` finds it out for a diffusers folder.
+    """
+
+    def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
+        self.folder = folder
+        self.stored = dict(stored)
+        self._files: dict[Path, Any] = {}
+        self._finite: set[str] = set()
+
+    @classmethod
+    def open(cls, folder: str | Path, stem: str = STEM) -> Shards:
+        """Open the weights of a model folder: every header is read, no tensor is.
+
+        Args:
+            folder: the folder.
+            stem: what the names of its files begin with; transformers has another than diffusers.
+
+        Raises:
+            PpclError: there are no weights, a shard is missing or truncated, the index points out of its folder, or it
+                names a tensor that its file does not hold.
+        """
+        folder = Path(folder)
+        one, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+        if not index.is_file():
+            if not one.is_file():
+                variants = sorted(file.name for file in folder.glob(f"{stem}.*.safetensors*"))
+                if variants:
+                    variant = variants[0].removeprefix(f"{stem}.").split(".")[0].split("-")[0]
+                    raise PpclError(
+                        f"{folder}: holds a variant of the weights alone ({variants[0]}); load it with diffusers' "
+                        f"from_pretrained(..., variant={variant!r}) and save it without one, or give the plain weights"
+                    )
+                raise PpclError(
+                    f"{folder}: holds neither {one.name} nor {index.name}; give a folder with safetensors weights"
+                )
+            return cls(folder, _headers(own_file(one)))
+        weight_map = read_json(own_file(index), _Index).weight_map
+        if not weight_map:
+            raise PpclError(f"{index}: names no tensor; {AGAIN}")
+        stored: dict[str, Stored] = {}
+        for name in dict.fromkeys(weight_map.values()):
+            path = _listed(index, name)
+            if not path.is_file():
+                raise PpclError(f"{path}: no such file, and {index.name} names it; download the missing shard")
+            for tensor, entry in _headers(path).items():
+                if tensor in stored:
+                    raise PpclError(
+                        f"{path}: holds {tensor}, which {stored[tensor].file.name} holds too, and loaders differ in "
+                        "which of the two counts; save the model again, with each tensor in one file"
+                    )
+                stored[tensor] = entry
+        for tensor, name in weight_map.items():
+            if tensor not in stored or stored[tensor].file != folder / name:
+                raise PpclError(f"{folder / name}: holds no {tensor}, which {index.name} says it does; {AGAIN}")
+        return cls(folder, stored)
+
+    @classmethod
+    def one_file(cls, path: Path) -> Shards:
+        """Open a single safetensors file of any name: its header is read, no tensor is.
+
+        Raises:
+            PpclError: it is missing or truncated.
+        """
+        return cls(path.parent, _headers(path))
+
+    @property
+    def files(self) -> list[Path]:
+        """The safetensors files, in order."""
+        return sorted({entry.file for entry in self.stored.values()})
+
+    def dtype(self, kept: Sequence[str]) -> torch.dtype:
+        """Return the floating-point dtype of most stored elements, what the class keeps in float32 aside.
+
+        Args:
+            kept: what `ppcl_fx.ir.dtypes.kept_in_float32` says of the model's class.
+        """
+        sizes: dict[torch.dtype, int] = defaultdict(int)
+        for name, entry in self.stored.items():
+            if entry.dtype.is_floating_point and not set(kept) & set(name.split(".")):
+                sizes[entry.dtype] += torch.Size(entry.shape).numel()
+        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor."""
+        return {name: entry.shape for name, entry in self.stored.items()}
+
+    def digests(self) -> dict[str, str]:
+        """Return the digests that were stored with the tensors (`ppcl_fx.io.fingerprint.tensor_digest`), if any.
+
+        Raises:
+            PpclError: what is stored is no digests.
+        """
+        found: dict[str, str] = {}
+        for path in self.files:
+            text = safetensors_metadata(path).get(DIGESTS)
+            if text is None:
+                continue
+            try:
+                found |= TypeAdapter(dict[str, str]).validate_json(text)
+            except ValueError as error:
+                raise PpclError(f"{path}: its stored digests are damaged; {AGAIN}") from error
+        return found
+
+    def checked(self, name: str) -> Tensor:
+        """Return one tensor as `tensor` does, after it was read once to see that every value is finite.
+
+        Raises:
+            PpclError: it holds NaN or infinity, or the file was cut or removed after it was opened.
+        """
+        tensor = self.tensor(name)
+        if name not in self._finite:
+            check_weight(tensor, name, self.stored[name].file)
+            self._finite.add(name)
+        return tensor
+
+    def tensors(self, dtype: torch.dtype | None = None, kept: Sequence[str] = ()) -> dict[str, Tensor]:
+        """Return every tensor, floating-point ones in `dtype` (as stored when None).
+
+        Args:
+            dtype: the dtype.
+            kept: what stays in float32 then, see `ppcl_fx.ir.dtypes.kept_in_float32`.
+
+        Raises:
+            PpclError: a file was cut or removed after it was opened.
+        """
+        found = {}
+        for name in self.stored:
+            tensor = self.checked(name)
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(loaded_dtype(name, dtype, kept))
+            found[name] = tensor
+        self.close()
+        return found
+
+    def tensor(self, name: str) -> Tensor:
+        """Return one tensor, memory-mapped: it takes no memory that the system could not take back.
+
+        Raises:
+            PpclError: the file was cut or removed after it was opened.
+        """
+        entry = self.stored[name]
+        if entry.file not in self._files:
+            try:
+                self._files[entry.file] = safe_open(entry.file, framework="pt")
+            except Exception as error:
+                raise PpclError(f"{entry.file}: changed while it was in use ({error}); {AGAIN}") from error
+        tensor: Tensor = self._files[entry.file].get_tensor(entry.name)
+        return tensor
+
+    def close(self) -> None:
+        """Let go of the files; tensors that were read stay valid."""
+        self._files.clear()
+
+    def check(self, model: nn.Module) -> None:
+        """Compare names, shapes and kinds of dtype with those of a model, on any device.
+
+        Raises:
+            PpclError: a tensor is missing, too much, of another shape, or stored in a dtype that cannot be its own.
+        """
+        wanted = model.state_dict()
+        missing = [name for name in wanted if name not in self.stored]
+        extra = [name for name in self.stored if name not in wanted]
+        if missing or extra:
+            raise PpclError(
+                f"{self.folder}: {_misfit(type(model).__name__, missing, extra, self.stored, wanted)}"
+            )
+        for name, tensor in wanted.items():
+            entry = self.stored[name]
+            if entry.shape != tuple(tensor.shape):
+                raise PpclError(
+                    f"{entry.file}: {name} is {list(entry.shape)} here and {list(tensor.shape)} in "
+                    f"{type(model).__name__} by config.json; {AGAIN}"
+                )
+            check_kind(entry.dtype, tensor, name, entry.file)
+        self._check_alike()
+
+    def _check_alike(self) -> None:
+        """Tensors that differ in their block's number alone have one dtype, or a shard is from elsewhere."""
+        kinds: dict[str, tuple[str, torch.dtype]] = {}
+        for name, entry in self.stored.items():
+            first, dtype = kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name, count=1), (name, entry.dtype))
+            if dtype != entry.dtype:
+                raise PpclError(
+                    f"{entry.file}: {name} is stored as {_plain(entry.dtype)} and {first} as {_plain(dtype)}; "
+                    f"the shards are not of one checkpoint, {AGAIN}"
+                )
+
+
+def check_kind(stored: torch.dtype, wanted: Tensor, name: str, file: Path) -> None:
+    """Refuse a tensor that is stored as a kind of number that its place in the model does not take.
+
+    Raises:
+        PpclError: whole numbers are stored for a floating-point weight, or the reverse.
+    """
+    if not (stored in WEIGHT_DTYPES if wanted.is_floating_point() else not stored.is_floating_point):
+        raise PpclError(
+            f"{file}: {name} is stored as {_plain(stored)}, which cannot hold this weight; "
+            "give a checkpoint in float32, float16 or bfloat16"
+        )
+
+
+def check_weight(tensor: Tensor, name: str, file: Path) -> None:
+    """Refuse a weight that is not finite.
+
+    Raises:
+        PpclError: it holds NaN or infinity; the line names the file and the tensor.
+    """
+    if not is_finite(tensor):
+        raise PpclError(f"{file}: {name} holds NaN or infinity, which no weight may; {AGAIN}")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Tell whether every value of a tensor is a finite number; whole numbers are."""
+    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
+        return True
+    plain = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # One pass, without a mask as large as the tensor. Eight-bit floats have no order of their own.
+    low, high = torch.aminmax(plain.float() if plain.element_size() == 1 else plain)
+    return bool(torch.isfinite(low) and torch.isfinite(high))
+
+
+def _headers(path: Path) -> dict[str, Stored]:
+    found = {}
+    for name, (dtype, shape) in tensor_shapes(path).items():
+        if dtype not in DTYPES:
+            raise PpclError(
+                f"{path}: {name} is stored as {dtype}, which cannot be read here; give float weights"
+            )
+        found[name] = Stored(path, name, DTYPES[dtype], shape)
+    return found
+
+
+def _listed(index: Path, name: str) -> Path:
+    """Return the file that an index names, refusing names and links that leave the folder."""
+    folder, parts = index.parent, Path(name).parts
+    if len(parts) != 1 or parts[0] in ("..", ".") or Path(name).is_absolute() or "\0" in name or "\\" in name:
+        raise PpclError(f"{index}: names the file {name!r}, which is not beside it; {AGAIN}")
+    return inside(folder, name)
+
+
+def _misfit(
+    kind: str, missing: list[str], extra: list[str], stored: Iterable[str], wanted: Iterable[str]
+) -> str:
+    here, there = _blocks(stored), _blocks(wanted)
+    for path in sorted(here.keys() & there.keys()):
+        if here[path] != there[path]:
+            return (
+                f"config.json says {there[path]} blocks in {path} and the weights hold {here[path]}; "
+                "mend config.json, or download the weights again"
+            )
+    odd = missing or extra
+    named = f"{odd[0]} and {len(odd) - 1} more" if len(odd) > 1 else odd[0]
+    if missing:
+        return f"the weights lack {named}, which {kind} has{near(odd[0], extra)}; download them again"
+    return f"the weights hold {named}, which {kind} does not have; download them again"
+
+
+def _blocks(names: Iterable[str]) -> dict[str, int]:
+    """Return how many numbers each numbered module list has, outermost lists only."""
+    numbers: dict[str, set[str]] = defaultdict(set)
+    for name in names:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if at:
+            numbers[".".join(parts[:at])].add(parts[at])
+    return {path: len(found) for path, found in numbers.items()}
+
+
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def loaded_dtype(name: str, dtype: torch.dtype, kept: Iterable[str]) -> torch.dtype:
+    """Return the dtype that a floating-point tensor of the state dict gets from diffusers' ``from_pretrained``.
+
+    Args:
+        name: the tensor.
+        dtype: what the model is loaded in.
+        kept: what `kept_in_float32` returned.
+    """
+    return torch.float32 if set(kept) & set(name.split(".")) else dtype

@@ -1,0 +1,3 @@
+"""Graphs: blocks and stacks, sites, switches, partition, the executor, typed metas."""
+
+from __future__ import annotations

@@ -1,0 +1,233 @@
+"""The partition of a graph at its blocks: into segments to run one after the other, and into modules of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.passes.split_module import split_module
+
+from ppcl_fx.ir.graphs import attribute
+from ppcl_fx.ir.liveness import owner
+from ppcl_fx.ir.switches import is_switch
+from ppcl_fx.tracing.guards import guards
+
+
+@dataclass(frozen=True, eq=False)
+class Watch:
+    """Calls `observer(*values)` with the values of `nodes` as soon as the last of them is known."""
+
+    nodes: tuple[Node, ...]
+    observer: Callable[..., None]
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """A run of nodes between two cuts.
+
+    Attributes:
+        label: the block that it begins with; empty for what comes before the first.
+        nodes: the nodes, in order, without attributes.
+        constants: the ``get_attr`` nodes that it reads; each segment reads them for itself.
+        tensors: names of the parameters and buffers that it needs.
+        leaving: values that later segments need.
+        drops: for each node the values that nobody needs after it.
+        due: for each node the watches whose last value it is.
+    """
+
+    label: str
+    nodes: tuple[Node, ...]
+    constants: tuple[Node, ...]
+    tensors: tuple[str, ...]
+    leaving: tuple[Node, ...]
+    drops: dict[Node, tuple[Node, ...]]
+    due: dict[Node, tuple[Watch, ...]]
+
+
+def parts(nodes: Iterable[Node], between: bool = False) -> dict[Node, int]:
+    """Return the number of the part that each node is in, from 0; `nodes` are in order.
+
+    Blocks are cut along the order of the nodes, since a projector may stand between a block's nodes.
+
+    Args:
+        nodes: the nodes.
+        between: let what stands between two blocks be a part of its own; else it goes with the first of them.
+    """
+    number, current = 0, None if between else ""
+    part: dict[Node, int] = {}
+    for node in nodes:
+        block = owner(node)
+        if block != current and (block or between):
+            number, current = number + (current is not None), block
+        part[node] = number
+    return part
+
+
+def grouped(part: Mapping[Node, int]) -> list[list[Node]]:
+    """Return the nodes of each part, by what `parts` returned."""
+    found: list[list[Node]] = [[] for _ in range(max(part.values(), default=-1) + 1)]
+    for node, number in part.items():
+        found[number].append(node)
+    return found
+
+
+def segmented(gm: GraphModule) -> GraphModule:
+    """Return a graph whose parts are modules, over the same parameters: what gradient checkpointing and compilation
+    work on."""
+    part = parts(gm.graph.nodes)
+    return split_module(gm, gm, lambda node: part[node])
+
+
+def regions(gm: GraphModule) -> dict[str, list[Node]]:
+    """Return the nodes of each block and student by its path, in graph order, wherever they stand."""
+    found: dict[str, list[Node]] = {}
+    for node in gm.graph.nodes:
+        if owner(node):
+            found.setdefault(owner(node), []).append(node)
+    return found
+
+
+@dataclass(frozen=True)
+class Carved:
+    """Copies of some nodes in a graph of their own, without an output.
+
+    Attributes:
+        graph: the graph.
+        values: node of the whole -> node of this graph.
+        inputs: the nodes of the whole whose values it takes, in the order of its placeholders.
+        outputs: those of the nodes that others use.
+    """
+
+    graph: Graph
+    values: dict[Node, Node]
+    inputs: list[Node]
+    outputs: list[Node]
+
+
+def carve(nodes: Sequence[Node]) -> Carved:
+    """Copy nodes, which are in graph order, into a graph of their own."""
+    members = set(nodes)
+    inputs = list(dict.fromkeys(n for node in nodes for n in node.all_input_nodes if n not in members))
+    outputs = [node for node in nodes if any(user not in members for user in node.users)]
+    graph = Graph(tracer_cls=None)
+    values: dict[Node, Node] = {}
+    for source in inputs:
+        values[source] = graph.placeholder(source.name)
+        values[source].meta = {"val": source.meta.get("val")}
+    for node in nodes:
+        if node.op != "output":
+            values[node] = graph.node_copy(node, values.__getitem__)
+    return Carved(graph, values, inputs, outputs)
+
+
+def reads(node: Node) -> list[Node]:
+    """Return the nodes whose values a node needs; of a switch only the teacher's, which is the one it gives."""
+    if is_switch(node):
+        assert isinstance(node.args[0], Node)
+        return [node.args[0]]
+    return node.all_input_nodes
+
+
+def closure(gm: GraphModule, nodes: Sequence[Node]) -> set[Node]:
+    """Return what must run to get the values of `nodes` from a pluggable graph that computes what its teacher does.
+
+    Guards that look at nothing else belong to it, and so does what writes into a value that does.
+    """
+    needed: set[Node] = set()
+    todo = list(nodes)
+    checks = set(guards(gm))
+    writers = [
+        node for node in gm.graph.nodes if node.op == "call_function" and node.is_impure() and node not in checks
+    ]
+    while todo:
+        while todo:
+            node = todo.pop()
+            if node not in needed:
+                needed.add(node)
+                todo.extend(reads(node))
+        todo = [n for n in writers if n not in needed and n.all_input_nodes and n.all_input_nodes[0] in needed]
+    needed |= {node for node in gm.graph.nodes if node.op == "placeholder"}
+    for check in checks:
+        if all(_settled(node, needed) for node in check.all_input_nodes):
+            todo.append(check)
+    while todo:
+        node = todo.pop()
+        if node not in needed:
+            needed.add(node)
+            todo.extend(reads(node))
+    return needed
+
+
+def _settled(node: Node, needed: set[Node]) -> bool:
+    """Tell whether a value follows from needed ones by questions about them alone: sizes, lengths, comparisons."""
+    if node in needed:
+        return True
+    if isinstance(node.meta.get("val"), Tensor) or node.op in ("get_attr", "call_module"):
+        return False
+    return all(_settled(other, needed) for other in reads(node))
+
+
+def cut(
+    gm: GraphModule, watches: Sequence[Watch] = (), skip: Callable[[Node], bool] = lambda node: False
+) -> list[Segment]:
+    """Cut a graph in segments.
+
+    Args:
+        gm: the graph module.
+        watches: what is looked at; their values live until they are served.
+        skip: nodes that are not run; nobody else may need their values.
+    """
+    nodes = [node for node in gm.graph.nodes if not skip(node)]
+    part = parts(nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    due = _due(watches, order)
+    last: dict[Node, Node] = {}
+    for node in nodes:
+        for value in (node, *reads(node), *(n for watch in due.get(node, ()) for n in watch.nodes)):
+            last[value] = max(last.get(value, value), node, key=lambda n: order[n])
+    segments = []
+    for number in range(max(part.values()) + 1):
+        inside = [node for node in nodes if part[node] == number and node.op != "get_attr"]
+        watched = [n for node in inside for watch in due.get(node, ()) for n in watch.nodes]
+        read = [n for node in inside for n in reads(node)]
+        constants = dict.fromkeys(n for n in (*read, *watched) if n.op == "get_attr")
+        leaving = [n for n in nodes if n.op != "get_attr" and part[n] <= number < part[last[n]]]
+        drops: dict[Node, list[Node]] = {}
+        for value in last:
+            if value.op != "get_attr" and part[last[value]] == number:
+                drops.setdefault(last[value], []).append(value)
+        segments.append(
+            Segment(
+                label=next((owner(node) for node in inside if owner(node)), ""),
+                nodes=tuple(inside),
+                constants=tuple(constants),
+                tensors=tuple(_tensors(gm, [*inside, *constants])),
+                leaving=tuple(leaving),
+                drops={node: tuple(values) for node, values in drops.items()},
+                due={node: due[node] for node in inside if node in due},
+            )
+        )
+    return segments
+
+
+def _due(watches: Sequence[Watch], order: dict[Node, int]) -> dict[Node, tuple[Watch, ...]]:
+    due: dict[Node, tuple[Watch, ...]] = {}
+    for watch in watches:
+        at = max(watch.nodes, key=lambda node: order[node])
+        due[at] = (*due.get(at, ()), watch)
+    return due
+
+
+def _tensors(gm: GraphModule, nodes: Sequence[Node]) -> list[str]:
+    names: dict[str, None] = {}
+    for node in nodes:
+        target = str(node.target)
+        if node.op == "call_module":
+            module = gm.get_submodule(target)
+            for own in (module.named_parameters(), module.named_buffers()):
+                names.update(dict.fromkeys(f"{target}.{name}" for name, _ in own))
+        elif node.op == "get_attr" and attribute(gm, target) is not None:
+            names[target] = None
+    return list(names)

@@ -1,0 +1,171 @@
+"""Sites: where in a block's graph a feed-forward or a text stream can be replaced. Found by structure alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from ppcl_fx.errors import Refusal
+from ppcl_fx.ir.graphs import ancestors, is_add
+from ppcl_fx.ir.stacks import Block
+from ppcl_fx.tracing.leaves import has_attention
+
+
+@dataclass(frozen=True)
+class FfnSite:
+    """A gated feed-forward with its residual.
+
+    Attributes:
+        block: path of the block.
+        stream: the stream it works on.
+        before: the state after the gated attention residual, ``[batch, tokens, channels]``.
+        after: the state after the gated feed-forward residual, of the same shape.
+    """
+
+    block: str
+    stream: str
+    before: Node
+    after: Node
+
+
+@dataclass(frozen=True)
+class TextSite:
+    """The text stream of a block.
+
+    Attributes:
+        block: path of the block.
+        attention: the attention's node.
+        z: the normed, modulated text state that feeds the text Q, K, V projections, ``[batch, tokens, channels]``.
+        entering: the text state that enters the block.
+        leaving: the text state that leaves it.
+    """
+
+    block: str
+    attention: Node
+    z: Node
+    entering: Node
+    leaving: Node
+
+
+def is_attention(gm: GraphModule, node: Node) -> bool:
+    """Tell whether a node is an attention, whole or as an operation."""
+    if node.op == "call_module":
+        return has_attention(gm.get_submodule(str(node.target)))
+    return any(word in str(node.target) for word in ("scaled_dot_product", "flash_attention"))
+
+
+def ffn_sites(gm: GraphModule, block: Block) -> list[FfnSite]:
+    """Return the feed-forwards of a block that stand alone: one for each stream that has one.
+
+    A site is the last residual sum of a stream whose other operand comes from the state before it, through at
+    least two linear layers and no attention. A block whose feed-forward runs beside its attention has none.
+    """
+    found = []
+    inside = set(block.nodes)
+    for stream, leaving in block.outputs.items():
+        for after in _residual_sums(leaving, inside):
+            before = _state_before(gm, after, inside, set(block.inputs.values()))
+            if before is not None:
+                found.append(FfnSite(block.path, stream, before, after))
+                break
+    return found
+
+
+def _residual_sums(node: Node, inside: set[Node]) -> list[Node]:
+    """Return the last residual sum on the way back from a block's output (a clip may come after it)."""
+    while node in inside and not is_add(node):
+        if len(casts := _casts(node)) > 1:
+            node = casts[1]
+            continue
+        same = [n for n in node.all_input_nodes if n in inside and _shape(n) == _shape(node)]
+        if len(same) != 1 or node.op == "call_module":
+            return []
+        node = same[0]
+    return [node] if node in inside else []
+
+
+def _casts(node: Node) -> list[Node]:
+    """Return a node and what it is computed from, as long as all that happens is a change of dtype."""
+    chain = [node]
+    while node.op == "call_method" and node.target in ("float", "to", "type_as", "type"):
+        source = node.args[0]
+        if not isinstance(source, Node) or _shape(source) != _shape(node):
+            break
+        chain.append(node := source)
+    return chain
+
+
+def _state_before(gm: GraphModule, after: Node, inside: set[Node], entering: set[Node]) -> Node | None:
+    left, right = after.args
+    assert isinstance(left, Node) and isinstance(right, Node)
+    for summand, branch in ((left, right), (right, left)):
+        if _shape(summand) != _shape(after):
+            continue
+        before = next((n for n in _casts(summand) if n in ancestors([branch], stop=[n], within=inside | {n})), None)
+        if before is None:
+            continue
+        # Everything that depends on `before` between the two: the norm, the modulation, the feed-forward, the gate.
+        slice_ = ancestors([branch], stop=[before], within=inside | {before})
+        depending = {n for n in slice_ if before in ancestors([n], stop=[before], within=slice_)}
+        if any(is_attention(gm, node) for node in depending) or _linears(gm, depending) < 2:
+            continue
+        # Any other token state in the branch would make the projector a function of something it does not see. A
+        # modulation may have the shape of one, token by token; but it does not come from the streams, of which it may
+        # know the sizes.
+        others = [n for n in slice_ - depending if _shape(n) == _shape(before)]
+        told = {n for n in inside if not _is_size(n)} | entering
+        if not any(entering & ancestors([n], stop=entering, within=told) for n in others):
+            return before
+    return None
+
+
+def _is_size(node: Node) -> bool:
+    """Tell whether a node asks for a tensor's sizes, which hold nothing of its numbers."""
+    if node.op == "call_method":
+        return node.target in ("size", "dim", "numel")
+    return node.target is getattr and node.args[1] in ("shape", "ndim")
+
+
+def _linears(gm: GraphModule, nodes: set[Node]) -> int:
+    count = 0
+    for node in nodes:
+        if node.op == "call_module":
+            modules = gm.get_submodule(str(node.target)).modules()
+            count += sum(isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) for module in modules)
+        elif node.target in (torch.ops.aten.linear.default, torch.ops.aten.addmm.default, nn.functional.linear):
+            count += 1
+    return count
+
+
+def text_site(gm: GraphModule, block: Block) -> TextSite:
+    """Return the text stream of a block.
+
+    Raises:
+        Refusal: the block has one stream, or its attention takes the two streams in one tensor.
+    """
+    if "text" not in block.inputs or "text" not in block.outputs or len(block.outputs) < 2:
+        raise Refusal(f"{block.path} has no text stream of its own, so it cannot lose one; choose another block")
+    inside = set(block.nodes)
+    streams = dict(block.inputs)
+    for node in block.nodes:
+        if not is_attention(gm, node):
+            continue
+        for argument in node.all_input_nodes:
+            if argument not in inside or len(_shape(argument)) != 3:
+                continue
+            sources = ancestors([argument], stop=streams.values(), within=inside | set(streams.values()))
+            if {name for name, entering in streams.items() if entering in sources} == {"text"}:
+                return TextSite(block.path, node, argument, streams["text"], block.outputs["text"])
+    looked = ", ".join(node.name for node in block.nodes if is_attention(gm, node)) or "no attention node"
+    raise Refusal(
+        f"the attention of {block.path} takes no argument computed from the text stream alone ({looked}); "
+        "choose another block"
+    )
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()

@@ -1,0 +1,333 @@
+"""Checkpoints that a killed run cannot spoil: tensors in safetensors, the rest in validated JSON, no pickle
+anywhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+from torch.nn import Parameter
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.io import owned_folders as owned
+from ppcl_fx.io.files import (
+    inside,
+    new_folder,
+    read_json,
+    read_safetensors,
+    sha256_of,
+    tensor_shapes,
+    write_json,
+    write_safetensors,
+    write_text,
+)
+from ppcl_fx.io.reading import INDEX_BYTES, read_text
+from ppcl_fx.schema.curves import StageCurves
+
+KEPT = 2
+"""Checkpoints that stay on disk: the last, and the one before in case the last is damaged."""
+TENSORS = "state.safetensors"
+PIECES = "pieces.json"
+"""In place of the tensors' file, where several ranks wrote (`ppcl_fx.train.distributed.distributed_checkpoint`)."""
+STATE = "state.json"
+SUMS = "SHA256SUMS"
+"""The checksums of the other two files, as `sha256sum -c` reads them."""
+_NAME = re.compile(r"^(\d{2})-(\d{8})$")
+_HALF = re.compile(r"\.\d{2}-\d{8}\.partial-[0-9a-f]{8}")
+_INT = ":int"
+_log = logging.getLogger("ppcl_fx.train")
+
+
+class RunIdentity(BaseModel):
+    """What a checkpoint belongs to. A run goes on from it only where all three are the same."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    plan: str
+    calls: str
+    options: dict[str, Any]
+
+    def check(self, wanted: RunIdentity, where: Path) -> None:
+        """Raise PpclError, naming the first difference, unless `wanted` is this identity."""
+        mend = "give what that run was given, or train into another folder"
+        if self.plan != wanted.plan:
+            raise PpclError(f"{where}: this checkpoint is of another plan or model; {mend}")
+        if self.calls != wanted.calls:
+            raise PpclError(f"{where}: this checkpoint was trained on other calls; {mend}")
+        for name in sorted(self.options.keys() | wanted.options.keys()):
+            was, now = self.options.get(name), wanted.options.get(name)
+            if was != now:
+                raise PpclError(f"{where}: this checkpoint was trained with {name} {was!r}, not {now!r}; {mend}")
+
+
+class State(BaseModel):
+    """The JSON half of a checkpoint: where the run stood and the curves up to there.
+
+    `stage` counts the run's stages from 0, `step` the steps of that stage that are done.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    version: Literal[1] = 1
+    identity: RunIdentity
+    stage: int = Field(ge=0)
+    step: int = Field(ge=0)
+    over: bool = Field(False, description="whether the stage is done; early where every student has stopped")
+    curves: list[StageCurves]
+
+    @property
+    def ended(self) -> bool:
+        """Whether this is the last step of the run's last stage."""
+        steps = self.identity.options["steps"]
+        return self.stage == len(steps) - 1 and (self.over or self.step == steps[-1])
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint read back: its JSON half, its tensors by name, and the folder it came from."""
+
+    state: State
+    tensors: Mapping[str, Tensor]
+    folder: Path
+
+
+def save(
+    folder: Path,
+    state: State,
+    tensors: Mapping[str, Tensor],
+    *,
+    put: Callable[[Path, Mapping[str, Tensor]], str] | None = None,
+) -> Path:
+    """Write a checkpoint into `folder`, drop all but the last `KEPT`, and return the new checkpoint's folder.
+
+    Later checkpoints are dropped too: the run went on from an earlier one because they were damaged. `put` writes the
+    tensors into the folder in another form and returns the name of the file that says how.
+
+    Raises:
+        PpclError: The place cannot be written; the checkpoints that were there still are.
+    """
+    target = folder / f"{state.stage:02d}-{state.step:08d}"
+    with new_folder(target, replaces=owned.CHECKPOINT) as beside:
+        written = (put or _put)(beside, tensors)
+        write_json(beside / STATE, state)
+        write_text(beside / SUMS, "".join(f"{sha256_of(beside / name)}  {name}\n" for name in (written, STATE)))
+    found = existing(folder)
+    place = found.index(target) + 1
+    for old in found[: max(0, place - KEPT)] + found[place:]:
+        owned.discard(old, owned.CHECKPOINT)
+    return target
+
+
+@dataclass
+class CheckpointWriter:
+    """Writes a run's checkpoints, and restores students and curves from them.
+
+    Attributes:
+        folder: The checkpoints' folder.
+        identity: What the checkpoints belong to.
+        students: What is in every checkpoint, state-dict name -> tensor.
+        device: The device whose random generator is stored too; None to store none.
+        curves: One entry a stage, the current one last.
+        save: Writes a checkpoint, as `save` does.
+        beginning: Gives the tensors that training began with, where they can be read again.
+    """
+
+    folder: Path
+    identity: RunIdentity
+    students: Mapping[str, Tensor]
+    device: torch.device | None
+    curves: list[StageCurves] = field(default_factory=list)
+    save: Callable[..., object] = save
+    beginning: Callable[[str], Tensor] | None = None
+
+    def write(self, step: int, tensors: Mapping[str, Tensor], *, over: bool = False) -> None:
+        """Write a checkpoint of the current stage after `step` of its steps: the students and `tensors`."""
+        students = {f"students.{name}": value.detach() for name, value in self.students.items()}
+        states = rng_state(self.device) if self.device is not None else {}
+        everything = {**students, **tensors, **states}
+        stage = len(self.curves) - 1
+        state = State(identity=self.identity, stage=stage, step=step, over=over, curves=self.curves)
+        self.save(self.folder, state, everything)
+
+    def restore(self, checkpoint: LoadedCheckpoint) -> None:
+        """Set the students and the curves to what the checkpoint holds."""
+        self.curves = [curves.model_copy(deep=True) for curves in checkpoint.state.curves]
+        with torch.no_grad():
+            for name, value in self.students.items():
+                value.copy_(checkpoint.tensors[f"students.{name}"])
+
+    def go_back(self, parameters: list[Parameter]) -> str:
+        """Set some of the students' parameters to earlier values; return which, or nothing where there are none."""
+        last, wanted = latest(self.folder, self.identity), {id(parameter) for parameter in parameters}
+        if last is None and self.beginning is None:
+            return ""
+        with torch.no_grad():
+            for name, value in self.students.items():
+                if id(value) in wanted and last is not None:
+                    value.copy_(last.tensors[f"students.{name}"])
+                elif id(value) in wanted and self.beginning is not None:
+                    value.copy_(self.beginning(name))
+        begun = last is None
+        return ("the weights that it began with" if begun else "the last checkpoint's weights") + " are kept"
+
+
+def _put(folder: Path, tensors: Mapping[str, Tensor]) -> str:
+    write_safetensors(folder / TENSORS, tensors)
+    return TENSORS
+
+
+def existing(folder: Path) -> list[Path]:
+    """Return the checkpoints' folders in `folder`, oldest first; what a killed run left half-written is not
+    among them.
+    """
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.match(path.name))
+
+
+def clear(folder: Path) -> None:
+    """Remove all checkpoints from `folder`, half-written ones included.
+
+    Raises:
+        PpclError: one holds something that training does not write.
+    """
+    for path in existing(folder):
+        owned.discard(path, owned.CHECKPOINT)
+    for path in folder.glob(".*.partial-*") if folder.is_dir() else ():
+        if _HALF.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+
+
+def latest(folder: Path, identity: RunIdentity) -> LoadedCheckpoint | None:
+    """Return the newest whole checkpoint in `folder`, or None where there is none at all.
+
+    A damaged one is passed over with a warning for the one before it.
+
+    Raises:
+        PpclError: Every checkpoint there is damaged, or the newest whole one belongs to another plan, calls
+            or options.
+    """
+    damaged: PpclError | None = None
+    for path in reversed(existing(folder)):
+        try:
+            found = read(path)
+        except PpclError as error:
+            _log.warning("damaged checkpoint passed over: %s", error)
+            damaged = error
+            continue
+        found.state.identity.check(identity, path)
+        return found
+    if damaged is not None:
+        raise PpclError(f"{folder}: no whole checkpoint is left ({damaged}); remove the folder and train again")
+    return None
+
+
+def peek(folder: Path) -> State | None:
+    """Return the JSON half of the newest readable checkpoint, or None where there is none."""
+    for path in reversed(existing(folder)):
+        try:
+            _check_sum(path, STATE)
+            return read_json(inside(path, STATE), State, INDEX_BYTES)
+        except PpclError as error:
+            _log.warning("damaged checkpoint passed over: %s", error)
+    return None
+
+
+def read(path: Path, *, check: bool = True) -> LoadedCheckpoint:
+    """Read the checkpoint in `path`; with `check`, compare every checksum.
+
+    Raises:
+        PpclError: It is damaged.
+    """
+    shared = (path / PIECES).is_file()
+    for name in (STATE, PIECES if shared else TENSORS):
+        if check:
+            _check_sum(path, name)
+    return LoadedCheckpoint(read_json(inside(path, STATE), State, INDEX_BYTES), _tensors(path, shared, check), path)
+
+
+def _tensors(path: Path, shared: bool, check: bool) -> Mapping[str, Tensor]:
+    if not shared:
+        return read_safetensors(inside(path, TENSORS))
+    # Only here: distributed checkpoints are slow to import.
+    from ppcl_fx.train.distributed.distributed_checkpoint import DistributedTensors
+
+    return DistributedTensors(path, check=check)
+
+
+def _check_sum(path: Path, name: str) -> None:
+    lines = read_text(inside(path, SUMS)).splitlines()
+    if name == TENSORS:
+        tensor_shapes(inside(path, name))  # the file is as long as its header says, and not endless
+    elif (path / name).is_file() and (path / name).stat().st_size > INDEX_BYTES:
+        raise PpclError(f"{path / name}: larger than such a file may be; it is damaged")
+    if f"{sha256_of(inside(path, name))}  {name}" not in lines:
+        raise PpclError(f"{path / name}: its checksum is not the one in {SUMS}")
+
+
+def rng_state(device: torch.device) -> dict[str, Tensor]:
+    """Return the states of torch's random generators, of the CPU and of `device`, as tensors."""
+    states = {"rng.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["rng.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_rng_state(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Set what `rng_state` returned."""
+    torch.set_rng_state(states["rng.cpu"])
+    if device.type == "cuda" and "rng.cuda" in states:
+        torch.cuda.set_rng_state(states["rng.cuda"], device)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimiser's state as tensors called ``optimizer.<number of the parameter>.<key>``.
+
+    A plain integer (the step count of the 8-bit AdamW) becomes a tensor called ``...<key>:int``. What the 8-bit AdamW
+    keeps in a dictionary of its own (the averages' bytes and the maps to read them) stands beside the rest.
+
+    Raises:
+        RuntimeError: The optimiser keeps something that is neither.
+    """
+    tensors: dict[str, Tensor] = {}
+    for number, slots in optimizer.state_dict()["state"].items():
+        for key, value in _flat(slots):
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{number}.{key}"] = value
+            elif type(value) is int:
+                tensors[f"optimizer.{number}.{key}{_INT}"] = torch.tensor(value)
+            else:
+                raise RuntimeError(
+                    f"the optimiser keeps a {type(value).__name__} as {key!r}; only tensors can be stored"
+                )
+    return tensors
+
+
+def _flat(slots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Walk a parameter's slots; those of a dictionary among them come in its place, as the optimiser takes them too."""
+    for key, value in slots.items():
+        if isinstance(value, dict):
+            yield from value.items()
+        else:
+            yield key, value
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Set what `optimizer_state` returned; other names in `tensors` are left alone."""
+    slots: dict[int, dict[str, Tensor | int]] = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".", 2)
+            mine = slots.setdefault(int(number), {})
+            if key.endswith(_INT):
+                mine[key.removesuffix(_INT)] = int(value)
+            else:
+                mine[key] = value.clone()
+    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})

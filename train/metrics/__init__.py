@@ -1,0 +1,3 @@
+"""What is measured while training runs, and of its students."""
+
+from __future__ import annotations

@@ -1,1 +1,0 @@
-"""Where training data comes from: recorded calls, prompts that the teacher draws, pictures with captions."""
