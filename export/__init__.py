@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from ppcl_fx._names import lazy
 
 if TYPE_CHECKING:
     from ppcl_fx.export.config import ExportConfig
@@ -93,8 +94,5 @@ __all__ = [
     "refit",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+if not TYPE_CHECKING:
+    __getattr__ = lazy(__name__, _HOME)

@@ -18,11 +18,11 @@ they are first used, so that ``import ppcl_fx`` is quick and does not import tor
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ppcl_fx._names import lazy
 from ppcl_fx._version import __version__
-from ppcl_fx.errors import GuardError, PpclError, Refusal, near
+from ppcl_fx.errors import GuardError, PpclError, Refusal
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.record import record
@@ -75,15 +75,7 @@ __all__ = [
 
 
 if not TYPE_CHECKING:  # a type checker sees the imports above, and reports other names
-
-    def __getattr__(name: str) -> Any:
-        """Import a public name when it is first used (PEP 562)."""
-        home = _HOME.get(name)
-        if home is None:
-            raise AttributeError(f"module 'ppcl_fx' has no attribute {name!r}{near(name, __all__)}")
-        value = getattr(importlib.import_module(home), name)
-        globals()[name] = value
-        return value
+    __getattr__ = lazy(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    ("errors", "_version", "_moved", "io"),
+    ("errors", "_version", "_names", "io"),
     ("ir", "tracing", "calls", "schema", "shapes"),
     ("passes",),
     ("model", "lora", "formats"),

@@ -20,6 +20,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import ppcl_fx
+from ppcl_fx._names import MOVED
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("passes", "train", "export")
@@ -106,10 +107,11 @@ def test_public_names_come_from_the_package(name: str) -> None:
     assert name in dir(ppcl_fx)
 
 
-@pytest.mark.parametrize("first", ["import ppcl_fx.ir.stacks", "from ppcl_fx import stacks"])
-def test_a_function_is_not_hidden_by_its_module(first: str) -> None:
+@pytest.mark.parametrize(("former", "name"), MOVED.items())
+def test_former_names_of_modules_are_the_same_modules(former: str, name: str) -> None:
     code = (
-        f"{first}; import sys, ppcl_fx.ir.stacks; assert ppcl_fx.ir.stacks is sys.modules['ppcl_fx.ir.stacks'].stacks"
+        f"import importlib, sys; old, new = importlib.import_module({former!r}), importlib.import_module({name!r}); "
+        f"sys.exit(not (old is new and new.__name__ == new.__spec__.name == {name!r}))"
     )
     done = run_python(code)
     assert done.returncode == 0, done.stderr
@@ -226,7 +228,7 @@ def test_wheel_holds_every_module_and_data_file(wheel: Path) -> None:
         names = set(archive.namelist())
     code = {name for name in names if name.endswith(".py")}
     assert code == modules_on_disk()
-    assert {"ppcl_fx/py.typed", "ppcl_fx/plans.json", *weights_on_disk()} <= names
+    assert {"ppcl_fx/py.typed", "ppcl_fx/model/plans.json", *weights_on_disk()} <= names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

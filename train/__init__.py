@@ -8,10 +8,9 @@ Names are imported when they are first used, so that importing this package does
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ppcl_fx.errors import near
+from ppcl_fx._names import lazy
 
 if TYPE_CHECKING:
     from ppcl_fx.model.finetuned import load_finetuned
@@ -49,12 +48,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        """Import a public name when it is first used (PEP 562)."""
-        home = _HOME.get(name)
-        if home is None:
-            raise AttributeError(f"module 'ppcl_fx.train' has no attribute {name!r}{near(name, __all__)}")
-        value = getattr(importlib.import_module(home), name)
-        globals()[name] = value
-        return value
+    __getattr__ = lazy(__name__, _HOME)

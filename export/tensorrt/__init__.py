@@ -5,10 +5,9 @@ Names are imported when they are first used, so that checking options does not i
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ppcl_fx.errors import near
+from ppcl_fx._names import lazy
 
 if TYPE_CHECKING:
     from ppcl_fx.export.tensorrt.build import build_engine, load_tensorrt
@@ -19,23 +18,23 @@ if TYPE_CHECKING:
     from ppcl_fx.export.tensorrt.profiles import Profile, Range, Spec, default_profile, resolve
 
 _HOME = {
-    "BuildOptions": "options",
-    "EngineManifest": "manifest",
-    "Hashes": "manifest",
-    "LoadedEngine": "loading",
-    "Profile": "profiles",
-    "Range": "profiles",
-    "Spec": "profiles",
-    "build_engine": "build",
-    "check_card": "manifest",
-    "default_profile": "profiles",
-    "find_graphs": "places",
-    "load_engine": "loading",
-    "load_tensorrt": "build",
-    "read_card": "manifest",
-    "read_graph": "places",
-    "refit": "loading",
-    "resolve": "profiles",
+    "BuildOptions": "ppcl_fx.export.tensorrt.options",
+    "EngineManifest": "ppcl_fx.export.tensorrt.manifest",
+    "Hashes": "ppcl_fx.export.tensorrt.manifest",
+    "LoadedEngine": "ppcl_fx.export.tensorrt.loading",
+    "Profile": "ppcl_fx.export.tensorrt.profiles",
+    "Range": "ppcl_fx.export.tensorrt.profiles",
+    "Spec": "ppcl_fx.export.tensorrt.profiles",
+    "build_engine": "ppcl_fx.export.tensorrt.build",
+    "check_card": "ppcl_fx.export.tensorrt.manifest",
+    "default_profile": "ppcl_fx.export.tensorrt.profiles",
+    "find_graphs": "ppcl_fx.export.tensorrt.places",
+    "load_engine": "ppcl_fx.export.tensorrt.loading",
+    "load_tensorrt": "ppcl_fx.export.tensorrt.build",
+    "read_card": "ppcl_fx.export.tensorrt.manifest",
+    "read_graph": "ppcl_fx.export.tensorrt.places",
+    "refit": "ppcl_fx.export.tensorrt.loading",
+    "resolve": "ppcl_fx.export.tensorrt.profiles",
 }
 
 __all__ = [
@@ -59,12 +58,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Any:
-        """Import a public name when it is first used (PEP 562)."""
-        home = _HOME.get(name)
-        if home is None:
-            raise AttributeError(f"module 'ppcl_fx.export.tensorrt' has no attribute {name!r}{near(name, __all__)}")
-        value = getattr(importlib.import_module(f"ppcl_fx.export.tensorrt.{home}"), name)
-        globals()[name] = value
-        return value
+    __getattr__ = lazy(__name__, _HOME)

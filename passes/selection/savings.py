@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import Refusal
+from ppcl_fx.ir.graphs import finished
 from ppcl_fx.ir.sites import ffn_sites, text_site
 from ppcl_fx.ir.stacks import Block, Stack, stacks
-from ppcl_fx.model.rewrite import insert_edits
+from ppcl_fx.passes.edits.insertion import edited
 from ppcl_fx.passes.edits.plug import plugged
 from ppcl_fx.schema.analysis import BlockSavings, Redundancy, StackAnalysis
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
@@ -96,7 +97,7 @@ def _projector(state: Node) -> int:
 def _block_sizes(gm: GraphModule, edits: Sequence[Edit]) -> dict[str, int]:
     """Parameters left below each block's path with `edits` plugged."""
     plan = Plan(edits=list(edits))
-    view = plugged(insert_edits(gm, plan), frozenset(plan.ids)) if edits else gm
+    view = plugged(finished(edited(gm, plan)), frozenset(plan.ids)) if edits else gm
     return {block.path: block_parameters(view, block) for stack in stacks(gm) for block in stack.blocks}
 
 

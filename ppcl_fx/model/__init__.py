@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
-from ppcl_fx.model.pluggable import PluggableModel, load
+from typing import TYPE_CHECKING
+
+from ppcl_fx._names import lazy
+
+if TYPE_CHECKING:
+    from ppcl_fx.model.pluggable import PluggableModel, load
 
 __all__ = ["PluggableModel", "load"]
+
+if not TYPE_CHECKING:
+    __getattr__ = lazy(__name__, dict.fromkeys(__all__, "ppcl_fx.model.pluggable"))

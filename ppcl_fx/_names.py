@@ -1,0 +1,81 @@
+"""Names of packages: public ones are imported when they are first used, and former names of modules still work."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
+from types import ModuleType
+from typing import Any
+
+from ppcl_fx.errors import near
+
+MOVED = {
+    "ppcl_fx.fingerprint": "ppcl_fx.io.fingerprint",
+    "ppcl_fx.folders": "ppcl_fx.formats",
+    "ppcl_fx.folders.released": "ppcl_fx.formats.released",
+    "ppcl_fx.memory": "ppcl_fx.io.memory",
+    "ppcl_fx.passes.depth": "ppcl_fx.passes.edits.depth",
+    "ppcl_fx.passes.ffn": "ppcl_fx.passes.edits.ffn",
+    "ppcl_fx.passes.frontier": "ppcl_fx.passes.selection.frontier",
+    "ppcl_fx.passes.outline": "ppcl_fx.passes.edits.outline",
+    "ppcl_fx.passes.rewrite": "ppcl_fx.model.rewrite",
+    "ppcl_fx.passes.select": "ppcl_fx.passes.selection.select",
+    "ppcl_fx.passes.text_stream": "ppcl_fx.passes.edits.text_stream",
+    "ppcl_fx.plan": "ppcl_fx.schema.plan",
+    "ppcl_fx.plans": "ppcl_fx.model.paper_plans",
+    "ppcl_fx.recording": "ppcl_fx.calls.record",
+    "ppcl_fx.redundancy": "ppcl_fx.schema.analysis",
+    "ppcl_fx.shards": "ppcl_fx.io.shards",
+    "ppcl_fx.sites": "ppcl_fx.ir.sites",
+    "ppcl_fx.train.sources.images": "ppcl_fx.train.images.images",
+    "ppcl_fx.train.sources.prompts": "ppcl_fx.train.data.prompts",
+    "ppcl_fx.train.sources.source": "ppcl_fx.train.data.source",
+}
+"""Former name -> name, of modules that the documents of version 0.1 named."""
+
+
+def lazy(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return a package's ``__getattr__`` (PEP 562), which imports a public name when it is first used.
+
+    Args:
+        package: its name.
+        home: public name -> the module that it stands in.
+    """
+
+    def get(name: str) -> Any:
+        if name not in home:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}{near(name, home)}")
+        value = getattr(importlib.import_module(home[name]), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return get
+
+
+class Former(MetaPathFinder, Loader):
+    """Finds modules by their former names."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return how a former name is loaded; None for any other."""
+        return spec_from_loader(fullname, self) if fullname in MOVED else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """Return the module itself, so that there is one of each class."""
+        module = importlib.import_module(MOVED[spec.name])
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Give the module its own name back: it has run already."""
+        spec = module.__spec__
+        assert spec is not None
+        module.__spec__ = spec.loader_state
+
+
+sys.meta_path.append(Former())
