@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.calibration.latency import TICKS, time_frontier
 from ppcl_fx.passes.edits.width_rules import width_edits
 from ppcl_fx.passes.selection.frontier import frontier
+from ppcl_fx.passes.selection.latency import TICKS, time_frontier
 from ppcl_fx.passes.selection.savings import saved
 from ppcl_fx.passes.selection.select import Choice, Options, rule
 from ppcl_fx.passes.selection.sensitivity import depth_damage

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.calibration.latency import in_time, milliseconds, time_frontier
 from ppcl_fx.passes.options import RewriteConfig
+from ppcl_fx.passes.selection.latency import in_time, milliseconds, time_frontier
 from ppcl_fx.passes.selection.savings import saved
 from ppcl_fx.passes.selection.select import Options, select
 from ppcl_fx.passes.selection.sensitivity import predicted
