@@ -38,7 +38,7 @@ import ppcl_fx
 from benchmarks.clock import parser, shapes_pipeline, timed, write
 from benchmarks.trace import STACK
 from ppcl_fx.calls.store import Calls
-from ppcl_fx.demo import SEED, Settings
+from ppcl_fx.demo import SEED, DemoSettings
 from ppcl_fx.passes.calibration.calibration import calibrate
 from ppcl_fx.passes.calibration.reservoir import ranks
 from ppcl_fx.passes.calibration.run_store import SAMPLES
@@ -55,7 +55,7 @@ States = dict[str, list[list[Tensor]]]
 
 def record(calls: int) -> tuple[nn.Module, Calls]:
     """Return the shipped transformer and the calls of it that the demo would analyse, `calls` of them."""
-    settings = Settings(out=Path())
+    settings = DemoSettings(out=Path())
     pipeline = shapes_pipeline()
     texts = [prompt.text for category in CATEGORIES for prompt in every_prompt(category)] * settings.recorded
     random.Random(SEED).shuffle(texts)
@@ -270,7 +270,7 @@ def main(arguments: list[str] | None = None) -> Path:
     made = parser(
         "analysis",
         __doc__,
-        calls=(Settings(out=Path()).analysed, "analysed calls, about"),
+        calls=(DemoSettings(out=Path()).analysed, "analysed calls, about"),
         steps=(2000, "gradient steps a probe"),
         lr=(LEARNING_RATE, "of the steps"),
         repeats=(3, "of the analysis"),

@@ -47,7 +47,7 @@ def texts() -> list[str]:
     return [prompt.text for category in CATEGORIES for prompt in every_prompt(category)]
 
 
-def recorded(pipeline: ShapesPipeline, settings: demo.Settings, seed: int) -> tuple[Calls, Calls]:
+def recorded(pipeline: ShapesPipeline, settings: demo.DemoSettings, seed: int) -> tuple[Calls, Calls]:
     """Record the calls to train on and the calls to test on; their noise differs."""
     shuffled = texts() * settings.recorded
     random.Random(seed).shuffle(shuffled)
@@ -82,7 +82,7 @@ def scored(pipeline: ShapesPipeline, transformer: Any, per_category: int, seed: 
 def distil(
     model: PluggableModel,
     calls: Calls,
-    settings: demo.Settings,
+    settings: demo.DemoSettings,
     steps: tuple[int, int],
     seed: int,
     out: Path,
@@ -110,7 +110,7 @@ def distil(
 
 def one_seed(seed: int, rules: Sequence[str], work: Path, steps: tuple[int, int], per_category: int) -> None:
     """Write the rows of one seed to `work`; those that it holds for the same plan are not made again."""
-    settings = demo.Settings(out=work, recorded=RECORDED)
+    settings = demo.DemoSettings(out=work, recorded=RECORDED)
     paths = {(rule, keep): work / f"seed-{seed}-{rule}-{keep:g}.json" for rule in rules for keep in KEEPS}
     pipeline = shapes_pipeline()
     teacher = work / f"seed-{seed}-teacher.json"

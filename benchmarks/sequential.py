@@ -30,7 +30,7 @@ def one_seed(seed: int, work: Path, keep: float, steps: tuple[int, int], per_cat
     """Return the two rows of a seed; both ways begin with the same students."""
     paths = {way: work / f"seed-{seed}-{way}.json" for way in WAYS}
     if not all(path.is_file() for path in paths.values()):
-        settings = demo.Settings(out=work, recorded=RECORDED)
+        settings = demo.DemoSettings(out=work, recorded=RECORDED)
         pipeline = shapes_pipeline()
         calls, held = recorded(pipeline, settings, seed)
         gm = ppcl_fx.trace(pipeline.transformer, calls.examples())

@@ -46,7 +46,7 @@ from ppcl_fx.passes.analysis.analyze import analyze_streamed
 from ppcl_fx.passes.analysis.probes import NormalEquations
 from ppcl_fx.passes.analysis.stream_sites import stream_sites
 from ppcl_fx.passes.calibration.memory_estimate import state_budget
-from ppcl_fx.passes.calibration.run_store import Settings
+from ppcl_fx.passes.calibration.run_store import CalibrationSettings
 from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
 from ppcl_fx.tracing.meta_model import Checkpoint, skeleton
@@ -167,7 +167,12 @@ def analyze(checkpoint: Checkpoint, recorded: Calls, work: Path, limit: int, sam
     begin = time.perf_counter()
     with _timed(spent, "sums", "add"), _timed(spent, "solving", "_solve"):
         found = analyze_streamed(
-            checkpoint, recorded, work / "run", memory_limit=limit, settings=Settings(samples=samples), report=report
+            checkpoint,
+            recorded,
+            work / "run",
+            memory_limit=limit,
+            settings=CalibrationSettings(samples=samples),
+            report=report,
         )
     end = time.perf_counter()
     gm = trace(checkpoint.model, recorded.examples())

@@ -13,7 +13,7 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.config import ENGINES, FOLDERS, KEEPS, ExportConfig
 from ppcl_fx.export.extras import check_export
-from ppcl_fx.export.one_graph import STEPS, Exported, Job, Mixture, Work, write_graphs
+from ppcl_fx.export.one_graph import STEPS, Exported, ExportedMixture, GraphExport, Job, write_graphs
 from ppcl_fx.export.onnx.inputs import in_type
 from ppcl_fx.export.onnx.writer import Prepared, prepare
 from ppcl_fx.export.runtime.head import write_head
@@ -141,7 +141,9 @@ def export(
         path = graph_path(folder, ratio_name(keep))
         check_free([path], config.overwrite)
         opened = Opened.of(model, config)
-        mixture = Mixture(model.graph, keep, tuple(model.students), path, calls, opened.unchecked, finetuned=True)
+        mixture = ExportedMixture(
+            model.graph, keep, tuple(model.students), path, calls, opened.unchecked, finetuned=True
+        )
         return ExportResult(folder, tuple(_write_folder(opened, [mixture], folder, job, progress)))
     keeps = config.keep or KEEPS
     paths = [graph_path(folder, ratio_name(keep)) for keep in keeps]
@@ -152,7 +154,7 @@ def export(
         mixtures = []  # all can be reached, or none is begun
         for keep, path in zip(keeps, paths, strict=True):
             gm = opened.model.plug(keep=keep).graph_module()
-            mixtures.append(Mixture(gm, keep, opened.model.students, path, calls, opened.unchecked))
+            mixtures.append(ExportedMixture(gm, keep, opened.model.students, path, calls, opened.unchecked))
         done = ExportResult(folder, tuple(_write_folder(opened, mixtures, folder, job, progress)))
         return _engines(model, done, job, calls, progress) if config.format in ENGINES else done
     finally:
@@ -219,7 +221,7 @@ def _model_folders(
 
 
 def _write_folder(
-    opened: Opened, mixtures: Sequence[Mixture], folder: Path, job: Job, progress: Progress
+    opened: Opened, mixtures: Sequence[ExportedMixture], folder: Path, job: Job, progress: Progress
 ) -> list[Exported]:
     """Write a graph for each mixture of a model and ``head.json`` to a folder, which is made where it is not there."""
     count, total = 0, STEPS * len(mixtures)
@@ -279,9 +281,9 @@ def export_graph(
     path.parent.mkdir(parents=True, exist_ok=True)
     job = Job(config, known if known is not None else Translations(), sampling)
     keep = 1.0 if origin.keep is None else origin.keep
-    mixture = Mixture(gm, keep, tuple(origin.students), path, calls, None).in_range(config.torch_dtype)
+    mixture = ExportedMixture(gm, keep, tuple(origin.students), path, calls, None).in_range(config.torch_dtype)
     with claimed(path.parent, [path]):
-        return Work(job, WeightSource.memory(gm), None, origin.plan).export(mixture)
+        return GraphExport(job, WeightSource.memory(gm), None, origin.plan).export(mixture)
 
 
 def write_typed(
@@ -311,7 +313,7 @@ def write_typed(
     sizes = {axis.name: axis.size for axis in prepared.axes}
     _check_served(prepared, config.build.model_copy(update={"example": sizes}), exported[0].onnx)
     mixtures = [
-        Mixture(gm, ratio.keep, ratio.students, typed_graph_path(ratio.onnx), calls, opened.unchecked)
+        ExportedMixture(gm, ratio.keep, ratio.students, typed_graph_path(ratio.onnx), calls, opened.unchecked)
         for gm, ratio in zip(graphs, exported, strict=True)
         if read_json(manifest_path(ratio.onnx), Manifest).dtype == "float32"
     ]

@@ -89,7 +89,7 @@ class Exported:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class ExportedMixture:
     """A graph to export, where to, why it cannot be checked, if so, and the largest value of one in float16."""
 
     gm: GraphModule
@@ -101,7 +101,7 @@ class Mixture:
     finetuned: bool = False
     largest: float | None = None
 
-    def in_range(self, dtype: torch.dtype | None) -> Mixture:
+    def in_range(self, dtype: torch.dtype | None) -> ExportedMixture:
         """Return it with its largest value, where it is to leave as float16.
 
         Raises:
@@ -130,7 +130,7 @@ class Job:
 
 
 @dataclass
-class Work:
+class GraphExport:
     """What the graphs of one export share. Without a store each file holds its weights."""
 
     job: Job
@@ -139,7 +139,7 @@ class Work:
     plan: Plan | None
     axes: Sequence[Axis] | None = None
 
-    def export(self, mixture: Mixture) -> Exported:
+    def export(self, mixture: ExportedMixture) -> Exported:
         """Export one graph."""
         started = time.perf_counter()
         prepared = prepare(*in_type(mixture.gm, mixture.calls, self.job.config.torch_dtype), found=self.axes)
@@ -188,7 +188,7 @@ class Work:
             return external(self.store, self.weights.pieces(gm))
         return read_late(self.weights, self.weights.pieces(gm)) if weightless(gm) else None
 
-    def _checked(self, prepared: Prepared, path: Path, mixture: Mixture) -> dict[str, Any]:
+    def _checked(self, prepared: Prepared, path: Path, mixture: ExportedMixture) -> dict[str, Any]:
         """Compare to PyTorch and time; or say why not. Returns the fields of the manifest about it."""
         if mixture.unchecked is not None:
             self.job.step()
@@ -208,7 +208,7 @@ class Work:
         )
         return _found(parity, milliseconds) | {"gate": gate}
 
-    def _gated(self, parity: dict[str, float], answers: Answers, mixture: Mixture) -> Gate:
+    def _gated(self, parity: dict[str, float], answers: Answers, mixture: ExportedMixture) -> Gate:
         _check(parity, self.job.config.tolerance, mixture.path)
         found = gated(answers, mixture.calls, mixture.path, self.job.config, self.job.sampling)
         self.job.step()
@@ -225,7 +225,7 @@ class Work:
 
 def write_graphs(
     opened: Opened,
-    mixtures: Sequence[Mixture],
+    mixtures: Sequence[ExportedMixture],
     folder: Path,
     job: Job,
     *,
@@ -255,7 +255,7 @@ def write_graphs(
     if not job.config.embed:
         sharing = stored(opened.weights, needed, folder, dtype, replaced, job.note)
     with sharing as store, alike_once(), traced_once():
-        work = Work(job, opened.weights, store, opened.model.plan, axes)
+        work = GraphExport(job, opened.weights, store, opened.model.plan, axes)
         results = []
         for mixture in mixtures:
             results.append(work.export(mixture))

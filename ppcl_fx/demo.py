@@ -57,7 +57,7 @@ LEADS = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class DemoSettings:
     """What the demo was asked for.
 
     Attributes:
@@ -111,7 +111,7 @@ class Clock:
         self.console.print(line, highlight=False, soft_wrap=True)
 
 
-def run(settings: Settings, console: Console, command: str = "") -> list[dict[str, Any]]:
+def run(settings: DemoSettings, console: Console, command: str = "") -> list[dict[str, Any]]:
     """Run the pipeline, write everything to ``settings.out`` and return the objects of summary.json.
 
     Args:
@@ -157,7 +157,7 @@ def run(settings: Settings, console: Console, command: str = "") -> list[dict[st
     return ratios
 
 
-def _load(settings: Settings, clock: Clock) -> ShapesPipeline:
+def _load(settings: DemoSettings, clock: Clock) -> ShapesPipeline:
     from ppcl_fx.shapes import load_pipeline
     from ppcl_fx.shapes.pipeline import ShapesPipeline
 
@@ -169,7 +169,7 @@ def _load(settings: Settings, clock: Clock) -> ShapesPipeline:
     return pipeline
 
 
-def _record(settings: Settings, clock: Clock, pipeline: ShapesPipeline) -> Calls:
+def _record(settings: DemoSettings, clock: Clock, pipeline: ShapesPipeline) -> Calls:
     """Record every prompt there is; the noise differs from that of the scores."""
     import ppcl_fx
     from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
@@ -184,7 +184,7 @@ def _record(settings: Settings, clock: Clock, pipeline: ShapesPipeline) -> Calls
 
 
 def _prune(
-    settings: Settings, clock: Clock, pipeline: ShapesPipeline, calls: Calls
+    settings: DemoSettings, clock: Clock, pipeline: ShapesPipeline, calls: Calls
 ) -> tuple[Redundancy, Plan, PluggableModel]:
     """Trace, analyse, select and rewrite."""
     import ppcl_fx
@@ -210,7 +210,7 @@ def _prune(
 
 
 def _train(
-    settings: Settings, clock: Clock, model: PluggableModel, calls: Calls
+    settings: DemoSettings, clock: Clock, model: PluggableModel, calls: Calls
 ) -> tuple[list[StageCurves], GraphModule]:
     """Distil depth and width, fine-tune the smallest mixture, save both; return the curves and the fine-tuned model."""
     from ppcl_fx.model.finetuned import NAME as FINETUNED
@@ -288,9 +288,9 @@ def clear(out: Path) -> None:
         ) from error
 
 
-def parse(arguments: list[str] | None = None) -> Settings:
+def parse(arguments: list[str] | None = None) -> DemoSettings:
     """Read the command line. Raises PpclError where an option's value makes no sense."""
-    plain = Settings(Path("build/demo"))
+    plain = DemoSettings(Path("build/demo"))
     parser = argparse.ArgumentParser(prog="python -m ppcl_fx.demo", description=(__doc__ or "").splitlines()[0])
     for flag, default, words in (
         ("--out", plain.out, "folder for the results (%(default)s)"),
@@ -312,7 +312,7 @@ def parse(arguments: list[str] | None = None) -> Settings:
         if given[name] < 1:
             raise PpclError(f"--{name.replace('_', '-')} is {given[name]}; give 1 or more")
     steps, keeps = parse_steps(given.pop("steps")), parse_keeps(given.pop("keep"))
-    return Settings(**given, steps=steps, keeps=keeps)
+    return DemoSettings(**given, steps=steps, keeps=keeps)
 
 
 def parse_steps(text: str) -> tuple[int, int, int]:

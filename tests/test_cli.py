@@ -17,7 +17,7 @@ import pytest
 import typer
 
 from ppcl_fx.cli.app import main
-from ppcl_fx.cli.boundary import Result, guarded
+from ppcl_fx.cli.boundary import CommandResult, guarded
 from ppcl_fx.cli.flags import flagged
 from ppcl_fx.cli.options import check_output
 from ppcl_fx.errors import PpclError, Stopped
@@ -165,11 +165,11 @@ def test_an_error_with_json_is_one_object(run: Run) -> None:
 
 
 def test_with_json_all_else_goes_to_stderr(capfd: pytest.CaptureFixture[str]) -> None:
-    def noisy(arguments: list[str]) -> Result:
+    def noisy(arguments: list[str]) -> CommandResult:
         print("python says")  # noqa: T201
         os.write(1, b"a C library says\n")
         subprocess.run([sys.executable, "-c", "print('a child says')"], check=True)
-        return Result({"answer": 42}, ["forty-two"])
+        return CommandResult({"answer": 42}, ["forty-two"])
 
     assert guarded(noisy, ["--json"]) == 0
     out, err = capfd.readouterr()

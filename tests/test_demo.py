@@ -108,7 +108,7 @@ def test_options_become_settings() -> None:
         Path("x"),
         5,
     )
-    assert demo.parse([]) == demo.Settings(Path("build/demo"))
+    assert demo.parse([]) == demo.DemoSettings(Path("build/demo"))
 
 
 def test_every_variant_gets_the_same_number_of_steps() -> None:

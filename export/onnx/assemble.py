@@ -11,7 +11,7 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.export.onnx.graph_run import Seen
-from ppcl_fx.export.onnx.segments import Segment, segments, structure
+from ppcl_fx.export.onnx.segments import GraphSegment, segments, structure
 from ppcl_fx.export.onnx.translate import OPSET, translate
 
 IR_VERSION = 11
@@ -114,7 +114,7 @@ def stitch(
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="ppcl-fx")
 
 
-def _translated(segment: Segment, shapes: Shapes, known: Translations) -> ir.Graph:
+def _translated(segment: GraphSegment, shapes: Shapes, known: Translations) -> ir.Graph:
     described = [f"{shapes.types[n]} {shapes.sizes[n]} {shapes.changing(n)}" for n in segment.inputs]
     key = structure(segment, described)
     if key in known.graphs:
@@ -130,7 +130,7 @@ def _translated(segment: Segment, shapes: Shapes, known: Translations) -> ir.Gra
 
 
 def _add(
-    segment: Segment,
+    segment: GraphSegment,
     number: int,
     graph: ir.Graph,
     values: dict[Node, ir.Value],

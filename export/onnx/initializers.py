@@ -11,10 +11,10 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 
 from ppcl_fx.export.onnx.assemble import Initial, held
-from ppcl_fx.export.store.weight_source import Piece, WeightSource
+from ppcl_fx.export.store.weight_source import WeightPiece, WeightSource
 from ppcl_fx.export.store.weight_store import Store
 
-Pieces = Mapping[str, Sequence[Piece]]
+Pieces = Mapping[str, Sequence[WeightPiece]]
 """For each parameter what it is made of."""
 
 
@@ -41,7 +41,7 @@ def external(store: Store, pieces: Pieces) -> Initial:
 def read_late(source: WeightSource, pieces: Pieces) -> Initial:
     """Let initializers be read, one at a time, when the graph is written: for a graph whose weights are on disk."""
 
-    def values(piece: Piece, dtype: torch.dtype) -> Any:
+    def values(piece: WeightPiece, dtype: torch.dtype) -> Any:
         flat = source.read(piece.name).reshape(-1)
         part = flat[piece.first : piece.first + torch.Size(piece.shape).numel()]
         return TorchTensor(part.reshape(piece.shape).to(dtype))

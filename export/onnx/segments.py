@@ -19,7 +19,7 @@ from ppcl_fx.passes.lowering.tuples_apart import holds_tensors
 
 
 @dataclass(frozen=True)
-class Segment:
+class GraphSegment:
     """A part of a graph that takes tensors and returns tensors.
 
     Attributes:
@@ -37,7 +37,7 @@ class Segment:
     parameters: tuple[str, ...]
 
 
-def segments(gm: GraphModule) -> list[Segment]:
+def segments(gm: GraphModule) -> list[GraphSegment]:
     """Cut a graph, in the order of computation.
 
     What is no tensor (sizes, types) does not cross a cut: each segment computes it again from the tensors.
@@ -92,10 +92,10 @@ class _Part:
         self.copies[node] = new
         return new
 
-    def finish(self, outputs: list[Node]) -> Segment:
+    def finish(self, outputs: list[Node]) -> GraphSegment:
         self.graph.output(tuple(self.copies[node] for node in outputs))
         graph = GraphModule(self.gm, self.graph, class_name="Segment")
-        return Segment(self.name, graph, tuple(self.inputs), tuple(outputs), tuple(_parameters(graph)))
+        return GraphSegment(self.name, graph, tuple(self.inputs), tuple(outputs), tuple(_parameters(graph)))
 
 
 def _parameters(gm: GraphModule) -> list[str]:
@@ -110,7 +110,7 @@ def _parameters(gm: GraphModule) -> list[str]:
     return list(found)
 
 
-def structure(segment: Segment, inputs: list[str]) -> str:
+def structure(segment: GraphSegment, inputs: list[str]) -> str:
     """Return a hash that two segments share exactly when one translation serves both, weights aside.
 
     Args:

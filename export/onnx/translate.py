@@ -17,13 +17,13 @@ from torch.func import functional_call
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.onnx.repeated import open_repeats
-from ppcl_fx.export.onnx.segments import Segment
+from ppcl_fx.export.onnx.segments import GraphSegment
 
 OPSET = 23
 
 
 class _WithWeightsAsInputs(nn.Module):
-    def __init__(self, segment: Segment) -> None:
+    def __init__(self, segment: GraphSegment) -> None:
         super().__init__()
         self._hidden = (segment.graph,)  # in a tuple, so that its parameters are not this module's
         self._names = segment.parameters
@@ -36,7 +36,7 @@ class _WithWeightsAsInputs(nn.Module):
             return functional_call(self._hidden[0], weights, tensors[: self._count])
 
 
-def translate(segment: Segment, inputs: list[torch.Tensor], changing: list[tuple[int, ...]]) -> ir.Graph:
+def translate(segment: GraphSegment, inputs: list[torch.Tensor], changing: list[tuple[int, ...]]) -> ir.Graph:
     """Translate a segment with PyTorch's exporter.
 
     Args:
@@ -73,7 +73,7 @@ def translate(segment: Segment, inputs: list[torch.Tensor], changing: list[tuple
     return model.graph
 
 
-def _tensors(segment: Segment) -> list[torch.Tensor]:
+def _tensors(segment: GraphSegment) -> list[torch.Tensor]:
     state = {
         **dict(segment.graph.named_parameters(remove_duplicate=False)),
         **dict(segment.graph.named_buffers(remove_duplicate=False)),

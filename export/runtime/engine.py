@@ -11,7 +11,7 @@ from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.head import Front, check_head, pluggable_graph, read_head
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
-from ppcl_fx.export.runtime.sessions import AUTO, Choice, Sessions, choose, device_of, export_command
+from ppcl_fx.export.runtime.sessions import AUTO, SessionChoice, Sessions, choose, device_of, export_command
 from ppcl_fx.model.face import PipelineFace
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ class EngineTransformer(PipelineFace):
         self._choice = self._chosen(keep, self._device)
         return self
 
-    def _chosen(self, keep: float, device: torch.device) -> Choice:
+    def _chosen(self, keep: float, device: torch.device) -> SessionChoice:
         if keep not in self._found:
             names = [f"{known:g}" for known in self._found]
             raise PpclError(

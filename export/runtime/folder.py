@@ -11,7 +11,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.store.names import manifest_path, ratio_of
 from ppcl_fx.export.tensorrt import EngineManifest, find_graphs
-from ppcl_fx.export.tensorrt.places import Place
+from ppcl_fx.export.tensorrt.places import GraphPlace
 from ppcl_fx.io.files import inside, own_file, read_json
 
 
@@ -74,7 +74,7 @@ def artefacts(folder: str | Path) -> dict[float, Artefact]:
     return found
 
 
-def _engine(place: Place | None, manifest: Manifest) -> tuple[Path, EngineManifest] | tuple[()]:
+def _engine(place: GraphPlace | None, manifest: Manifest) -> tuple[Path, EngineManifest] | tuple[()]:
     """Return a ratio's engine, where it was built from the graph that is there now.
 
     An engine may be older than the graph, or from a graph in bfloat16 that was withdrawn; then there is none.

@@ -9,7 +9,7 @@ import torch
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.runtime.limits import TYPES, sized
-from ppcl_fx.export.runtime.sessions import ONNXRUNTIME_TENSORRT, Choice, provider
+from ppcl_fx.export.runtime.sessions import ONNXRUNTIME_TENSORRT, SessionChoice, provider
 from ppcl_fx.export.verify.onnx_runner import one_line, runtime_errors
 
 ELEMENTS = {
@@ -37,7 +37,7 @@ class OnnxSession:
         PpclError: onnxruntime does not take the file, or has no kernels for it on this device.
     """
 
-    def __init__(self, choice: Choice) -> None:
+    def __init__(self, choice: SessionChoice) -> None:
         runtime = need("onnxruntime")
         self.choice = choice
         self.device = choice.device

@@ -40,7 +40,7 @@ class Session(Protocol):
 
 
 @dataclass(frozen=True)
-class Choice:
+class SessionChoice:
     """A ratio and what is to run it.
 
     Attributes:
@@ -114,7 +114,7 @@ def device_of(wanted: str | torch.device | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def choose(artefact: Artefact, backend: str, device: torch.device) -> Choice:
+def choose(artefact: Artefact, backend: str, device: torch.device) -> SessionChoice:
     """Choose what runs a ratio.
 
     Without a name: TensorRT where the ratio has an engine, the device is a GPU and TensorRT is installed; else
@@ -132,8 +132,8 @@ def choose(artefact: Artefact, backend: str, device: torch.device) -> Choice:
     if backend not in BACKENDS:
         raise PpclError(f"no backend {backend!r}{near(backend, BACKENDS)}; it is one of {', '.join(BACKENDS)}")
     if backend == AUTO:
-        return Choice(_best(artefact, device), artefact, device)
-    choice = Choice(backend, artefact, device)
+        return SessionChoice(_best(artefact, device), artefact, device)
+    choice = SessionChoice(backend, artefact, device)
     if backend in (TENSORRT, ONNXRUNTIME_TENSORRT) and device.type != "cuda":
         raise PpclError(f"TensorRT runs on NVIDIA GPUs, not on {device}; use backend='onnxruntime' there")
     if backend == TENSORRT:
@@ -201,7 +201,7 @@ class Sessions:
     shared: dict[Any, torch.Tensor] = field(default_factory=dict)
     hashes: Hashes = field(default_factory=Hashes)
 
-    def get(self, choice: Choice, front: Front) -> Session:
+    def get(self, choice: SessionChoice, front: Front) -> Session:
         """Return the session of a ratio; open it at its first use.
 
         Raises:
@@ -218,7 +218,7 @@ class Sessions:
     def _running(self) -> list[str]:
         return [session.choice.backend for session in self.opened.values()]
 
-    def _open(self, choice: Choice, front: Front) -> Session:
+    def _open(self, choice: SessionChoice, front: Front) -> Session:
         if choice.backend != TENSORRT:  # an engine's own manifest says what it was built from
             check_artefacts(choice.file, hashes=False)
         if choice.backend == TENSORRT:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.runtime.sessions import Choice
+from ppcl_fx.export.runtime.sessions import SessionChoice
 from ppcl_fx.export.tensorrt import Hashes, load_engine
 from ppcl_fx.export.tensorrt_api import Api
 
@@ -48,7 +48,7 @@ class TensorRTSession:
         PpclError: there is no TensorRT or no GPU, the engine is another GPU's or version's, or it is damaged.
     """
 
-    def __init__(self, choice: Choice, hashes: Hashes | None = None) -> None:
+    def __init__(self, choice: SessionChoice, hashes: Hashes | None = None) -> None:
         self.choice, self.device = choice, choice.device
         self.without_graphs: str | None = None
         with torch.cuda.device(self.device):  # TensorRT works on CUDA's current GPU
@@ -167,7 +167,7 @@ class TensorRTSession:
         return outputs[wanted]
 
 
-def _outputs(api: Api, engine: Any, choice: Choice) -> dict[str, torch.dtype]:
+def _outputs(api: Api, engine: Any, choice: SessionChoice) -> dict[str, torch.dtype]:
     """Return the type of each output by name."""
     types = {
         api.value("DataType.FLOAT"): torch.float32,

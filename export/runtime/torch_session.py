@@ -16,7 +16,7 @@ from ppcl_fx.export.extras import need
 from ppcl_fx.export.onnx.assemble import ROWS
 from ppcl_fx.export.runtime.head import Front
 from ppcl_fx.export.runtime.limits import TYPES
-from ppcl_fx.export.runtime.sessions import Choice
+from ppcl_fx.export.runtime.sessions import SessionChoice
 from ppcl_fx.io.files import inside
 from ppcl_fx.ir.graphs import copy_graph_module
 from ppcl_fx.passes.lowering.lowering import lower
@@ -35,7 +35,7 @@ class TorchSession:
         PpclError: the file is damaged, or its weights are not those of the head's model.
     """
 
-    def __init__(self, choice: Choice, front: Front, shared: dict[Any, torch.Tensor]) -> None:
+    def __init__(self, choice: SessionChoice, front: Front, shared: dict[Any, torch.Tensor]) -> None:
         self.choice = choice
         lowered = lower(front.gm)
         # A copy: the mixtures of other ratios share the modules, and those stay on the meta device.
@@ -114,7 +114,7 @@ def _as(data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _fill(
-    graph: GraphModule, weights: dict[str, torch.Tensor], choice: Choice, shared: dict[Any, torch.Tensor]
+    graph: GraphModule, weights: dict[str, torch.Tensor], choice: SessionChoice, shared: dict[Any, torch.Tensor]
 ) -> None:
     """Put weights into a graph in the place of its parameters on the meta device."""
     own = dict(graph.named_parameters(remove_duplicate=False))
@@ -134,7 +134,7 @@ def _fill(
         raise PpclError(f"{choice.file}: holds no {missing[0]}, which the model of head.json needs; export again")
 
 
-def _check_like(name: str, found: torch.Tensor, wanted: torch.Tensor, choice: Choice) -> None:
+def _check_like(name: str, found: torch.Tensor, wanted: torch.Tensor, choice: SessionChoice) -> None:
     """Refuse a tensor of another shape or kind; which float it is, the file decides."""
     alike = found.dtype == wanted.dtype or (found.is_floating_point() and wanted.is_floating_point())
     if found.shape != wanted.shape or not alike:

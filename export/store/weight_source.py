@@ -35,7 +35,7 @@ class WeightFolder(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
+class WeightPiece:
     """A run of elements of one tensor of a source: all of it, or some of its rows.
 
     Attributes:
@@ -96,7 +96,7 @@ class WeightSource:
             for name, t in self.root.state_dict().items()
         }
 
-    def pieces(self, graph: nn.Module) -> dict[str, tuple[Piece, ...]]:
+    def pieces(self, graph: nn.Module) -> dict[str, tuple[WeightPiece, ...]]:
         """Return what each parameter and buffer of a mixture is made of; one that no file holds is left out.
 
         It goes by the memory that tensors share, on the meta device too: a narrowed layer is a view of some rows, or
@@ -107,7 +107,7 @@ class WeightSource:
             homes[_storage(tensor)].append((*_span(tensor), name))
         for spans in homes.values():
             spans.sort()
-        found: dict[str, tuple[Piece, ...]] = {}
+        found: dict[str, tuple[WeightPiece, ...]] = {}
         for path, tensor in state(graph).items():
             parts = [_piece(part, homes.get(_storage(part), [])) for part in rows_of(tensor)]
             if all(parts):
@@ -138,11 +138,11 @@ def _span(tensor: Tensor) -> tuple[int, int]:
     return first, first + int(tensor.nbytes)
 
 
-def _piece(part: Tensor, spans: list[tuple[int, int, str]]) -> Piece | None:
+def _piece(part: Tensor, spans: list[tuple[int, int, str]]) -> WeightPiece | None:
     first, last = _span(part)
     at = bisect_right(spans, first, key=lambda span: span[0]) - 1
     while at > 0 and spans[at - 1][0] == spans[at][0]:
         at -= 1  # tensors that share everything: the first by name
     if at < 0 or last > spans[at][1] or not part.is_contiguous():
         return None
-    return Piece(spans[at][2], (first - spans[at][0]) // part.element_size(), tuple(part.shape))
+    return WeightPiece(spans[at][2], (first - spans[at][0]) // part.element_size(), tuple(part.shape))

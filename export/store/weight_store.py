@@ -20,7 +20,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import WeightFile
 from ppcl_fx.export.store.names import DATA, WEIGHTS
 from ppcl_fx.export.store.publish import is_store, writing
-from ppcl_fx.export.store.weight_source import Piece, WeightSource
+from ppcl_fx.export.store.weight_source import WeightPiece, WeightSource
 from ppcl_fx.export.verify.integrity import cards_in, sample_of, used_by_others
 from ppcl_fx.io.byte_ranges import ByteRange, byte_ranges
 from ppcl_fx.io.files import inside, need_room, sha256_of, sync
@@ -50,7 +50,7 @@ class Store:
     digests: dict[str, str] = field(default_factory=dict)
     reading: dict[str, Future[str]] = field(default_factory=dict)
 
-    def place(self, piece: Piece) -> tuple[str, int, torch.dtype]:
+    def place(self, piece: WeightPiece) -> tuple[str, int, torch.dtype]:
         """Return the file of a piece, as graphs name it; its first byte there; its dtype."""
         where = self.ranges[piece.name]
         return self.name(where.file), where.offset + piece.first * where.dtype.itemsize, where.dtype

@@ -12,7 +12,7 @@ from ppcl_fx.export.store.names import TIMINGS, manifest_path
 from ppcl_fx.export.tensorrt.build import build_engine, load_tensorrt
 from ppcl_fx.export.tensorrt.manifest import EngineManifest, Hashes, check_card, read_card
 from ppcl_fx.export.tensorrt.options import check_version
-from ppcl_fx.export.tensorrt.places import Place, find_graphs, read_graph, read_origin
+from ppcl_fx.export.tensorrt.places import GraphPlace, find_graphs, read_graph, read_origin
 from ppcl_fx.export.tensorrt.profiles import Profile
 from ppcl_fx.export.tensorrt.request import BuildConfig, read_request
 from ppcl_fx.export.tensorrt_api import Api, Gpu
@@ -101,7 +101,7 @@ def build_folder(
 
 
 def _there(
-    place: Place, profiles: list[Profile], request: BuildConfig, api: Api, gpu: Gpu, hashes: Hashes
+    place: GraphPlace, profiles: list[Profile], request: BuildConfig, api: Api, gpu: Gpu, hashes: Hashes
 ) -> EngineManifest | None:
     """Return the manifest of an engine that is there and is the one wanted."""
     if not place.engine.exists():

@@ -30,7 +30,7 @@ SCRIPT = "build.sh"
 
 
 @dataclass(frozen=True)
-class Place:
+class GraphPlace:
     """One exported graph.
 
     Attributes:
@@ -63,7 +63,7 @@ def rebuild_command(engine: Path) -> str:
     return f"ppcl-fx build {shlex.quote(str(engine.parent))} --overwrite"
 
 
-def find_graphs(folder: str | Path) -> list[Place]:
+def find_graphs(folder: str | Path) -> list[GraphPlace]:
     """Return the exported graphs in a folder, largest ratio first: of each the one that its engine is built from.
 
     Raises:
@@ -72,12 +72,12 @@ def find_graphs(folder: str | Path) -> list[Place]:
     root = Path(folder)
     if not root.is_dir():
         raise PpclError(f"{root}: no such folder; give what 'ppcl-fx export' wrote")
-    found: list[Place] = []
+    found: list[GraphPlace] = []
     for graph in sorted(root.glob("*.onnx")):
         ratio, typed = ratio_of(graph), typed_graph_path(graph)
         if ratio is not None:
             used = typed if typed.is_file() else graph
-            found.append(Place(graph.stem, ratio, root, own_file(used), manifest_path(graph)))
+            found.append(GraphPlace(graph.stem, ratio, root, own_file(used), manifest_path(graph)))
     if not found:
         raise PpclError(f"{root}: no exported graph (keep-0.7.onnx, for example); give what 'ppcl-fx export' wrote")
     return sorted(found, key=lambda place: -place.ratio)
@@ -141,7 +141,7 @@ class Origin(BaseModel):
     parity: JsonValue = None
 
 
-def read_origin(place: Place) -> Origin:
+def read_origin(place: GraphPlace) -> Origin:
     """Return where a graph comes from; nothing is known without its JSON.
 
     Raises:

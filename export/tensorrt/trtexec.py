@@ -10,7 +10,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import Port
 from ppcl_fx.export.store.names import TIMINGS
 from ppcl_fx.export.tensorrt.options import BuildOptions
-from ppcl_fx.export.tensorrt.places import SCRIPT, Place, read_graph
+from ppcl_fx.export.tensorrt.places import SCRIPT, GraphPlace, read_graph
 from ppcl_fx.export.tensorrt.profiles import KINDS, Profile, shapes_of
 from ppcl_fx.export.tensorrt.request import BuildConfig
 from ppcl_fx.io.files import write_text
@@ -67,7 +67,7 @@ def trtexec_arguments(
     return arguments
 
 
-def write_script(places: Sequence[Place], request: BuildConfig) -> Path:
+def write_script(places: Sequence[GraphPlace], request: BuildConfig) -> Path:
     """Write ``build.sh``, which builds the engines of a folder with ``trtexec``, and return its path.
 
     Args:

@@ -28,14 +28,14 @@ from ppcl_fx.passes.analysis.stream_sites import StreamSite, stream_sites
 from ppcl_fx.passes.analysis.text_similarity import TextSimilarity
 from ppcl_fx.passes.calibration.calibration import (
     Calibration,
+    Notify,
     Progress,
-    Report,
     calibrate,
     check_request,
     silent,
 )
 from ppcl_fx.passes.calibration.memory_estimate import state_budget
-from ppcl_fx.passes.calibration.run_store import MEMORY, Identity, RunStore, Settings
+from ppcl_fx.passes.calibration.run_store import MEMORY, CalibrationSettings, Identity, RunStore
 from ppcl_fx.passes.options import AnalyzeConfig
 from ppcl_fx.passes.selection.savings import block_parameters, block_savings, parameters
 from ppcl_fx.schema.analysis import BlockSavings, Redundancy, StackAnalysis, StreamCurves
@@ -82,7 +82,7 @@ def analyze(
     traced = graph_info(gm).get("model")
     if traced and calls.model and traced != calls.model:
         raise PpclError(OTHER)
-    settings = Settings(
+    settings = CalibrationSettings(
         samples=config.samples, memory=memory, ridge=config.ridge, refine_steps=config.refine_steps
     )
     return conclude(calibrate(gm, calls, settings, progress=progress), calls, config.stream)
@@ -93,11 +93,11 @@ def analyze_streamed(
     calls: Calls,
     work: Path,
     *,
-    settings: Settings | None = None,
+    settings: CalibrationSettings | None = None,
     stream: str = "image",
     memory_limit: int | None = None,
     device: torch.device = CPU,
-    report: Report = silent,
+    report: Notify = silent,
 ) -> Redundancy:
     """Do what `analyze` does with the weights left on disk: all calls go through one block, then the next.
 
@@ -118,7 +118,9 @@ def analyze_streamed(
     Raises:
         PpclError: as `analyze`; and the limit or the disk is too small, or `work` holds something else.
     """
-    made = calibration_on_disk(checkpoint, calls, work, settings or Settings(), stream, memory_limit, device, report)
+    made = calibration_on_disk(
+        checkpoint, calls, work, settings or CalibrationSettings(), stream, memory_limit, device, report
+    )
     found = conclude(made.run(), calls, stream)
     owned.discard(work, owned.ANALYSING)
     return found
@@ -128,11 +130,11 @@ def calibration_on_disk(
     checkpoint: Checkpoint,
     calls: Calls,
     work: Path,
-    settings: Settings,
+    settings: CalibrationSettings,
     stream: str,
     memory_limit: int | None,
     device: torch.device,
-    report: Report,
+    report: Notify,
 ) -> Calibration:
     """Return the calibration of `analyze_streamed`, whose arguments these are, ready to run or to go on."""
     check_request(calls, settings.samples)

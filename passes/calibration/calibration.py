@@ -29,7 +29,7 @@ from ppcl_fx.passes.analysis.stream_sites import (
 )
 from ppcl_fx.passes.calibration.held_out import Division, HeldOutFit
 from ppcl_fx.passes.calibration.reservoir import Reservoir, groups
-from ppcl_fx.passes.calibration.run_store import Found, Note, RunStore, Settings, Shelf
+from ppcl_fx.passes.calibration.run_store import CalibrationResult, CalibrationSettings, Note, RunStore, Shelf
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Call
@@ -44,7 +44,7 @@ Progress = Callable[[int, int], None]
 """Called with the number of calls done and the number of all."""
 
 
-class Report(Protocol):
+class Notify(Protocol):
     """Called with the steps done, the steps in all, and what they are."""
 
     def __call__(self, done: int, total: int, label: str = "") -> None:
@@ -84,10 +84,10 @@ class Calibration:
         self,
         gm: GraphModule,
         calls: Sequence[Call],
-        settings: Settings,
+        settings: CalibrationSettings,
         residency: Residency | None = None,
         store: RunStore | None = None,
-        report: Report = silent,
+        report: Notify = silent,
     ) -> None:
         check_request(calls, settings.samples)
         self.gm, self.settings = gm, settings
@@ -217,7 +217,11 @@ class Calibration:
 
 
 def calibrate(
-    gm: GraphModule, calls: Sequence[Call], settings: Settings | None = None, *, progress: Progress | None = None
+    gm: GraphModule,
+    calls: Sequence[Call],
+    settings: CalibrationSettings | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Calibration:
     """Run the teacher once on each call, all in memory, and return the calibration.
 
@@ -235,7 +239,7 @@ def calibrate(
         if progress is not None and not label:  # not of curves
             progress(done, total)
 
-    return Calibration(gm, calls, settings or Settings(), report=report).run()
+    return Calibration(gm, calls, settings or CalibrationSettings(), report=report).run()
 
 
 def check_request(calls: Sequence[Call], max_samples: int) -> None:
@@ -318,10 +322,10 @@ class _Collector:
             for shelf in mine:
                 shelf.close()
 
-    def solved(self, due: Sequence[Watch]) -> tuple[Found, dict[str, Tensor]]:
+    def solved(self, due: Sequence[Watch]) -> tuple[CalibrationResult, dict[str, Tensor]]:
         """Solve what the sweep summed, drop the sums, and return what it gave, with the probes."""
         settings = self._of.settings
-        found, probes = Found(notes=self._notes), dict[str, Tensor]()
+        found, probes = CalibrationResult(notes=self._notes), dict[str, Tensor]()
         for watch in due:
             if watch in self._probes:
                 name, sums = self._probes[watch]

@@ -18,7 +18,7 @@ from ppcl_fx.ir.executor import Executor, Residency
 from ppcl_fx.ir.partition import Watch
 from ppcl_fx.ir.switches import host, is_switch, student_end
 from ppcl_fx.passes.analysis.probes import NormalEquations, Projector
-from ppcl_fx.passes.calibration.calibration import Report
+from ppcl_fx.passes.calibration.calibration import Notify
 from ppcl_fx.passes.calibration.held_out import enough
 
 RIDGE = 1e-4
@@ -97,7 +97,7 @@ def fit_on_disk(
     count: int,
     residency: Residency,
     work: Path,
-    report: Report,
+    report: Notify,
     in_students: bool = False,
 ) -> dict[str, Tensor]:
     """Fit projectors as `fit_projectors` does, with one block's weights in memory at a time.

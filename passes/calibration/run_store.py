@@ -28,7 +28,7 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Settings(_Record):
+class CalibrationSettings(_Record):
     """What decides the results of a calibration beside the model and the calls.
 
     samples: that CKA averages over, at most. memory: bytes of activations kept for it, at most.
@@ -41,7 +41,7 @@ class Settings(_Record):
     refine_steps: int = 0
 
 
-class Identity(Settings):
+class Identity(CalibrationSettings):
     """What an analysis is of: a run goes on from another's results only where all of this is the same."""
 
     version: Literal[2] = 2
@@ -57,7 +57,7 @@ class Done(_Record):
     cut: int
 
 
-class Kept(_Record):
+class KeptResult(_Record):
     """The activations kept of one node: ``[tokens, width]`` for each sample, one after the other in a file.
 
     samples: call, row and tokens of each.
@@ -76,7 +76,7 @@ class Note(_Record):
     nbytes: int
 
 
-class Found(_Record):
+class CalibrationResult(_Record):
     """What one sweep gave.
 
     fits: error of each probe, by the probe's name. energies: of the states that probes imitate, and few: what to say of
@@ -89,7 +89,7 @@ class Found(_Record):
     energies: dict[str, float] = {}
     few: dict[str, str] = {}
     ffn: dict[int, tuple[float, float]] = {}
-    shelves: dict[str, Kept] = {}
+    shelves: dict[str, KeptResult] = {}
     notes: list[Note] = []
 
 
@@ -111,7 +111,7 @@ class RunStore:
     def __init__(self, folder: Path | None = None, identity: Identity | None = None) -> None:
         self.folder = folder
         self.cut = self._added = 0
-        self.found = Found()
+        self.found = CalibrationResult()
         self._identity = identity
         self._probes: dict[str, Path | Tensor] = {}
         self._shelves: dict[str, Shelf] = {}
@@ -128,12 +128,12 @@ class RunStore:
                         "give the same again to go on with it, or remove the folder"
                     )
             for number in range(done.cut):
-                self._note(read_json(folder / "results" / f"{number:04d}.json", Found))
+                self._note(read_json(folder / "results" / f"{number:04d}.json", CalibrationResult))
             self.cut = done.cut
         for part in ("results", "probes", "kept", "curves"):
             (folder / part).mkdir(parents=True, exist_ok=True)
 
-    def add(self, found: Found, probes: Mapping[str, Tensor]) -> None:
+    def add(self, found: CalibrationResult, probes: Mapping[str, Tensor]) -> None:
         """Keep what the next sweep gave, the solved probes among it."""
         self._probes.update(probes)
         if self.folder is not None:
@@ -143,7 +143,7 @@ class RunStore:
             write_json(self.folder / "results" / f"{name}.json", found)
         self._note(found)
 
-    def _note(self, found: Found) -> None:
+    def _note(self, found: CalibrationResult) -> None:
         if self.folder is not None:
             self._probes.update(dict.fromkeys(found.fits, self.folder / "probes" / f"{self._added:04d}.safetensors"))
         for name in ("fits", "energies", "few", "ffn", "shelves"):
@@ -231,15 +231,15 @@ class Shelf:
             self._file.close()
             self._file = None
 
-    def content(self) -> Kept:
+    def content(self) -> KeptResult:
         """Flush to disk, and say what is kept."""
         if self._file is not None:
             self._file.flush()
             os.fsync(self._file.fileno())
         dtype = str(self._dtype).removeprefix("torch.")
-        return Kept(dtype=dtype, width=self._width, samples=self._samples)
+        return KeptResult(dtype=dtype, width=self._width, samples=self._samples)
 
-    def read(self, kept: Kept) -> dict[Sample, Tensor]:
+    def read(self, kept: KeptResult) -> dict[Sample, Tensor]:
         """Return the samples."""
         if self._path is None:
             return self._held

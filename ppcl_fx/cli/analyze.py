@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ppcl_fx.cli.boundary import Result
+from ppcl_fx.cli.boundary import CommandResult
 from ppcl_fx.cli.flags import flagged
 from ppcl_fx.cli.options import Model, Overwrite, check_device, check_folder, check_output, refuse
 from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
@@ -52,7 +52,7 @@ def analyze(
         Path | None, typer.Option(metavar="FOLDER", help="Use these recorded calls instead of recording.")
     ] = None,
     overwrite: Overwrite = False,
-) -> Result:
+) -> CommandResult:
     """Record MODEL's calls and analyse its redundancy: RUN/calls, RUN/analysis.json, RUN/report.html.
 
     With --memory-limit the model is never loaded: all calls go through one block, then through the next. What does
@@ -82,9 +82,9 @@ def analyze(
         import torch
 
         from ppcl_fx.passes.analysis.analyze import calibration_on_disk, conclude
-        from ppcl_fx.passes.calibration.run_store import Settings
+        from ppcl_fx.passes.calibration.run_store import CalibrationSettings
 
-        settings = Settings(samples=config.samples, ridge=config.ridge, refine_steps=config.refine_steps)
+        settings = CalibrationSettings(samples=config.samples, ridge=config.ridge, refine_steps=config.refine_steps)
         limit, device = config.memory_limit, torch.device(config.device)
         with terminal.step("analysing") as progress:
             calibration = calibration_on_disk(
@@ -170,7 +170,7 @@ def shipped_prompts(source: Source, seed: int, missing: str) -> list[str]:
     return [prompt.text for category in CATEGORIES for prompt in draw(category, SHIPPED_PROMPTS, seed)]
 
 
-def _result(out: Path, calls: Path, analysis: Redundancy) -> Result:
+def _result(out: Path, calls: Path, analysis: Redundancy) -> CommandResult:
     found = {
         stack.name: [[interval.first, interval.last] for interval in stack.curves(analysis.stream).candidates]
         for stack in analysis.stacks
@@ -194,4 +194,4 @@ def _result(out: Path, calls: Path, analysis: Redundancy) -> Result:
     for name, intervals in found.items():
         listed = ", ".join(f"{first}-{last}" for first, last in intervals) or "none"
         lines.append(f"{name}: candidate intervals {listed}")
-    return Result(data, [*lines, f"report: {out / REPORT}"])
+    return CommandResult(data, [*lines, f"report: {out / REPORT}"])

@@ -11,7 +11,7 @@ import typer
 
 from ppcl_fx._version import __version__
 from ppcl_fx.cli.analyze import analyze
-from ppcl_fx.cli.boundary import Result, guarded
+from ppcl_fx.cli.boundary import CommandResult, guarded
 from ppcl_fx.cli.export import build, export
 from ppcl_fx.cli.flags import flagged
 from ppcl_fx.cli.options import check_folder
@@ -31,7 +31,7 @@ def verify(
         ),
     ],
     terminal: Terminal,
-) -> Result:
+) -> CommandResult:
     """Read every byte of FOLDER: sums, digests, fingerprints, and that every weight is a finite number.
 
     Loading compares samples of the weights, which is quick at any size; this finds a single changed bit.
@@ -43,7 +43,9 @@ def verify(
         found = run(folder)
     data = [{"path": str(one.path), "what": one.what, "compared": one.compared} for one in found]
     lines = [f"{one.what}: {one.compared}: {one.path}" for one in found]
-    return Result({"folder": str(folder), "checked": data}, [*lines, f"{len(found)} parts of {folder} are whole"])
+    return CommandResult(
+        {"folder": str(folder), "checked": data}, [*lines, f"{len(found)} parts of {folder} are whole"]
+    )
 
 
 app = typer.Typer(

@@ -25,7 +25,7 @@ _HALVES = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
-class Result:
+class CommandResult:
     """What a command found: `data` is the one object of `--json`, `lines` are what a person reads."""
 
     data: dict[str, Any]
@@ -41,7 +41,7 @@ def guarded(run: Callable[[list[str]], object], argv: Sequence[str]) -> int:
     of this program and pass through with their traceback.
 
     Args:
-        run: the parsed program; returns a `Result`, an exit code or None.
+        run: the parsed program; returns a `CommandResult`, an exit code or None.
         argv: the arguments, without the program's name.
     """
     arguments = list(argv)
@@ -60,7 +60,7 @@ def guarded(run: Callable[[list[str]], object], argv: Sequence[str]) -> int:
             if as_json:
                 _print_json({"error": f"internal error: {type(error).__name__}: {error}"}, stdout)
             raise
-        if isinstance(outcome, Result):
+        if isinstance(outcome, CommandResult):
             _show(outcome, as_json, stdout)
             return 0
         code = outcome if isinstance(outcome, int) else 0
@@ -69,7 +69,7 @@ def guarded(run: Callable[[list[str]], object], argv: Sequence[str]) -> int:
         return code
 
 
-def _show(result: Result, as_json: bool, stdout: TextIO) -> None:
+def _show(result: CommandResult, as_json: bool, stdout: TextIO) -> None:
     if as_json:
         _print_json(result.data, stdout)
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ppcl_fx.cli.analyze import shipped_prompts
-from ppcl_fx.cli.boundary import Result
+from ppcl_fx.cli.boundary import CommandResult
 from ppcl_fx.cli.flags import flagged
 from ppcl_fx.cli.options import Overwrite, check_folder, check_output, refuse
 from ppcl_fx.cli.teacher import Recorded, open_calls, open_pipeline, open_student
@@ -70,7 +70,7 @@ def export(
             help="Denoising steps of that run; the pipeline's own number if left out.",
         ),
     ] = None,
-) -> Result:
+) -> CommandResult:
     """Export STUDENT once for each share: ENGINES/keep-0.5.onnx and so on.
 
     Where ENGINES is STUDENT or a folder above it, the weights stay where they are. 'export STUDENT/finetuned' exports
@@ -124,7 +124,7 @@ def build(
     given: Annotated[dict[str, Any], BuildConfig],
     terminal: Terminal,
     overwrite: Overwrite = False,
-) -> Result:
+) -> CommandResult:
     """Build a TensorRT engine for each graph in ENGINES, for the GPU of this machine.
 
     What is not said here is taken from ENGINES/build.json, which 'ppcl-fx export --onnx-only' wrote.
@@ -141,7 +141,7 @@ def build(
     write_request(folder, config)
     lines = _engine_lines(engines)
     lines += [f"not checked: {what}" for what in dict.fromkeys(w for one in engines for w in one.card.not_checked)]
-    return Result({"folder": str(folder), "engines": [one.to_json() for one in engines]}, lines)
+    return CommandResult({"folder": str(folder), "engines": [one.to_json() for one in engines]}, lines)
 
 
 def _check_uses(
@@ -195,14 +195,14 @@ def _open_sampling(name: str, student: Path, model: str, recorded: Recorded | No
     return SamplingRun(pipeline, texts, SEED, score=share_right)
 
 
-def _result(exported: ExportResult, config: ExportConfig, notes: list[str]) -> Result:
+def _result(exported: ExportResult, config: ExportConfig, notes: list[str]) -> CommandResult:
     if config.format in FOLDERS:
         found = [
             {"keep": one.keep, "params": one.params, "plugged": list(one.plugged), "folder": str(one.folder)}
             for one in exported.folders
         ]
         lines = [f"{one.keep:<5g} {one.params:>14,}  {one.folder}" for one in exported.folders]
-        return Result({"format": config.format, "folders": found}, ["keep      parameters  folder", *lines])
+        return CommandResult({"format": config.format, "folders": found}, ["keep      parameters  folder", *lines])
     lines = [f"{'keep':<5} {'parameters':>14} {'ms':>8}   difference  relative    cosine  sampling  file"]
     for ratio in exported.ratios:
         ms = "-" if ratio.latency_ms is None else f"{ratio.latency_ms:.2f}"
@@ -226,7 +226,7 @@ def _result(exported: ExportResult, config: ExportConfig, notes: list[str]) -> R
         lines.append(f"build the engines with: ppcl-fx build {exported.folder}")
     elif exported.engines:
         lines += _engine_lines(exported.engines)
-    return Result(exported.to_json() | {"notes": notes}, lines)
+    return CommandResult(exported.to_json() | {"notes": notes}, lines)
 
 
 def _engine_lines(engines: Sequence[Built]) -> list[str]:

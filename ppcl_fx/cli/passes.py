@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ppcl_fx.cli.boundary import Result
+from ppcl_fx.cli.boundary import CommandResult
 from ppcl_fx.cli.flags import flagged
 from ppcl_fx.cli.options import check_folder
 from ppcl_fx.cli.teacher import open_calls, open_checkpoint
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @flagged
-def passes(terminal: Terminal) -> Result:
+def passes(terminal: Terminal) -> CommandResult:
     """List the passes: name, kind, numerics, options, and what each does."""
     with terminal.step("loading the passes"), quiet_diffusers():
         from ppcl_fx.passes.registry import described, registered
@@ -32,7 +32,7 @@ def passes(terminal: Terminal) -> Result:
     for one in found:
         where = "" if one.written else "; in Python only"
         lines += [f"{one.name} ({one.kind}, {one.numerics}{where}): {one.does}", *(f"    {o}" for o in one.options)]
-    return Result({"passes": [asdict(one) for one in found]}, lines)
+    return CommandResult({"passes": [asdict(one) for one in found]}, lines)
 
 
 @flagged
@@ -43,7 +43,7 @@ def run_passes(
     ],
     calls: Annotated[Path, typer.Option(metavar="FOLDER", help="Recorded calls; the model is traced with the first.")],
     terminal: Terminal,
-) -> Result:
+) -> CommandResult:
     """Trace MODEL, its weights left on disk, run PASSES in their order, and say what each did."""
     check_folder(calls, "recorded calls")
     with quiet_diffusers():
@@ -61,7 +61,7 @@ def run_passes(
     left = parameter_count(gm)
     lines = [f"{one['pass']}: {_words(one)}" for one in did]
     lines.append(f"{params:,} parameters before, {left:,} after")
-    return Result({"model": model, "params_before": params, "params_after": left, "passes": did}, lines)
+    return CommandResult({"model": model, "params_before": params, "params_after": left, "passes": did}, lines)
 
 
 def _ran(pass_: Pass, gm: GraphModule) -> dict[str, Any]:

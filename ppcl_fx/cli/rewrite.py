@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ppcl_fx.cli.boundary import Result
+from ppcl_fx.cli.boundary import CommandResult
 from ppcl_fx.cli.flags import flagged
 from ppcl_fx.cli.options import Model, Overwrite, check_device, check_file, check_folder, check_output, refuse
 from ppcl_fx.cli.teacher import Recorded, open_calls, open_checkpoint, open_teacher
@@ -66,7 +66,7 @@ def rewrite(
         ),
     ] = None,
     overwrite: Overwrite = False,
-) -> Result:
+) -> CommandResult:
     """Cut MODEL by an analysis or a plan, and save teacher and student parts side by side in STUDENT.
 
     With --memory-limit the model is never loaded: weights go from its files to STUDENT's, tensor by tensor.
@@ -260,7 +260,7 @@ def _read_plan(path: Path) -> Plan:
     return plan
 
 
-def _result(out: Path, plan: Plan, plugged: list[str], params: int, whole: int) -> Result:
+def _result(out: Path, plan: Plan, plugged: list[str], params: int, whole: int) -> CommandResult:
     back = [edit for edit in plan.ids if edit not in plugged]
     data = {
         "student": str(out),
@@ -273,4 +273,4 @@ def _result(out: Path, plan: Plan, plugged: list[str], params: int, whole: int) 
     }
     swapped = [f"swapped back to the teacher for the budget: {', '.join(back)}"] if back else []
     lines = [*plan.reason, *plan.ids, *swapped, f"{params:,} of {whole:,} parameters ({params / whole:.2%}): {out}"]
-    return Result(data, lines)
+    return CommandResult(data, lines)

@@ -17,10 +17,10 @@ from ppcl_fx.io.memory import size_words
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-    from ppcl_fx.train.metrics.logger import Row
+    from ppcl_fx.train.metrics.logger import LogRow
 
 
-class Report(Protocol):
+class ProgressReport(Protocol):
     """Called with the steps done, the steps in all, and what to call them now if not what they were called."""
 
     def __call__(self, done: int, total: int, label: str = "") -> None:
@@ -54,7 +54,7 @@ class Terminal:
             _say(line)
 
     @contextmanager
-    def step(self, label: str) -> Iterator[Report]:
+    def step(self, label: str) -> Iterator[ProgressReport]:
         """Show how far one step of the work is; the block reports by calling what it is given."""
         started = time.monotonic()
         if self._silent:
@@ -98,7 +98,7 @@ def _progress(last: ProgressColumn, width: int | None = 40) -> Progress:
 
 
 @contextmanager
-def _bar(label: str) -> Iterator[Report]:
+def _bar(label: str) -> Iterator[ProgressReport]:
     from rich.progress import TimeRemainingColumn
 
     with _progress(TimeRemainingColumn()) as bars:
@@ -111,7 +111,7 @@ def _bar(label: str) -> Iterator[Report]:
 
 
 @contextmanager
-def _lines(label: str) -> Iterator[Report]:
+def _lines(label: str) -> Iterator[ProgressReport]:
     """Where no bar can be drawn: one line after two seconds, then one every ten, with the time that is left."""
     started = time.monotonic()
     due = started + QUIET_SECONDS
@@ -162,7 +162,7 @@ def _set_up_libraries(verbose: bool) -> None:
 
 
 @contextmanager
-def watching(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[Row], None]]:
+def watching(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[LogRow], None]]:
     """Yield what is to be told each step's row; it shows them on stderr."""
     if sys.stderr.isatty():
         with _row_bar() as show:
@@ -171,7 +171,7 @@ def watching(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[
         yield _row_lines(clock)
 
 
-def words(row: Row) -> str:
+def words(row: LogRow) -> str:
     """Say in one line where a training stands: no estimate of the end before there is one."""
     parts = [f"loss {row.loss:.4g}"]
     if row.held_out:
@@ -195,10 +195,10 @@ def _flops(rate: float) -> str:
     return f"{rate:.0f} FLOP/s"
 
 
-def _row_lines(clock: Callable[[], float]) -> Callable[[Row], None]:
+def _row_lines(clock: Callable[[], float]) -> Callable[[LogRow], None]:
     due = clock()  # the first step has a line, so that one knows that it runs
 
-    def show(row: Row) -> None:
+    def show(row: LogRow) -> None:
         nonlocal due
         for edit, reason in row.stopped.items():
             _say(f"{row.stage}: {edit} stopped, {reason}")
@@ -211,14 +211,14 @@ def _row_lines(clock: Callable[[], float]) -> Callable[[Row], None]:
 
 
 @contextmanager
-def _row_bar() -> Iterator[Callable[[Row], None]]:
+def _row_bar() -> Iterator[Callable[[LogRow], None]]:
     from rich.progress import TextColumn
 
     # rich's own estimate knows nothing of evaluations, checkpoints and students that stopped: ours does.
     with _progress(TextColumn("{task.fields[facts]}"), width=20) as bars:
         task = bars.add_task("training", total=None, facts="")
 
-        def show(row: Row) -> None:
+        def show(row: LogRow) -> None:
             for edit, reason in row.stopped.items():
                 bars.console.print(printable(f"{row.stage}: {edit} stopped, {reason}"), markup=False)
             facts = words(row).partition(", ")[2]

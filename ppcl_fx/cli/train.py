@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ppcl_fx.cli.analyze import read_prompts
-from ppcl_fx.cli.boundary import Result
+from ppcl_fx.cli.boundary import CommandResult
 from ppcl_fx.cli.flags import flagged
 from ppcl_fx.cli.options import check_device, check_file, check_folder
 from ppcl_fx.cli.teacher import open_calls, open_pipeline, open_student
@@ -76,7 +76,7 @@ def train(
     rank_timeout: Annotated[
         float, typer.Option(min=1, max=1e7, metavar="SECONDS", help="How long ranks (torchrun) wait for each other.")
     ] = 600.0,
-) -> Result | None:
+) -> CommandResult | None:
     """Train STUDENT's students in place; checkpoints, logs, loss curves and the fine-tuned model go to its folder.
 
     Start it with torchrun or accelerate launch to train on several GPUs. Ctrl-C and SIGTERM save first. The complete
@@ -111,7 +111,7 @@ def train(
         with terminal.step("training") as report:
             training = BoundedTraining(student, recording.calls, chosen, limits, resume=resume, device=device)
             if dry_run:
-                return Result({"student": str(student), "schedule": training.lines}, training.lines)
+                return CommandResult({"student": str(student), "schedule": training.lines}, training.lines)
             for line in () if training.ended else training.lines:
                 terminal.note(line)
             return _bounded_result(student, training.run(report))
@@ -124,7 +124,7 @@ def train(
 
 def _run(
     student: Path, data: Given, chosen: TrainConfig, resume: bool, terminal: Terminal, ranks: ProcessGroup
-) -> Result | None:
+) -> CommandResult | None:
     """Train; on the first rank write the results and return them."""
     from ppcl_fx.train import train as run
     from ppcl_fx.train.checks import check_backend
@@ -153,7 +153,7 @@ def _run(
         lines.append(f"keep {mixture.keep:g}: error of the output {measured}")
     if trained.finetuned is not None:
         lines.append(f"fine-tuned model: {trained.finetuned} (ppcl-fx export {trained.finetuned} -o ENGINES)")
-    return Result(found, [*lines, report])
+    return CommandResult(found, [*lines, report])
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,13 @@ class Given:
             )
 
 
-def _bounded_result(student: Path, done: BoundedResult) -> Result:
+def _bounded_result(student: Path, done: BoundedResult) -> CommandResult:
     from ppcl_fx.io.files import inside, read_json
     from ppcl_fx.schema.plan import Plan
 
     report = _report(student, read_json(inside(student, "plan.json"), Plan), done.stages)
     more = {"schedule": list(done.lines), "losses": str(done.losses), "stopped": done.stopped}
-    return Result(report | more | {"seconds": round(done.seconds, 3)}, _stage_lines(student, done.stages))
+    return CommandResult(report | more | {"seconds": round(done.seconds, 3)}, _stage_lines(student, done.stages))
 
 
 def _report(

@@ -28,7 +28,7 @@ def _pattern(text: str) -> str:
 Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
-class Settings(BaseModel):
+class LoraSettings(BaseModel):
     """What PEFT's `LoraConfig` or `LoKrConfig` says about the meaning of the tensors.
 
     The other fields are about training. They are not handed on: some name modules to import or files to read.
@@ -76,7 +76,7 @@ def settings(where: str, values: Mapping[str, Any] | None, prefix: str | None) -
     if not given:
         return None
     try:
-        read = Settings.model_validate(given)
+        read = LoraSettings.model_validate(given)
     except ValidationError as error:
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
@@ -87,7 +87,7 @@ def settings(where: str, values: Mapping[str, Any] | None, prefix: str | None) -
     return read.kept()
 
 
-def _check_variants(where: str, read: Settings) -> None:
+def _check_variants(where: str, read: LoraSettings) -> None:
     from peft import LoraConfig
 
     if isinstance(read.init_lora_weights, str) and read.init_lora_weights not in FACTORS_ONLY:

@@ -39,7 +39,7 @@ NAME = "finetuned"
 """What its folder's name begins with: ``finetuned``, or ``finetuned-0.7`` for a share."""
 
 
-class Card(BaseModel):
+class FinetunedManifest(BaseModel):
     """What a fine-tuned folder holds.
 
     Attributes:
@@ -63,7 +63,9 @@ def save_finetuned(gm: GraphModule, model: PluggableModel, students: list[str], 
     """
     params = sum(p.numel() for p in gm.parameters())
     dtypes = {name: p.dtype for name, p in mixture(model, students).named_parameters()}
-    card = Card(plan=plan_digest(model.plan), students=students, params=params, keep=params / model.teacher_params)
+    card = FinetunedManifest(
+        plan=plan_digest(model.plan), students=students, params=params, keep=params / model.teacher_params
+    )
     with new_folder(folder, replaces=owned.FINETUNED) as beside:
         tensors = {name: p.to(dtypes[name]) for name, p in gm.named_parameters()}
         write_safetensors(beside / WEIGHTS, tensors, digests=True)
@@ -82,7 +84,7 @@ def load_finetuned(model: PluggableModel, folder: str | Path) -> GraphModule:
         PpclError: The folder is missing or damaged, or belongs to another plan.
     """
     folder = Path(folder)
-    card = read_json(inside(folder, CARD), Card)
+    card = read_json(inside(folder, CARD), FinetunedManifest)
     if card.plan != plan_digest(model.plan):
         raise PpclError(f"{folder}: fine-tuned from another plan or model; give the pluggable model it stands beside")
     gm = copy.deepcopy(mixture(model, card.students)).requires_grad_(False)
@@ -133,7 +135,7 @@ class FinetunedFolder:
         student = folder.absolute().parent
         if not (folder / CARD).is_file():
             _missing(folder, student)
-        card = read_json(inside(folder, CARD), Card)
+        card = read_json(inside(folder, CARD), FinetunedManifest)
         if not (student / STUDENT_CARD).is_file():
             raise PpclError(
                 f"{folder}: a fine-tuned model, and {student} is not the pluggable model that it was made from; "

@@ -47,7 +47,7 @@ TEACHER = "teacher"
 FINETUNED = "finetuned.json"
 
 
-class Card(BaseModel):
+class StudentManifest(BaseModel):
     """What a saved pluggable model says about itself.
 
     Attributes:
@@ -259,7 +259,7 @@ class PluggableModel(PipelineModel):
             write_safetensors(beside / STUDENTS, students, digests=True)
             stored = open_source(str(beside / TEACHER)).checkpoint()
             if self.plan.model and stored.known_as(self.plan.model) is None:
-                card = read_json(beside / CARD, Card)
+                card = read_json(beside / CARD, StudentManifest)
                 write_json(beside / CARD, card.model_copy(update={"teacher": stored.fingerprint}))
         return folder
 
@@ -279,7 +279,7 @@ class PluggableModel(PipelineModel):
         name = info["config"]["_class_name"]
         if not hasattr(diffusers, name):
             raise PpclError(f"the teacher's class {name} is none of diffusers, so it cannot be saved; save its graph")
-        card = Card(
+        card = StudentManifest(
             plugged=list(self.students),
             example=info["example"],
             made={"version": __version__, "passes": info.get("passes", [])},
@@ -297,7 +297,7 @@ class PluggableModel(PipelineModel):
 
     def save_students(self, folder: str | Path) -> None:
         """Replace the students' weights, and their measured effects, in a folder that `save` wrote."""
-        read_json(inside(folder, CARD), Card)
+        read_json(inside(folder, CARD), StudentManifest)
         # In this order: effects of other weights are not used, whenever this is killed.
         write_safetensors(inside(folder, STUDENTS), self._split()[1], digests=True)
         if self.effects is not None:
@@ -340,7 +340,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
         return released.load(folder, dtype=dtype)
     if (folder / FINETUNED).is_file():
         return _finetuned(folder, dtype)
-    card = read_json(inside(folder, CARD), Card)
+    card = read_json(inside(folder, CARD), StudentManifest)
     plan = read_json(inside(folder, PLAN), Plan)
     weights = read_safetensors(inside(folder, STUDENTS))
     saved = saved_dtype(folder, card)
@@ -383,7 +383,7 @@ def _finetuned(folder: Path, dtype: torch.dtype | None) -> PluggableModel:
     return PluggableModel(graph, Plan()).eval()
 
 
-def check_teacher(folder: Path, teacher: Checkpoint, card: Card, plan: Plan) -> None:
+def check_teacher(folder: Path, teacher: Checkpoint, card: StudentManifest, plan: Plan) -> None:
     """Refuse a teacher that is not the one that a saved model's plan was made for.
 
     Raises:
@@ -397,7 +397,7 @@ def check_teacher(folder: Path, teacher: Checkpoint, card: Card, plan: Plan) -> 
         )
 
 
-def saved_dtype(folder: Path, card: Card) -> torch.dtype:
+def saved_dtype(folder: Path, card: StudentManifest) -> torch.dtype:
     """Return the main dtype of a saved model; older versions did not write it down, and it is that of the students."""
     from ppcl_fx.model.sources import transformer_class
 
@@ -412,7 +412,7 @@ def _is_students(name: str) -> bool:
     return name.split(".")[0] in ("students", "projectors")
 
 
-__all__ = ["Card", "PluggableModel", "describe", "load"]
+__all__ = ["PluggableModel", "StudentManifest", "describe", "load"]
 
 
 def mixture(model: PluggableModel, students: Sequence[str]) -> GraphModule:

@@ -23,7 +23,7 @@ from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.ir.spill import Spill
 from ppcl_fx.model.pluggable import STUDENTS, TEACHER, PluggableModel
 from ppcl_fx.model.rewrite import check_made_for, insert_edits
-from ppcl_fx.passes.calibration.calibration import Report, silent
+from ppcl_fx.passes.calibration.calibration import Notify, silent
 from ppcl_fx.passes.calibration.initialise import fit_on_disk
 from ppcl_fx.passes.calibration.memory_estimate import state_budget
 from ppcl_fx.tracing import trace
@@ -54,7 +54,7 @@ def rewrite_streamed(
     named: NamedPlan | None = None,
     fit: ProjectorFit | None = ProjectorFit(),
     overwrite: bool = False,
-    report: Report = silent,
+    report: Notify = silent,
 ) -> PluggableModel:
     """Do what `ppcl_fx.rewrite` and `PluggableModel.save` do, with the weights left on disk.
 
@@ -119,7 +119,7 @@ def student_forms(graph: GraphModule) -> dict[str, Form]:
 
 
 def write_students(
-    graph: GraphModule, checkpoint: Checkpoint, path: Path, fitted: Mapping[str, Tensor], report: Report = silent
+    graph: GraphModule, checkpoint: Checkpoint, path: Path, fitted: Mapping[str, Tensor], report: Notify = silent
 ) -> None:
     """Write the students' weights: the teacher's own by the mapping of names, and projectors fitted or zero.
 

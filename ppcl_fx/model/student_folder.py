@@ -32,8 +32,8 @@ from ppcl_fx.model.pluggable import (
     PLAN,
     STUDENTS,
     TEACHER,
-    Card,
     PluggableModel,
+    StudentManifest,
     check_teacher,
     saved_dtype,
 )
@@ -94,7 +94,7 @@ class StudentFolder:
             PpclError: a file is missing, damaged, or does not fit the others.
         """
         folder = Path(folder)
-        card = read_json(inside(folder, CARD), Card)
+        card = read_json(inside(folder, CARD), StudentManifest)
         plan = read_json(inside(folder, PLAN), Plan)
         students = Shards.one_file(inside(folder, STUDENTS))
         if teacher is None:

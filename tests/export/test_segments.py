@@ -12,14 +12,14 @@ from torch import nn
 
 from ppcl_fx.export import lower
 from ppcl_fx.export.onnx.graph_run import run_graph
-from ppcl_fx.export.onnx.segments import Segment, described, segments, structure
+from ppcl_fx.export.onnx.segments import GraphSegment, described, segments, structure
 from ppcl_fx.tracing import bind, trace
 from tests import models
 
 Tiny = tuple[nn.Module, dict[str, Any]]
 
 
-def keys(found: list[Segment]) -> dict[str, str]:
+def keys(found: list[GraphSegment]) -> dict[str, str]:
     return {s.name: structure(s, [str(n.meta["val"].shape) for n in s.inputs]) for s in found}
 
 
@@ -104,7 +104,7 @@ def test_functions_that_differ_by_what_they_hold_are_not_alike(one: Any, other: 
         graph = torch.fx.Graph()
         x = graph.placeholder("x")
         graph.output((graph.call_function(function, (x,)),))
-        return structure(Segment("a", torch.fx.GraphModule({}, graph), (x,), (), ()), [])
+        return structure(GraphSegment("a", torch.fx.GraphModule({}, graph), (x,), (), ()), [])
 
     if not isinstance(one, functools.partial):  # those have no name to be called by in a graph
         assert called(one) == called(one)

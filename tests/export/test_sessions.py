@@ -11,7 +11,7 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.runtime import artefacts
-from ppcl_fx.export.runtime.sessions import Choice, Sessions, choose, device_of
+from ppcl_fx.export.runtime.sessions import SessionChoice, Sessions, choose, device_of
 from ppcl_fx.export.store.manifest import Manifest, Port, WeightFile
 from ppcl_fx.export.store.names import manifest_path
 from ppcl_fx.export.tensorrt import build_engine
@@ -84,8 +84,8 @@ def test_commands_are_quoted(tmp_path: Path) -> None:
     folder = tmp_path / "my engines"
     write_ratio(folder)
     found = artefacts(folder)[0.7]
-    assert Choice("tensorrt", found, CUDA).again == f"ppcl-fx build '{folder}' --overwrite"
-    assert Choice("torch", found, CPU).again == f"ppcl-fx export STUDENT --keep 0.7 -o '{folder}' --overwrite"
+    assert SessionChoice("tensorrt", found, CUDA).again == f"ppcl-fx build '{folder}' --overwrite"
+    assert SessionChoice("torch", found, CPU).again == f"ppcl-fx export STUDENT --keep 0.7 -o '{folder}' --overwrite"
 
 
 # ---- runtimes and devices --------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_on_a_gpu_only_pytorch_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", ended.append)
 
     class Opening(Sessions):
-        def _open(self, choice: Choice, front: Any) -> Any:
+        def _open(self, choice: SessionChoice, front: Any) -> Any:
             return SimpleNamespace(choice=choice)
 
     def chosen(keep: float, backend: str, device: torch.device = CUDA) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.runtime.folder import Artefact
-from ppcl_fx.export.runtime.sessions import TENSORRT, Choice, Sessions
+from ppcl_fx.export.runtime.sessions import TENSORRT, SessionChoice, Sessions
 from ppcl_fx.export.runtime.tensorrt_session import GRAPHS, TensorRTSession
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.tensorrt import BuildOptions, Hashes, build_engine, loading
@@ -166,17 +166,19 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Cuda:
 
 
 @pytest.fixture
-def choice(tmp_path: Path) -> Choice:
+def choice(tmp_path: Path) -> SessionChoice:
     """A stripped engine of two profiles; the CPU's memory stands for the GPU's."""
     graph = write_graph(tmp_path / "keep-0.7.onnx")
     engine = graph.with_suffix(".engine")
     options = BuildOptions(stripped=True)
     card = build_engine(graph, engine, [PROFILE, PROFILE], options, api=working(), gpu=GPU)
     manifest = Manifest.model_construct(outputs=card.outputs, keep=0.7)
-    return Choice(TENSORRT, Artefact(0.7, graph, manifest, engine, card), torch.device("cpu"))
+    return SessionChoice(TENSORRT, Artefact(0.7, graph, manifest, engine, card), torch.device("cpu"))
 
 
-def opened(choice: Choice, api: FakeApi, patch: pytest.MonkeyPatch, hashes: Hashes | None = None) -> TensorRTSession:
+def opened(
+    choice: SessionChoice, api: FakeApi, patch: pytest.MonkeyPatch, hashes: Hashes | None = None
+) -> TensorRTSession:
     patch.setattr(loading, "load_tensorrt", lambda left, index: (api, GPU))
     return TensorRTSession(choice, hashes)
 
@@ -192,7 +194,7 @@ def counted(api: FakeApi, name: str) -> int:
 
 
 def test_a_call_sets_profile_shapes_and_addresses_before_it_runs(
-    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+    choice: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = running(cuda)
     session = opened(choice, api, monkeypatch)
@@ -212,7 +214,7 @@ def test_a_call_sets_profile_shapes_and_addresses_before_it_runs(
 
 
 def test_the_second_call_of_the_same_shapes_is_recorded_and_then_repeated(
-    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+    choice: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     api = running(cuda)
     session = opened(choice, api, monkeypatch)
@@ -233,7 +235,7 @@ def test_the_second_call_of_the_same_shapes_is_recorded_and_then_repeated(
 
 
 def test_the_oldest_graph_goes_before_the_next_is_made(
-    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+    choice: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[int] = []
 
@@ -252,7 +254,7 @@ def test_the_oldest_graph_goes_before_the_next_is_made(
 
 
 def test_where_no_graph_can_be_recorded_runs_go_on_without_and_say_so_once(
-    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    choice: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     session = opened(choice, running(cuda), monkeypatch)
     call(session, 64)
@@ -268,7 +270,7 @@ def test_where_no_graph_can_be_recorded_runs_go_on_without_and_say_so_once(
 
 
 def test_memory_that_pytorch_keeps_is_given_to_a_context_that_lacks_it(
-    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+    choice: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     room = iter([False, True])
 
@@ -294,7 +296,7 @@ def test_memory_that_pytorch_keeps_is_given_to_a_context_that_lacks_it(
     ],
 )
 def test_what_tensorrt_refuses_is_one_line(
-    answers: Any, words: str, choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+    answers: Any, words: str, choice: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = opened(choice, running(cuda, **answers), monkeypatch)
     with pytest.raises(PpclError, match=words) as caught:
@@ -302,14 +304,18 @@ def test_what_tensorrt_refuses_is_one_line(
     assert "\n" not in str(caught.value) and cuda.devices == []
 
 
-def test_an_output_of_an_unknown_type_is_one_line(choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_output_of_an_unknown_type_is_one_line(
+    choice: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(PpclError, match="its output sample is DataType.FP8, which cannot be read here"):
         opened(choice, running(cuda, ICudaEngine__get_tensor_dtype="DataType.FP8"), monkeypatch)
     session = opened(choice, running(cuda, ICudaEngine__get_tensor_dtype="DataType.INT64"), monkeypatch)
     assert session.outputs == {"sample": torch.int64}
 
 
-def test_another_gpu_is_asked_for_by_its_index(choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_gpu_is_asked_for_by_its_index(
+    choice: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[tuple[int, Any]] = []
 
     def load(left: str, index: int) -> Any:
@@ -318,12 +324,12 @@ def test_another_gpu_is_asked_for_by_its_index(choice: Choice, cuda: Cuda, monke
 
     monkeypatch.setattr(loading, "load_tensorrt", load)
     second = torch.device("cuda:1")
-    TensorRTSession(Choice(TENSORRT, choice.artefact, second))
+    TensorRTSession(SessionChoice(TENSORRT, choice.artefact, second))
     assert asked == [(1, second)]
 
 
 def test_the_weights_of_a_stripped_engine_are_hashed_once_for_all_plugs(
-    choice: Choice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+    choice: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
     from ppcl_fx.export.tensorrt import manifest

@@ -12,7 +12,7 @@ from torch import nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.runtime.folder import Artefact
-from ppcl_fx.export.runtime.sessions import TORCH, Choice
+from ppcl_fx.export.runtime.sessions import TORCH, SessionChoice
 from ppcl_fx.export.runtime.torch_session import _fill, _placed, _weights
 from ppcl_fx.export.store.manifest import Manifest
 from tests.export.test_tensorrt import write_graph
@@ -55,7 +55,7 @@ class _Table(nn.Module):
 def filled(tmp_path: Path, weights: dict[str, torch.Tensor]) -> torch.Tensor:
     graph = torch.fx.symbolic_trace(_Table())
     artefact = Artefact(0.7, tmp_path / "keep-0.7.onnx", Manifest.model_construct())
-    _fill(graph, weights, Choice(TORCH, artefact, torch.device("cpu")), {})
+    _fill(graph, weights, SessionChoice(TORCH, artefact, torch.device("cpu")), {})
     result = graph(torch.zeros(4))
     assert isinstance(result, torch.Tensor)
     return result

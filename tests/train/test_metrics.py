@@ -12,7 +12,7 @@ import torch
 
 from ppcl_fx.cli.terminal import watching, words
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.metrics.logger import EVENTS, LOG, Counter, MetricsLogger, Row
+from ppcl_fx.train.metrics.logger import EVENTS, LOG, Counter, LogRow, MetricsLogger
 from ppcl_fx.train.metrics.logger import logger as module
 
 
@@ -37,7 +37,7 @@ def _steps(watch: MetricsLogger, clock: Clock, numbers: range, seconds: float = 
 
 
 def test_rates_and_the_estimate_come_from_measured_steps() -> None:
-    clock, rows = Clock(), list[Row]()
+    clock, rows = Clock(), list[LogRow]()
     watch = MetricsLogger(show=rows.append, clock=clock)
     watch.begin("depth", 0, 10)
     _steps(watch, clock, range(1, 2), seconds=60.0)  # warms up: not part of any rate
@@ -59,7 +59,7 @@ def test_rates_and_the_estimate_come_from_measured_steps() -> None:
 def test_the_time_of_day_may_jump(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     days = iter(range(10**6, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(days)))
-    rows: list[Row] = []
+    rows: list[LogRow] = []
     watch = MetricsLogger(tmp_path, show=rows.append, tensorboard=False)
     watch.begin("depth", 0, 6)
     _steps(watch, Clock(), range(1, 7))
@@ -133,13 +133,13 @@ def test_without_tensorboard_asking_for_it_is_an_error(tmp_path: Path, monkeypat
         MetricsLogger(tmp_path, tensorboard=True)
 
 
-def _row(step: int, **changed: Any) -> Row:
+def _row(step: int, **changed: Any) -> LogRow:
     facts: dict[str, Any] = {
         "stage": "depth", "step": step, "steps": 1000, "loss": 0.25, "losses": {"e": 0.25}, "lr": 0.1, "norms": {},
         "held_out": {}, "score": None, "stopped": {}, "seconds": 1.0, "samples_per_second": 4.0,
         "flops_per_second": 3.2e12, "peak_bytes": 2**31, "left": 5400.0,
     }  # fmt: skip
-    return Row(**{**facts, **changed})
+    return LogRow(**{**facts, **changed})
 
 
 def test_a_row_in_words() -> None:

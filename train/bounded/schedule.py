@@ -47,7 +47,7 @@ class Capacity:
 
 
 @dataclass(frozen=True)
-class Work:
+class PricedWork:
     """Which calls the steps use.
 
     Attributes:
@@ -202,7 +202,7 @@ class Pricing:
 
     problems: Sequence[ProblemCost]
     teacher: TeacherCost
-    work: Work
+    work: PricedWork
     capacity: Capacity
     speeds: Speeds
 

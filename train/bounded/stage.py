@@ -23,7 +23,7 @@ from ppcl_fx.schema.curves import StageCurves
 from ppcl_fx.train.bounded.cache import Cache
 from ppcl_fx.train.bounded.costs import Speeds, problem_cost, teacher_cost
 from ppcl_fx.train.bounded.problems import Problem, problems
-from ppcl_fx.train.bounded.schedule import Capacity, Pricing, Schedule, StageSchedule, Sweep, Work
+from ppcl_fx.train.bounded.schedule import Capacity, PricedWork, Pricing, Schedule, StageSchedule, Sweep
 from ppcl_fx.train.bounded.student import Student
 from ppcl_fx.train.bounded.teacher import Report, Route, Teacher, prepared, states_room
 from ppcl_fx.train.config import TrainConfig
@@ -41,7 +41,7 @@ FITTED = "projectors"
 
 
 @dataclass
-class Context:
+class StageContext:
     """What all stages of a run share; `used` and `held` are the positions of the calls to train and to evaluate on."""
 
     opened: StudentFolder
@@ -104,7 +104,7 @@ class Context:
 class BoundedStage:
     """A stage: its problems, its schedule, its run."""
 
-    def __init__(self, context: Context, number: int, found: Sequence[Problem]) -> None:
+    def __init__(self, context: StageContext, number: int, found: Sequence[Problem]) -> None:
         self._context, self._number, self._problems = context, number, found
         self._name, self._steps = context.options.stages[number], context.options.steps[number]
         self._finished: dict[int, StageCurves] = {}
@@ -118,7 +118,7 @@ class BoundedStage:
             self._held_out = [held_out.indices(step) for step in range(len(held_out))]
         self._sizes = [call.batch for call in context.calls]
         traced = max(1, context.opened.traced_size)
-        self._work = Work(
+        self._work = PricedWork(
             [tuple(chain(*self._batches[i : i + count])) for i in range(0, len(self._batches), count)],
             [elements(call.kwargs) / traced for call in context.calls],
             context.held,

@@ -24,7 +24,7 @@ from ppcl_fx.schema.curves import LOSSES, Losses, StageCurves
 from ppcl_fx.tracing import bind, with_rows
 from ppcl_fx.train.bounded.costs import Speeds, measure_speeds
 from ppcl_fx.train.bounded.schedule import Capacity, StageSchedule
-from ppcl_fx.train.bounded.stage import BoundedStage, Context
+from ppcl_fx.train.bounded.stage import BoundedStage, StageContext
 from ppcl_fx.train.bounded.teacher import Report
 from ppcl_fx.train.bounded.words import schedule_lines
 from ppcl_fx.train.checks import check_here, check_places
@@ -193,7 +193,7 @@ class BoundedTraining:
         return self._speeds or measure_speeds(self._opened.folder, dtype, self._device)
 
     @cached_property
-    def _context(self) -> Context:
+    def _context(self) -> StageContext:
         limits = self._limits
         capacity = Capacity(
             memory=NO_LIMIT if limits.memory is None else limits.memory - self._base,
@@ -201,7 +201,7 @@ class BoundedTraining:
             cache_memory=NO_LIMIT if limits.cache_memory is None else limits.cache_memory,
         )
         used, held = split(self._calls, self._config.held_out, self._config.seed)
-        return Context(
+        return StageContext(
             self._opened, self._calls, self._config, self._identity, self._work, self._resume, self._device,
             capacity, limits.memory, silent, used, held,
         )  # fmt: skip

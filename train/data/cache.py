@@ -36,7 +36,7 @@ CALLS, CARD, TEMPLATE = "calls", "samples.json", "template.json"
 _log = logging.getLogger("ppcl_fx.train")
 
 
-class Card(BaseModel):
+class CacheManifest(BaseModel):
     """What is known of a part without its tensors.
 
     Attributes:
@@ -62,7 +62,7 @@ class Part:
     """A part of the cache that can be read."""
 
     folder: Path
-    card: Card
+    card: CacheManifest
 
     def calls(self) -> Calls:
         """Open the calls, without reading their tensors."""
@@ -186,7 +186,7 @@ def _find(place: Path) -> Part | None:
     if not place.exists():
         return None
     try:
-        part = Part(place, read_json(inside(place, CARD), Card))
+        part = Part(place, read_json(inside(place, CARD), CacheManifest))
         calls = part.calls() if part.card.names else []
         if {len(part.card.names)} != {len(calls), len(part.card.digests), len(part.card.groups), len(part.card.mu)}:
             raise PpclError(f"{place}: its card does not fit its calls")
@@ -217,7 +217,7 @@ def _encode_all(encoder: Encoder, parts: Sequence[Pairs], folder: Path, skips: B
 
 def _encode(encoder: Encoder, part: Sequence[Pair], place: Path, skips: BadSamples) -> None:
     calls: list[Call] = []
-    card = Card(names=[], digests=[], groups=[], mu=[], skipped={})
+    card = CacheManifest(names=[], digests=[], groups=[], mu=[], skipped={})
     for pair in part:
         try:
             call, mu = _one(encoder, pair)

@@ -46,7 +46,7 @@ class Piece(BaseModel):
     sha256: str
 
 
-class Index(BaseModel):
+class PartIndex(BaseModel):
     """What `pieces.json` holds: how many ranks wrote, and every file by name."""
 
     model_config = ConfigDict(extra="forbid")
@@ -61,7 +61,7 @@ class Index(BaseModel):
         return sum(piece.size for piece in self.files.values())
 
 
-def write(folder: Path, tensors: Mapping[str, Tensor], ranks: ProcessGroup) -> Index | None:
+def write(folder: Path, tensors: Mapping[str, Tensor], ranks: ProcessGroup) -> PartIndex | None:
     """Write this rank's tensors, and its parts of sharded ones, into `folder`; all ranks call it together.
 
     A name that is not sharded is given by one rank, or is the same on all that give it.
@@ -91,7 +91,7 @@ def write(folder: Path, tensors: Mapping[str, Tensor], ranks: ProcessGroup) -> I
             raise PpclError(fault)
     if not ranks.first:
         return None
-    index = Index(
+    index = PartIndex(
         ranks=ranks.world,
         numbers=sorted({name for _, names, _ in everyone for name in names}),
         files={name: Piece(**piece) for _, _, found in everyone for name, piece in found.items()},
@@ -116,7 +116,7 @@ class DistributedTensors(Mapping[str, Tensor]):
 
     def __init__(self, folder: Path, *, check: bool = True) -> None:
         self.folder = folder
-        index = read_json(inside(folder, PIECES), Index)
+        index = read_json(inside(folder, PIECES), PartIndex)
         self._numbers = frozenset(index.numbers)
         for name, piece in index.files.items():
             _check(inside(folder / FOLDER, name), piece, check)

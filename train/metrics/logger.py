@@ -37,7 +37,7 @@ _log = logging.getLogger("ppcl_fx.train")
 
 
 @dataclass(frozen=True)
-class Row:
+class LogRow:
     """One step, as it is logged and shown.
 
     Attributes:
@@ -75,7 +75,7 @@ class Row:
     left: float | None
 
 
-Show = Callable[[Row], None]
+Show = Callable[[LogRow], None]
 
 
 class MetricsLogger:
@@ -176,7 +176,7 @@ class MetricsLogger:
         """Tell of a step that is done, its evaluation included."""
         self._measure()
         mean, flops = self._mean, self._flops
-        row = Row(
+        row = LogRow(
             stage=self._stage,
             step=step,
             steps=self._total,
@@ -216,7 +216,7 @@ class MetricsLogger:
         if len(self._times) >= ENOUGH:
             self._mean = sum(self._times) / len(self._times)
 
-    def _write(self, row: Row) -> None:
+    def _write(self, row: LogRow) -> None:
         if self._folder is None:
             return
         with self._unless_full():
@@ -247,13 +247,13 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _line(row: Row) -> str:
+def _line(row: LogRow) -> str:
     found = {name: value for name, value in asdict(row).items() if value not in (None, {})}
     stamp = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     return json.dumps({"time": stamp, **found}, ensure_ascii=False) + "\n"
 
 
-def _scalars(row: Row) -> Iterator[tuple[str, float]]:
+def _scalars(row: LogRow) -> Iterator[tuple[str, float]]:
     tables: Mapping[str, Mapping[str, float]] = {
         "loss": {"sum": row.loss, **row.losses}, "held_out": row.held_out, "gradient_norm": row.norms,
     }  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train.bounded.costs import ProblemCost, Speeds, TeacherCost, moment_bytes
-from ppcl_fx.train.bounded.schedule import CLEARLY, MARGIN, Capacity, Pricing, Schedule, Work
+from ppcl_fx.train.bounded.schedule import CLEARLY, MARGIN, Capacity, PricedWork, Pricing, Schedule
 
 MIB = 2**20
 BLOCKS = 12
@@ -34,7 +34,7 @@ def student(number: int) -> ProblemCost:
 def planned(memory: int, disk: int, speeds: Speeds = EVEN, **more: Any) -> Schedule:
     given = {"steps": 20, "calls": 10, "checkpoints": 3, **more}
     order = [(step % given["calls"],) for step in range(given["steps"])]
-    work = Work(order, [1.0] * given["calls"])
+    work = PricedWork(order, [1.0] * given["calls"])
     students = [student(number) for number in range(4)]
     return Pricing(students, TEACHER, work, Capacity(memory + MARGIN, disk), speeds).plan(
         given["checkpoints"]
@@ -87,7 +87,7 @@ def test_recomputing_wins_where_the_disk_is_slow() -> None:
 
 def test_the_caches_memory_can_be_bounded_by_itself() -> None:
     students = [student(number) for number in range(4)]
-    work = Work([(0,), (1,)], [1.0, 1.0])
+    work = PricedWork([(0,), (1,)], [1.0, 1.0])
     limits = Capacity(1000 * MIB + MARGIN, 1000 * MIB, cache_memory=5 * MIB)
     price = Pricing(students, TEACHER, work, limits, EVEN).plan(0).price
     assert price.cache_memory == 5 * MIB
@@ -109,8 +109,8 @@ def test_what_cannot_fit_is_refused_with_what_is_missing() -> None:
 
 
 def test_call_sizes_count() -> None:
-    even = Work([(0,), (1,)], [1.0, 1.0])
-    uneven = Work([(0,), (1,)], [1.0, 3.0])
+    even = PricedWork([(0,), (1,)], [1.0, 1.0])
+    uneven = PricedWork([(0,), (1,)], [1.0, 3.0])
     limits = Capacity(1000 * MIB + MARGIN, 1000 * MIB)
     prices = [Pricing([student(0)], TEACHER, work, limits, EVEN).plan(0).price for work in (even, uneven)]
     assert prices[1].training_flops == 2 * prices[0].training_flops
@@ -119,7 +119,7 @@ def test_call_sizes_count() -> None:
 
 def test_held_out_calls_are_cached_and_their_evaluations_priced() -> None:
     order = [(step % 8,) for step in range(20)]
-    work = Work(order, [1.0] * 10, held_out=(8, 9), evaluate_every=15)
+    work = PricedWork(order, [1.0] * 10, held_out=(8, 9), evaluate_every=15)
     assert (work.evaluations(0, 20), work.evaluations(0, 14), work.evaluations(15, 20)) == (2, 0, 1)
     assert work.calls(0, 2) == [0, 1]
     assert work.calls(13, 15) == [5, 6, 8, 9]
