@@ -1,5 +1,6 @@
 # make demo   the whole pipeline on the shipped model: build/demo/report.html and build/demo/summary.json
 # make test   ruff, mypy and the tests
+# make quick  the same without what is slow: for every save
 #
 # Both make .venv first, with the versions of constraints.txt. pip's own settings (PIP_INDEX_URL, pip.conf ...) apply.
 
@@ -14,12 +15,15 @@ PYTHON ?= $(shell for p in python3.11 python3 python3.12 python3.13; do \
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet -c constraints.txt
 
-.PHONY: demo test lint types pytest clean
+.PHONY: demo test quick lint types pytest clean
 
 demo: $(VENV)/.ready-demo
 	$(BIN)/python -m ppcl_fx.demo --out $(DEMO_OUT)
 
 test: lint types pytest
+
+quick: lint types
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -q -m "not slow and not kill and not coverage"
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .

@@ -29,6 +29,8 @@ from ppcl_fx.io.owned_folders import CHECKPOINT
 from ppcl_fx.passes.options import AnalyzeConfig, RewriteConfig
 from tests.options_page import PAGE, page
 
+pytestmark = pytest.mark.slow
+
 COMMANDS = ("analyze", "rewrite", "train", "export", "build", "passes", "run-passes")
 NOBODY = 65534
 Run = Callable[..., tuple[int, str, str]]

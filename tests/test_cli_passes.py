@@ -10,6 +10,8 @@ from ppcl_fx.cli.app import main
 from ppcl_fx.passes.registry import registered
 from tests.cli_place import Place
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_passes_are_listed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     found = Place(tmp_path, capfd).ok("passes")["passes"]

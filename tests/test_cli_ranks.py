@@ -13,6 +13,8 @@ import pytest
 import ppcl_fx
 from tests.train.pluggable import build
 
+pytestmark = pytest.mark.slow
+
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
     "accelerate": [

@@ -22,6 +22,8 @@ from ppcl_fx.shapes.captions import parse
 from tests.cli_place import Place
 from tests.shapes_folder import BLOCKS, save_pipeline
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ("a red circle", "two squares")
 STEPS = 2
 PLAN = {

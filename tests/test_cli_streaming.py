@@ -26,6 +26,8 @@ from ppcl_fx.schema.analysis import Redundancy
 from ppcl_fx.schema.costs import BlockCost, Costs, StackCost
 from tests.shapes_folder import save_pipeline
 
+pytestmark = pytest.mark.kill
+
 LIMIT = ("--memory-limit", "6GiB")
 
 

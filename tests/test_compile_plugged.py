@@ -18,6 +18,8 @@ from ppcl_fx.tracing import trace
 from tests import models
 from tests.lora import loras
 
+pytestmark = pytest.mark.slow
+
 STACK = "transformer_blocks"
 
 

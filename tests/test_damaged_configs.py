@@ -32,6 +32,8 @@ from ppcl_fx.tracing.meta_model import skeleton
 from tests import models
 from tests.shapes_folder import save_pipeline
 
+pytestmark = pytest.mark.slow
+
 LOADING = {"dtype": torch.float32, "use_safetensors": True, "local_files_only": True}
 STACK = "transformer_blocks"
 

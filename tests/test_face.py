@@ -31,6 +31,8 @@ from tests.coverage.case import Case
 from tests.coverage.table import CASES
 from tests.pipeline_reads import pipeline_reads
 
+pytestmark = pytest.mark.slow
+
 READS = functools.cache(pipeline_reads)
 STACK = "transformer_blocks"
 ABSENT = "no such attribute"

@@ -22,6 +22,8 @@ from tests import models
 from tests.export.test_runtime_families import drawn, flux
 from tests.shapes_folder import save_pipeline
 
+pytestmark = pytest.mark.slow
+
 Draw = Callable[[Any], torch.Tensor]
 
 

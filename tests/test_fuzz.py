@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from tests.fuzz.run import Fuzzer, Outcome
+
+pytestmark = pytest.mark.slow
 
 INPUTS = 300
 

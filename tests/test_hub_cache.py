@@ -23,6 +23,8 @@ from ppcl_fx.train.core import checkpoints
 from tests.cli_place import Place
 from tests.lora import loras
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parent / "data"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -26,6 +26,8 @@ from ppcl_fx.train.bounded.trainer import BoundedTraining
 from ppcl_fx.train.config import TrainConfig
 from tests import models, toys
 
+pytestmark = pytest.mark.slow
+
 MASK = "encoder_hidden_states_mask"
 ONES = {MASK: [("encoder_hidden_states", 0), ("encoder_hidden_states", 1)]}
 STACK = "transformer_blocks"

@@ -12,6 +12,8 @@ import torch
 from benchmarks import latency
 from benchmarks.latency_models import TABLE_1, specs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("name", "runtimes", "blocks"),

@@ -30,7 +30,8 @@ MODELS = [case for case in CASES if hasattr(getattr(diffusers, case.name), "from
 MIXED = [case for case in MODELS if getattr(diffusers, case.name)._keep_in_fp32_modules]
 PLAIN = ("FluxTransformer2DModel", "QwenImageTransformer2DModel", "SD3Transformer2DModel")
 ON_DISK = [case for case in MODELS if case in MIXED or case.id in PLAIN]
-pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of one model
+# The warning is torch's, of one model.
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")]
 READS_VALUES = ("AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel")
 """Their traces need a call's values, and a saved model has shapes alone."""
 

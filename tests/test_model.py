@@ -20,6 +20,8 @@ from ppcl_fx.tracing import trace
 from tests import models, toys
 from tests.passes.by_hand import randomise
 
+pytestmark = pytest.mark.slow
+
 STACK = "transformer_blocks"
 EDITS: list[Edit] = [
     DepthEdit(stack=STACK, first=0, last=1, damage=0.2),

@@ -14,6 +14,8 @@ from ppcl_fx.io import owned_folders as owned
 from ppcl_fx.io.owned_folders import Kind, check_replaceable, foreign
 from tests.cli_place import Place
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(written: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> Place:

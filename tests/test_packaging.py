@@ -22,6 +22,8 @@ from packaging.requirements import Requirement
 import ppcl_fx
 from ppcl_fx._names import MOVED
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 ROOMS = ("passes", "train", "export")
 FUNCTIONS = ("analyze", "load", "record", "rewrite", "select", "stacks", "trace")

@@ -27,6 +27,8 @@ from tests.lora import loras
 from tests.passes.by_hand import randomise
 from tests.shapes_folder import save_pipeline
 
+pytestmark = pytest.mark.slow
+
 STACK = "transformer_blocks"
 EDITS: list[Edit] = [
     DepthEdit(stack=STACK, first=1, last=2),

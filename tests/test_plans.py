@@ -30,6 +30,8 @@ from tests.models import flux_kwargs, qwen_kwargs
 from tests.passes.test_frontier import analysis_of, random_stack
 from tests.shapes_folder import save_pipeline
 
+pytestmark = pytest.mark.slow
+
 PAPER = {
     "paper:qwen-image-12b": 11_934_618_688,
     "paper:qwen-image-11b": 10_905_704_512,

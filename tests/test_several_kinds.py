@@ -31,6 +31,8 @@ from tests import models
 from tests.test_kinds import MASK, NeedsAMask, answer
 from tests.toys import build, example
 
+pytestmark = pytest.mark.slow
+
 STACK = "transformer_blocks"
 PLAN = Plan(
     edits=[

@@ -32,6 +32,8 @@ from tests import models
 from tests.cli_place import Place
 from tests.shapes_folder import save_pipeline
 
+pytestmark = pytest.mark.slow
+
 STACK = "transformer_blocks"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -11,6 +11,8 @@ from tests.coverage.case import Case
 from tests.coverage.excluded import EXCLUDED
 from tests.coverage.table import CASES, EQUAL, PAGE, measure, page
 
+pytestmark = pytest.mark.coverage
+
 
 @pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
 def test_a_row_holds_no_wrong_answer(case: Case) -> None:

@@ -34,6 +34,8 @@ from tests.export.killed import command, save_student
 from tests.export.test_killed import check_whole, contents
 from tests.models import qwen_kwargs
 
+pytestmark = pytest.mark.slow
+
 KEEPS = (1.0, 0.75)
 FULL = 50_000
 """Bytes that a file may have where there is no room: fewer than a graph, a copy of weights, or a file with weights."""

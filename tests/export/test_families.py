@@ -23,6 +23,8 @@ from tests import models
 from tests.coverage import dual
 from tests.coverage.case import EXAMPLE, Case, Shape
 
+pytestmark = pytest.mark.slow
+
 FAMILIES: dict[str, Case] = {
     "qwen": Case("QwenImageTransformer2DModel", lambda: models.tiny_qwen(blocks=3)[0], dual.qwen),
     **{

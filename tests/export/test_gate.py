@@ -28,6 +28,8 @@ from ppcl_fx.tracing import trace
 from tests import models
 from tests.export import test_runtime_families as families
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = "transformer_blocks"
 
 

@@ -29,6 +29,8 @@ from tests import models
 from tests.coverage.table import CASES
 from tests.export.test_runtime_families import qwen, run_of
 
+pytestmark = pytest.mark.slow
+
 FLOAT = ir.DataType.FLOAT
 HALF = {torch.bfloat16: ir.DataType.BFLOAT16, torch.float16: ir.DataType.FLOAT16}
 

@@ -22,6 +22,8 @@ from ppcl_fx.export.store.publish import MARK
 from ppcl_fx.export.verify.integrity import external_data
 from tests.export.killed import command, save_student, work
 
+pytestmark = pytest.mark.kill
+
 PATIENCE = 600.0
 KILLS = 3
 

@@ -25,6 +25,8 @@ from ppcl_fx.tracing import bind, trace
 from ppcl_fx.tracing.guards import guards
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 Tiny = tuple[nn.Module, dict[str, Any]]
 
 

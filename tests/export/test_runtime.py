@@ -31,6 +31,8 @@ from ppcl_fx.shapes.checker import check
 from ppcl_fx.shapes.score import share_right
 from ppcl_fx.tracing import bind, trace
 
+pytestmark = pytest.mark.slow
+
 RUNS = [(1, 3), (4, 6), (7, 9), (10, 14)]
 KEEPS = (1.0, 0.7, 0.6, 0.5)
 PROMPTS = ["a red circle", "a triangle above a square", "two circles"]

@@ -26,6 +26,8 @@ from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 Drawing = tuple[Any, dict[str, Any]]
 """A pipeline, and the arguments that it draws with."""
 

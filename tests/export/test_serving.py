@@ -13,6 +13,8 @@ from ppcl_fx.export.onnx.writer import Prepared, prepare
 from ppcl_fx.export.verify.sizes import _at, refused
 from ppcl_fx.tracing import trace
 
+pytestmark = pytest.mark.slow
+
 Tiny = tuple[nn.Module, dict[str, Any]]
 
 

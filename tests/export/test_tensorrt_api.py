@@ -10,6 +10,8 @@ import pytest
 from ppcl_fx.export.tensorrt_api import version_numbers
 from tests.export.trt_bindings import ROOT, Use, all_uses, fitting, in_bindings, look, signatures, uses_in
 
+pytestmark = pytest.mark.slow
+
 USES = all_uses()
 METHODS = [use for use in USES if use.how in ("make", "call")]
 PROPERTIES = [use for use in USES if use.how in ("get", "set")]

@@ -24,6 +24,8 @@ from tests.cli_place import Place
 from tests.export.killed import save_student
 from tests.models import qwen_kwargs
 
+pytestmark = pytest.mark.slow
+
 OTHER = {"batch": 1, "height": 3, "width": 7, "text": 11, "seed": 9}
 
 

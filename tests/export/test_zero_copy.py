@@ -29,6 +29,8 @@ from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan
 from ppcl_fx.tracing import bind, trace
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 BLOCKS = "transformer_blocks"
 MODELS: dict[str, tuple[Any, list[Edit]]] = {
     "qwen": (

@@ -26,6 +26,8 @@ from ppcl_fx.tracing import trace
 from tests import models
 from tests.passes.by_hand import randomise
 
+pytestmark = pytest.mark.slow
+
 DATA = Path(__file__).parents[1] / "data"
 GOLDEN = DATA / "released_layout_tiny"
 STACK = "transformer_blocks"

@@ -15,6 +15,8 @@ from ppcl_fx.lora.convert import loader_of
 from tests import models
 from tests.lora.loras import Tensors, answer, check, factors, write
 
+pytestmark = pytest.mark.slow
+
 DUAL = "transformer_blocks"
 
 

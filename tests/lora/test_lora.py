@@ -21,6 +21,8 @@ from tests import models
 from tests.lora import loras
 from tests.passes.by_hand import randomise
 
+pytestmark = pytest.mark.slow
+
 DUAL, SINGLE = "transformer_blocks", "single_transformer_blocks"
 BUILD = {"qwen": models.tiny_qwen, "flux": models.tiny_flux, "sd3": models.tiny_sd3}
 EDITS: dict[str, list[Edit]] = {

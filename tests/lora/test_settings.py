@@ -16,6 +16,8 @@ from ppcl_fx.errors import PpclError
 from tests.lora import loras
 from tests.lora.loras import BUILD, answer, by_diffusers, check, factors, made, write
 
+pytestmark = pytest.mark.slow
+
 DUAL = "transformer_blocks"
 
 

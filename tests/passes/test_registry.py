@@ -33,6 +33,8 @@ from ppcl_fx.passes.registry import parse, registered
 from ppcl_fx.tracing import bind, trace
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 Kwargs = dict[str, Any]
 STACK = "transformer_blocks"
 BUILD = {"qwen": models.tiny_qwen, "flux": models.tiny_flux, "sd3": models.tiny_sd3}

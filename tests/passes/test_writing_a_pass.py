@@ -22,6 +22,8 @@ from ppcl_fx.passes.edits.plug import plugged
 from ppcl_fx.passes.registry import parse
 from tests.passes.test_registry import BUILD, FORMS, base, outputs
 
+pytestmark = pytest.mark.slow
+
 PAGE = Path(__file__).parents[2] / "docs" / "writing-a-pass.md"
 
 

@@ -24,6 +24,8 @@ from ppcl_fx.train.distributed.process_group import ProcessGroup, collective, cu
 from tests.models import flux_kwargs, qwen_kwargs
 from tests.train.pluggable import build
 
+pytestmark = pytest.mark.slow
+
 
 def _graph(stage: str = "depth") -> Any:
     model, _ = build()

@@ -25,6 +25,8 @@ from tests import models
 from tests.passes.test_plug import EDITS
 from tests.train.pluggable import build
 
+pytestmark = pytest.mark.slow
+
 KEEPS = 8
 
 

@@ -10,11 +10,14 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import pytest
 import torch
 
 from ppcl_fx.io.files import read_safetensors
 from ppcl_fx.train import Losses
 from tests.train.killed import RESULT, work
+
+pytestmark = pytest.mark.kill
 
 KILLS = 4
 PATIENCE = 600.0

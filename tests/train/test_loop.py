@@ -28,6 +28,8 @@ from ppcl_fx.train.core.stage_trainer import converged
 from ppcl_fx.train.core.stages import Distillation, FineTuning
 from tests.train.pluggable import build
 
+pytestmark = pytest.mark.slow
+
 NOBODY = 65534
 
 

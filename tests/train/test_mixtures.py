@@ -27,6 +27,8 @@ from tests.passes.test_distil import teacher_states, values
 from tests.train.bounded.test_trainer import run
 from tests.train.pluggable import build
 
+pytestmark = pytest.mark.slow
+
 STACK = "transformer_blocks"
 CASES: dict[str, tuple[DepthEdit, list[Edit]]] = {
     "qwen": (

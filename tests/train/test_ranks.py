@@ -18,7 +18,10 @@ from ppcl_fx.train.distributed.edit_parallel import EditParallel
 from tests.train.world import result, start, trained
 
 # Some builds of torch leave torch.distributed out; there are no ranks then.
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
+]
 
 
 HELD_OUT: dict[str, Any] = {"held_out": 0.2, "evaluate_every": 2}

@@ -21,6 +21,8 @@ from ppcl_fx.train.core.distiller import inputs
 from ppcl_fx.train.core.stages import Compute, Distillation, FineTuning, prediction, terms
 from tests.train.pluggable import build
 
+pytestmark = pytest.mark.slow
+
 STEPS = {"depth": 6, "width": 4, "finetune": 4}
 
 

@@ -29,6 +29,8 @@ from ppcl_fx.tracing import trace
 from ppcl_fx.tracing.meta_model import Checkpoint
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 NAMES = ["qwen", "flux", "sd3"]
 BUILD: dict[str, Callable[[], tuple[nn.Module, dict[str, Any]]]] = {

@@ -31,6 +31,8 @@ from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
 from tests import models
 
+pytestmark = pytest.mark.slow
+
 STACK = "transformer_blocks"
 PLANS = {
     "qwen": [

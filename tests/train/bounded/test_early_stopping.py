@@ -24,6 +24,8 @@ from ppcl_fx.train.core.stage_trainer import StageTrainer
 from tests.train.bounded.test_trainer import _Killed, kill_at, prepared, run, save
 from tests.train.pluggable import build
 
+pytestmark = pytest.mark.slow
+
 FIRST, SECOND = "depth:transformer_blocks.0-1", "depth:transformer_blocks.2-3"
 # The second student gains less than 11 % from step 2 to 4, the first one from step 4 to 6.
 STOPPING: dict[str, Any] = {

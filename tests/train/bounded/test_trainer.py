@@ -27,6 +27,8 @@ from ppcl_fx.train.config import Limits, TrainConfig, Weights
 from ppcl_fx.train.core.stage_trainer import StageTrainer
 from tests.train.pluggable import build
 
+pytestmark = pytest.mark.slow
+
 FAST_DISK = Speeds(flops=1e6, read=1e12, write=1e12)
 """Computing is dear here and the disk is for nothing: everything is cached."""
 STEPS = {"depth": 4, "width": 3}

@@ -23,7 +23,10 @@ from tests.train.sources.taught import pictures, prompts, trained
 from tests.train.world import result, start
 
 # Some builds of PyTorch come without it (macOS, a build of one's own).
-pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed"),
+]
 
 PICTURES, PART, LIMIT = 21, 8, 0.05
 STEPS = 6
