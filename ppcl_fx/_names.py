@@ -31,6 +31,7 @@ MOVED = {
     "ppcl_fx.redundancy": "ppcl_fx.schema.analysis",
     "ppcl_fx.shards": "ppcl_fx.io.shards",
     "ppcl_fx.sites": "ppcl_fx.ir.sites",
+    "ppcl_fx.train.sources": "ppcl_fx.train.data",
     "ppcl_fx.train.sources.images": "ppcl_fx.train.images.images",
     "ppcl_fx.train.sources.prompts": "ppcl_fx.train.data.prompts",
     "ppcl_fx.train.sources.source": "ppcl_fx.train.data.source",
@@ -78,4 +79,4 @@ class Former(MetaPathFinder, Loader):
         module.__spec__ = spec.loader_state
 
 
-sys.meta_path.append(Former())
+sys.meta_path.insert(0, Former())

@@ -201,7 +201,7 @@ def test_a_killed_analysis_goes_on(folder: Path, program: Program, tmp_path: Pat
     ]
     slow = (
         "import sys, time\n"
-        "from ppcl_fx.passes import calibration\n"
+        "from ppcl_fx.passes.calibration import calibration\n"
         "calibration.CHECKPOINT_SECONDS = 0.0\n"
         "from ppcl_fx.passes.calibration.run_store import RunStore\n"
         "finish = RunStore.finish\n"

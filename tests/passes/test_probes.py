@@ -10,7 +10,7 @@ import torch
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.analysis import probes
 from ppcl_fx.passes.analysis.probes import NormalEquations, Projector
-from ppcl_fx.passes.calibration.calibration import normal_sums
+from ppcl_fx.passes.calibration import normal_sums
 from ppcl_fx.passes.lowering import precision
 
 

@@ -12,8 +12,8 @@ import torch
 
 from ppcl_fx.cli.terminal import watching, words
 from ppcl_fx.errors import PpclError
+from ppcl_fx.train.metrics import logger as module
 from ppcl_fx.train.metrics.logger import EVENTS, LOG, Counter, LogRow, MetricsLogger
-from ppcl_fx.train.metrics.logger import logger as module
 
 
 class Clock:

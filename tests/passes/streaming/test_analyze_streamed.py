@@ -20,7 +20,8 @@ from ppcl_fx.ir.tensor_codec import Encoded, decode, encode
 from ppcl_fx.model.sources import open_source
 from ppcl_fx.passes.analysis import analyze as analysis
 from ppcl_fx.passes.analysis.analyze import analyze, analyze_streamed
-from ppcl_fx.passes.calibration.calibration import Calibration, calibration, silent
+from ppcl_fx.passes.calibration import calibration
+from ppcl_fx.passes.calibration.calibration import Calibration, silent
 from ppcl_fx.passes.calibration.reservoir import Reservoir, ranks
 from ppcl_fx.passes.calibration.run_store import CalibrationSettings
 from ppcl_fx.passes.options import AnalyzeConfig
@@ -175,7 +176,7 @@ def test_killed_while_the_curves_are_made(
         if path.parent.name == "curves" and written.count(path.name) == 1:
             raise Killed
 
-    from ppcl_fx.passes.calibration.calibration import run_store
+    from ppcl_fx.passes.calibration import run_store
 
     write = run_store.write_safetensors
     monkeypatch.setattr(run_store, "write_safetensors", die)
