@@ -18,6 +18,7 @@ MOVED = {
     "ppcl_fx.folders": "ppcl_fx.formats",
     "ppcl_fx.folders.released": "ppcl_fx.formats.released",
     "ppcl_fx.memory": "ppcl_fx.io.memory",
+    "ppcl_fx.passes.damage": "ppcl_fx.passes.selection.sensitivity",
     "ppcl_fx.passes.depth": "ppcl_fx.passes.edits.depth",
     "ppcl_fx.passes.ffn": "ppcl_fx.passes.edits.ffn",
     "ppcl_fx.passes.frontier": "ppcl_fx.passes.selection.frontier",
@@ -31,10 +32,17 @@ MOVED = {
     "ppcl_fx.redundancy": "ppcl_fx.schema.analysis",
     "ppcl_fx.shards": "ppcl_fx.io.shards",
     "ppcl_fx.sites": "ppcl_fx.ir.sites",
+    "ppcl_fx.skeleton": "ppcl_fx.tracing.meta_model",
+    "ppcl_fx.train.ranks": "ppcl_fx.train.distributed.process_group",
+    "ppcl_fx.train.shares": "ppcl_fx.train.distributed.batch_split",
     "ppcl_fx.train.sources": "ppcl_fx.train.data",
+    "ppcl_fx.train.sources.encode": "ppcl_fx.train.images.encode",
+    "ppcl_fx.train.sources.flow": "ppcl_fx.train.images.flow",
     "ppcl_fx.train.sources.images": "ppcl_fx.train.images.images",
+    "ppcl_fx.train.sources.pairs": "ppcl_fx.train.images.captions",
     "ppcl_fx.train.sources.prompts": "ppcl_fx.train.data.prompts",
     "ppcl_fx.train.sources.source": "ppcl_fx.train.data.source",
+    "ppcl_fx.uncached": "ppcl_fx.model.face",
 }
 """Former name -> name, of modules that the documents of version 0.1 named."""
 
