@@ -28,7 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 import ppcl_fx
 from benchmarks.clock import parser, shapes_pipeline, write
 from benchmarks.selection import texts
-from ppcl_fx.model.pluggable import mixture
+from ppcl_fx.model.mixtures import mixture
 from ppcl_fx.passes.options import RewriteConfig
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.train import train

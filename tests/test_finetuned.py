@@ -14,7 +14,7 @@ from torch import nn
 
 import ppcl_fx
 from ppcl_fx.model.finetuned import save_finetuned
-from ppcl_fx.model.pluggable import mixture
+from ppcl_fx.model.mixtures import mixture
 from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.tracing import trace

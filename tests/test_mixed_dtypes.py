@@ -89,10 +89,8 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Kwargs, Pl
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("case", MIXED, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [case for case in MIXED if case.name not in READS_VALUES], ids=lambda case: case.id)
 def test_a_student_has_the_dtypes_that_it_was_saved_with(case: Case, tmp_path: Path) -> None:
-    if case.name in READS_VALUES:
-        pytest.skip("cannot be traced from shapes alone")
     teacher, kwargs, model = saved(case, tmp_path)
     expected = answers(teacher, kwargs)
     full = answers(model.plug(students=model.edits), kwargs)

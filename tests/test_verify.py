@@ -22,7 +22,7 @@ from ppcl_fx.formats.stock import save_stock
 from ppcl_fx.io.files import write_safetensors
 from ppcl_fx.io.shards import DIGESTS, Shards, is_finite
 from ppcl_fx.model.finetuned import FinetunedFolder, load_finetuned, save_finetuned
-from ppcl_fx.model.pluggable import mixture
+from ppcl_fx.model.mixtures import mixture
 from ppcl_fx.model.rewrite import rewrite
 from ppcl_fx.model.sources import open_source
 from ppcl_fx.model.student_folder import StudentFolder

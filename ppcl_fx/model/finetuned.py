@@ -26,9 +26,9 @@ from ppcl_fx.io.files import (
 )
 from ppcl_fx.io.shards import Shards, check_kind, check_weight
 from ppcl_fx.ir.meta import graph_info
+from ppcl_fx.model.mixtures import mixture
 from ppcl_fx.model.pluggable import CARD as STUDENT_CARD
 from ppcl_fx.model.pluggable import FINETUNED as CARD
-from ppcl_fx.model.pluggable import mixture
 from ppcl_fx.schema.plan import plan_digest as plan_digest
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import networkx as nx
+from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.selection.knapsack import least_within, touching
@@ -107,3 +108,14 @@ def check_keep(keep: float) -> None:
         raise PpclError(
             f"keep is the share of parameters that stays, in (0, 1]; {keep:g} is outside, give for example 0.5"
         )
+
+
+def mixture(model: PluggableModel, students: Sequence[str]) -> GraphModule:
+    """Return the plain graph of `model` with `students` plugged in, its parameters shared, and plug back what
+    was.
+    """
+    before = tuple(model.students)
+    try:
+        return model.plug(students=list(students)).graph_module()
+    finally:
+        model.plug(students=list(before))

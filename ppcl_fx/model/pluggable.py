@@ -413,14 +413,3 @@ def _is_students(name: str) -> bool:
 
 
 __all__ = ["PluggableModel", "StudentManifest", "describe", "load"]
-
-
-def mixture(model: PluggableModel, students: Sequence[str]) -> GraphModule:
-    """Return the plain graph of `model` with `students` plugged in, its parameters shared, and plug back what
-    was.
-    """
-    before = tuple(model.students)
-    try:
-        return model.plug(students=list(students)).graph_module()
-    finally:
-        model.plug(students=list(before))

@@ -17,7 +17,7 @@ from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, check_artefacts, export
 from ppcl_fx.model.finetuned import FinetunedFolder, save_finetuned
-from ppcl_fx.model.pluggable import mixture
+from ppcl_fx.model.mixtures import mixture
 from ppcl_fx.tracing import bind
 from ppcl_fx.train import load_finetuned
 from tests.cli_place import Place

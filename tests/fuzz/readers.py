@@ -25,7 +25,7 @@ from ppcl_fx.formats.stock import save_stock
 from ppcl_fx.io.files import read_json
 from ppcl_fx.io.fingerprint import tensor_digest
 from ppcl_fx.model.finetuned import load_finetuned, save_finetuned
-from ppcl_fx.model.pluggable import mixture
+from ppcl_fx.model.mixtures import mixture
 from ppcl_fx.model.rewrite import insert_edits, rewrite
 from ppcl_fx.model.sources import open_source
 from ppcl_fx.schema.analysis import Redundancy

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.model.pluggable import mixture
+from ppcl_fx.model.mixtures import mixture
 from ppcl_fx.train import Losses, TrainResult, load_finetuned, train
 from ppcl_fx.train.config import Weights
 from ppcl_fx.train.core.distillation_graph import train_only

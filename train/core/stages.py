@@ -16,7 +16,8 @@ from torch.nn import Module
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.ir.partition import regions, segmented
-from ppcl_fx.model.pluggable import PluggableModel, mixture
+from ppcl_fx.model.mixtures import mixture
+from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.model.retrace import over
 from ppcl_fx.passes.edits.outline import outline
 from ppcl_fx.passes.edits.plug import plugged

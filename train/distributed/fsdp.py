@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.ir.partition import regions
-from ppcl_fx.model.pluggable import mixture
+from ppcl_fx.model.mixtures import mixture
 from ppcl_fx.passes.edits.outline import outline
 from ppcl_fx.train.core.batches import moved
 from ppcl_fx.train.core.distiller import Groups, casting, inputs
