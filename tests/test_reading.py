@@ -16,7 +16,6 @@ from ppcl_fx.cli.analyze import read_prompts
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.verify.integrity import external_data, sample_of
 from ppcl_fx.io import reading
-from ppcl_fx.io.byte_ranges import byte_ranges
 from ppcl_fx.io.files import read_json, read_safetensors, sha256_of, tensor_shapes
 from ppcl_fx.io.reading import (
     append_regular,
@@ -27,6 +26,7 @@ from ppcl_fx.io.reading import (
     read_text,
     text_of,
 )
+from ppcl_fx.io.shards import stored_tensors
 from ppcl_fx.train import config
 
 
@@ -45,7 +45,7 @@ READERS: list[Callable[[Path], Any]] = [
     sha256_of,
     read_prompts,
     config.read,
-    byte_ranges,
+    stored_tensors,
     sample_of,
     external_data,
 ]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.store.weight_source import WeightFolder, WeightSource
-from ppcl_fx.io.byte_ranges import byte_ranges
 from ppcl_fx.io.long_files import form_bytes
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.io.shards import Shards
@@ -81,8 +80,7 @@ def _tuned(tuned: FinetunedFolder, config: ExportConfig) -> tuple[WeightSource, 
     def read(name: str) -> Tensor:
         return shards.checked(first[name]).to(dtypes[first[name]])
 
-    places = byte_ranges(tuned.file)
-    ranges = {name: places[first[name]] for name in first}
+    ranges = {name: shards.stored[first[name]] for name in first}
     weights = WeightSource(graph, read, shards.close, ranges, tuned.student)
     why = _unread(weights, config)
     if why is None:

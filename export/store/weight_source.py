@@ -12,8 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ppcl_fx.io.byte_ranges import ByteRange, byte_ranges
-from ppcl_fx.io.shards import Shards
+from ppcl_fx.io.shards import Shards, Stored
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.passes.lowering.narrow import rows_of
 from ppcl_fx.tracing.meta_model import Checkpoint
@@ -64,7 +63,7 @@ class WeightSource:
     root: nn.Module
     read: Callable[[str], Tensor]
     release: Callable[[], None] = lambda: None
-    ranges: Mapping[str, ByteRange] = field(default_factory=dict)
+    ranges: Mapping[str, Stored] = field(default_factory=dict)
     folder: Path | None = None
 
     @classmethod
@@ -83,10 +82,7 @@ class WeightSource:
         Raises:
             PpclError: a file is damaged.
         """
-        ranges: dict[str, ByteRange] = {}
-        for shards in (opened.teacher.shards, opened.students):
-            headers = {file: byte_ranges(file) for file in shards.files}
-            ranges |= {name: headers[entry.file][entry.name] for name, entry in shards.stored.items()}
+        ranges = {**opened.teacher.shards.stored, **opened.students.stored}
         return cls(root, opened.read, opened.release, ranges, opened.folder)
 
     def forms(self, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:

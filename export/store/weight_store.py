@@ -22,11 +22,11 @@ from ppcl_fx.export.store.names import DATA, WEIGHTS
 from ppcl_fx.export.store.publish import is_store, writing
 from ppcl_fx.export.store.weight_source import WeightPiece, WeightSource
 from ppcl_fx.export.verify.integrity import cards_in, sample_of, used_by_others
-from ppcl_fx.io.byte_ranges import ByteRange, byte_ranges
 from ppcl_fx.io.files import inside, need_room, sha256_of, sync
 from ppcl_fx.io.long_files import form_bytes, write_long
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.io.reading import open_regular
+from ppcl_fx.io.shards import Stored, stored_tensors
 
 _FICLONE = 0x40049409
 """The ioctl of Linux that lets two files share their blocks until one is written to."""
@@ -45,7 +45,7 @@ class Store:
     """
 
     folder: Path
-    ranges: dict[str, ByteRange]
+    ranges: dict[str, Stored]
     created: list[Path] = field(default_factory=list)
     digests: dict[str, str] = field(default_factory=dict)
     reading: dict[str, Future[str]] = field(default_factory=dict)
@@ -141,7 +141,7 @@ def stored(
         if others:
             target = root / WEIGHTS / f"{_plain(dtype or _main(others))}.safetensors"
             target = _publish(made, target, lambda beside: _write(source, others, beside), replaced, None)
-            made.ranges.update(byte_ranges(target))
+            made.ranges.update(stored_tensors(target))
         made.ranges.update(
             (name, replace(place, file=targets[place.file])) for name, place in there.items() if place.file in files
         )

@@ -13,9 +13,9 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.store.manifest import Manifest, WeightFile
 from ppcl_fx.export.store.names import manifest_path
-from ppcl_fx.io.byte_ranges import byte_ranges
 from ppcl_fx.io.files import inside, own_file, read_json, sha256_of
 from ppcl_fx.io.reading import open_regular, read_bytes
+from ppcl_fx.io.shards import stored_tensors
 
 AGAIN = "export it again, or copy the whole folder again"
 GRAPH_BYTES = 2**31
@@ -174,7 +174,7 @@ def _digest(path: Path) -> str:
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
     if path.suffix == ".safetensors":
-        places = sorted((part.offset, part.length) for part in byte_ranges(path).values())
+        places = sorted((part.offset, part.nbytes) for part in stored_tensors(path).values())
     else:
         step = max(1, -(-size // PIECES))
         places = [(first, min(step, size - first)) for first in range(0, size, step)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +53,16 @@ class _Index(BaseModel):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies: the file, its name there, its dtype and shape."""
+    """Where one tensor lies: the file, its name there, its dtype and shape, and its first byte, from the file's start.
+
+    The bytes are row by row, little-endian.
+    """
 
     file: Path
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
+    offset: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -67,12 +71,7 @@ class Stored:
 
 
 class Shards:
-    """The tensors of a checkpoint by name; each is read when asked for, memory-mapped.
-
-    Args:
-        folder: the folder, for messages.
-        stored: where each tensor lies. `Shards.open` finds it out for a diffusers folder.
-    """
+    """The tensors of a checkpoint by name; each is read when asked for, memory-mapped."""
 
     def __init__(self, folder: Path, stored: Mapping[str, Stored]) -> None:
         self.folder = folder
@@ -82,11 +81,7 @@ class Shards:
 
     @classmethod
     def open(cls, folder: str | Path, stem: str = STEM) -> Shards:
-        """Open the weights of a model folder: every header is read, no tensor is.
-
-        Args:
-            folder: the folder.
-            stem: what the names of its files begin with; transformers has another than diffusers.
+        """Open the weights of a model folder, whose files' names begin with `stem`: headers are read, no tensor is.
 
         Raises:
             PpclError: there are no weights, a shard is missing or truncated, the index points out of its folder, or it
@@ -106,7 +101,7 @@ class Shards:
                 raise PpclError(
                     f"{folder}: holds neither {one.name} nor {index.name}; give a folder with safetensors weights"
                 )
-            return cls(folder, _headers(own_file(one)))
+            return cls(folder, stored_tensors(own_file(one)))
         weight_map = read_json(own_file(index), _Index).weight_map
         if not weight_map:
             raise PpclError(f"{index}: names no tensor; {AGAIN}")
@@ -115,7 +110,7 @@ class Shards:
             path = _listed(index, name)
             if not path.is_file():
                 raise PpclError(f"{path}: no such file, and {index.name} names it; download the missing shard")
-            for tensor, entry in _headers(path).items():
+            for tensor, entry in stored_tensors(path).items():
                 if tensor in stored:
                     raise PpclError(
                         f"{path}: holds {tensor}, which {stored[tensor].file.name} holds too, and loaders differ in "
@@ -129,12 +124,8 @@ class Shards:
 
     @classmethod
     def one_file(cls, path: Path) -> Shards:
-        """Open a single safetensors file of any name: its header is read, no tensor is.
-
-        Raises:
-            PpclError: it is missing or truncated.
-        """
-        return cls(path.parent, _headers(path))
+        """Open a single safetensors file of any name. Raises PpclError where it is missing or truncated."""
+        return cls(path.parent, stored_tensors(path))
 
     @property
     def files(self) -> list[Path]:
@@ -142,11 +133,7 @@ class Shards:
         return sorted({entry.file for entry in self.stored.values()})
 
     def dtype(self, kept: Sequence[str]) -> torch.dtype:
-        """Return the floating-point dtype of most stored elements, what the class keeps in float32 aside.
-
-        Args:
-            kept: what `ppcl_fx.ir.dtypes.kept_in_float32` says of the model's class.
-        """
+        """Return the floating-point dtype of most stored elements, what the class keeps in float32 (`kept`) aside."""
         sizes: dict[torch.dtype, int] = defaultdict(int)
         for name, entry in self.stored.items():
             if entry.dtype.is_floating_point and not set(kept) & set(name.split(".")):
@@ -159,11 +146,7 @@ class Shards:
         return {name: entry.shape for name, entry in self.stored.items()}
 
     def digests(self) -> dict[str, str]:
-        """Return the digests that were stored with the tensors (`ppcl_fx.io.fingerprint.tensor_digest`), if any.
-
-        Raises:
-            PpclError: what is stored is no digests.
-        """
+        """Return the digests (`ppcl_fx.io.fingerprint.tensor_digest`) that were stored with the tensors, if any."""
         found: dict[str, str] = {}
         for path in self.files:
             text = safetensors_metadata(path).get(DIGESTS)
@@ -176,11 +159,7 @@ class Shards:
         return found
 
     def checked(self, name: str) -> Tensor:
-        """Return one tensor as `tensor` does, after it was read once to see that every value is finite.
-
-        Raises:
-            PpclError: it holds NaN or infinity, or the file was cut or removed after it was opened.
-        """
+        """Return one tensor as `tensor` does; PpclError where a value is not finite, for which it is read once."""
         tensor = self.tensor(name)
         if name not in self._finite:
             check_weight(tensor, name, self.stored[name].file)
@@ -188,15 +167,7 @@ class Shards:
         return tensor
 
     def tensors(self, dtype: torch.dtype | None = None, kept: Sequence[str] = ()) -> dict[str, Tensor]:
-        """Return every tensor, floating-point ones in `dtype` (as stored when None).
-
-        Args:
-            dtype: the dtype.
-            kept: what stays in float32 then, see `ppcl_fx.ir.dtypes.kept_in_float32`.
-
-        Raises:
-            PpclError: a file was cut or removed after it was opened.
-        """
+        """Return every tensor, floating-point ones but those `kept` in float32 in `dtype` (as stored when None)."""
         found = {}
         for name in self.stored:
             tensor = self.checked(name)
@@ -226,18 +197,13 @@ class Shards:
         self._files.clear()
 
     def check(self, model: nn.Module) -> None:
-        """Compare names, shapes and kinds of dtype with those of a model, on any device.
-
-        Raises:
-            PpclError: a tensor is missing, too much, of another shape, or stored in a dtype that cannot be its own.
-        """
+        """Refuse weights whose names, shapes, or kinds of dtype are not those of a model, on any device."""
         wanted = model.state_dict()
         missing = [name for name in wanted if name not in self.stored]
         extra = [name for name in self.stored if name not in wanted]
         if missing or extra:
-            raise PpclError(
-                f"{self.folder}: {_misfit(type(model).__name__, missing, extra, self.stored, wanted)}"
-            )
+            fault = _other_blocks(self.stored, wanted) or _misfit(type(model).__name__, missing, extra)
+            raise PpclError(f"{self.folder}: {fault}")
         for name, tensor in wanted.items():
             entry = self.stored[name]
             if entry.shape != tuple(tensor.shape):
@@ -261,11 +227,7 @@ class Shards:
 
 
 def check_kind(stored: torch.dtype, wanted: Tensor, name: str, file: Path) -> None:
-    """Refuse a tensor that is stored as a kind of number that its place in the model does not take.
-
-    Raises:
-        PpclError: whole numbers are stored for a floating-point weight, or the reverse.
-    """
+    """Refuse whole numbers that are stored for a floating-point weight, and the reverse."""
     if not (stored in WEIGHT_DTYPES if wanted.is_floating_point() else not stored.is_floating_point):
         raise PpclError(
             f"{file}: {name} is stored as {_plain(stored)}, which cannot hold this weight; "
@@ -274,11 +236,7 @@ def check_kind(stored: torch.dtype, wanted: Tensor, name: str, file: Path) -> No
 
 
 def check_weight(tensor: Tensor, name: str, file: Path) -> None:
-    """Refuse a weight that is not finite.
-
-    Raises:
-        PpclError: it holds NaN or infinity; the line names the file and the tensor.
-    """
+    """Refuse a weight that holds NaN or infinity."""
     if not is_finite(tensor):
         raise PpclError(f"{file}: {name} holds NaN or infinity, which no weight may; {AGAIN}")
 
@@ -293,40 +251,48 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def _headers(path: Path) -> dict[str, Stored]:
-    found = {}
-    for name, (dtype, shape) in tensor_shapes(path).items():
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """Return where each tensor of a safetensors file lies, from the header alone.
+
+    Raises:
+        PpclError: the file is missing, truncated or not safetensors, or a dtype is not known.
+    """
+    shapes = tensor_shapes(path)
+    for name, (dtype, _) in shapes.items():
         if dtype not in DTYPES:
-            raise PpclError(
-                f"{path}: {name} is stored as {dtype}, which cannot be read here; give float weights"
-            )
-        found[name] = Stored(path, name, DTYPES[dtype], shape)
+            raise PpclError(f"{path}: {name} is stored as {dtype}, which cannot be read here; give float weights")
+    found = {name: Stored(path, name, DTYPES[dtype], shape) for name, (dtype, shape) in shapes.items()}
+    # The tensors lie one behind the other up to the end of the file: the library refuses any other.
+    begin = path.stat().st_size - sum(entry.nbytes for entry in found.values())
+    with safe_open(path, framework="pt") as file:
+        for name in file.offset_keys():
+            found[name] = replace(found[name], offset=begin)
+            begin += found[name].nbytes
     return found
 
 
 def _listed(index: Path, name: str) -> Path:
     """Return the file that an index names, refusing names and links that leave the folder."""
-    folder, parts = index.parent, Path(name).parts
-    if len(parts) != 1 or parts[0] in ("..", ".") or Path(name).is_absolute() or "\0" in name or "\\" in name:
+    if len(Path(name).parts) != 1 or name in ("..", "/") or "\0" in name or "\\" in name:
         raise PpclError(f"{index}: names the file {name!r}, which is not beside it; {AGAIN}")
-    return inside(folder, name)
+    return inside(index.parent, name)
 
 
-def _misfit(
-    kind: str, missing: list[str], extra: list[str], stored: Iterable[str], wanted: Iterable[str]
-) -> str:
-    here, there = _blocks(stored), _blocks(wanted)
-    for path in sorted(here.keys() & there.keys()):
-        if here[path] != there[path]:
-            return (
-                f"config.json says {there[path]} blocks in {path} and the weights hold {here[path]}; "
-                "mend config.json, or download the weights again"
-            )
+def _misfit(kind: str, missing: list[str], extra: list[str]) -> str:
     odd = missing or extra
     named = f"{odd[0]} and {len(odd) - 1} more" if len(odd) > 1 else odd[0]
     if missing:
         return f"the weights lack {named}, which {kind} has{near(odd[0], extra)}; download them again"
     return f"the weights hold {named}, which {kind} does not have; download them again"
+
+
+def _other_blocks(stored: Iterable[str], wanted: Iterable[str]) -> str | None:
+    here, there = _blocks(stored), _blocks(wanted)
+    path = next((path for path in sorted(here.keys() & there.keys()) if here[path] != there[path]), None)
+    return path and (
+        f"config.json says {there[path]} blocks in {path} and the weights hold {here[path]}; "
+        "mend config.json, or download the weights again"
+    )
 
 
 def _blocks(names: Iterable[str]) -> dict[str, int]:
@@ -345,11 +311,8 @@ def _plain(dtype: torch.dtype) -> str:
 
 
 def loaded_dtype(name: str, dtype: torch.dtype, kept: Iterable[str]) -> torch.dtype:
-    """Return the dtype that a floating-point tensor of the state dict gets from diffusers' ``from_pretrained``.
+    """Return the dtype that a floating-point tensor gets from diffusers' ``from_pretrained`` in `dtype`.
 
-    Args:
-        name: the tensor.
-        dtype: what the model is loaded in.
-        kept: what `kept_in_float32` returned.
+    `kept` is what `ppcl_fx.ir.dtypes.kept_in_float32` returned.
     """
     return torch.float32 if set(kept) & set(name.split(".")) else dtype

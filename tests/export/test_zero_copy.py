@@ -288,14 +288,14 @@ def test_a_failure_half_way_leaves_nothing(qwen: Path, tmp_path: Path, monkeypat
 
 
 def test_truncated_header_is_refused(qwen: Path, tmp_path: Path) -> None:
-    from ppcl_fx.io.byte_ranges import byte_ranges
+    from ppcl_fx.io.shards import stored_tensors
 
     path = tmp_path / "x.safetensors"
     for data in (b"", b"\xff" * 8, (2).to_bytes(8, "little") + b"[]", (90).to_bytes(8, "little") + b"{}"):
         path.write_bytes(data)
         with pytest.raises(PpclError, match="not a safetensors file"):
-            byte_ranges(path)
+            stored_tensors(path)
     header = json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(15))
-    with pytest.raises(PpclError, match="beyond its end"):
-        byte_ranges(path)
+    with pytest.raises(PpclError, match="truncated or not a safetensors file"):
+        stored_tensors(path)
