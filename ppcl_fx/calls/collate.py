@@ -18,12 +18,10 @@ AGAIN = "record the calls again"
 _APART = "run these calls one by one"
 
 
-
 def map_tensors(value: Any, change: Callable[[str, torch.Tensor], Any], path: str = "") -> Any:
     """Return `value` with every tensor in its lists, tuples and dicts replaced by ``change(path, tensor)``.
 
-    Raises:
-        PpclError: `value` holds something that is neither a tensor nor known to JSON.
+    PpclError where it holds something that is neither a tensor nor known to JSON.
     """
     if isinstance(value, torch.Tensor):
         return change(path, value)
@@ -39,9 +37,7 @@ def map_tensors(value: Any, change: Callable[[str, torch.Tensor], Any], path: st
             raise PpclError(f"argument {path!r} is {value}; calls must be finite")
         return value
     what = "a dict whose keys are not all strings" if isinstance(value, dict) else f"a {type(value).__name__}"
-    raise PpclError(
-        f"argument {path!r} is {what}; calls hold tensors, numbers, strings, lists, tuples and dicts"
-    )
+    raise PpclError(f"argument {path!r} is {what}; calls hold tensors, numbers, strings, lists, tuples and dicts")
 
 
 def check_finite(tensor: torch.Tensor, where: str) -> None:
@@ -62,11 +58,10 @@ def collate(calls: Sequence[Call]) -> dict[str, Any]:
     """
     if not calls:
         raise PpclError("there are no calls to join; give at least one")
-    names = sorted({name for call in calls for name in call.kwargs})
-    for name in names:
-        without = [call.index for call in calls if name not in call.kwargs]
-        if without:
-            raise PpclError(f"call {without[0]} has no argument {name!r} and others have; {_APART}")
+    for name in sorted({name for call in calls for name in call.kwargs}):
+        without = next((call.index for call in calls if name not in call.kwargs), None)
+        if without is not None:
+            raise PpclError(f"call {without} has no argument {name!r} and others have; {_APART}")
     join = _Join(calls)
     return {name: join([call.kwargs[name] for call in calls], name) for name in calls[0].kwargs}
 
@@ -105,10 +100,8 @@ class _Join:
         first = values[0]
         if self._batched(values):
             if first.ndim == 2 and first.shape[0] in self.tokens and first.shape[1] not in self.tokens:
-                size = list(first.shape)
-                raise PpclError(
-                    f"{path!r} is {size}, one row a sample or one a token; record with another batch size"
-                )
+                either = f"{list(first.shape)}, one row a sample or one a token"
+                raise PpclError(f"{path!r} is {either}; record with another batch size")
             if len({(value.shape[1:], value.dtype) for value in values}) > 1:
                 raise self._differ(path, f"has the shapes {', '.join(str(list(v.shape)) for v in values)}")
             return torch.cat(values)
@@ -117,8 +110,7 @@ class _Join:
         return first
 
     def _batched(self, values: Sequence[Any]) -> bool:
-        pairs = zip(values, self.batches, strict=True)
-        return all(_rank(value) > 0 and value.shape[0] == batch for value, batch in pairs)
+        return all(_rank(v) > 0 and v.shape[0] == batch for v, batch in zip(values, self.batches, strict=True))
 
     def _per_sample(self, values: list[list[Any]]) -> bool:
         """Whether these lists hold one item a sample, and not tensors that are batched themselves."""
@@ -127,9 +119,7 @@ class _Join:
         return lengths == self.batches and not batched
 
     def _differ(self, path: str, how: str) -> PpclError:
-        return PpclError(
-            f"calls {', '.join(map(str, self.indices))} cannot be joined: {path!r} {how}; {_APART}"
-        )
+        return PpclError(f"calls {', '.join(map(str, self.indices))} cannot be joined: {path!r} {how}; {_APART}")
 
 
 def _rank(value: Any) -> int:

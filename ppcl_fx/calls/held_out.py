@@ -11,15 +11,10 @@ if TYPE_CHECKING:
 
 
 def hold_out(calls: Sequence[Call], share: float, seed: int) -> list[int]:
-    """Return the positions of the calls to hold out, in order: about a share of them, one at least and never all.
+    """Return the positions of the calls to hold out, in order: about a share of two or more, and never all.
 
     A function of the calls' prompts, the share and the seed alone. Calls of the same prompts stay on one side where
     there are prompts enough: what they share would make the result too good.
-
-    Args:
-        calls: two or more.
-        share: above 0, below 1.
-        seed: decides which.
     """
     together: dict[Any, list[int]] = {}
     for index in range(len(calls)):

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ppcl_fx.errors import PpclError
 
@@ -35,10 +35,7 @@ def is_fixed(value: Any) -> bool:
 
 
 def kind_of(kwargs: Mapping[str, Any]) -> Hashable:
-    """Return what the calls of one kind have in common.
-
-    It is the arguments given, the values of fixed ones, and which tensors have one row for all samples.
-    """
+    """Return what calls of one kind share: arguments, values of fixed ones, which tensors have one row for all."""
     given = {name: value for name, value in kwargs.items() if value is not None and name != "return_dict"}
     single = one_row(given)
     return frozenset(
@@ -54,12 +51,7 @@ def one_row(kwargs: Mapping[str, Any]) -> set[str]:
 
 
 def repeated(kwargs: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a call whose tensors have a row for each sample.
-
-    Args:
-        kwargs: the call.
-        like: another one; what has a row for each sample there gets them here.
-    """
+    """Return a call where what has a row for each sample in `like`, another one, has one for each sample too."""
     shapes, rows = shapes_of(like), _rows(shapes_of(kwargs))
     many = {name for name, shape in shapes.items() if shape and shape[0] == _rows(shapes) > 1}
     wanted = one_row(kwargs) & many
@@ -74,8 +66,7 @@ def _rows(shapes: Shapes) -> int:
 class Examples(dict[str, Any]):
     """The arguments of a call to trace with, and what is known of the other calls of a recording.
 
-    Args:
-        kwargs: the arguments.
+    Attributes:
         others: a call of each other kind.
         shapes: the shapes of the tensors of all calls, each once.
         ones: the arguments that are known to stand for ones where they are missing, with the shape of the ones.
@@ -89,9 +80,7 @@ class Examples(dict[str, Any]):
         ones: Mapping[str, Sizes] | None = None,
     ) -> None:
         super().__init__(kwargs)
-        self.others = others
-        self.shapes = shapes
-        self.ones = dict(ones or {})
+        self.others, self.shapes, self.ones = others, shapes, dict(ones or {})
 
     def over(self, kwargs: Mapping[str, Any]) -> Examples:
         """Return the same with other values for the arguments of the call to trace with."""
@@ -104,12 +93,7 @@ def shapes_of(kwargs: Mapping[str, Any]) -> Shapes:
 
 
 def filled(kwargs: Mapping[str, Any], ones: Mapping[str, tuple[Sizes, torch.dtype]]) -> dict[str, Any]:
-    """Return a call's arguments with ones in the place of those that are missing and stand for ones.
-
-    Args:
-        kwargs: the arguments.
-        ones: shape and dtype of the ones, by the arguments' names.
-    """
+    """Return a call's arguments with ones, by their shape and dtype, in the place of those missing in `ones`."""
     given = dict(kwargs)
     missing = {name: of for name, of in ones.items() if given.get(name) is None}
     single = one_row(kwargs) if missing else set()
@@ -136,15 +120,10 @@ def ones_shape(sizes: Sizes, kwargs: Mapping[str, Any]) -> tuple[int, ...] | Non
 
 
 def ones_in(examples: Examples, model: nn.Module) -> dict[str, Sizes]:
-    """Find the arguments that stand for ones where they are missing: the model gives the same with ones, to the bit.
+    """Find the arguments that stand for ones where they are missing, with the shape of the ones.
 
-    Args:
-        examples: a call of each kind, with values.
-        model: the transformer; it is run on each kind that lacks an argument which others have and which holds nothing
-            but zeros and ones there, once as it is and once with ones in its place.
-
-    Returns:
-        The shape of the ones by the arguments' names.
+    The model is run on each kind that lacks an argument which others have and which holds nothing but zeros and ones
+    there, once as it is and once with ones in its place: it must give the same, to the bit.
     """
     if getattr(model, "is_cache_enabled", False):
         return {}  # it answers by what it was asked before
@@ -161,9 +140,7 @@ def ones_in(examples: Examples, model: nn.Module) -> dict[str, Sizes]:
     return {name: sizes for name, (sizes, _) in found.items()}
 
 
-def _candidates(
-    kinds: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]
-) -> dict[str, tuple[Sizes, torch.dtype]]:
+def _candidates(kinds: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) -> dict[str, tuple[Sizes, torch.dtype]]:
     """Return the masks that some calls have and others have not, with shape and dtype."""
     found = {}
     for name in dict.fromkeys(name for kwargs in kinds for name in kwargs):
@@ -189,18 +166,13 @@ def _sizes(name: str, shapes: Sequence[Shapes], others: Iterable[str]) -> Sizes 
     names = sorted(others, key=lambda other: (-SequenceMatcher(None, name, other).ratio(), other))
     sizes: list[Size] = []
     for dim in range(rank):
-        wanted = [known[name][dim] for known in shapes]
+        wanted = [known[name][dim : dim + 1] for known in shapes]
         places = [(other, at) for other in names for at in range(len(shapes[0].get(other, ())))]
-        found = [
-            place
-            for place in places
-            if [known[place[0]][place[1] : place[1] + 1] for known in shapes] == [(size,) for size in wanted]
-        ]
+        found = [(other, at) for other, at in places if [known[other][at : at + 1] for known in shapes] == wanted]
         # The batch is dimension 0 of what is batched, and so on: dimensions keep their places where they can.
-        same = [one for one in found if one[1] == dim]
         if found:
-            sizes.append((same or found)[0])
-        elif set(wanted) == {1}:
+            sizes.append(next((one for one in found if one[1] == dim), found[0]))
+        elif set(wanted) == {(1,)}:
             sizes.append(1)
         else:
             return None
@@ -208,15 +180,12 @@ def _sizes(name: str, shapes: Sequence[Shapes], others: Iterable[str]) -> Sizes 
 
 
 def _same(
-    model: nn.Module,
-    kwargs: Mapping[str, Any],
-    ones: Mapping[str, tuple[Sizes, torch.dtype]],
-    device: torch.device,
+    model: nn.Module, kwargs: Mapping[str, Any], ones: Mapping[str, tuple[Sizes, torch.dtype]], device: torch.device
 ) -> bool:
     """Tell whether a model gives the same for a call with ones and without, to the bit."""
 
     def answer(call: Mapping[str, Any]) -> list[Any]:
-        there = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, torch.Tensor) else leaf, dict(call))
+        there = tree_map_only(torch.Tensor, lambda leaf: leaf.to(device), dict(call))
         result = model.forward(**there)  # not by a call: hooks of the caller's own need not know of it
         return tree_leaves(list(result.values()) if isinstance(result, Mapping) else result)
 
@@ -228,8 +197,8 @@ def _same(
             plain, other = answer(kwargs), answer(completed)
     except REFUSALS:
         return False
-    return len(plain) == len(other) and all(_equal(a, b) for a, b in zip(plain, other, strict=True))
+    return len(plain) == len(other) and all(map(_equal, plain, other))
 
 
 def _equal(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else bool(a == b)
+    return type(a) is type(b) and bool(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b)

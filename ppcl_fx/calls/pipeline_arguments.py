@@ -20,17 +20,11 @@ _PICTURES = re.compile(r"num_\w+_per_prompt")
 class PipelineArguments:
     """The arguments of a pipeline for all prompts, divided among its runs.
 
-    What a prompt gets depends on the prompt and its place alone, not on how many others there are. An argument holds
-    one item a prompt by its name: those with ``prompt`` in it, ``latents`` and ``generator``; what takes the place of
-    ``prompt`` in a pipeline that has none (``class_labels``); and those in `per_prompt`. Any other argument goes whole
-    to each run: a list of reference pictures belongs to each prompt.
-
-    Args:
-        pipeline: any diffusers pipeline.
-        texts: the prompts.
-        given: the caller's arguments.
-        seed: prompt number i starts from noise of the seed ``seed + i``.
-        per_prompt: further arguments that hold one item, or one row of a tensor, a prompt.
+    What a prompt gets depends on the prompt and its place alone: number i starts from noise of the seed ``seed + i``.
+    An argument holds one item, or one row of a tensor, a prompt by its name: those with ``prompt`` in it, ``latents``
+    and ``generator`` (of noise, one a picture); what takes the place of ``prompt`` in a pipeline that has none
+    (``class_labels``; else prompts are numbers); and those in `per_prompt`. Any other argument goes whole to each run:
+    a list of reference pictures belongs to each prompt.
     """
 
     pipeline: Any
@@ -51,9 +45,7 @@ class PipelineArguments:
                 raise PpclError(f"{self._class()} takes no argument {name!r}{near(name, known)}")
         for name in self.per_prompt:
             if name not in self.given:
-                raise PpclError(
-                    f"per_prompt names {name!r}, which is not among the arguments{near(name, self.given)}"
-                )
+                raise PpclError(f"per_prompt names {name!r}, which is not among the arguments{near(name, self.given)}")
         for name, value in self.given.items():
             if len(self.texts) > 1:
                 self._check(name, value)
@@ -63,9 +55,6 @@ class PipelineArguments:
 
         A pipeline that takes a single ``generator`` draws one prompt a run: the noise of a second one would depend on
         the first.
-
-        Raises:
-            PpclError: `batch_size` is below 1.
         """
         if batch_size < 1:
             raise PpclError(f"the batch size is {batch_size}; use 1 or more")
@@ -110,11 +99,8 @@ class PipelineArguments:
 
     def _pictures(self) -> int:
         """Return how many pictures a prompt gets."""
-        counts = [
-            parameter.default if self.given.get(name) is None else self.given[name]
-            for name, parameter in self._known().items()
-            if _PICTURES.fullmatch(name)
-        ]
+        named = {name: p.default for name, p in self._known().items() if _PICTURES.fullmatch(name)}
+        counts = (default if self.given.get(name) is None else self.given[name] for name, default in named.items())
         return next((count for count in counts if isinstance(count, int)), 1)
 
     def _seeded(self) -> bool:
@@ -163,18 +149,7 @@ class PipelineArguments:
 def run_arguments(
     pipeline: Any, prompts: Sequence[str], *, steps: int | None = None, seed: int = 42, **pipeline_kwargs: Any
 ) -> dict[str, Any]:
-    """Return the arguments with which `ppcl_fx.record` calls a pipeline for prompts that are drawn in one run.
-
-    Args:
-        pipeline: any diffusers pipeline.
-        prompts: what to draw.
-        steps: denoising steps; the pipeline's own default when None.
-        seed: of the first prompt's noise; each further one has the next seed.
-        **pipeline_kwargs: go to the pipeline.
-
-    Raises:
-        PpclError: there are no prompts, or the pipeline does not take an argument.
-    """
+    """Return the arguments with which `ppcl_fx.record` calls a pipeline for prompts that are drawn in one run."""
     arguments = PipelineArguments(pipeline, list(prompts), with_steps(pipeline_kwargs, steps), seed)
     return arguments.of(range(len(prompts)))
 

@@ -41,10 +41,8 @@ def record(
 ) -> Calls:
     """Draw `prompts` with a diffusers pipeline and return every call of its transformer.
 
-    Each branch of classifier-free guidance that the pipeline runs on its own is a call of its own; a
-    pipeline that puts both branches into one batch gives calls of twice the batch. Arguments that are None
-    are left out, tensors are copied to the CPU, and equal tensors are kept once. The pipeline is left as it
-    was.
+    Each branch of classifier-free guidance that the pipeline runs on its own is a call of its own. Arguments that are
+    None are left out, tensors are copied to the CPU, equal ones once, and the pipeline is left as it was.
 
     Args:
         pipeline: any diffusers pipeline with a `transformer`.
@@ -57,11 +55,9 @@ def record(
             all of it takes no more than `OUTPUT_BYTES`.
         per_prompt: names of further `pipeline_kwargs` that hold one item a prompt, such as the ``image`` of an
             image-to-image pipeline.
-        **pipeline_kwargs: go to the pipeline. Lists and tensors with ``prompt`` in their name, and ``latents``,
-            hold one item or one row a prompt (of noise, one a picture). Every other argument goes whole to each
-            run: reference pictures belong to each prompt. A pipeline without a ``prompt`` (DiT) is given its
-            first argument, one item a prompt, or prompts that are numbers. Where there is a VAE and
-            `output_type` is not given, it is "latent": pictures are not decoded.
+        **pipeline_kwargs: go to the pipeline, divided among its runs as
+            `ppcl_fx.calls.pipeline_arguments.PipelineArguments` says. Where there is a VAE and `output_type` is not
+            given, it is "latent": pictures are not decoded.
 
     Raises:
         PpclError: the pipeline has no transformer, refuses an argument, an argument has another number of items
@@ -85,17 +81,7 @@ def record(
 
 
 def first_call(pipeline: Any, prompt: str, *, seed: int = 42, **pipeline_kwargs: Any) -> Call:
-    """Return what a pipeline first calls its transformer with; the transformer itself is not run.
-
-    Args:
-        pipeline: any diffusers pipeline with a `transformer`.
-        prompt: what to draw.
-        seed: of the noise.
-        **pipeline_kwargs: go to the pipeline, as in `record`.
-
-    Raises:
-        PpclError: as `record`.
-    """
+    """Return what a pipeline first calls its transformer with, as `record` does; the transformer itself is not run."""
     arguments = run_arguments(pipeline, [prompt], seed=seed, **pipeline_kwargs)
     recorder = _Recorder(pipeline, 1, None, outputs=False, limit=1)
     recorder.begin((prompt,))
@@ -114,16 +100,11 @@ class _Recorder:
     """The hook on the transformer, and what it has seen; after `limit` calls it ends the run."""
 
     def __init__(
-        self,
-        pipeline: Any,
-        runs: int,
-        progress: Progress | None,
-        outputs: bool | None = None,
-        limit: int | None = None,
+        self, pipeline: Any, runs: int, progress: Progress | None, outputs: bool | None, limit: int | None = None
     ) -> None:
-        self.limit = limit
         transformer: nn.Module = pipeline.transformer
-        self.pipeline, self.transformer, self.runs, self.progress = pipeline, transformer, runs, progress
+        self.pipeline, self.transformer, self.runs = pipeline, transformer, runs
+        self.progress, self.limit = progress, limit
         # A compiled module hides the signature of the one inside.
         self.signature = inspect.signature(getattr(transformer, "_orig_mod", transformer).forward)
         self.calls: list[Call] = []
@@ -178,7 +159,7 @@ class _Recorder:
         if not self.outputs or not isinstance(output, torch.Tensor):
             return
         if self.room is not None:
-            self.room -= output.numel() * output.element_size()
+            self.room -= output.nbytes
             if self.room < 0:
                 self.outputs = False
                 self.calls = [replace(call, output=None) for call in self.calls]
@@ -192,9 +173,7 @@ class _Recorder:
         for name, value in self.signature.bind(*args, **kwargs).arguments.items():
             kind = self.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL:
-                raise PpclError(
-                    f"{self._class()} takes any number of arguments without names; calls need names"
-                )
+                raise PpclError(f"{self._class()} takes any number of arguments without names; calls need names")
             named.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
         return {name: value for name, value in named.items() if value is not None}
 
@@ -209,12 +188,10 @@ class _Recorder:
             return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
     def _time(self, given: dict[str, Any]) -> float:
-        for name in TIMES:
-            if name in given:
-                value = given[name]
-                return float(value.flatten()[0]) if isinstance(value, torch.Tensor) else float(value)
-        names = ", ".join(TIMES)
-        raise PpclError(f"{self._class()} was called without a time ({names}); it cannot be recorded")
+        value = next((given[name] for name in TIMES if name in given), None)
+        if value is None:
+            raise PpclError(f"{self._class()} was called without a time ({', '.join(TIMES)}); it cannot be recorded")
+        return float(value.flatten()[0]) if isinstance(value, torch.Tensor) else float(value)
 
     def _batch(self, given: dict[str, Any]) -> int:
         """The first argument is the noisy sample: a batched tensor, or a list with a tensor a picture."""
@@ -229,8 +206,8 @@ class _Recorder:
         self.time = time
         self.seen += 1
         if self.progress is not None and self.branch == 0:
-            steps = self.steps()
-            self.progress(self.run * steps + min(self.step - 1, steps), self.total())
+            done = self.run * self.steps() + min(self.step - 1, self.steps())
+            self.progress(done, self.total())
 
     def _class(self) -> str:
         return type(self.transformer).__name__
@@ -239,9 +216,7 @@ class _Recorder:
 def _transformer(pipeline: Any) -> nn.Module:
     transformer = getattr(pipeline, "transformer", None)
     if not isinstance(transformer, nn.Module):
-        raise PpclError(
-            f"{type(pipeline).__name__} has no transformer; record needs a pipeline with one (a DiT)"
-        )
+        raise PpclError(f"{type(pipeline).__name__} has no transformer; record needs a pipeline with one (a DiT)")
     return transformer
 
 
@@ -262,14 +237,12 @@ def _run(pipeline: Any, recorder: _Recorder, arguments: dict[str, Any]) -> None:
 def quiet(pipeline: Any) -> Iterator[None]:
     """Switch the pipeline's own progress bar off for a while."""
     config = getattr(pipeline, "_progress_bar_config", None)
-    if not hasattr(pipeline, "set_progress_bar_config"):
-        yield
-        return
-    pipeline.set_progress_bar_config(**{**(config or {}), "disable": True})
+    if hasattr(pipeline, "set_progress_bar_config"):
+        pipeline.set_progress_bar_config(**{**(config or {}), "disable": True})
     try:
         yield
     finally:
-        if config is None:
-            del pipeline._progress_bar_config
-        else:
+        if config is not None:
             pipeline._progress_bar_config = config
+        elif hasattr(pipeline, "_progress_bar_config"):
+            del pipeline._progress_bar_config

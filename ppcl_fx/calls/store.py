@@ -10,24 +10,17 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import torch
-from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
-from safetensors import safe_open
+from pydantic import Field, SerializationInfo, SerializerFunctionWrapHandler, model_serializer
+from pydantic.types import StrictBool, StrictFloat, StrictInt, StrictStr
 
 from ppcl_fx.calls.collate import AGAIN, check_finite, collate, map_tensors
 from ppcl_fx.calls.kinds import Examples, Sizes, kind_of, shapes_of
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io import owned_folders as owned
-from ppcl_fx.io.files import (
-    Record,
-    inside,
-    new_folder,
-    read_json,
-    tensor_shapes,
-    write_json,
-    write_safetensors,
-)
+from ppcl_fx.io.files import Record, inside, new_folder, read_json, write_json, write_safetensors
 from ppcl_fx.io.fingerprint import tensor_digest
 from ppcl_fx.io.reading import INDEX_BYTES
+from ppcl_fx.io.shards import Shards
 
 __all__ = ["Call", "Calls", "check_finite", "collate", "map_tensors"]
 
@@ -46,8 +39,8 @@ class Call:
         prompts: the prompts of the pictures that this call helped to draw.
         timestep: the value the transformer got (its first element).
         index: position in the recording, from 0.
-        batch: samples in the call: the size of dimension 0 of the batched tensors. It may be a multiple of
-            the number of prompts (several pictures a prompt, or both branches of guidance in one call).
+        batch: samples in the call, the size of dimension 0 of the batched tensors: a multiple of the number of prompts
+            (several pictures a prompt, or both branches of guidance in one call).
         branch: which call of its denoising step this is, from 0: guidance may call once for each branch.
         output: what the transformer returned, its first tensor, on the CPU; None where it was not recorded.
     """
@@ -69,6 +62,11 @@ class TensorRef(Record):
     name: str
     shape: list[int]
     sha256: str
+
+    @model_serializer(mode="wrap")
+    def _placed(self, dump: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """Leave out the place where the context says so: for a fingerprint what the tensor holds counts alone."""
+        return {name: value for name, value in dump(self).items() if name not in (info.context or ())}
 
 
 class Items(Record):
@@ -103,15 +101,19 @@ class CallEntry(Record):
 
     def tensors(self) -> list[tuple[str, TensorRef]]:
         """Return every tensor of the call with the name of the argument it belongs to."""
-        specs = {**self.kwargs, **({} if self.output is None else {OUTPUT: self.output})}
-        return [(name, ref) for name, spec in specs.items() for ref in _refs(spec)]
+        found: list[tuple[str, TensorRef]] = []
+        for name, spec in [*self.kwargs.items(), (OUTPUT, self.output)]:
+            refs: list[TensorRef] = []
+            _value(spec, refs.append)
+            found += [(name, ref) for ref in refs]
+        return found
 
 
 class Index(Record):
     """What ``index.json`` holds: the fingerprints of the model and of the calls, and the calls in order.
 
-    ``ones`` are the arguments that stand for ones where a call lacks them, with the shape of the ones: a number, or
-    another argument's name and one of its dimensions. Older folders have none.
+    ``ones`` are the arguments that stand for ones where a call lacks them, with the shape of the ones
+    (`ppcl_fx.calls.kinds.Sizes`). Older folders have none.
     """
 
     version: Literal[1] = 1
@@ -131,16 +133,14 @@ class Calls(Sequence[Call]):
     """
 
     def __init__(self, calls: Sequence[Call], model: str = "", ones: Mapping[str, Sizes] | None = None) -> None:
-        self.model = model
-        self.ones = dict(ones or {})
-        self._calls = calls
+        self.model, self.ones, self._calls = model, dict(ones or {}), calls
         self._fingerprint: str | None = None
 
     @property
     def fingerprint(self) -> str:
         """The hash (sha256) of the model's fingerprint and of all calls, tensors and prompts included."""
         if self._fingerprint is None:
-            self._fingerprint = _fingerprint(self.model, _entries(self._calls, _placeless))
+            self._fingerprint = _fingerprint(self.model, _entries(self._calls, _ref))
         return self._fingerprint
 
     def __len__(self) -> int:
@@ -157,13 +157,10 @@ class Calls(Sequence[Call]):
         return self._calls[index]
 
     def examples(self) -> Examples:
-        """Return the arguments of a call: the example inputs for tracing.
+        """Return the arguments of a call, the first of the kind with the most: the example inputs for tracing.
 
-        It is the first of the kind with the most arguments. It knows a call of each other kind, so that
-        `ppcl_fx.trace` can make one graph for all.
-
-        Raises:
-            PpclError: there are no calls.
+        It knows a call of each other kind, so that `ppcl_fx.trace` can make one graph for all. PpclError where there
+        are no calls.
         """
         if not self._calls:
             raise PpclError("there are no calls to take an example from; record at least one prompt")
@@ -212,10 +209,7 @@ class Calls(Sequence[Call]):
 
         Names, shapes and file lengths are always compared with the index. With `check`, every tensor is
         also read once: a changed byte, NaN and infinity are found here, not in the middle of a training.
-
-        Raises:
-            PpclError: a file is missing, truncated, does not agree with the index, or holds NaN. The line
-                names the file and the call.
+        The PpclError names the file and the call.
         """
         folder = Path(folder)
         index = read_json(inside(folder, INDEX), Index, INDEX_BYTES)
@@ -251,14 +245,8 @@ def _value(spec: Value, read: Callable[[TensorRef], Any]) -> Any:
     return spec
 
 
-def _refs(spec: Value) -> list[TensorRef]:
-    found: list[TensorRef] = []
-    _value(spec, found.append)
-    return found
-
-
-def _placeless(name: str, tensor: torch.Tensor, sha256: str) -> TensorRef:
-    return TensorRef(shard="", name=name, shape=list(tensor.shape), sha256=sha256)
+def _ref(name: str, tensor: torch.Tensor, sha256: str, shard: str = "") -> TensorRef:
+    return TensorRef(shard=shard, name=name, shape=list(tensor.shape), sha256=sha256)
 
 
 def _entries(calls: Sequence[Call], refer: Callable[[str, torch.Tensor, str], TensorRef]) -> list[CallEntry]:
@@ -278,27 +266,13 @@ def _entries(calls: Sequence[Call], refer: Callable[[str, torch.Tensor, str], Te
 
 
 def _fingerprint(model: str, entries: Sequence[CallEntry]) -> str:
-    """Where a tensor lies does not count, what it holds does."""
     digest = hashlib.sha256(model.encode())
     for entry in entries:
-        plain = entry.model_dump(mode="json")
+        plain = entry.model_dump(mode="json", context=("shard", "name"))
         if plain["output"] is None:
             del plain["output"]  # such calls have the fingerprint they had before outputs were recorded
-        for value in [*plain["kwargs"].values(), plain.get("output")]:
-            _forget_place(value)
         digest.update(json.dumps(plain, sort_keys=True).encode())
     return digest.hexdigest()
-
-
-def _forget_place(value: Any) -> None:
-    if not isinstance(value, dict):
-        return
-    if value["kind"] == "tensor":
-        del value["shard"], value["name"]
-    for inner in value.get("items", []):
-        _forget_place(inner)
-    for inner in value.get("entries", {}).values():
-        _forget_place(inner)
 
 
 @dataclass
@@ -312,14 +286,13 @@ class _ShardWriter:
 
     def add(self, name: str, tensor: torch.Tensor, sha256: str) -> TensorRef:
         if sha256 not in self.known:
-            size = tensor.numel() * tensor.element_size()
-            if self.pending and self.pending_bytes + size > self.limit:
+            if self.pending and self.pending_bytes + tensor.nbytes > self.limit:
                 self.flush()
             if name in self.pending:  # calls of several recordings may have one number
                 name = f"{name}.{sha256}"
             self.pending[name] = tensor
-            self.pending_bytes += size
-            self.known[sha256] = _placeless(name, tensor, sha256).model_copy(update={"shard": self._shard()})
+            self.pending_bytes += tensor.nbytes
+            self.known[sha256] = _ref(name, tensor, sha256, self._shard())
         return self.known[sha256]
 
     def flush(self) -> None:
@@ -337,7 +310,7 @@ class _StoredCalls(Sequence[Call]):
     def __init__(self, folder: Path, entries: list[CallEntry]) -> None:
         self.folder = folder
         self.entries = entries
-        self._files: dict[str, Any] = {}
+        self._shards: dict[str, Shards] = {}
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -352,17 +325,21 @@ class _StoredCalls(Sequence[Call]):
         return Call(kwargs, prompts, entry.timestep, entry.index, entry.batch, entry.branch, output)
 
     def check_headers(self) -> None:
-        headers: dict[str, dict[str, tuple[str, tuple[int, ...]]]] = {}
         for entry, _, ref in self._all_refs():
             path = inside(self.folder, ref.shard)
-            if ref.shard not in headers:
-                headers[ref.shard] = _header(path, entry.index)
-            if ref.name not in headers[ref.shard]:
-                raise PpclError(f"{path}: call {entry.index}: holds no tensor {ref.name!r}; {AGAIN}")
-            shape = list(headers[ref.shard][ref.name][1])
+            where = f"{path}: call {entry.index}:"
+            if not path.is_file():
+                raise PpclError(f"{path}: no such file, and call {entry.index} is in it; copy it there, or {AGAIN}")
+            try:
+                stored = self._opened(ref.shard).stored
+            except PpclError as error:
+                reason = str(error).removeprefix(f"{path}: ").split("; ")[0]
+                raise PpclError(f"{where} {reason}; {AGAIN}") from None
+            if ref.name not in stored:
+                raise PpclError(f"{where} holds no tensor {ref.name!r}; {AGAIN}")
+            shape = list(stored[ref.name].shape)
             if shape != ref.shape:
-                where = f"{path}: call {entry.index}: {ref.name!r}"
-                raise PpclError(f"{where} is {shape} here and {ref.shape} in {INDEX}; {AGAIN}")
+                raise PpclError(f"{where} {ref.name!r} is {shape} here and {ref.shape} in {INDEX}; {AGAIN}")
 
     def check_values(self) -> None:
         seen: set[str] = set()
@@ -379,19 +356,11 @@ class _StoredCalls(Sequence[Call]):
     def _all_refs(self) -> list[tuple[CallEntry, str, TensorRef]]:
         return [(entry, name, ref) for entry in self.entries for name, ref in entry.tensors()]
 
+    def _opened(self, shard: str) -> Shards:
+        if shard not in self._shards:
+            self._shards[shard] = Shards.one_file(inside(self.folder, shard))
+        return self._shards[shard]
+
     def _read(self, ref: TensorRef) -> torch.Tensor:
-        if ref.shard not in self._files:
-            self._files[ref.shard] = safe_open(inside(self.folder, ref.shard), framework="pt")
         # A copy: a mapped tensor lies at any address, and what MKL computes depends on the address on some processors.
-        tensor: torch.Tensor = self._files[ref.shard].get_tensor(ref.name).clone()
-        return tensor
-
-
-def _header(path: Path, call: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    if not path.is_file():
-        raise PpclError(f"{path}: no such file, and call {call} is in it; copy it there, or {AGAIN}")
-    try:
-        return tensor_shapes(path)
-    except PpclError as error:
-        reason = str(error).removeprefix(f"{path}: ").split("; ")[0]
-        raise PpclError(f"{path}: call {call}: {reason}; {AGAIN}") from None
+        return self._opened(ref.shard).tensor(ref.name).clone()

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ppcl_fx.errors import PpclError
 
@@ -26,13 +27,7 @@ OPERATIONS = 10**6
 
 @dataclass(frozen=True)
 class Room:
-    """Bounds of what is built.
-
-    Attributes:
-        tensors: parameters by number.
-        elements: parameters by their elements, in all.
-        largest: elements of one tensor that is not on the meta device.
-    """
+    """Bounds of what is built: parameters by number and by elements; elements of a tensor not on the meta device."""
 
     tensors: int
     elements: int
@@ -40,11 +35,9 @@ class Room:
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], times: int = 2) -> Room:
-        """Return the room of a model whose stored tensors have these shapes.
+        """Return the room of a model whose stored tensors have these shapes, and that may be `times` as large.
 
-        Args:
-            shapes: name -> shape.
-            times: how much more it may be than what is stored: tied weights are stored once.
+        Tied weights are stored once.
         """
         sizes = [torch.Size(shape).numel() for shape in shapes.values()]
         return cls(
@@ -55,14 +48,7 @@ class Room:
 
     @contextmanager
     def kept(self, where: str) -> Iterator[None]:
-        """Stop a block that builds more.
-
-        Args:
-            where: the file that says what is built, for messages.
-
-        Raises:
-            PpclError: parameters, or a tensor beside them, need more than there is room for.
-        """
+        """Stop, by a PpclError that begins with `where`, a block that builds more than there is room for."""
         tensors = elements = 0
 
         def count(param: nn.Parameter) -> nn.Parameter:
@@ -108,34 +94,23 @@ class _Bounded(TorchDispatchMode):
             raise PpclError(f"{self.where}: building this does not come to an end; mend its numbers")
         size = _size(func, args, kwargs or {})
         if size > self.room.largest:
-            raise PpclError(
-                f"{self.where}: asks for a tensor of {size:,} elements, more than such a model can need; "
-                "mend its numbers"
-            )
+            why = f"asks for a tensor of {size:,} elements, more than such a model can need"
+            raise PpclError(f"{self.where}: {why}; mend its numbers")
         return func(*args, **(kwargs or {}))
 
 
 def _size(func: Any, args: Any, kwargs: Mapping[str, Any]) -> int:
     """Return the elements of an operation's result, as far as it takes memory of its own; 0 where that is not known."""
-    flat = [*args, *kwargs.values(), *(item for arg in args if isinstance(arg, list | tuple) for item in arg)]
-    tensors = [value for value in flat if isinstance(value, torch.Tensor)]
+    tensors = [value for value in tree_leaves([args, kwargs]) if isinstance(value, torch.Tensor)]
     if func._schema.is_mutable or func.is_view or any(tensor.is_meta for tensor in tensors):
         return 0
-    on_meta = {name: _meta(value) for name, value in kwargs.items()}
+    given, named = tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), (args, dict(kwargs)))
     if any(argument.name == "device" for argument in func._schema.arguments):
-        on_meta["device"] = torch.device("meta")
+        named["device"] = torch.device("meta")
     elif not tensors:
         return 0
     try:
-        made = func(*[_meta(arg) for arg in args], **on_meta)
+        made = func(*given, **named)
     except (RuntimeError, TypeError, ValueError):
         return 0  # no form for the meta device, or wrong arguments: the operation itself will say so
     return made.numel() if isinstance(made, torch.Tensor) else 0
-
-
-def _meta(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.to("meta")
-    if isinstance(value, list | tuple):
-        return type(value)(_meta(item) for item in value)
-    return value

@@ -21,14 +21,7 @@ def check_config(kind: type[Any], config: Mapping[str, Any], where: str) -> None
 
     What a type may be follows from the annotation and from the default. Entries that the class does not know are
     ignored, as diffusers does (files of other versions have some), unless one looks like a missing entry's slip.
-
-    Args:
-        kind: the class.
-        config: what the file holds.
-        where: the file, for messages.
-
-    Raises:
-        PpclError: an entry cannot be what the class takes; the line names the file and the entry.
+    The PpclError names the file, `where`, and the entry.
     """
     known = inspect.signature(kind.__init__).parameters
     hints = _hints(kind)
@@ -44,17 +37,12 @@ def check_config(kind: type[Any], config: Mapping[str, Any], where: str) -> None
         wanted, default = hints.get(name, Any), known[name].default
         if not _fits(value, wanted) and not _like(value, default):
             raise PpclError(f"{where}: {name} is {_short(value)}, and {kind.__name__} takes {_words(wanted)}; {ADVICE}")
-        big = _too_large(value)
-        if big is not None and big != default:
-            raise PpclError(f"{where}: {name} is {_short(big)}, beyond all that can be built; {ADVICE}")
+        if _too_large(value) != default:
+            check_numbers({name: value}, where)
 
 
 def check_numbers(config: Mapping[str, Any], where: str) -> None:
-    """Refuse a configuration with a whole number that no model has.
-
-    Raises:
-        PpclError: there is one; the line names the file and the entry.
-    """
+    """Refuse a configuration with a whole number that no model has; the PpclError names the file and the entry."""
     for name, value in config.items():
         big = _too_large(value)
         if big is not None:
@@ -91,11 +79,12 @@ def _fits(value: object, wanted: Any) -> bool:
     if issubclass(plain, Mapping):
         return isinstance(value, Mapping)
     if issubclass(plain, Collection):
-        items = [one for one in inner if one is not Ellipsis]
-        return isinstance(value, list | tuple) and (
-            not items or all(any(_fits(v, one) for one in items) for v in value)
-        )
+        return _each_fits(value, [one for one in inner if one is not Ellipsis] or [Any])
     return True
+
+
+def _each_fits(value: object, wanted: Sequence[Any]) -> bool:
+    return isinstance(value, list | tuple) and all(any(_fits(item, one) for one in wanted) for item in value)
 
 
 def _like(value: object, default: object) -> bool:
@@ -103,8 +92,7 @@ def _like(value: object, default: object) -> bool:
     if default is inspect.Parameter.empty or default is None:
         return value is None and default is None
     if isinstance(default, list | tuple):
-        kinds = [type(item) for item in default]
-        return isinstance(value, list | tuple) and all(any(_fits(v, one) for one in kinds) for v in value)
+        return _each_fits(value, [type(item) for item in default])
     return _fits(value, type(default))
 
 

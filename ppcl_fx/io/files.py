@@ -1,7 +1,6 @@
 """Reading and writing files: a killed run leaves no half-written result, and a bad file gets one clear line.
 
-Everything is written beside its final name, flushed to disk and renamed. Everything read is data: JSON that
-fits a pydantic model, or safetensors. This module imports torch only when tensors are read or written.
+Everything is written beside its final name, flushed to disk and renamed. torch is imported only for tensors.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from pydantic_core import ErrorDetails
+from safetensors import SafetensorError, safe_open
 
 from ppcl_fx.errors import OptionError, PpclError, near
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.io.owned_folders import Kind, check_no_link, check_replaceable
-from ppcl_fx.io.reading import JSON_BYTES, open_regular, parse_json, read_bytes, without_mark
+from ppcl_fx.io.reading import BOM, JSON_BYTES, open_regular, parse_json, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -55,13 +54,10 @@ class Document(Record):
 
 
 class Sealed(BaseModel):
-    """A JSON file that only this package writes: it holds the hash of all else in it, so a changed field is seen.
-
-    Attributes:
-        seal: that hash while the file is on disk; empty in files of older versions, and where it was read.
-    """
+    """A JSON file that only this package writes: it holds the hash of all else in it, so a changed field is seen."""
 
     seal: str = ""
+    """That hash while the file is on disk; empty in files of older versions, and where it was read."""
 
     @staticmethod
     def seal_of(document: Mapping[str, Any]) -> str:
@@ -71,22 +67,13 @@ class Sealed(BaseModel):
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, replacing a file of that name at once or not at all.
-
-    Raises:
-        PpclError: the place cannot be written.
-    """
+    """Write `text` as UTF-8 to `path`, replacing a file of that name at once or not at all (see `new_file`)."""
     with new_file(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, obj: BaseModel | Mapping[str, Any] | list[Any]) -> None:
-    """Write a pydantic model, or anything that JSON knows, to `path` (indented, atomic).
-
-    Raises:
-        PpclError: the place cannot be written.
-        ValueError: `obj` holds NaN or infinity, which JSON does not know.
-    """
+    """Write a pydantic model, or anything that JSON knows, to `path` as `write_text` does; ValueError for NaN."""
     plain = obj.model_dump(mode="json") if isinstance(obj, BaseModel) else obj
     if isinstance(obj, Sealed) and isinstance(plain, dict):
         plain = {**plain, "seal": Sealed.seal_of(plain)}
@@ -100,16 +87,9 @@ def write_safetensors(
     *,
     digests: bool = False,
 ) -> None:
-    """Write tensors (any device, views and shared storage allowed) to a safetensors file, atomically.
+    """Write tensors (any device, views and shared storage allowed) to a safetensors file, at once or not at all.
 
-    Args:
-        path: the file.
-        tensors: name -> tensor.
-        metadata: what the header says beside them.
-        digests: let the header hold the digest of each tensor, for `ppcl-fx verify`.
-
-    Raises:
-        PpclError: the place cannot be written.
+    The header has `metadata` beside them and, with `digests`, the digest of each tensor, for `ppcl-fx verify`.
     """
     from ppcl_fx.io.long_files import write_long
 
@@ -123,19 +103,18 @@ def read_json(path: str | Path, model: type[Model], limit: int = JSON_BYTES) -> 
     """Return the JSON file at `path`, of at most `limit` bytes, as a `model`.
 
     Raises:
-        PpclError: the file is missing, is no regular file, too large, no JSON, holds a number that is not finite, or
-            does not fit the model. The line names the first field at fault.
+        PpclError: as `read_bytes` and `parse_json`, or it does not fit the model; the line names the first field at
+            fault.
     """
     data = read_bytes(path, limit)
     try:
         document = parse_json(data)
-        found = model.model_validate_json(without_mark(data))
-    except ValidationError as error:
-        raise PpclError(f"{path}: {_first_fault(error, model)}; mend the file or write it again") from None
-    except OptionError as error:
-        raise PpclError(f"{path}: {error}; mend the file or write it again") from None
-    except ValueError as error:
-        raise PpclError(f"{path}: not valid JSON ({error}); mend the file or write it again") from None
+        found = model.model_validate_json(data.removeprefix(BOM))
+    except (OptionError, ValueError) as error:
+        fault = f"not valid JSON ({error})"
+        if isinstance(error, OptionError | ValidationError):
+            fault = str(error) if isinstance(error, OptionError) else _first_fault(error, model)
+        raise PpclError(f"{path}: {fault}; mend the file or write it again") from None
     if isinstance(found, Sealed) and found.seal:
         if found.seal != Sealed.seal_of(document):
             raise PpclError(f"{path}: was changed after it was written (its seal); make it again, or copy it again")
@@ -144,11 +123,7 @@ def read_json(path: str | Path, model: type[Model], limit: int = JSON_BYTES) -> 
 
 
 def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return all tensors of a safetensors file, memory-mapped, on the CPU.
-
-    Raises:
-        PpclError: the file is missing, truncated or not safetensors.
-    """
+    """Return all tensors of a safetensors file, memory-mapped, on the CPU; PpclError as `tensor_shapes`."""
     from safetensors.torch import load_file
 
     tensor_shapes(path)
@@ -161,8 +136,6 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         PpclError: the file is missing, truncated or not safetensors.
     """
-    from safetensors import SafetensorError, safe_open
-
     open_regular(path).close()  # safetensors would wait for a pipe
     try:
         with safe_open(path, framework="numpy") as file:
@@ -175,8 +148,6 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 def safetensors_metadata(path: str | Path) -> dict[str, str]:
     """Return what the header of a safetensors file says beside its tensors."""
-    from safetensors import safe_open
-
     with safe_open(path, framework="numpy") as file:
         return dict(file.metadata() or {})
 
@@ -206,20 +177,12 @@ def inside(folder: str | Path, name: str) -> Path:
 
 
 def own_file(path: Path) -> Path:
-    """Return a file that belongs to the folder it is in, refusing a link out of that (see `inside`).
-
-    Raises:
-        PpclError: it is such a link.
-    """
+    """Return a file that belongs to the folder it is in, refusing a link out of that (see `inside`)."""
     return inside(path.parent, path.name)
 
 
 def check_links(folder: Path, patterns: Iterable[str] = ("*",)) -> None:
-    """Refuse links out of a folder that other libraries would follow: they open its files by themselves.
-
-    Raises:
-        PpclError: a file or folder directly in it, whose name fits one of the patterns, is such a link.
-    """
+    """Refuse files directly in a folder that are links out of it: other libraries open its files by themselves."""
     for pattern in patterns if folder.is_dir() else ():
         for path in sorted(folder.glob(pattern)):
             if path.is_symlink():
@@ -236,11 +199,7 @@ def _blobs(folder: Path) -> Path | None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Refuse a folder that cannot be made, or written to where it exists; nothing is left behind.
-
-    Raises:
-        PpclError: it cannot.
-    """
+    """Refuse a folder that cannot be made, or written to where it exists; nothing is left behind."""
     place = next(one for one in (Path(path).absolute() / "x").parents if os.path.lexists(one))
     try:
         with tempfile.TemporaryFile(dir=place, prefix=".ppcl-fx-"):
@@ -251,7 +210,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def need_room(folder: Path, size: int) -> None:
-    """Check that a disk has room for `size` bytes more. Raises PpclError where it has not."""
+    """Raise PpclError where a disk has no room for `size` bytes more."""
     place = next(one for one in (folder.absolute() / "x").parents if one.exists())
     free = shutil.disk_usage(place).free
     if free < size + ROOM:
@@ -262,36 +221,39 @@ def need_room(folder: Path, size: int) -> None:
 
 
 @contextmanager
-def new_folder(
-    path: str | Path, *, replaces: Kind | None = None, reads: Iterable[str | Path] = ()
-) -> Iterator[Path]:
+def new_folder(path: str | Path, *, replaces: Kind | None = None, reads: Iterable[str | Path] = ()) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends well, and else vanishes.
 
-    Parent folders are made. A `path` that exists (and is not an empty folder) is an error before any work is
-    done, unless it is one that `replaces` allows: then the old folder is replaced at the end, in two renames.
-
     Args:
-        path: the folder.
-        replaces: the kind of folder that may be replaced; None for none.
+        path: the folder; parents are made. One that exists, and is not empty, is an error before any work is done.
+        replaces: the kind of folder that may be replaced all the same, at the end, in two renames.
         reads: files and folders that the caller reads: no folder that holds one is replaced.
 
     Raises:
-        PpclError: `path` exists and may not be replaced, or cannot be written; see
-            `ppcl_fx.io.owned_folders.check_replaceable`.
+        PpclError: `path` may not be replaced (`ppcl_fx.io.owned_folders.check_replaceable`), or cannot be written.
     """
     if replaces is not None:
         check_no_link(Path(path))
     final = Path(path).resolve()
     _check_free(final, replaces, reads)
     beside = final.parent / f".{final.name}.partial-{uuid.uuid4().hex[:8]}"
+    old = final.parent / f".{final.name}.old-{uuid.uuid4().hex[:8]}"
     with _os_errors(final):
         beside.mkdir(parents=True)
     try:
         yield beside
         with _os_errors(final):
             _sync_tree(beside)
-            _move_into_place(beside, final, replaces, reads)
+            _check_free(final, replaces, reads)
+            if final.exists():
+                final.rename(old)
+            beside.rename(final)
+            sync(final.parent)
+            if old.exists():
+                shutil.rmtree(old)
     finally:
+        if old.exists() and not final.exists():
+            old.rename(final)
         if beside.exists():
             shutil.rmtree(beside)
 
@@ -304,28 +266,11 @@ def _check_free(final: Path, replaces: Kind | None, reads: Iterable[str | Path])
             raise PpclError(f"{final}: already exists; choose another output, or remove it first")
 
 
-def _move_into_place(beside: Path, final: Path, replaces: Kind | None, reads: Iterable[str | Path]) -> None:
-    _check_free(final, replaces, reads)
-    old = final.parent / f".{final.name}.old-{uuid.uuid4().hex[:8]}"
-    if final.exists():
-        final.rename(old)
-    try:
-        beside.rename(final)
-    except OSError:
-        if old.exists():
-            old.rename(final)
-        raise
-    sync(final.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
 @contextmanager
 def new_file(path: str | Path) -> Iterator[Path]:
     """Yield a name beside `path` to write to; when the block ends well that file becomes `path`, else it vanishes.
 
-    Raises:
-        PpclError: the place cannot be written, or the block raised an `OSError`.
+    An `OSError`, of the block too, becomes a PpclError: the place cannot be written.
     """
     path = Path(path)
     beside = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
@@ -377,17 +322,13 @@ def _sync_tree(folder: Path) -> None:
         sync(Path(root))
 
 
-
 def _first_fault(error: ValidationError, model: type[BaseModel]) -> str:
     fault = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in fault["loc"]) or "the whole file"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    return f"{where}: {fault['msg'].lower()}{_guess(fault, model)}{more}"
-
-
-def _guess(fault: ErrorDetails, model: type[BaseModel]) -> str:
-    if fault["type"] != "extra_forbidden":
-        return ""
-    schema = model.model_json_schema()
-    parts = [schema, *schema.get("$defs", {}).values()]
-    return near(str(fault["loc"][-1]), {name for part in parts for name in part.get("properties", {})})
+    guess = ""
+    if fault["type"] == "extra_forbidden":
+        schema = model.model_json_schema()
+        parts = [schema, *schema.get("$defs", {}).values()]
+        guess = near(str(fault["loc"][-1]), {name for part in parts for name in part.get("properties", {})})
+    return f"{where}: {fault['msg'].lower()}{guess}{more}"

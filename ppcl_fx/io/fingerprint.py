@@ -17,29 +17,23 @@ SAMPLES = 64
 
 
 def fingerprint(model: nn.Module, read: Callable[[str], torch.Tensor] | None = None) -> str:
-    """Return the hash of a model: its class, its configuration, and its parameters and persistent buffers.
+    """Return the hash (sha256) of a model: its class, its configuration, and its parameters and persistent buffers.
 
-    Of each tensor the name, shape, dtype and `SAMPLES` values count, so that a trained model differs from
-    the one it was trained from, while a model of 20 B parameters is read in seconds. Tensors on the meta
-    device have no values: the same model with and without weights has two fingerprints. Of weights that accelerate
-    offloads one by one those count that its hooks hold. Where the model was loaded from, and by which version of
-    diffusers, does not count.
+    Of each tensor the name, shape, dtype and `SAMPLES` values count, so that a trained model differs from the one it
+    was trained from, while a model of 20 B parameters is read in seconds. Tensors on the meta device have no values; of
+    weights that accelerate offloads those count that its hooks hold. Where the model was loaded from does not count.
 
     Args:
         model: the model.
         read: gives the tensors of the state dict by name where the model itself has none; their values count in
             the model's dtypes.
-
-    Returns:
-        64 hexadecimal digits (sha256).
     """
     digest = hashlib.sha256()
     digest.update(json.dumps([type(model).__name__, _config(model)], sort_keys=True, default=_plain).encode())
     offloaded = {} if read is not None else _offloaded(model)
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
         held = read(name) if read is not None else offloaded[name]() if name in offloaded else tensor
-        digest.update(_sample(held, tensor.dtype))
+        _add(digest, name, tensor, held)
     return digest.hexdigest()
 
 
@@ -62,8 +56,7 @@ def state_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the hash of named tensors: of each the name, shape, dtype and `SAMPLES` values, as in `fingerprint`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
-        digest.update(_sample(tensor, tensor.dtype))
+        _add(digest, name, tensor, tensor)
     return digest.hexdigest()
 
 
@@ -83,16 +76,14 @@ def _config(model: nn.Module) -> dict[str, Any]:
 def _plain(value: object) -> str:
     if isinstance(value, torch.dtype | torch.device | Path):
         return str(value)
-    raise TypeError(
-        f"a model's configuration holds {value!r} ({type(value).__name__}), which has no fingerprint"
-    )
+    raise TypeError(f"a model's configuration holds {value!r} ({type(value).__name__}), which has no fingerprint")
 
 
-def _sample(tensor: torch.Tensor, dtype: torch.dtype) -> bytes | memoryview:
-    if tensor.is_meta or tensor.numel() == 0:
-        return b""
-    places = torch.arange(SAMPLES, device=tensor.device) * (tensor.numel() - 1) // (SAMPLES - 1)
-    return _bytes(tensor.detach().reshape(-1)[places].to(dtype))
+def _add(digest: Any, name: str, tensor: torch.Tensor, held: torch.Tensor) -> None:
+    digest.update(json.dumps([name, list(tensor.shape), str(tensor.dtype)]).encode())
+    if not held.is_meta and held.numel():
+        places = torch.arange(SAMPLES, device=held.device) * (held.numel() - 1) // (SAMPLES - 1)
+        digest.update(_bytes(held.detach().reshape(-1)[places].to(tensor.dtype)))
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

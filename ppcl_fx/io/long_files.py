@@ -42,10 +42,7 @@ def write_long(
         read: gives each tensor; a memory-mapped one goes from file to file.
         tick: told the number of bytes after each tensor.
         metadata: what the header says beside the tensors.
-        digests: let the header hold each tensor's digest (`ppcl_fx.io.shards.Shards.digests`), for `ppcl-fx verify`.
-
-    Raises:
-        PpclError: the disk is full, or the place cannot be written.
+        digests: let the header hold each tensor's digest (`ppcl_fx.io.shards.Shards.digests`) too.
     """
     header: dict[str, object] = {}
     at = 0
@@ -54,7 +51,7 @@ def write_long(
     for name in names:
         size = form_bytes({name: forms[name]})
         dtype, shape = forms[name]
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [at, at + size]}
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [at, at + size]}
         at += size
     found = dict.fromkeys(names, "0" * 64) if digests else {}
     begin = _header(header, metadata or {}, found)
@@ -74,10 +71,8 @@ def write_long(
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise PpclError(
-            f"{path.name}: cannot be written ({reason}); make room, or choose another place"
-        ) from error
+        reason = error.strerror or error
+        raise PpclError(f"{path.name}: cannot be written ({reason}); make room, or choose another place") from error
 
 
 def _header(entries: Mapping[str, object], metadata: Mapping[str, str], digests: Mapping[str, str]) -> bytes:

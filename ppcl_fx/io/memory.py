@@ -7,37 +7,18 @@ from pathlib import Path
 
 from ppcl_fx.errors import PpclError
 
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-    "TIB": 2**40,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-}
+UNITS = {"": 1, "B": 1, **{f"{unit}B": 1000**power for power, unit in enumerate("KMGT", 1)}}
+UNITS |= {f"{unit}{rest}": 1024**power for power, unit in enumerate("KMGT", 1) for rest in ("", "IB")}
 MOST = 2**50
 """Bytes that a size may be."""
 
 
 def parse_size(option: str, text: str) -> int:
-    """Return the bytes of a size such as ``12GiB``, ``900 MB`` or a plain number.
-
-    Raises:
-        PpclError: it is no size, or not above zero. The line begins with `option`.
-    """
+    """Return the bytes of a size such as ``12GiB``, ``900 MB`` or a plain number; PpclError for anything else."""
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    unit = (
-        {"K": "KIB", "M": "MIB", "G": "GIB", "T": "TIB"}.get(found[2].upper(), found[2].upper())
-        if found
-        else ""
-    )
-    if not found or unit not in UNITS:
+    if not found or found[2].upper() not in UNITS:
         raise PpclError(f"{option} {text}: not a size; give for example 12GiB or 900MB")
-    size = float(found[1]) * UNITS[unit]
+    size = float(found[1]) * UNITS[found[2].upper()]
     if not 1 <= size <= MOST:
         raise PpclError(f"{option} {text}: a size is at least one byte and at most 1024 TiB; give for example 12GiB")
     return int(size)
@@ -49,10 +30,7 @@ def size_words(size: int) -> str:
 
 
 def anonymous() -> int:
-    """Return the bytes of this process that are not backed by a file: what it cannot give back. 0 where unknown.
-
-    Pages of memory-mapped weights do not count: the system takes them back when it needs to.
-    """
+    """Return the bytes of this process that no file backs, so that it cannot give them back; 0 where unknown."""
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
     except OSError:

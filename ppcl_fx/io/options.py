@@ -7,22 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Self, Union, get_args, get_origin
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
 from pydantic.fields import FieldInfo
+from pydantic_core import ValidationError
 
 from ppcl_fx.errors import OptionError, near
 from ppcl_fx.io.memory import parse_size
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 MOST = 10**9
 """The largest count of anything that is counted: steps, calls, runs."""
@@ -76,22 +66,20 @@ class Config(BaseModel):
 def option_error(error: ValidationError, known: Mapping[str, Any]) -> OptionError:
     """Return in one line the first thing that is wrong with the values of an options model of the fields `known`."""
     fault = error.errors(include_url=False)[0]
-    name = str(fault["loc"][0]) if fault["loc"] else ""
-    part = str(fault["input"]) if len(fault["loc"]) > 1 and isinstance(fault["loc"][1], int) else ""
-    return OptionError(name, _reason(name, fault, known), part)
-
-
-def _reason(name: str, fault: ErrorDetails, known: Mapping[str, Any]) -> str:
+    place = fault["loc"]
+    name = str(place[0]) if place else ""
     match fault["type"]:
         case "extra_forbidden":
-            return f"there is no such option{near(name, known)}"
+            reason = f"there is no such option{near(name, known)}"
         case "value_error":
-            return str(fault["ctx"]["error"])
+            reason = str(fault["ctx"]["error"])
         case "literal_error":
             names = [part.strip("'") for part in fault["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-            return f"not one of {', '.join(names)}{near(str(fault['input']), names)}"
-    inner = "".join(f"{part}: " for part in fault["loc"][1:] if isinstance(part, str))
-    return f"{inner}{fault['msg'][:1].lower()}{fault['msg'][1:]}"
+            reason = f"not one of {', '.join(names)}{near(str(fault['input']), names)}"
+        case _:
+            inner = "".join(f"{part}: " for part in place[1:] if isinstance(part, str))
+            reason = f"{inner}{fault['msg'][:1].lower()}{fault['msg'][1:]}"
+    return OptionError(name, reason, str(fault["input"]) if len(place) > 1 and isinstance(place[1], int) else "")
 
 
 def flag_of(model: type[BaseModel], name: str) -> str:

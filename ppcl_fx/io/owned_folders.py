@@ -1,7 +1,6 @@
-"""The kinds of folders that this package writes, and what may lie in each.
+"""The kinds of folders that this package writes: whoever writes a new file into one of them adds its name here.
 
 Only a folder of a known kind, with nothing else in it and nothing that is being read, is ever replaced or removed.
-Whoever writes a new file into one of them adds its name here.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from ppcl_fx.errors import PpclError
@@ -50,15 +49,14 @@ class Kind:
     def joined(self, *others: Kind) -> Kind:
         """Return this kind, with what may lie in others lying in it too."""
         folders = {name: kind for one in (self, *others) for name, kind in one.folders.items()}
-        files = tuple(pattern for one in (self, *others) for pattern in one.files)
-        return Kind(self.words, files, folders, self.manifest, self.keys, self.says)
+        return replace(self, files=tuple(file for one in (self, *others) for file in one.files), folders=folders)
 
 
 _NUMBER = r"\d+(\.\d+)?(e-?\d+)?"
 _SAFETENSORS = r".+\.safetensors"
 
 _SHARDS = Kind("recorded calls", (r"index\.json", r"calls-\d{5}\.safetensors"))
-CALLS = Kind(_SHARDS.words, _SHARDS.files, manifest="index.json", keys=("model", "fingerprint", "calls"))
+CALLS = replace(_SHARDS, manifest="index.json", keys=("model", "fingerprint", "calls"))
 CHECKPOINT = Kind(
     "a checkpoint",
     (r"state\.json", r"state\.safetensors", r"pieces\.json", "SHA256SUMS"),
@@ -75,11 +73,7 @@ ENGINES = Kind(
     "exported engines",
     (
         rf"keep-{_NUMBER}(\.bf16)?\.(onnx|json|onnx\.data|engine|engine\.json)",
-        r"head\.json",
-        r"build\.json",
-        r"build\.sh",
-        r"timing\.cache",
-        r"\.exporting",
+        r"head\.json|build\.json|build\.sh|timing\.cache|\.exporting",
     ),
     {"weights": WEIGHTS},
 )
@@ -101,14 +95,8 @@ BOUNDED = Kind(
     },
 )
 RUNS = Kind("runs of a part", (), {r"\d+": _SHARDS})
-RECORDED = Kind(
-    "recorded parts",
-    (),
-    {
-        r"part-\d{5}": Kind("a part", (r"part\.json",), {"calls": _SHARDS}),
-        r"part-\d{5}\.runs": RUNS,
-    },
-)
+_PART = Kind("a part", (r"part\.json",), {"calls": _SHARDS})
+RECORDED = Kind("recorded parts", (), {r"part-\d{5}": _PART, r"part-\d{5}\.runs": RUNS})
 ENCODED_PART = Kind("encoded pictures", (r"samples\.json",), {"calls": _SHARDS})
 TRAINING = Kind(
     "a training",
@@ -171,15 +159,7 @@ DEMO = Kind(
 def check_replaceable(folder: Path, kind: Kind, reads: Iterable[str | Path] = ()) -> None:
     """Refuse to replace a folder that this package did not write, that holds anything else, or that is being read.
 
-    A folder that is not there, or is empty, may be replaced.
-
-    Args:
-        folder: the folder; a link is followed.
-        kind: what it has to be.
-        reads: what the caller reads, files and folders; names of nothing are passed over.
-
-    Raises:
-        PpclError: it may not be replaced.
+    A folder that is not there, or is empty, may be replaced. A link is followed; names in `reads` may be of nothing.
     """
     folder = folder.resolve()
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
@@ -199,21 +179,13 @@ def check_replaceable(folder: Path, kind: Kind, reads: Iterable[str | Path] = ()
 
 
 def check_no_link(path: Path) -> None:
-    """Refuse a link where something is to be replaced: what it leads to may be another's.
-
-    Raises:
-        PpclError: it is one.
-    """
+    """Refuse a link where something is to be replaced: what it leads to may be another's."""
     if path.is_symlink():
         raise PpclError(f"{path}: a link to {path.readlink()}, so it is not replaced; put what it leads to there")
 
 
 def discard(folder: Path, kind: Kind) -> None:
-    """Remove a folder of ours, if it is there.
-
-    Raises:
-        PpclError: it is a link, or holds something that this package did not write; then nothing is removed.
-    """
+    """Remove a folder of ours, if it is there; PpclError, and nothing is removed, where it may not be replaced."""
     check_no_link(folder)
     check_replaceable(folder, kind)
     if folder.exists():
@@ -223,13 +195,7 @@ def discard(folder: Path, kind: Kind) -> None:
 def check_file(path: Path, *, mark: bytes = b"", keys: Iterable[str] = ()) -> None:
     """Refuse to replace a file that this package did not write; one that is not there, or empty, may be.
 
-    Args:
-        path: the file.
-        mark: bytes that one of ours has near its beginning or its end.
-        keys: fields of the JSON object that one of ours is.
-
-    Raises:
-        PpclError: it is a link, is no file, or lacks the mark or a field.
+    One of ours has `mark` near its beginning or its end, or is a JSON object with the fields `keys`.
     """
     check_no_link(path)
     if not path.exists() or (path.is_file() and path.stat().st_size == 0):
@@ -253,27 +219,23 @@ def foreign(folder: Path, kind: Kind) -> str | None:
 
 
 def _told(folder: Path, kind: Kind) -> bool:
-    """Tell whether a folder has the manifest of its kind, where the kind has one."""
     return kind.manifest is None or says(folder / kind.manifest, kind.says, kind.keys)
 
 
 def _strangers(root: Path, folder: Path, kind: Kind) -> Iterator[str]:
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        name = Path(entry.path).relative_to(root).as_posix()
-        inner = next((k for pattern, k in kind.folders.items() if re.fullmatch(pattern, entry.name)), None)
-        if entry.is_symlink():
+    for place in sorted(folder.iterdir()):
+        name = place.relative_to(root).as_posix()
+        inner = next((k for pattern, k in kind.folders.items() if re.fullmatch(pattern, place.name)), None)
+        if place.is_symlink():
             yield f"holds {name}, a link that ppcl-fx did not write"
-        elif _LEFT_BEHIND.fullmatch(entry.name):
+        elif _LEFT_BEHIND.fullmatch(place.name):
             continue
-        elif entry.is_dir():
-            place = Path(entry.path)
-            if inner is None:
-                yield f"holds {name}, which ppcl-fx did not write there"
-            elif any(place.iterdir()) and not _told(place, inner):
+        elif place.is_dir() and inner is not None:
+            if any(place.iterdir()) and not _told(place, inner):
                 yield f"holds {name}, where no {inner.manifest} says that ppcl-fx wrote {inner.words}"
             else:
                 yield from _strangers(root, place, inner)
-        elif not entry.is_file() or not any(re.fullmatch(pattern, entry.name) for pattern in kind.files):
+        elif not place.is_file() or not any(re.fullmatch(pattern, place.name) for pattern in kind.files):
             yield f"holds {name}, which ppcl-fx did not write there"
 
 
@@ -294,18 +256,14 @@ def says(path: Path, values: Mapping[str, object], keys: Iterable[str] = ()) -> 
 
 def _identities(folder: Path) -> Iterator[tuple[int, int]]:
     """The device and number of a folder and of everything in it: the same by whatever path they are reached."""
-    yield _identity(folder)
-    for root, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            yield _identity(Path(root, name))
+    for root, _, files in os.walk(folder):
+        yield from map(_identity, (Path(root), *(Path(root, name) for name in files)))
 
 
 def _chain(path: Path) -> Iterator[tuple[int, int]]:
     """The same of what is read and of all folders above it, by the path as given and without its links."""
     for one in {path.absolute(), path.resolve()}:
-        for place in (one, *one.parents):
-            if place.exists():
-                yield _identity(place)
+        yield from (_identity(place) for place in (one, *one.parents) if place.exists())
 
 
 def _identity(path: Path) -> tuple[int, int]:

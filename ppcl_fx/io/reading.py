@@ -1,8 +1,4 @@
-"""Opening what comes from outside: regular files of a bounded size, as bytes, as text, as JSON.
-
-A pipe, a device or a socket is never waited for, and an endless or sparse file never fills the memory. Whoever reads a
-file that this process did not just write opens it here.
-"""
+"""Opening what comes from outside, so what this process did not just write: regular files of a bounded size."""
 
 from __future__ import annotations
 
@@ -25,7 +21,8 @@ INDEX_BYTES = 2**30
 TEXT_BYTES = 64 * 2**20
 """A text file may be this large, where its reader says no other bound."""
 
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
+"""UTF-8's byte order mark."""
 _OTHER_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -47,11 +44,7 @@ def open_regular(path: str | Path) -> BufferedReader:
 
 
 def append_regular(path: str | Path) -> BufferedWriter:
-    """Open a regular file to append bytes to it, and make it where there is none; it never blocks.
-
-    Raises:
-        PpclError: as `open_regular`.
-    """
+    """Open a regular file to append bytes to it, and make it where there is none; else as `open_regular`."""
     return os.fdopen(_descriptor(Path(path), os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
 
@@ -75,11 +68,7 @@ def _descriptor(path: Path, how: int) -> int:
 
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
-    """Return the content of a regular file of at most `limit` bytes.
-
-    Raises:
-        PpclError: as `open_regular`, or the file is larger.
-    """
+    """Return the content of a regular file of at most `limit` bytes; PpclError as `open_regular`, or it is larger."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         try:
@@ -104,8 +93,7 @@ def read_text(path: str | Path, limit: int = TEXT_BYTES) -> str:
 def text_of(data: bytes) -> str:
     r"""Return UTF-8 text without a byte order mark at its start or at that of a line, each line ended by ``\n``.
 
-    Raises:
-        ValueError: it is UTF-16, holds NUL bytes, or is not UTF-8.
+    ValueError where it is UTF-16, holds NUL bytes, or is not UTF-8.
     """
     try:
         text = _plain(data).decode("utf-8")
@@ -120,8 +108,7 @@ def text_of(data: bytes) -> str:
 def parse_json(data: bytes, *, finite: bool = True) -> Any:
     """Return what JSON text holds: numbers are finite unless told otherwise, of 4300 digits, lists 200 deep at most.
 
-    Raises:
-        ValueError: it is no such JSON.
+    ValueError for any other text.
     """
     found = from_json(_plain(data), allow_inf_nan=not finite)
     waiting = [found] if finite else []
@@ -137,22 +124,13 @@ def parse_json(data: bytes, *, finite: bool = True) -> Any:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Check that what the libraries that load a model would open is regular files, the text among it of bounded size.
-
-    Raises:
-        PpclError: something is not.
-    """
+    """Refuse a folder where a library that loads a model would open what is no regular file, or too long a text."""
     for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
         if path.exists() and not path.is_dir():
             status = path.stat()
             _check_kind(path, status.st_mode)
             if path.suffix in (".json", ".txt", ".jinja") and status.st_size > TEXT_BYTES:
                 raise PpclError(f"{path}: larger than the {size_words(TEXT_BYTES)} that such a file may have; check it")
-
-
-def without_mark(data: bytes) -> bytes:
-    """Return bytes without UTF-8's byte order mark."""
-    return data.removeprefix(_BOM)
 
 
 def missing(path: Path) -> NoReturn:
@@ -168,7 +146,7 @@ def _plain(data: bytes) -> bytes:
     for mark, name in _OTHER_BOMS.items():
         if data.startswith(mark):
             raise ValueError(f"it is {name}, not UTF-8")
-    return without_mark(data)
+    return data.removeprefix(BOM)
 
 
 def _check_kind(path: Path, mode: int) -> None:
