@@ -28,16 +28,10 @@ def is_model(kind: type[Any]) -> bool:
 
 
 def open_weights(kind: Any, folder: Path) -> Shards:
-    """Open the weights of a model of diffusers or transformers, and build it without them.
+    """Open the weights of a model of the class `kind`, of diffusers or transformers, and build it without them.
 
     It is built within what the headers of the weights say, so a number too much costs neither memory nor time.
-
-    Args:
-        kind: its class.
-        folder: its folder.
-
-    Raises:
-        PpclError: a file is missing or damaged, or the class refuses the configuration.
+    PpclError where a file is missing or damaged, or the class refuses the configuration.
     """
     path = folder / "config.json"
     is_diffusers = issubclass(kind, ModelMixin)
@@ -45,21 +39,19 @@ def open_weights(kind: Any, folder: Path) -> Shards:
     room = Room.of(shards.shapes)
     if is_diffusers:
         skeleton(kind, _object(path), torch.float32, room=room, where=str(path))
-    else:
-        _check_size(kind, path, room)
+        return shards
+    check_numbers(_object(path), str(path))
+    with foreign(f"{path}: {kind.__name__} refuses this configuration", "mend config.json"):
+        config = kind.config_class.from_pretrained(folder)
+        with room.kept(str(path)), torch.device("meta"):
+            kind(config)
     return shards
 
 
 def load_model(kind: Any, folder: Path, options: Mapping[str, Any]) -> nn.Module:
     """Load a model of diffusers or transformers, in evaluation mode; nothing in it is left random, or is not finite.
 
-    Args:
-        kind: its class.
-        folder: its folder.
-        options: what `from_pretrained` takes.
-
-    Raises:
-        PpclError: a file is missing or damaged, or the weights do not fit the class.
+    PpclError as `open_weights`, or the weights do not fit the class. `options` are those of `from_pretrained`.
     """
     open_weights(kind, folder)
     with foreign(f"{folder}: cannot be loaded", AGAIN):
@@ -72,23 +64,10 @@ def load_model(kind: Any, folder: Path, options: Mapping[str, Any]) -> nn.Module
 
 
 def check_component(kind: Any, folder: Path) -> None:
-    """Check the configuration of a part without weights: a scheduler, an image processor.
-
-    Raises:
-        PpclError: an entry is not what the class takes.
-    """
+    """Check, by `check_config`, the configuration of a part without weights: a scheduler, an image processor."""
     name = getattr(kind, "config_name", None)
     if isinstance(name, str) and (folder / name).is_file():
         check_config(kind, _object(folder / name), str(folder / name))
-
-
-def _check_size(kind: Any, path: Path, room: Room) -> None:
-    """Build a model of transformers on the meta device, and stop where its numbers ask for more than there is."""
-    check_numbers(_object(path), str(path))
-    with foreign(f"{path}: {kind.__name__} refuses this configuration", "mend config.json"):
-        config = kind.config_class.from_pretrained(path.parent)
-        with room.kept(str(path)), torch.device("meta"):
-            kind(config)
 
 
 def _check_loaded(kind: Any, folder: Path, info: Mapping[str, Collection[Any]], names: Collection[str]) -> None:
@@ -96,8 +75,8 @@ def _check_loaded(kind: Any, folder: Path, info: Mapping[str, Collection[Any]], 
     extra = info["unexpected_keys"]
     if not issubclass(kind, ModelMixin):
         # Checkpoints of transformers hold heads and buffers of their makers; a block too much is another thing.
-        alike = {_numberless(name) for name in names}
-        extra = [name for name in extra if _numberless(name) in alike]
+        alike = {re.sub(r"\d+", "#", name) for name in names}
+        extra = [name for name in extra if re.sub(r"\d+", "#", name) in alike]
     for problem, found in {**info, "unexpected_keys": extra}.items():
         if problem in ("missing_keys", "unexpected_keys", "mismatched_keys") and found:
             what = f"{problem.replace('_', ' ')}, the first is {sorted(map(str, found))[0]!r}"
@@ -113,7 +92,3 @@ def _object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise PpclError(f"{path}: holds no JSON object; {AGAIN}")
     return found
-
-
-def _numberless(name: str) -> str:
-    return re.sub(r"\d+", "#", name)

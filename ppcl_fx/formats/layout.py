@@ -26,10 +26,9 @@ Index = Annotated[int, Field(ge=0, strict=True)]
 
 
 class Layout(BaseModel):
-    """A ``config.json`` of the released layout; block numbers count the blocks that are left.
+    """A ``config.json`` of the released layout; block numbers count the `num_layers` blocks that are left.
 
     Attributes:
-        num_layers: how many blocks are left.
         single_stream_index: blocks without a text stream.
         ffn_proj_index: blocks whose feed-forwards are projectors, in every stream that they have.
         ehs_proj_index: blocks without a text stream that hold their group's projector of the text state.
@@ -103,14 +102,8 @@ def expected(model: nn.Module, layout: Layout) -> tuple[dict[str, tuple[int, ...
     """Return name -> shape of the tensors that a checkpoint must have, and of those that it may have.
 
     A block without a text stream has ``attn`` whole (its ``to_add_out`` is there and not used) and no ``txt_*``. A
-    block whose feed-forwards are projectors has the first half of each modulation, the attention's.
-
-    Args:
-        model: the model's class with `layout.num_layers` whole blocks; only shapes are looked at.
-        layout: the lists.
-
-    Raises:
-        PpclError: the class has no such blocks.
+    block whose feed-forwards are projectors has the first half of each modulation, the attention's. `model` is the
+    class with `layout.num_layers` whole blocks; only shapes are looked at.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     width = shapes.get(f"{STACK}.0.img_mod.1.weight", (0, 0))[-1]
@@ -130,20 +123,12 @@ def expected(model: nn.Module, layout: Layout) -> tuple[dict[str, tuple[int, ...
         unused = block in single and name.startswith(f"{STACK}.{block}.attn.to_add_out.")
         if not gone:
             (may if unused else must)[name] = shape
-    for path in projectors(layout):
-        must |= {f"{path}.weight": (width, width), f"{path}.bias": (width,)}
+    holders = layout.ehs_proj_index
+    projectors = {"img_ffn_proj": ffn, "txt_ffn_proj": ffn - single, "txt_proj": single, "ehs_proj": holders}
+    for part, blocks in projectors.items():
+        for path in (f"{STACK}.{block}.{part}" for block in blocks):
+            must |= {f"{path}.weight": (width, width), f"{path}.bias": (width,)}
     return must, may
-
-
-def projectors(layout: Layout) -> list[str]:
-    """Return the module paths of all projectors."""
-    single = set(layout.single_stream_index)
-    return [
-        *(f"{STACK}.{block}.img_ffn_proj" for block in layout.ffn_proj_index),
-        *(f"{STACK}.{block}.txt_ffn_proj" for block in layout.ffn_proj_index if block not in single),
-        *(f"{STACK}.{block}.txt_proj" for block in layout.single_stream_index),
-        *(f"{STACK}.{block}.ehs_proj" for block in layout.ehs_proj_index),
-    ]
 
 
 def compare(weights: Shards, model: nn.Module, layout: Layout) -> None:
@@ -170,8 +155,8 @@ def graph_paths(blocks: Sequence[str], plan: Plan, kept: Sequence[Kept], layout:
     Args:
         blocks: the block paths of the graph's teacher.
         plan: the edits that are plugged, in the teacher's block numbers.
-        kept: the blocks that are left, in order.
-        layout: the lists for these blocks.
+        kept: the blocks that are left, in order; `layout` has the lists for them.
+        layout: see there.
     """
     number = {block.index: place for place, block in enumerate(kept)}
     paths = renumbered(blocks, {STACK: kept})
@@ -194,11 +179,8 @@ def graph_paths(blocks: Sequence[str], plan: Plan, kept: Sequence[Kept], layout:
 def layout_of(plan: Plan, kept: Sequence[Kept], config: Mapping[str, JsonValue]) -> Layout:
     """Return the layout of a mixture: the plugged edits of `plan` on the blocks that are left."""
     number = {block.index: place for place, block in enumerate(kept)}
-    groups = [
-        [number[block.index] for block in kept if edit.source < block.index <= edit.last]
-        for edit in plan.edits
-        if isinstance(edit, TextStreamEdit)
-    ]
+    texts = [edit for edit in plan.edits if isinstance(edit, TextStreamEdit)]
+    groups = [[number[block.index] for block in kept if t.source < block.index <= t.last] for t in texts]
     return Layout.model_validate(
         {
             **config,
@@ -211,15 +193,9 @@ def layout_of(plan: Plan, kept: Sequence[Kept], config: Mapping[str, JsonValue])
 
 
 def teacher_plan(layout: Layout, kept: Sequence[int], blocks: int) -> Plan:
-    """Return a layout's edits in the teacher's block numbers.
+    """Return a layout's edits in the teacher's block numbers, of which there are `blocks`.
 
-    Args:
-        layout: the lists.
-        kept: the teacher's number of each block that is left, in order.
-        blocks: how many blocks the teacher has.
-
-    Raises:
-        PpclError: the numbers do not rise from 0, or are not as many as the blocks.
+    PpclError where those of the blocks that are left, `kept`, do not rise from 0, or are not as many as the blocks.
     """
     if len(kept) != layout.num_layers:
         raise PpclError(
@@ -236,11 +212,8 @@ def teacher_plan(layout: Layout, kept: Sequence[int], blocks: int) -> Plan:
     edits: list[Edit] = [
         DepthEdit(stack=STACK, first=first, last=last) for first, last in zip(kept, ends, strict=True) if last > first
     ]
-    for edit in layout.edits():
-        if isinstance(edit, TextStreamEdit):
-            edits.append(TextStreamEdit(stack=STACK, source=kept[edit.source], last=ends[edit.last]))
-        elif isinstance(edit, FfnEdit):
-            edits.append(FfnEdit(stack=STACK, block=kept[edit.block]))
+    edits += (TextStreamEdit(stack=STACK, source=kept[first], last=ends[last]) for first, last in layout.groups())
+    edits += (FfnEdit(stack=STACK, block=kept[block]) for block in sorted(layout.ffn_proj_index))
     return Plan(edits=edits)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 
 from ppcl_fx.io.fingerprint import tensor_digest
 from ppcl_fx.ir.graphs import ancestors, attribute
@@ -19,14 +19,9 @@ from ppcl_fx.tracing.guards import is_guard
 def difference(one: GraphModule, two: GraphModule, rename: Callable[[str], str]) -> str:
     """Say where two graphs compute something different; an empty string where they do the same operations.
 
-    Each value is described by what it is computed with and from, down to the inputs and parameters, so the order in
-    which a graph lists its nodes does not count. Operations with effects are compared in their order as well. Guards
-    are left out: they compute nothing.
-
-    Args:
-        one: a graph.
-        two: another.
-        rename: a module's or parameter's path in `one` -> its path in `two`.
+    Each value is described by what it is computed with and from, down to the inputs and parameters (`rename` gives a
+    path in `one` its path in `two`), so the order in which a graph lists its nodes does not count. Operations with
+    effects are compared in their order as well. Guards are left out: they compute nothing.
     """
     mine, other = _values(one, rename), _values(two, lambda path: path)
     if mine[one.graph.output_node()] == other[two.graph.output_node()] and _effects(one, mine) == _effects(two, other):
@@ -69,10 +64,5 @@ def _target(gm: GraphModule, node: Node, rename: Callable[[str], str]) -> str:
 
 def _plain(argument: Any, values: dict[Node, str]) -> object:
     """Return an argument with nodes replaced by their hashes, as something whose `repr` says all."""
-
-    def told(item: Any) -> Any:
-        if isinstance(item, Node):
-            return values[item]
-        return "device" if isinstance(item, torch.device) else item
-
-    return map_aggregate(argument, told)
+    told = map_arg(argument, values.__getitem__)
+    return map_aggregate(told, lambda item: "device" if isinstance(item, torch.device) else item)

@@ -33,10 +33,10 @@ def model_card(
 
     Args:
         plan: the plan, with its exact counts.
-        plugged: the edits that are plugged when the model is loaded.
+        plugged: the edits that are plugged when the model is loaded; the mixture has `params` parameters.
         config: the teacher's configuration.
         made: how it was made: ``version`` and ``passes``.
-        params: number of parameters of the mixture that is plugged.
+        params: see there.
         scores: measured scores by name; none are invented where none are given.
     """
     name = config.get("_class_name", "a diffusion transformer")

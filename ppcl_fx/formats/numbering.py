@@ -25,23 +25,21 @@ class Kept:
 
 
 def kept_blocks(blocks: Sequence[str], depth: Sequence[DepthEdit]) -> dict[str, list[Kept]]:
-    """Return the blocks that depth edits leave, by block list, in order: their places are their new numbers.
-
-    Args:
-        blocks: the teacher's block paths.
-        depth: the depth edits that are plugged.
-    """
+    """Return what plugged depth edits leave of the teacher's blocks, by block list: places are the new numbers."""
     starts = {f"{edit.stack}.{edit.first}": edit for edit in depth}
     gone = {f"{edit.stack}.{index}" for edit in depth for index in range(edit.first + 1, edit.last + 1)}
     found: dict[str, list[Kept]] = {}
-    for path in blocks:
+    for path in (path for path in blocks if path not in gone):
         stack, _, number = path.rpartition(".")
         edit = starts.get(path)
-        if edit is not None:
-            found.setdefault(stack, []).append(Kept(edit.first, edit.last, student_path(edit)))
-        elif path not in gone:
-            found.setdefault(stack, []).append(Kept(int(number), int(number), path))
+        kept = Kept(int(number), int(number), path) if edit is None else Kept(edit.first, edit.last, student_path(edit))
+        found.setdefault(stack, []).append(kept)
     return found
+
+
+def originals(kept: Mapping[str, Sequence[Kept]]) -> dict[str, str]:
+    """Return module path in the pruned model -> module path in the graph, of the blocks that are left."""
+    return {f"{stack}.{place}": block.path for stack, blocks in kept.items() for place, block in enumerate(blocks)}
 
 
 def renumbered(blocks: Sequence[str], kept: Mapping[str, Sequence[Kept]]) -> dict[str, str]:
@@ -50,8 +48,7 @@ def renumbered(blocks: Sequence[str], kept: Mapping[str, Sequence[Kept]]) -> dic
     A block that is not left gets a path that no model has: what a model reads of it from elsewhere must not be taken
     for the block that has its number now.
     """
-    left = {block.path: f"{stack}.{number}" for stack, own in kept.items() for number, block in enumerate(own)}
-    return {**{path: f"removed.{path}" for path in blocks}, **left}
+    return {**{path: f"removed.{path}" for path in blocks}, **{path: new for new, path in originals(kept).items()}}
 
 
 def translated(name: str, paths: Mapping[str, str]) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 
 from ppcl_fx._version import __version__
 from ppcl_fx.formats.numbering import Kept
 from ppcl_fx.io import owned_folders as owned
-from ppcl_fx.io.files import new_folder, write_json, write_safetensors
+from ppcl_fx.io.files import Record, new_folder, write_json, write_safetensors
 from ppcl_fx.io.shards import ONE_FILE
 from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.model.pluggable import PluggableModel
@@ -21,7 +21,7 @@ from ppcl_fx.schema.plan import Plan
 PRUNED = "pruned.json"
 
 
-class Pruned(BaseModel):
+class Pruned(Record):
     """Where a pruned model comes from.
 
     Attributes:
@@ -31,8 +31,6 @@ class Pruned(BaseModel):
         example: the arguments of the traced call, as `ppcl_fx.calls.examples.describe` writes them.
         made: the version of this package and the passes that ran.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     version: Literal[1] = 1
     kind: Literal["pruned"] = "pruned"

@@ -11,7 +11,7 @@ from torch import nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.formats.layout import STACK, Layout, graph_paths, layout_of, teacher_plan
-from ppcl_fx.formats.numbering import Kept, kept_blocks, translated
+from ppcl_fx.formats.numbering import Kept, kept_blocks, originals, translated
 from ppcl_fx.formats.pruned import PRUNED, Pruned
 from ppcl_fx.io.files import inside, read_json
 from ppcl_fx.io.shards import Shards
@@ -84,10 +84,7 @@ def find_kept(folder: Path, tensors: Mapping[str, torch.Tensor], teacher: nn.Mod
     """Return the teacher's number of each block of a checkpoint, told by the weights.
 
     A block that was not trained has the teacher's weights. A student was trained from the weights of its interval's
-    first block, and is still nearer to it than to any other. Where that is not plain, nothing is guessed.
-
-    Raises:
-        PpclError: a block is about as near to two of the teacher's blocks, or they are out of order.
+    first block, and is still nearer to it than to any other. Where that is not plain, it is a PpclError.
     """
     own = teacher.state_dict()
     count = 1 + max(int(name.split(".")[1]) for name in own if name.startswith(f"{STACK}."))
@@ -113,11 +110,10 @@ def _distance(parts: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Ten
     apart = size = 0.0
     for name, tensor in parts.items():
         other = teacher.get(front + name)
-        if other is None or other.shape != tensor.shape:
-            continue
-        one, two = _sample(tensor), _sample(other)
-        apart += float((one - two).square().sum())
-        size += float(two.square().sum())
+        if other is not None and other.shape == tensor.shape:
+            one, two = _sample(tensor), _sample(other)
+            apart += float((one - two).square().sum())
+            size += float(two.square().sum())
     return apart / size if size else float("inf")
 
 
@@ -138,18 +134,14 @@ def _check_plan(folder: Path, plan: Plan, left: Sequence[Kept], layout: Layout) 
             raise PpclError(f"{folder}: {name} is {want}, and the plan makes it {have}; give its own plan")
 
 
-def _check_teacher(
-    folder: Path, teacher: nn.Module, tensors: Mapping[str, torch.Tensor], left: Sequence[Kept]
-) -> None:
+def _check_teacher(folder: Path, teacher: nn.Module, tensors: Mapping[str, torch.Tensor], left: Sequence[Kept]) -> None:
     """Raise `PpclError` where a part that no edit replaced is not the teacher's."""
-    own = teacher.state_dict()
-    back = {f"{STACK}.{place}": block.path for place, block in enumerate(left)}
+    own, back = teacher.state_dict(), originals({STACK: left})
     for name, tensor in tensors.items():
         source = translated(name, back)
-        other = own.get(source)
-        if other is None or name.endswith(("to_add_out.weight", "to_add_out.bias")):
+        if source not in own or name.endswith(("to_add_out.weight", "to_add_out.bias")):
             continue  # a student's or a projector's, or not used
-        if not torch.equal(other[: len(tensor)].cpu(), tensor):
+        if not torch.equal(own[source][: len(tensor)].cpu(), tensor):
             raise PpclError(
                 f"{folder}: {name} is not the teacher's {source}, which no edit replaced: another teacher, another "
                 "plan, or a checkpoint that was fine-tuned as a whole; load it alone with ppcl_fx.load"

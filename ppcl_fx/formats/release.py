@@ -9,7 +9,7 @@ import torch
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
 from ppcl_fx.formats.layout import LISTS, STACK, Layout, expected, graph_paths, layout_of
-from ppcl_fx.formats.numbering import Kept, kept_blocks, translated
+from ppcl_fx.formats.numbering import Kept, kept_blocks, originals, translated
 from ppcl_fx.formats.pruned import plugged_plan, pruned, write_pruned
 from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.model.pluggable import PluggableModel
@@ -46,13 +46,13 @@ def save_released(model: PluggableModel, folder: str | Path, *, overwrite: bool 
 
 def _effective(model: PluggableModel, plan: Plan) -> Plan:
     """Return a plan without the feed-forward edits of students that are not plugged themselves: they do nothing."""
-    waiting = {
-        (edit.stack, edit.first)
-        for edit in model.plan.edits
-        if isinstance(edit, DepthEdit) and edit.id not in model.students
-    }
+    waiting = {(edit.stack, edit.first) for edit in _waiting(model)}
     edits = [e for e in plan.edits if not (isinstance(e, FfnEdit) and (e.stack, e.block) in waiting)]
     return plan.model_copy(update={"edits": edits})
+
+
+def _waiting(model: PluggableModel) -> list[DepthEdit]:
+    return [edit for edit in model.plan.depth() if edit.id not in model.students]
 
 
 def _check(model: PluggableModel, plan: Plan) -> None:
@@ -66,12 +66,9 @@ def _check(model: PluggableModel, plan: Plan) -> None:
             f"the released layout knows one list of blocks, {STACK}, and this model has {', '.join(lists)}; "
             "save the pluggable model, or depth edits alone for diffusers"
         )
-    for text in plan.edits:
-        if not isinstance(text, TextStreamEdit):
-            continue
-        for depth in model.plan.edits:
-            within = isinstance(depth, DepthEdit) and text.source < depth.first <= text.last
-            if within and depth.id not in model.students:
+    for text in (edit for edit in plan.edits if isinstance(edit, TextStreamEdit)):
+        for depth in _waiting(model):
+            if text.source < depth.first <= text.last:
                 raise PpclError(
                     f"{text.id} is plugged and {depth.id} inside of it is not: those blocks keep their text stream, "
                     "which the released layout cannot say; plug both or neither"
@@ -84,7 +81,7 @@ def _tensors(model: PluggableModel, plan: Plan, kept: list[Kept], layout: Layout
     skeleton = weightless(diffusers_class(str(layout.config["_class_name"])), layout.config, model.dtype)
     must, may = expected(skeleton, layout)
     # The layout keeps what a block without a text stream has and does not use.
-    whole, back = model.graph.state_dict(), {f"{STACK}.{place}": block.path for place, block in enumerate(kept)}
+    whole, back = model.graph.state_dict(), originals({STACK: kept})
     found |= {name: whole[source] for name in may if (source := translated(name, back)) in whole}
     for name, shape in must.items():
         if name not in found or tuple(found[name].shape) != shape:

@@ -1,7 +1,6 @@
 """The layout in which the paper's authors released their pruned models: read it, write it, plug it into its teacher.
 
-A folder of this layout looks like a diffusers folder, but its ``config.json`` lists blocks whose parts were replaced by
-linear projectors, and diffusers cannot load it::
+It looks like a diffusers folder, but its ``config.json`` lists blocks whose parts were replaced by linear projectors::
 
     model = ppcl_fx.formats.released.load(folder)                        # called like the transformer
     model = ppcl_fx.formats.released.with_teacher(folder, teacher, kw)   # a PluggableModel: every edit switchable
@@ -53,12 +52,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
     """A pruned model read from the released layout; behaves like the transformer it was made from.
 
     Its ``state_dict`` is the checkpoint's. The graph that computes it is traced at the first call, and again for a call
-    outside of what was traced.
-
-    Args:
-        skeleton: the transformer's class with as many whole blocks, its parameters on the meta device.
-        layout: the lists.
-        tensors: the checkpoint's tensors by name.
+    outside of what was traced. `skeleton` is the transformer's class with as many whole blocks, on the meta device.
     """
 
     KIND = "a released checkpoint"
@@ -72,10 +66,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
         self._paths = graph_paths([], Plan(edits=layout.edits()), kept, layout)
         # Plain attributes, so that torch does not take what has no weights for submodules.
         take_dtypes(skeleton, self)
-        self.__dict__["_skeleton"] = skeleton
-        self.__dict__["_edited"] = None
-        self.__dict__["_view"] = self.__dict__["_kind"] = None
-        self.__dict__["_others"] = {}
+        self.__dict__.update(_skeleton=skeleton, _edited=None, _view=None, _kind=None, _others={})
 
     @property
     def plan(self) -> Plan:
@@ -129,11 +120,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
         return Transformer2DModelOutput(sample=result[0])
 
     def pluggable(self, example_kwargs: Mapping[str, Any]) -> PluggableModel:
-        """Return this model as a pluggable one without an edit: what export takes, with `keep=1.0` alone.
-
-        Args:
-            example_kwargs: the keyword arguments of one call.
-        """
+        """Return this model, traced with a call, as a pluggable one without an edit: what export takes, at 1.0."""
         self._trace(example_kwargs)
         graph = self._bound()
         graph_info(graph)["alone"] = self.KIND
@@ -144,7 +131,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
         self.__dict__["_others"][self.__dict__["_kind"]] = self.__dict__["_view"]
         known = self.__dict__["_others"].pop(kind_of(given), None)
         if known is not None:
-            self.__dict__["_view"], self.__dict__["_kind"] = known, kind_of(given)
+            self.__dict__.update(_view=known, _kind=kind_of(given))
             with suppress(GuardError):
                 return self._call(given)
         self._trace(given)
@@ -167,8 +154,8 @@ class ReleasedModel(GroupOffload, PipelineFace):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _trace(self, kwargs: Mapping[str, Any]) -> None:
         traced = trace(self.__dict__["_skeleton"], kwargs)
-        self.__dict__["_edited"] = insert_edits(traced, Plan(edits=self.layout.edits()))
-        self.__dict__["_view"], self.__dict__["_kind"] = None, kind_of(kwargs)
+        edited = insert_edits(traced, Plan(edits=self.layout.edits()))
+        self.__dict__.update(_edited=edited, _view=None, _kind=kind_of(kwargs))
 
     def _bound(self) -> GraphModule:
         """Return the graph with this module's parameters in it."""
@@ -181,7 +168,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
                     "the checkpoint's weights lie on the meta device: accelerate offloads it leaf by leaf, and a graph "
                     "has other leaves; call pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload()"
                 )
-            for name, shape in [(name, parameter.shape) for name, parameter in view.named_parameters()]:
+            for name, shape in {name: parameter.shape for name, parameter in view.named_parameters()}.items():
                 wanted = translated(name, self._paths)
                 parent, _, leaf = name.rpartition(".")
                 value = own.get(wanted)
@@ -213,8 +200,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
         return self
 
     def weights_changed(self) -> None:
-        self.__dict__["_view"] = None
-        self.__dict__["_others"] = {}
+        self.__dict__.update(_view=None, _others={})
 
     def set_attention_backend(self, backend: str) -> None:
         """Choose the kernels of every attention, as on any model of diffusers; the next call traces with them."""
@@ -258,11 +244,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ReleasedMod
 
 
 def open_layout(folder: Path, dtype: torch.dtype | None = None) -> tuple[Layout, nn.Module]:
-    """Read and check everything of a checkpoint but its tensors; return the lists and the model without weights.
-
-    Raises:
-        PpclError: see `load`.
-    """
+    """Read and check all of a checkpoint but its tensors, as `load`; return the lists and the model without weights."""
     path = inside(folder, CONFIG)
     layout = read_json(path, Layout)
     layout.check(str(path))

@@ -21,7 +21,7 @@ from torch import nn
 from ppcl_fx.calls.examples import build_call
 from ppcl_fx.errors import PpclError
 from ppcl_fx.formats.likeness import difference
-from ppcl_fx.formats.numbering import Kept, kept_blocks, renumbered, translated
+from ppcl_fx.formats.numbering import Kept, kept_blocks, originals, renumbered, translated
 from ppcl_fx.formats.pruned import plugged_plan, pruned, write_pruned
 from ppcl_fx.ir.graphs import draft, finished
 from ppcl_fx.ir.meta import graph_info
@@ -39,27 +39,18 @@ MOST_TRIES = 64
 def save_stock(model: PluggableModel, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write the mixture that is plugged now as a diffusers folder, with its plan in ``pruned.json``.
 
-    Args:
-        model: the model; depth edits alone may be plugged.
-        folder: where to; written beside and renamed.
-        overwrite: replace a folder that exists.
-
     Raises:
-        PpclError: a width edit is plugged, the class cannot have fewer blocks or computes something else with them,
-            or the folder cannot be written.
+        PpclError: another than a depth edit is plugged, the class cannot have fewer blocks or computes something else
+            with them, the folder cannot be written, or exists (with `overwrite`: holds something else).
     """
     config, tensors, kept = stock(model)
     return write_pruned(Path(folder), config, tensors, pruned(model, kept), overwrite)
 
 
 def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, list[Kept]]]:
-    """Return the configuration and the weights with which diffusers builds the mixture that is plugged now.
+    """Return the configuration with which diffusers builds what is plugged, its weights, and the blocks left.
 
-    Returns:
-        The configuration, name -> tensor (shared with the model), and the blocks that are left.
-
-    Raises:
-        PpclError: see `save_stock`.
+    The tensors are shared with the model. PpclError as `save_stock`.
     """
     info = graph_info(model.graph)
     config = info.get("config", {})
@@ -100,7 +91,7 @@ def _fitting(
     kind: type[nn.Module], config: Mapping[str, Any], kept: Mapping[str, Sequence[Kept]], model: PluggableModel
 ) -> tuple[nn.Module, dict[str, Any], dict[str, torch.Tensor]]:
     """Return the class without weights, its configuration, and the weights of the blocks that are left by its names."""
-    back = {f"{stack}.{place}": block.path for stack, blocks in kept.items() for place, block in enumerate(blocks)}
+    back = originals(kept)
     held = {**graph_info(model.graph)["unused"], **model.graph.state_dict()}
     apart = "no entry of its configuration counts the blocks"
     for tried in itertools.islice(_configurations(config, kept), MOST_TRIES):
@@ -108,7 +99,8 @@ def _fitting(
             skeleton = weightless(kind, tried, model.dtype)
         except PpclError:
             continue
-        if any(_length(skeleton, stack) != len(blocks) for stack, blocks in kept.items()):
+        lists = {stack: skeleton.get_submodule(stack) for stack in kept}
+        if any(not isinstance(li, nn.ModuleList) or len(li) != len(kept[stack]) for stack, li in lists.items()):
             continue
         wanted = {name: (translated(name, back), tensor.shape) for name, tensor in skeleton.state_dict().items()}
         odd = sorted(n for n, (source, shape) in wanted.items() if source not in held or held[source].shape != shape)
@@ -145,14 +137,6 @@ def _configurations(config: Mapping[str, Any], kept: Mapping[str, Sequence[Kept]
 
 
 def _may_name_blocks(value: object) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and bool(value)
-        and all(type(item) is int and item >= 0 for item in value)
-        and len(set(value)) == len(value)
-    )
-
-
-def _length(model: nn.Module, stack: str) -> int:
-    found = model.get_submodule(stack)
-    return len(found) if isinstance(found, nn.ModuleList) else -1
+    if not isinstance(value, (list, tuple)) or not all(type(item) is int and item >= 0 for item in value):
+        return False
+    return 0 < len(value) == len(set(value))
