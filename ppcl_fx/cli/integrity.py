@@ -173,10 +173,10 @@ def _pipeline(folder: Path) -> Iterator[Checked]:
 
 
 def _transformer(folder: Path) -> Iterator[Checked]:
+    from ppcl_fx.formats.layout import open_layout
     from ppcl_fx.formats.pruned import PRUNED, Pruned
-    from ppcl_fx.formats.released import is_released, open_layout
     from ppcl_fx.io.files import read_json
-    from ppcl_fx.model.sources import open_source
+    from ppcl_fx.model.sources import is_released, open_source
 
     if (folder / PRUNED).is_file():
         read_json(folder / PRUNED, Pruned)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -11,14 +12,20 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from torch import nn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.formats.numbering import Kept, renumbered
+from ppcl_fx.formats.pruned import Kept, renumbered
+from ppcl_fx.io.build_bounds import Room
+from ppcl_fx.io.files import inside, read_json
 from ppcl_fx.io.shards import Shards, check_kind
-from ppcl_fx.model.sources import RELEASED_LISTS
+from ppcl_fx.ir.dtypes import kept_in_float32
+from ppcl_fx.model.sources import RELEASED_LISTS, transformer_class
 from ppcl_fx.passes.edits.ffn import projector_path
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.tracing.meta_model import skeleton as weightless
 
 STACK = "transformer_blocks"
 LISTS = RELEASED_LISTS
+WHOLE = 16
+"""How much larger a model of whole blocks may be than what is left of it."""
 STREAMS = {"image": "img", "text": "txt"}
 """How the layout begins the names of a stream's parts."""
 
@@ -129,6 +136,22 @@ def expected(model: nn.Module, layout: Layout) -> tuple[dict[str, tuple[int, ...
         for path in (f"{STACK}.{block}.{part}" for block in blocks):
             must |= {f"{path}.weight": (width, width), f"{path}.bias": (width,)}
     return must, may
+
+
+def open_layout(folder: Path, dtype: torch.dtype | None = None) -> tuple[Layout, nn.Module]:
+    """Read and check all of a checkpoint but its tensors; return the lists and the model without weights."""
+    path = inside(folder, "config.json")
+    layout = read_json(path, Layout)
+    layout.check(str(path))
+    kind = transformer_class(path)
+    weights = Shards.open(folder)
+    room = Room.of(weights.shapes, times=WHOLE)
+    stored = weights.dtype(kept_in_float32(kind))
+    skeleton = weightless(kind, layout.config, dtype or stored, room=room, where=str(path))
+    if len(getattr(skeleton, STACK, ())) != layout.num_layers:
+        raise PpclError(f"{path}: {kind.__name__} has no {STACK} that num_layers counts; not of the released layout")
+    compare(weights, skeleton, layout)
+    return layout, skeleton
 
 
 def compare(weights: Shards, model: nn.Module, layout: Layout) -> None:

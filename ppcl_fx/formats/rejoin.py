@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.formats.layout import STACK, Layout, graph_paths, layout_of, teacher_plan
-from ppcl_fx.formats.numbering import Kept, kept_blocks, originals, translated
-from ppcl_fx.formats.pruned import PRUNED, Pruned
+from ppcl_fx.formats.layout import STACK, Layout, graph_paths, layout_of, open_layout, teacher_plan
+from ppcl_fx.formats.pruned import PRUNED, Kept, Pruned, kept_blocks, originals, translated
 from ppcl_fx.io.files import inside, read_json
 from ppcl_fx.io.shards import Shards
 from ppcl_fx.ir.dtypes import kept_in_float32, main_dtype
@@ -54,8 +53,6 @@ def with_teacher(
         PpclError: the checkpoint is damaged, the plan is not the checkpoint's, or a part that no edit replaced is not
             the teacher's.
     """
-    from ppcl_fx.formats.released import open_layout
-
     folder = transformer_folder(Path(folder))
     if plan is not None and kept is not None:
         raise PpclError("give the plan that a checkpoint was made by, or the blocks that it kept, not both")

@@ -19,14 +19,12 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from ppcl_fx._version import __version__
 from ppcl_fx.calls.kinds import kind_of
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.formats.layout import LISTS, STACK, Layout, compare, graph_paths
-from ppcl_fx.formats.numbering import Kept, translated
+from ppcl_fx.formats.layout import LISTS, STACK, Layout, expected, graph_paths, layout_of, open_layout
+from ppcl_fx.formats.pruned import Kept, kept_blocks, originals, plugged_plan, translated, write_pruned
 from ppcl_fx.formats.rejoin import with_teacher
-from ppcl_fx.formats.release import save_released
-from ppcl_fx.io.build_bounds import Room
-from ppcl_fx.io.files import inside, read_json
 from ppcl_fx.io.shards import Shards
 from ppcl_fx.ir.dtypes import kept_in_float32, main_dtype
 from ppcl_fx.ir.meta import graph_info
@@ -35,15 +33,11 @@ from ppcl_fx.model.offload import GroupOffload
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.model.retrace import dtypes_of, take_dtypes
 from ppcl_fx.model.rewrite import insert_edits
-from ppcl_fx.model.sources import is_released, transformer_class, transformer_folder
+from ppcl_fx.model.sources import diffusers_class, is_released, transformer_folder
 from ppcl_fx.passes.edits.plug import plugged
-from ppcl_fx.schema.plan import Plan
+from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind, trace
 from ppcl_fx.tracing.meta_model import skeleton as weightless
-
-CONFIG = "config.json"
-WHOLE = 16
-"""How much larger a model of whole blocks may be than what is left of it."""
 
 __all__ = ["ReleasedModel", "is_released", "load", "save_released", "with_teacher"]
 
@@ -243,22 +237,6 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ReleasedMod
     return ReleasedModel(skeleton, layout, Shards.open(folder).tensors(dtype, kept_in_float32(skeleton))).eval()
 
 
-def open_layout(folder: Path, dtype: torch.dtype | None = None) -> tuple[Layout, nn.Module]:
-    """Read and check all of a checkpoint but its tensors, as `load`; return the lists and the model without weights."""
-    path = inside(folder, CONFIG)
-    layout = read_json(path, Layout)
-    layout.check(str(path))
-    kind = transformer_class(path)
-    weights = Shards.open(folder)
-    room = Room.of(weights.shapes, times=WHOLE)
-    stored = weights.dtype(kept_in_float32(kind))
-    skeleton = weightless(kind, layout.config, dtype or stored, room=room, where=str(path))
-    if len(getattr(skeleton, STACK, ())) != layout.num_layers:
-        raise PpclError(f"{path}: {kind.__name__} has no {STACK} that num_layers counts; not of the released layout")
-    compare(weights, skeleton, layout)
-    return layout, skeleton
-
-
 def _register(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Put a tensor at a dotted name, in plain modules made for it, and in lists where the names are numbers."""
     *path, leaf = name.split(".")
@@ -274,3 +252,74 @@ def _register(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
 def _numbered(name: str) -> list[tuple[bool, int, str]]:
     """Return a key that sorts ``blocks.2`` before ``blocks.10``."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+
+
+def save_released(model: PluggableModel, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write the mixture that is plugged now in the released layout.
+
+    Args:
+        model: the model; its teacher must be of a class with the layout's parts (see `ppcl_fx.formats.layout`).
+        folder: where to; written beside and renamed.
+        overwrite: replace a folder that exists.
+
+    Raises:
+        PpclError: the mixture does not fit the layout, or the folder cannot be written.
+    """
+    info = graph_info(model.graph)
+    plan = _effective(model, plugged_plan(model))
+    _check(model, plan)
+    kept = kept_blocks(info["blocks"], plan.depth())
+    layout = layout_of(plan, kept[STACK], info["config"])
+    tensors = _tensors(model, plan, kept[STACK], layout)
+    config = {
+        "_class_name": info["config"]["_class_name"],
+        "_ppcl_fx_version": __version__,
+        **layout.config,
+        **{name: getattr(layout, name) for name in LISTS},
+    }
+    return write_pruned(model, kept, config, tensors, Path(folder), overwrite)
+
+
+def _effective(model: PluggableModel, plan: Plan) -> Plan:
+    """Return a plan without the feed-forward edits of students that are not plugged themselves: they do nothing."""
+    waiting = {(edit.stack, edit.first) for edit in _waiting(model)}
+    edits = [e for e in plan.edits if not (isinstance(e, FfnEdit) and (e.stack, e.block) in waiting)]
+    return plan.model_copy(update={"edits": edits})
+
+
+def _waiting(model: PluggableModel) -> list[DepthEdit]:
+    return [edit for edit in model.plan.depth() if edit.id not in model.students]
+
+
+def _check(model: PluggableModel, plan: Plan) -> None:
+    """Refuse what the three lists cannot say."""
+    config = graph_info(model.graph).get("config", {})
+    if not config.get("_class_name"):
+        raise PpclError("the teacher has no diffusers configuration, so there is no released layout for it")
+    lists = sorted({path.rpartition(".")[0] for path in graph_info(model.graph)["blocks"]})
+    if lists != [STACK] or "num_layers" not in config:
+        raise PpclError(
+            f"the released layout knows one list of blocks, {STACK}, and this model has {', '.join(lists)}; "
+            "save the pluggable model, or depth edits alone for diffusers"
+        )
+    for text in (edit for edit in plan.edits if isinstance(edit, TextStreamEdit)):
+        for depth in _waiting(model):
+            if text.source < depth.first <= text.last:
+                raise PpclError(
+                    f"{text.id} is plugged and {depth.id} inside of it is not: those blocks keep their text stream, "
+                    "which the released layout cannot say; plug both or neither"
+                )
+
+
+def _tensors(model: PluggableModel, plan: Plan, kept: list[Kept], layout: Layout) -> dict[str, torch.Tensor]:
+    paths = graph_paths(graph_info(model.graph)["blocks"], plan, kept, layout)
+    found = {translated(name, paths): tensor for name, tensor in model.graph_module().state_dict().items()}
+    skeleton = weightless(diffusers_class(str(layout.config["_class_name"])), layout.config, model.dtype)
+    must, may = expected(skeleton, layout)
+    # The layout keeps what a block without a text stream has and does not use.
+    whole, back = model.graph.state_dict(), originals({STACK: kept})
+    found |= {name: whole[source] for name in may if (source := translated(name, back)) in whole}
+    for name, shape in must.items():
+        if name not in found or tuple(found[name].shape) != shape:
+            raise PpclError(f"this mixture does not fit the released layout: {name} is missing or of another shape")
+    return {name: found[name] for name in sorted({*must, *may} & set(found))}

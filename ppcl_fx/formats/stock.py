@@ -20,9 +20,8 @@ from torch import nn
 
 from ppcl_fx.calls.examples import build_call
 from ppcl_fx.errors import PpclError
+from ppcl_fx.formats import pruned
 from ppcl_fx.formats.likeness import difference
-from ppcl_fx.formats.numbering import Kept, kept_blocks, originals, renumbered, translated
-from ppcl_fx.formats.pruned import plugged_plan, pruned, write_pruned
 from ppcl_fx.ir.graphs import draft, finished
 from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.model.pluggable import PluggableModel
@@ -44,10 +43,10 @@ def save_stock(model: PluggableModel, folder: str | Path, *, overwrite: bool = F
             with them, the folder cannot be written, or exists (with `overwrite`: holds something else).
     """
     config, tensors, kept = stock(model)
-    return write_pruned(Path(folder), config, tensors, pruned(model, kept), overwrite)
+    return pruned.write_pruned(model, kept, config, tensors, Path(folder), overwrite)
 
 
-def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, list[Kept]]]:
+def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, list[pruned.Kept]]]:
     """Return the configuration with which diffusers builds what is plugged, its weights, and the blocks left.
 
     The tensors are shared with the model. PpclError as `save_stock`.
@@ -56,18 +55,18 @@ def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor
     config = info.get("config", {})
     if not config.get("_class_name"):
         raise PpclError("the teacher has no diffusers configuration, so there is no diffusers folder for it")
-    plan = plugged_plan(model)
+    plan = pruned.plugged_plan(model)
     width = [edit.id for edit in plan.edits if not isinstance(edit, DepthEdit)]
     if width:
         raise PpclError(
             f"{width[0]} is plugged, and no class of diffusers has such a part; plug depth edits alone, or write the "
             "released layout"
         )
-    kept = kept_blocks(info["blocks"], plan.depth())
+    kept = pruned.kept_blocks(info["blocks"], plan.depth())
     kind = diffusers_class(config["_class_name"])
     skeleton, found, tensors = _fitting(kind, config, kept, model)
     example = build_call(info["example"])
-    paths = renumbered(info["blocks"], kept)
+    paths = pruned.renumbered(info["blocks"], kept)
     try:
         shorter = trace(skeleton, example)
     except (PpclError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -78,7 +77,7 @@ def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor
         ) from error
     whole = draft(model.graph)  # with whole layers: those rows too that a class computes and does not read
     Plug(frozenset(model.students)).apply(whole)
-    apart = difference(finished(whole), shorter, lambda path: translated(path, paths))
+    apart = difference(finished(whole), shorter, lambda path: pruned.translated(path, paths))
     if apart:
         raise PpclError(
             f"{kind.__name__} with fewer blocks computes something else than the pruned model (at {apart}), so a "
@@ -88,10 +87,10 @@ def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor
 
 
 def _fitting(
-    kind: type[nn.Module], config: Mapping[str, Any], kept: Mapping[str, Sequence[Kept]], model: PluggableModel
+    kind: type[nn.Module], config: Mapping[str, Any], kept: Mapping[str, Sequence[pruned.Kept]], model: PluggableModel
 ) -> tuple[nn.Module, dict[str, Any], dict[str, torch.Tensor]]:
     """Return the class without weights, its configuration, and the weights of the blocks that are left by its names."""
-    back = originals(kept)
+    back = pruned.originals(kept)
     held = {**graph_info(model.graph)["unused"], **model.graph.state_dict()}
     apart = "no entry of its configuration counts the blocks"
     for tried in itertools.islice(_configurations(config, kept), MOST_TRIES):
@@ -102,7 +101,7 @@ def _fitting(
         lists = {stack: skeleton.get_submodule(stack) for stack in kept}
         if any(not isinstance(li, nn.ModuleList) or len(li) != len(kept[stack]) for stack, li in lists.items()):
             continue
-        wanted = {name: (translated(name, back), tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        wanted = {name: (pruned.translated(name, back), tensor.shape) for name, tensor in skeleton.state_dict().items()}
         odd = sorted(n for n, (source, shape) in wanted.items() if source not in held or held[source].shape != shape)
         if not odd:
             return skeleton, tried, {name: held[source] for name, (source, _) in wanted.items()}
@@ -113,7 +112,7 @@ def _fitting(
     )
 
 
-def _configurations(config: Mapping[str, Any], kept: Mapping[str, Sequence[Kept]]) -> Iterator[dict[str, Any]]:
+def _configurations(config: Mapping[str, Any], kept: Mapping[str, Sequence[pruned.Kept]]) -> Iterator[dict[str, Any]]:
     """Give configurations that may build a model with the blocks that are left, the plainest first.
 
     The length of each shortened block list may be any entry with that number. Lists of whole numbers may name blocks:

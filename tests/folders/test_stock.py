@@ -126,7 +126,7 @@ class ByNumber(toys.Toy):
 
 def test_a_class_that_counts_its_blocks_is_told_by_its_graph() -> None:
     """Where a block's number is part of what is computed, a shorter list is another model."""
-    from ppcl_fx.formats.numbering import kept_blocks, renumbered, translated
+    from ppcl_fx.formats.pruned import kept_blocks, renumbered, translated
 
     edit = DepthEdit(stack="blocks", first=0, last=1)
     for kind, words in ((ByNumber, "mul"), (None, "")):
