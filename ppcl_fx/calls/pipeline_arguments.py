@@ -6,6 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -36,16 +37,16 @@ class PipelineArguments:
     def __post_init__(self) -> None:
         if not self.texts:
             raise PpclError("there are no prompts to record; give at least one")
-        known = self._known()
         if "prompt" in self.given:
             raise PpclError("'prompt' is given twice; give it as `prompts` only")
+        known = self._known
         open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in known.values())
-        for name in () if open_ended else self.given:
-            if name not in known:
-                raise PpclError(f"{self._class()} takes no argument {name!r}{near(name, known)}")
-        for name in self.per_prompt:
-            if name not in self.given:
-                raise PpclError(f"per_prompt names {name!r}, which is not among the arguments{near(name, self.given)}")
+        odd = next((name for name in self.given if name not in known and not open_ended), None)
+        if odd is not None:
+            raise PpclError(f"{type(self.pipeline).__name__} takes no argument {odd!r}{near(odd, known)}")
+        odd = next((name for name in self.per_prompt if name not in self.given), None)
+        if odd is not None:
+            raise PpclError(f"per_prompt names {odd!r}, which is not among the arguments{near(odd, self.given)}")
         for name, value in self.given.items():
             if len(self.texts) > 1:
                 self._check(name, value)
@@ -64,13 +65,17 @@ class PipelineArguments:
 
     def of(self, part: range) -> dict[str, Any]:
         """Return the arguments of the run that draws the prompts of these numbers."""
-        arguments = {name: self._share(name, value, part) for name, value in self.given.items()}
-        condition = self._condition()
+        arguments = dict(self.given)
+        for name, value in self.given.items():
+            each = self._each(name, value)
+            if each and len(self.texts) > 1:
+                arguments[name] = value[part.start * each : part.stop * each]
+        condition = self._condition
         encoded = any(name.startswith("prompt_embeds") and value is not None for name, value in arguments.items())
         if condition not in arguments and not encoded:
             texts = [self.texts[i] for i in part]
             arguments[condition] = texts if condition == "prompt" else self._labels(texts, condition)
-        if "output_type" in self._known() and getattr(self.pipeline, "vae", None) is not None:
+        if "output_type" in self._known and getattr(self.pipeline, "vae", None) is not None:
             arguments.setdefault("output_type", "latent")
         if self._seeded():
             # A prompt's further pictures have seeds far from those of other prompts.
@@ -79,41 +84,43 @@ class PipelineArguments:
             arguments["generator"] = made if self._takes_generators() else made[0]
         return arguments
 
+    @cached_property
     def _known(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(self.pipeline.__call__).parameters
 
+    @cached_property
     def _condition(self) -> str:
-        """Return the argument that says what to draw: ``prompt``, or the first one where there is none of that name."""
-        known = self._known()
-        named = [name for name, p in known.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD]
-        return "prompt" if "prompt" in known or not named else named[0]
+        """The argument that says what to draw: ``prompt``, or the first one where there is none of that name."""
+        named = (name for name, p in self._known.items() if p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return "prompt" if "prompt" in self._known else next(named, "prompt")
 
     def _labels(self, texts: list[str], condition: str) -> list[int]:
         try:
             return [int(text) for text in texts]
         except ValueError:
-            raise PpclError(
-                f"{self._class()} takes no prompt, and {texts[0]!r} is no number of a class; "
-                f"give {condition}=, one for each prompt"
-            ) from None
+            who = type(self.pipeline).__name__
+            why = f"{who} takes no prompt, and {texts[0]!r} is no number of a class"
+            raise PpclError(f"{why}; give {condition}=, one for each prompt") from None
 
     def _pictures(self) -> int:
         """Return how many pictures a prompt gets."""
-        named = {name: p.default for name, p in self._known().items() if _PICTURES.fullmatch(name)}
+        named = {name: p.default for name, p in self._known.items() if _PICTURES.fullmatch(name)}
         counts = (default if self.given.get(name) is None else self.given[name] for name, default in named.items())
         return next((count for count in counts if isinstance(count, int)), 1)
 
     def _seeded(self) -> bool:
-        return "generator" in self._known() and self.given.get("generator") is None
+        return "generator" in self._known and self.given.get("generator") is None
 
     def _takes_generators(self) -> bool:
         """Tell whether the pipeline's ``generator`` may be a list, by its annotation; diffusers' all have one."""
-        return "list" in str(self._known()["generator"].annotation).lower()
+        return "list" in str(self._known["generator"].annotation).lower()
 
-    def _per_prompt(self, name: str, value: Any) -> bool:
-        """Tell whether an argument holds one item, or one row, a prompt."""
+    def _each(self, name: str, value: Any) -> int:
+        """Return how many items, or rows, a prompt has of an argument: of noise one a picture; 0 if it goes whole."""
         many = value.ndim > 0 if isinstance(value, torch.Tensor) else isinstance(value, list | tuple)
-        return many and ("prompt" in name or name in ("latents", "generator", self._condition(), *self.per_prompt))
+        if many and name in ("latents", "generator"):
+            return self._pictures()
+        return int(many and ("prompt" in name or name in (self._condition, *self.per_prompt)))
 
     def _check(self, name: str, value: Any) -> None:
         """Refuse an argument that cannot be divided among several prompts."""
@@ -122,28 +129,15 @@ class PipelineArguments:
                 "one generator for several prompts makes a prompt's noise depend on the others; "
                 "give seed=, or a list with one generator a prompt"
             )
-        if name in self.per_prompt and not self._per_prompt(name, value):
+        each = self._each(name, value)
+        if name in self.per_prompt and not each:
             raise PpclError(f"per_prompt names {name!r}, a {type(value).__name__}; give a list or a tensor")
-        items = self._items(name)
-        if self._per_prompt(name, value) and len(value) != items:
+        items = each * len(self.texts)
+        if each and len(value) != items:
             raise PpclError(
                 f"{name!r} has {len(value)} {'rows' if isinstance(value, torch.Tensor) else 'items'} and "
                 f"{len(self.texts)} prompts need {items}; give as many, or record one prompt at a time"
             )
-
-    def _items(self, name: str) -> int:
-        """Return how many items of an argument all prompts have: noise has one a picture."""
-        return len(self.texts) * (self._pictures() if name in ("latents", "generator") else 1)
-
-    def _share(self, name: str, value: Any, part: range) -> Any:
-        """Return what some of the prompts get of an argument."""
-        if len(self.texts) == 1 or not self._per_prompt(name, value):
-            return value
-        each = self._items(name) // len(self.texts)
-        return value[part.start * each : part.stop * each]
-
-    def _class(self) -> str:
-        return type(self.pipeline).__name__
 
 
 def run_arguments(

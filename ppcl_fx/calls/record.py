@@ -64,7 +64,9 @@ def record(
             than there are prompts, or the transformer gets NaN or an argument that cannot be stored.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    transformer = _transformer(pipeline)
+    transformer = getattr(pipeline, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise PpclError(f"{type(pipeline).__name__} has no transformer; record needs a pipeline with one (a DiT)")
     given = with_steps(pipeline_kwargs, num_inference_steps)
     arguments = PipelineArguments(pipeline, texts, given, seed, per_prompt)
     runs = arguments.runs(batch_size)
@@ -146,9 +148,16 @@ class _Recorder:
         index = len(self.calls)
         given = self._named(args, kwargs)
         kept = {name: map_tensors(value, self._keep, name) for name, value in given.items()}
-        time = self._time(given)
+        time = next((given[name] for name in TIMES if name in given), None)
+        if time is None:
+            raise PpclError(f"{self._class()} was called without a time ({', '.join(TIMES)}); it cannot be recorded")
+        time = float(time.flatten()[0] if isinstance(time, torch.Tensor) else time)
+        # The first argument is the noisy sample: a batched tensor, or a list with a tensor a picture.
+        sample = next((value for value in given.values() if isinstance(value, torch.Tensor | list)), None)
+        if sample is None:
+            raise PpclError(f"{self._class()} was called without a tensor; it cannot be recorded")
         self._advance(time)
-        self.calls.append(Call(kept, self.prompts, time, index, self._batch(given), self.branch))
+        self.calls.append(Call(kept, self.prompts, time, index, len(sample), self.branch))
         if len(self.calls) == self.limit:
             raise _Enough
 
@@ -187,19 +196,6 @@ class _Recorder:
         with torch.inference_mode(False), torch.no_grad():
             return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
-    def _time(self, given: dict[str, Any]) -> float:
-        value = next((given[name] for name in TIMES if name in given), None)
-        if value is None:
-            raise PpclError(f"{self._class()} was called without a time ({', '.join(TIMES)}); it cannot be recorded")
-        return float(value.flatten()[0]) if isinstance(value, torch.Tensor) else float(value)
-
-    def _batch(self, given: dict[str, Any]) -> int:
-        """The first argument is the noisy sample: a batched tensor, or a list with a tensor a picture."""
-        sample = next((value for value in given.values() if isinstance(value, torch.Tensor | list)), None)
-        if sample is None:
-            raise PpclError(f"{self._class()} was called without a tensor; it cannot be recorded")
-        return len(sample)
-
     def _advance(self, time: float) -> None:
         self.step += time != self.time
         self.branch = 0 if time != self.time else self.branch + 1
@@ -211,13 +207,6 @@ class _Recorder:
 
     def _class(self) -> str:
         return type(self.transformer).__name__
-
-
-def _transformer(pipeline: Any) -> nn.Module:
-    transformer = getattr(pipeline, "transformer", None)
-    if not isinstance(transformer, nn.Module):
-        raise PpclError(f"{type(pipeline).__name__} has no transformer; record needs a pipeline with one (a DiT)")
-    return transformer
 
 
 def _run(pipeline: Any, recorder: _Recorder, arguments: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -99,6 +99,10 @@ class CallEntry(Record):
     kwargs: dict[str, Value]
     output: TensorRef | None = None
 
+    def head(self, kwargs: dict[str, Any], output: torch.Tensor | None) -> Call:
+        """Return the call, with these arguments and output."""
+        return Call(kwargs, tuple(self.prompts), self.timestep, self.index, self.batch, self.branch, output)
+
     def tensors(self) -> list[tuple[str, TensorRef]]:
         """Return every tensor of the call with the name of the argument it belongs to."""
         found: list[tuple[str, TensorRef]] = []
@@ -168,11 +172,9 @@ class Calls(Sequence[Call]):
         shapes = {}
         for index, kwargs in enumerate(self._given()):
             first.setdefault(kind_of(kwargs), index)
-            known = shapes_of(kwargs)
-            shapes[frozenset(known.items())] = known
-        fullest, *others = sorted(first.items(), key=lambda one: -len(one[0]))
-        kinds = [self._calls[index].kwargs for _, index in others]
-        return Examples(self._calls[fullest[1]].kwargs, kinds, list(shapes.values()), self.ones)
+            shapes[frozenset(shapes_of(kwargs).items())] = shapes_of(kwargs)
+        fullest, *others = (self._calls[first[kind]].kwargs for kind in sorted(first, key=len, reverse=True))
+        return Examples(fullest, others, list(shapes.values()), self.ones)
 
     def _given(self) -> Iterator[Mapping[str, Any]]:
         """Yield each call's arguments; of saved calls no tensor is read, and what stands for it has its shape."""
@@ -182,16 +184,14 @@ class Calls(Sequence[Call]):
 
     def heads(self) -> list[Call]:
         """Return the calls without arguments and outputs; of saved calls nothing is read."""
-        kept = self._calls.entries if isinstance(self._calls, _StoredCalls) else self._calls
-        return [Call({}, tuple(one.prompts), one.timestep, one.index, one.batch, one.branch) for one in kept]
+        if isinstance(self._calls, _StoredCalls):
+            return [entry.head({}, None) for entry in self._calls.entries]
+        return [replace(call, kwargs={}, output=None) for call in self._calls]
 
     def save(self, folder: str | Path, *, overwrite: bool = False, shard_bytes: int = SHARD_BYTES) -> None:
-        """Write the calls to a new folder: shards of about `shard_bytes` and ``index.json``.
+        """Write the calls to a new folder: shards of about `shard_bytes`, equal tensors once, and ``index.json``.
 
-        Equal tensors (text embeddings come back at every timestep) are stored once.
-
-        Raises:
-            PpclError: there are no calls, one of them holds NaN, or the folder exists or cannot be written.
+        PpclError where there are no calls, one of them holds NaN, or the folder exists or cannot be written.
         """
         if not self._calls:
             raise PpclError(f"{folder}: there are no calls to save; record at least one prompt")
@@ -258,10 +258,10 @@ def _entries(calls: Sequence[Call], refer: Callable[[str, torch.Tensor, str], Te
             check_finite(tensor, f"call {call.index}: {path!r}")
             return refer(f"{call.index}.{path}", tensor, tensor_digest(tensor))
 
-        kwargs = {name: _spec(map_tensors(value, change, name)) for name, value in call.kwargs.items()}
-        fields = {name: getattr(call, name) for name in ("timestep", "index", "batch", "branch")}
-        output = None if call.output is None else change(OUTPUT, call.output)
-        entries.append(CallEntry(prompts=list(call.prompts), kwargs=kwargs, output=output, **fields))
+        fields = {**vars(call), "prompts": list(call.prompts)}
+        fields["kwargs"] = {name: _spec(map_tensors(value, change, name)) for name, value in call.kwargs.items()}
+        fields["output"] = None if call.output is None else change(OUTPUT, call.output)
+        entries.append(CallEntry(**fields))
     return entries
 
 
@@ -315,14 +315,10 @@ class _StoredCalls(Sequence[Call]):
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getitem__(self, index: int | slice) -> Any:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: Any) -> Any:
         entry = self.entries[index]
         kwargs = {name: _value(spec, self._read) for name, spec in entry.kwargs.items()}
-        output = None if entry.output is None else self._read(entry.output)
-        prompts = tuple(entry.prompts)
-        return Call(kwargs, prompts, entry.timestep, entry.index, entry.batch, entry.branch, output)
+        return entry.head(kwargs, _value(entry.output, self._read))
 
     def check_headers(self) -> None:
         for entry, _, ref in self._all_refs():

@@ -1,7 +1,6 @@
 """Room: how large a model may become while it is built from a configuration that nobody can trust.
 
-A number too much in a ``config.json`` asks for a hundred thousand blocks, or for a table of gigabytes. What the stored
-tensors hold bounds both, so building stops where it passes that bound, before memory or time are spent.
+What the stored tensors hold bounds it, so that building stops before memory or time are spent.
 """
 
 from __future__ import annotations
@@ -39,12 +38,8 @@ class Room:
 
         Tied weights are stored once.
         """
-        sizes = [torch.Size(shape).numel() for shape in shapes.values()]
-        return cls(
-            times * len(sizes) + SPARE_TENSORS,
-            times * sum(sizes) + SPARE_ELEMENTS,
-            max(SMALL, times * max(sizes, default=0)),
-        )
+        sizes = [times * torch.Size(shape).numel() for shape in shapes.values()]
+        return cls(times * len(sizes) + SPARE_TENSORS, sum(sizes) + SPARE_ELEMENTS, max([SMALL, *sizes]))
 
     @contextmanager
     def kept(self, where: str) -> Iterator[None]:

@@ -14,6 +14,9 @@ LARGEST = 2**24
 ADVICE = "mend it, or copy the file again"
 ALIKE = 0.8
 """How near an unknown entry's name is to one that is missing, where it is taken for a slip."""
+_NONE = type(None)
+_JSON = ((_NONE, _NONE), (bool, bool), (int, int), (float, int | float), (str, str), (Mapping, Mapping))
+"""What a value for such an annotation is in JSON; whole numbers may be written with a point."""
 
 
 def check_config(kind: type[Any], config: Mapping[str, Any], where: str) -> None:
@@ -63,21 +66,13 @@ def _fits(value: object, wanted: Any) -> bool:
         return value in inner
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
-    if wanted is None or wanted is type(None):
-        return value is None
     plain = origin or wanted
     if not isinstance(plain, type) or plain is object:
         return True
-    if issubclass(plain, bool):
-        return isinstance(value, bool)
-    if issubclass(plain, int):
-        return type(value) is int or (isinstance(value, float) and value.is_integer())
-    if issubclass(plain, float):
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if issubclass(plain, str):
-        return isinstance(value, str)
-    if issubclass(plain, Mapping):
-        return isinstance(value, Mapping)
+    whole = int(value) if isinstance(value, float) and value.is_integer() else value
+    for kind, given in _JSON:
+        if issubclass(plain, kind):
+            return isinstance(whole, given) and (kind is bool or not isinstance(value, bool))
     if issubclass(plain, Collection):
         return _each_fits(value, [one for one in inner if one is not Ellipsis] or [Any])
     return True

@@ -24,11 +24,7 @@ MOST_STEPS = 10_000
 class Flag:
     """How an options model's field is written on the command line, where its name and type do not say it.
 
-    Attributes:
-        name: ``--stage`` for a field ``stages``.
-        also: other names of the flag.
-        metavar: what stands for its value in the help.
-        hidden: it has none.
+    It may have other names, ``--stage`` for a field ``stages``; `metavar` stands for its value in the help.
     """
 
     name: str = ""

@@ -28,15 +28,13 @@ _LEFT_BEHIND = re.compile(r"\..+\.partial(-[0-9a-f]{8}.*)?|\.speed-[0-9a-f]{8}")
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of folder.
+    """A kind of folder, and what a person calls it.
 
     Attributes:
-        words: what a person calls it.
         files: patterns of the names of its files.
         folders: patterns of the names of the folders in it, with their kinds.
         manifest: the JSON file that tells the kind; None for folders that the names alone tell.
-        keys: fields that the manifest has at least.
-        says: fields of the manifest that have one value.
+        keys: fields that the manifest has at least; those of `says` have one value.
     """
 
     words: str
@@ -57,17 +55,11 @@ _SAFETENSORS = r".+\.safetensors"
 
 _SHARDS = Kind("recorded calls", (r"index\.json", r"calls-\d{5}\.safetensors"))
 CALLS = replace(_SHARDS, manifest="index.json", keys=("model", "fingerprint", "calls"))
-CHECKPOINT = Kind(
-    "a checkpoint",
-    (r"state\.json", r"state\.safetensors", r"pieces\.json", "SHA256SUMS"),
-    {"tensors": Kind("the parts of a checkpoint", (r"shard-\d{5}-.+\.safetensors", r"\.metadata", r".+\.index\.json"))},
-)
+_PARTS = Kind("the parts of a checkpoint", (r"shard-\d{5}-.+\.safetensors", r"\.metadata", r".+\.index\.json"))
+CHECKPOINT = Kind("a checkpoint", (r"state\.(json|safetensors)|pieces\.json|SHA256SUMS",), {"tensors": _PARTS})
 CHECKPOINTS = Kind("checkpoints", (), {r"\d{2}-\d{8}": CHECKPOINT})
-LOGS = Kind(
-    "logs of a training",
-    (r"log\.jsonl",),
-    {"tensorboard": Kind("TensorBoard events", (), {".+": Kind("events", (r"events\.out\.tfevents\..+",))})},
-)
+_EVENTS = Kind("TensorBoard events", (), {".+": Kind("events", (r"events\.out\.tfevents\..+",))})
+LOGS = Kind("logs of a training", (r"log\.jsonl",), {"tensorboard": _EVENTS})
 WEIGHTS = Kind("weights of exports", (_SAFETENSORS,), {".+": Kind("weights of exports", (_SAFETENSORS,))})
 ENGINES = Kind(
     "exported engines",

@@ -83,9 +83,8 @@ def read_bytes(path: str | Path, limit: int) -> bytes:
 
 def read_text(path: str | Path, limit: int = TEXT_BYTES) -> str:
     """Return the text of a UTF-8 file as `text_of` does. Raises PpclError as `read_bytes`, or it is no such text."""
-    data = read_bytes(path, limit)
     try:
-        return text_of(data)
+        return text_of(read_bytes(path, limit))
     except ValueError as error:
         raise PpclError(f"{path}: no UTF-8 text ({error}); save it as UTF-8") from None
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -44,9 +44,7 @@ WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class _Index(BaseModel):
-    """A diffusers index: which file each tensor is in."""
-
-    model_config = ConfigDict(extra="allow")
+    """A diffusers index: which file each tensor is in, and more."""
 
     weight_map: dict[str, str]
 
@@ -149,11 +147,8 @@ class Shards:
         """Return the digests (`ppcl_fx.io.fingerprint.tensor_digest`) that were stored with the tensors, if any."""
         found: dict[str, str] = {}
         for path in self.files:
-            text = safetensors_metadata(path).get(DIGESTS)
-            if text is None:
-                continue
             try:
-                found |= TypeAdapter(dict[str, str]).validate_json(text)
+                found |= TypeAdapter(dict[str, str]).validate_json(safetensors_metadata(path).get(DIGESTS, "{}"))
             except ValueError as error:
                 raise PpclError(f"{path}: its stored digests are damaged; {AGAIN}") from error
         return found
@@ -178,11 +173,7 @@ class Shards:
         return found
 
     def tensor(self, name: str) -> Tensor:
-        """Return one tensor, memory-mapped: it takes no memory that the system could not take back.
-
-        Raises:
-            PpclError: the file was cut or removed after it was opened.
-        """
+        """Return one tensor, memory-mapped; PpclError where the file was cut or removed after it was opened."""
         entry = self.stored[name]
         if entry.file not in self._files:
             try:
@@ -252,11 +243,7 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def stored_tensors(path: Path) -> dict[str, Stored]:
-    """Return where each tensor of a safetensors file lies, from the header alone.
-
-    Raises:
-        PpclError: the file is missing, truncated or not safetensors, or a dtype is not known.
-    """
+    """Return where each tensor of a safetensors file lies, as `tensor_shapes`; PpclError for an unknown dtype too."""
     shapes = tensor_shapes(path)
     for name, (dtype, _) in shapes.items():
         if dtype not in DTYPES:
