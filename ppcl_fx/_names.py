@@ -14,9 +14,14 @@ from typing import Any
 from ppcl_fx.errors import near
 
 MOVED = {
+    "ppcl_fx.calls.held_out": "ppcl_fx.calls.store",
     "ppcl_fx.fingerprint": "ppcl_fx.io.fingerprint",
     "ppcl_fx.folders": "ppcl_fx.formats",
     "ppcl_fx.folders.released": "ppcl_fx.formats.released",
+    "ppcl_fx.formats.likeness": "ppcl_fx.formats.stock",
+    "ppcl_fx.formats.numbering": "ppcl_fx.formats.pruned",
+    "ppcl_fx.formats.release": "ppcl_fx.formats.released",
+    "ppcl_fx.io.long_files": "ppcl_fx.io.shards",
     "ppcl_fx.memory": "ppcl_fx.io.memory",
     "ppcl_fx.passes.damage": "ppcl_fx.passes.selection.sensitivity",
     "ppcl_fx.passes.depth": "ppcl_fx.passes.edits.depth",
@@ -44,7 +49,7 @@ MOVED = {
     "ppcl_fx.train.sources.source": "ppcl_fx.train.data.source",
     "ppcl_fx.uncached": "ppcl_fx.model.face",
 }
-"""Former name -> name, of modules that the documents of version 0.1 named."""
+"""Former name -> name, of modules: those that the documents of version 0.1 named, and of later ones."""
 
 
 def lazy(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:

@@ -24,10 +24,10 @@ from ppcl_fx.errors import PpclError, Stopped
 from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.tensorrt.request import BuildConfig
 from ppcl_fx.io.files import check_writable
-from ppcl_fx.io.options import Config, options_table
+from ppcl_fx.io.options import Config
 from ppcl_fx.io.owned_folders import CHECKPOINT
 from ppcl_fx.passes.options import AnalyzeConfig, RewriteConfig
-from tests.options_page import PAGE, page
+from tests.options_page import PAGE, options_table, page
 
 pytestmark = pytest.mark.slow
 

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.store.weight_source import WeightFolder, WeightSource
-from ppcl_fx.io.long_files import form_bytes
 from ppcl_fx.io.memory import size_words
-from ppcl_fx.io.shards import Shards
+from ppcl_fx.io.shards import Shards, form_bytes
 from ppcl_fx.model.finetuned import FinetunedFolder
 from ppcl_fx.model.pluggable import PluggableModel, load
 from ppcl_fx.schema.measured_effects import EFFECTS, load_effects

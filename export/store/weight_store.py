@@ -23,10 +23,9 @@ from ppcl_fx.export.store.publish import is_store, writing
 from ppcl_fx.export.store.weight_source import WeightPiece, WeightSource
 from ppcl_fx.export.verify.integrity import cards_in, sample_of, used_by_others
 from ppcl_fx.io.files import inside, need_room, sha256_of, sync
-from ppcl_fx.io.long_files import form_bytes, write_long
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.io.reading import open_regular
-from ppcl_fx.io.shards import Stored, stored_tensors
+from ppcl_fx.io.shards import Stored, form_bytes, stored_tensors, write_long
 
 _FICLONE = 0x40049409
 """The ioctl of Linux that lets two files share their blocks until one is written to."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from ppcl_fx.calls.held_out import hold_out
+from ppcl_fx.calls.store import hold_out
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.analysis.probes import Fit, NormalEquations, Projector
 

@@ -1,21 +1,43 @@
-"""The values of recorded calls: tensors, and what JSON knows; and several calls as one, joined along the batch."""
+"""A recorded call, its values (tensors, and what JSON knows), and several calls as one, joined along the batch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io.shards import is_finite
 
-if TYPE_CHECKING:
-    from ppcl_fx.calls.store import Call
-
 AGAIN = "record the calls again"
 _APART = "run these calls one by one"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the transformer.
+
+    Attributes:
+        kwargs: the arguments by name, as the transformer got them; tensors are on the CPU.
+        prompts: the prompts of the pictures that this call helped to draw.
+        timestep: the value the transformer got (its first element).
+        index: position in the recording, from 0.
+        batch: samples in the call, the size of dimension 0 of the batched tensors: a multiple of the number of prompts
+            (several pictures a prompt, or both branches of guidance in one call).
+        branch: which call of its denoising step this is, from 0: guidance may call once for each branch.
+        output: what the transformer returned, its first tensor, on the CPU; None where it was not recorded.
+    """
+
+    kwargs: dict[str, Any]
+    prompts: tuple[str, ...]
+    timestep: float
+    index: int
+    batch: int
+    branch: int = 0
+    output: torch.Tensor | None = None
 
 
 def map_tensors(value: Any, change: Callable[[str, torch.Tensor], Any], path: str = "") -> Any:
@@ -50,11 +72,8 @@ def collate(calls: Sequence[Call]) -> dict[str, Any]:
     """Return the arguments of one call that does the work of several, joined along the batch.
 
     Tensors whose dimension 0 is the batch are concatenated, lists as long as the batch are extended; lists of
-    batched tensors, tuples and dicts are joined item by item; everything else must be equal in all calls.
-
-    Raises:
-        PpclError: there are no calls, their arguments or shapes differ, or a tensor might as well be batched
-            as not.
+    batched tensors, tuples and dicts are joined item by item. PpclError where there are no calls, anything else is not
+    equal in all of them, or a tensor might as well be batched as not.
     """
     if not calls:
         raise PpclError("there are no calls to join; give at least one")
@@ -81,10 +100,12 @@ class _Join:
             return first
         if isinstance(first, torch.Tensor):
             return self._tensors(values, path)
-        if isinstance(first, list) and self._per_sample(values):
-            return [item for value in values for item in value]
         if isinstance(first, list | tuple):
-            if len({len(value) for value in values}) > 1:
+            lengths = [len(value) for value in values]
+            batched = len(set(lengths)) == 1 and any(map(self._batched, zip(*values, strict=True)))
+            if isinstance(first, list) and lengths == self.batches and not batched:
+                return [item for value in values for item in value]  # one a sample
+            if len(set(lengths)) > 1:
                 raise self._differ(path, "has several lengths")
             items = [self(list(items), f"{path}.{i}") for i, items in enumerate(zip(*values, strict=True))]
             return tuple(items) if isinstance(first, tuple) else items
@@ -111,12 +132,6 @@ class _Join:
 
     def _batched(self, values: Sequence[Any]) -> bool:
         return all(_rank(v) > 0 and v.shape[0] == batch for v, batch in zip(values, self.batches, strict=True))
-
-    def _per_sample(self, values: list[list[Any]]) -> bool:
-        """Whether these lists hold one item a sample, and not tensors that are batched themselves."""
-        lengths = [len(value) for value in values]
-        batched = len(set(lengths)) == 1 and any(self._batched(items) for items in zip(*values, strict=True))
-        return lengths == self.batches and not batched
 
     def _differ(self, path: str, how: str) -> PpclError:
         return PpclError(f"calls {', '.join(map(str, self.indices))} cannot be joined: {path!r} {how}; {_APART}")

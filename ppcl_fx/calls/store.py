@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from pydantic import Field, SerializationInfo, SerializerFunctionWrapHandler, model_serializer
 from pydantic.types import StrictBool, StrictFloat, StrictInt, StrictStr
 
-from ppcl_fx.calls.collate import AGAIN, check_finite, collate, map_tensors
+from ppcl_fx.calls.collate import AGAIN, Call, check_finite, collate, map_tensors
 from ppcl_fx.calls.kinds import Examples, Sizes, kind_of, shapes_of
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io import owned_folders as owned
@@ -28,30 +29,6 @@ INDEX = "index.json"
 SHARD_BYTES = 256 * 2**20
 """A shard is closed once it holds this many bytes."""
 OUTPUT = "(output)"  # stands for the output among a call's arguments; none can be called so
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the transformer.
-
-    Attributes:
-        kwargs: the arguments by name, as the transformer got them; tensors are on the CPU.
-        prompts: the prompts of the pictures that this call helped to draw.
-        timestep: the value the transformer got (its first element).
-        index: position in the recording, from 0.
-        batch: samples in the call, the size of dimension 0 of the batched tensors: a multiple of the number of prompts
-            (several pictures a prompt, or both branches of guidance in one call).
-        branch: which call of its denoising step this is, from 0: guidance may call once for each branch.
-        output: what the transformer returned, its first tensor, on the CPU; None where it was not recorded.
-    """
-
-    kwargs: dict[str, Any]
-    prompts: tuple[str, ...]
-    timestep: float
-    index: int
-    batch: int
-    branch: int = 0
-    output: torch.Tensor | None = None
 
 
 class TensorRef(Record):
@@ -222,6 +199,22 @@ class Calls(Sequence[Call]):
         calls = cls(stored, index.model, index.ones)
         calls._fingerprint = index.fingerprint
         return calls
+
+
+def hold_out(calls: Sequence[Call], share: float, seed: int) -> list[int]:
+    """Return the positions of the calls to hold out, in order: about a share of two or more, and never all.
+
+    A function of the calls' prompts, the share and the seed alone. Calls of the same prompts stay on one side where
+    there are prompts enough: what they share would make the result too good.
+    """
+    together: dict[Any, list[int]] = {}
+    for index in range(len(calls)):
+        together.setdefault(calls[index].prompts, []).append(index)
+    if len(together) * share < 1:
+        together = {index: [index] for index in range(len(calls))}
+    parts = random.Random(f"ppcl-fx held out {seed}").sample(list(together.values()), len(together))
+    count = min(len(parts) - 1, max(1, round(len(parts) * share)))
+    return sorted(index for part in parts[:count] for index in part)
 
 
 def _spec(value: Any) -> Value:

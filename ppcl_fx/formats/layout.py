@@ -71,15 +71,6 @@ class Layout(BaseModel):
             *(FfnEdit(stack=STACK, block=block) for block in sorted(self.ffn_proj_index)),
         ]
 
-    def state_blocks(self) -> dict[int, int]:
-        """Return, for the last block of each group, the block that holds the group's projector of the text state.
-
-        Nothing reads the text state within a group, so wherever in it the projector lies, the group's end sees it.
-        """
-        return {
-            last: block for source, last in self.groups() for block in self.ehs_proj_index if source < block <= last
-        }
-
     def check(self, where: str) -> None:
         """Raise `PpclError` where the lists contradict each other."""
         for fault in self._faults():
@@ -178,23 +169,22 @@ def graph_paths(blocks: Sequence[str], plan: Plan, kept: Sequence[Kept], layout:
     Args:
         blocks: the block paths of the graph's teacher.
         plan: the edits that are plugged, in the teacher's block numbers.
-        kept: the blocks that are left, in order; `layout` has the lists for them.
-        layout: see there.
+        kept: the blocks that are left, in order.
+        layout: the lists for them.
     """
     number = {block.index: place for place, block in enumerate(kept)}
     paths = renumbered(blocks, {STACK: kept})
-    holder = layout.state_blocks()
+    # Nothing reads the text state within a group, so wherever in it its projector lies, the group's end sees it.
+    groups, held = layout.groups(), layout.ehs_proj_index
+    holder = {last: block for source, last in groups for block in held if source < block <= last}
     for edit in plan.edits:
         if isinstance(edit, FfnEdit):
             for stream, prefix in STREAMS.items():
                 paths[projector_path(edit.id, stream)] = f"{STACK}.{number[edit.block]}.{prefix}_ffn_proj"
         elif isinstance(edit, TextStreamEdit):
-            inside = [block for block in kept if edit.source < block.index <= edit.last]
-            for block in inside:
-                key = block.path.replace(".", "_")
-                paths[projector_path(edit.id, f"{key}.z")] = f"{STACK}.{number[block.index]}.txt_proj"
-            last = inside[-1]
-            key, at = last.path.replace(".", "_"), number[last.index]
+            inside = {b.path.replace(".", "_"): number[b.index] for b in kept if edit.source < b.index <= edit.last}
+            paths |= {projector_path(edit.id, f"{key}.z"): f"{STACK}.{at}.txt_proj" for key, at in inside.items()}
+            key, at = list(inside.items())[-1]
             paths[projector_path(edit.id, f"{key}.state")] = f"{STACK}.{holder.get(at, at)}.ehs_proj"
     return paths
 

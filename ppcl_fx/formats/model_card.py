@@ -31,15 +31,14 @@ def model_card(
 ) -> str:
     """Return the text of a model card.
 
-    Args:
-        plan: the plan, with its exact counts.
-        plugged: the edits that are plugged when the model is loaded; the mixture has `params` parameters.
-        config: the teacher's configuration.
-        made: how it was made: ``version`` and ``passes``.
-        params: see there.
-        scores: measured scores by name; none are invented where none are given.
+    It tells the plan, with its exact counts; the `plugged` edits, with which the model is loaded and has `params`
+    parameters; how it was `made`, by ``version`` and ``passes``; and measured scores by name, if any.
     """
     name = config.get("_class_name", "a diffusion transformer")
+    rows = [
+        (f"`{e.id}`", _words(e), "yes" if e.id in plugged else "no", "" if e.damage is None else f"{e.damage:.4g}")
+        for e in plan.edits
+    ]
     parts = [
         HEAD,
         f"# A pruned {name}",
@@ -47,7 +46,7 @@ def model_card(
         f"is loaded; with all {len(plan.edits)} edits {plan.params:,} ({_share(plan.params, plan.teacher_params)}). "
         "Teacher and student parts lie side by side; any mixture of them runs. How good one is has to be measured.",
         USE,
-        "## Plan\n\n" + _table(("edit", "what", "plugged", "predicted damage"), [_row(e, plugged) for e in plan.edits]),
+        "## Plan\n\n" + _table(("edit", "what", "plugged", "predicted damage"), rows),
     ]
     if plan.reason:
         parts.append("Why these:\n\n" + "\n".join(f"- {_plain(line)}" for line in plan.reason))
@@ -66,11 +65,6 @@ transformer.plug(students=transformer.edits)    # or keep=0.7; students=[] is th
 
 `teacher/` is the teacher in diffusers' layout, `students.safetensors` holds the parts that replace it, `plan.json` says
 which, and `ppcl.json` how the model was made. A LoRA of the teacher loads by the teacher's block numbers."""
-
-
-def _row(edit: Edit, plugged: Sequence[str]) -> tuple[str, str, str, str]:
-    damage = "" if edit.damage is None else f"{edit.damage:.4g}"
-    return f"`{edit.id}`", _words(edit), "yes" if edit.id in plugged else "no", damage
 
 
 def _words(edit: Edit) -> str:

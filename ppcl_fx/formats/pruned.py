@@ -24,12 +24,9 @@ PRUNED = "pruned.json"
 
 @dataclass(frozen=True)
 class Kept:
-    """A block that is left.
+    """A block that is left: the numbers of the first and last of the teacher's blocks that it stands for.
 
-    Attributes:
-        index: its number in the teacher; a student has the number of its interval's first block.
-        last: the last of the teacher's blocks that it stands for.
-        path: its module path in the graph, ``transformer_blocks.7`` or ``students.transformer_blocks_3_5``.
+    Its module path in the graph is ``transformer_blocks.7``, or ``students.transformer_blocks_3_5``.
     """
 
     index: int
@@ -75,12 +72,11 @@ def translated(name: str, paths: Mapping[str, str]) -> str:
 
 
 class Pruned(Record):
-    """Where a pruned model comes from.
+    """Where a pruned model comes from, and how many parameters it has.
 
     Attributes:
         plan: the edits that it has, in the teacher's block numbers.
         kept: block list -> the teacher's number of each block that is left; of a run that was replaced, the first.
-        params: how many parameters it has.
         example: the arguments of the traced call, as `ppcl_fx.calls.examples.describe` writes them.
         made: the version of this package and the passes that ran.
     """

@@ -43,15 +43,11 @@ def with_teacher(
 
     Args:
         folder: the checkpoint.
-        teacher: the transformer that it was pruned from, with its weights.
+        teacher: the transformer that it was pruned from, with its weights; what no edit replaced must be its own.
         example_kwargs: the keyword arguments of one call.
         plan: the plan that it was made by, in the teacher's block numbers. Without it and without `kept` the blocks
             are told by their weights.
         kept: instead, the teacher's number of each block that is left: of a run that was replaced, the first.
-
-    Raises:
-        PpclError: the checkpoint is damaged, the plan is not the checkpoint's, or a part that no edit replaced is not
-            the teacher's.
     """
     folder = transformer_folder(Path(folder))
     if plan is not None and kept is not None:
@@ -73,7 +69,11 @@ def with_teacher(
     model = PluggableModel(insert_edits(gm, plan), plan)
     paths = graph_paths(blocks, plan, left, layout)
     _check_teacher(folder, teacher, tensors, left)
-    _fill(model.students_module, tensors, paths)
+    with torch.no_grad():
+        for name, parameter in model.students_module.named_parameters():
+            tensor = tensors.get(translated(name, paths))
+            if tensor is not None:  # else no plugged student uses it
+                parameter[: len(tensor)].copy_(tensor)
     return model.plug(students=model.edits).train(teacher.training)
 
 
@@ -115,8 +115,8 @@ def _distance(parts: Mapping[str, torch.Tensor], teacher: Mapping[str, torch.Ten
 
 
 def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().reshape(-1)
-    places = torch.arange(min(SAMPLES, flat.numel()), device=flat.device) * flat.numel() // min(SAMPLES, flat.numel())
+    flat, count = tensor.detach().reshape(-1), min(SAMPLES, tensor.numel())
+    places = torch.arange(count, device=flat.device) * flat.numel() // count
     return flat[places].double().cpu()
 
 
@@ -143,12 +143,3 @@ def _check_teacher(folder: Path, teacher: nn.Module, tensors: Mapping[str, torch
                 f"{folder}: {name} is not the teacher's {source}, which no edit replaced: another teacher, another "
                 "plan, or a checkpoint that was fine-tuned as a whole; load it alone with ppcl_fx.load"
             )
-
-
-def _fill(students: nn.Module, tensors: Mapping[str, torch.Tensor], paths: Mapping[str, str]) -> None:
-    """Copy a checkpoint's tensors into the students; what it does not hold, no plugged student uses."""
-    with torch.no_grad():
-        for name, parameter in students.named_parameters():
-            tensor = tensors.get(translated(name, paths))
-            if tensor is not None:
-                parameter[: len(tensor)].copy_(tensor)

@@ -10,7 +10,7 @@ It looks like a diffusers folder, but its ``config.json`` lists blocks whose par
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -255,19 +255,17 @@ def _numbered(name: str) -> list[tuple[bool, int, str]]:
 
 
 def save_released(model: PluggableModel, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write the mixture that is plugged now in the released layout.
+    """Write the mixture that is plugged now in the released layout; with `overwrite` over a folder that exists.
 
-    Args:
-        model: the model; its teacher must be of a class with the layout's parts (see `ppcl_fx.formats.layout`).
-        folder: where to; written beside and renamed.
-        overwrite: replace a folder that exists.
-
-    Raises:
-        PpclError: the mixture does not fit the layout, or the folder cannot be written.
+    PpclError where the mixture does not fit the layout (see `ppcl_fx.formats.layout`), or the folder cannot be written.
     """
-    info = graph_info(model.graph)
-    plan = _effective(model, plugged_plan(model))
-    _check(model, plan)
+    info, plan = graph_info(model.graph), plugged_plan(model)
+    waiting = [edit for edit in model.plan.depth() if edit.id not in model.students]
+    # The feed-forward edits of students that are not plugged themselves do nothing.
+    starts = {(edit.stack, edit.first) for edit in waiting}
+    edits = [e for e in plan.edits if not (isinstance(e, FfnEdit) and (e.stack, e.block) in starts)]
+    plan = plan.model_copy(update={"edits": edits})
+    _check(info, plan, waiting)
     kept = kept_blocks(info["blocks"], plan.depth())
     layout = layout_of(plan, kept[STACK], info["config"])
     tensors = _tensors(model, plan, kept[STACK], layout)
@@ -280,35 +278,24 @@ def save_released(model: PluggableModel, folder: str | Path, *, overwrite: bool 
     return write_pruned(model, kept, config, tensors, Path(folder), overwrite)
 
 
-def _effective(model: PluggableModel, plan: Plan) -> Plan:
-    """Return a plan without the feed-forward edits of students that are not plugged themselves: they do nothing."""
-    waiting = {(edit.stack, edit.first) for edit in _waiting(model)}
-    edits = [e for e in plan.edits if not (isinstance(e, FfnEdit) and (e.stack, e.block) in waiting)]
-    return plan.model_copy(update={"edits": edits})
-
-
-def _waiting(model: PluggableModel) -> list[DepthEdit]:
-    return [edit for edit in model.plan.depth() if edit.id not in model.students]
-
-
-def _check(model: PluggableModel, plan: Plan) -> None:
+def _check(info: Mapping[str, Any], plan: Plan, waiting: Sequence[DepthEdit]) -> None:
     """Refuse what the three lists cannot say."""
-    config = graph_info(model.graph).get("config", {})
+    config = info.get("config", {})
     if not config.get("_class_name"):
         raise PpclError("the teacher has no diffusers configuration, so there is no released layout for it")
-    lists = sorted({path.rpartition(".")[0] for path in graph_info(model.graph)["blocks"]})
+    lists = sorted({path.rpartition(".")[0] for path in info["blocks"]})
     if lists != [STACK] or "num_layers" not in config:
         raise PpclError(
             f"the released layout knows one list of blocks, {STACK}, and this model has {', '.join(lists)}; "
             "save the pluggable model, or depth edits alone for diffusers"
         )
     for text in (edit for edit in plan.edits if isinstance(edit, TextStreamEdit)):
-        for depth in _waiting(model):
-            if text.source < depth.first <= text.last:
-                raise PpclError(
-                    f"{text.id} is plugged and {depth.id} inside of it is not: those blocks keep their text stream, "
-                    "which the released layout cannot say; plug both or neither"
-                )
+        inside = next((depth for depth in waiting if text.source < depth.first <= text.last), None)
+        if inside is not None:
+            raise PpclError(
+                f"{text.id} is plugged and {inside.id} inside of it is not: those blocks keep their text stream, "
+                "which the released layout cannot say; plug both or neither"
+            )
 
 
 def _tensors(model: PluggableModel, plan: Plan, kept: list[Kept], layout: Layout) -> dict[str, torch.Tensor]:

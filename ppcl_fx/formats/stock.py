@@ -10,29 +10,34 @@ graph with fewer blocks is the pruned model's::
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate, map_arg
 
 from ppcl_fx.calls.examples import build_call
 from ppcl_fx.errors import PpclError
 from ppcl_fx.formats import pruned
-from ppcl_fx.formats.likeness import difference
-from ppcl_fx.ir.graphs import draft, finished
+from ppcl_fx.io.fingerprint import tensor_digest
+from ppcl_fx.ir.graphs import ancestors, attribute, draft, finished
 from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.model.sources import diffusers_class
 from ppcl_fx.passes.edits.plug import Plug
 from ppcl_fx.schema.plan import DepthEdit
 from ppcl_fx.tracing import trace
+from ppcl_fx.tracing.guards import is_guard
 from ppcl_fx.tracing.meta_model import skeleton as weightless
 
 MOST_TRIES = 64
 """Configurations that are tried before a class is given up."""
+_NONE = ", so there is no diffusers folder for this model; save the pluggable model"
 
 
 def save_stock(model: PluggableModel, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -70,11 +75,8 @@ def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor
     try:
         shorter = trace(skeleton, example)
     except (PpclError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PpclError(
-            f"{kind.__name__} does not work with fewer blocks ({reason}), so there is no diffusers folder for this "
-            "model; save the pluggable model"
-        ) from error
+        why = f"does not work with fewer blocks ({' '.join(str(error).split())[:200]})"
+        raise PpclError(f"{kind.__name__} {why}{_NONE}") from error
     whole = draft(model.graph)  # with whole layers: those rows too that a class computes and does not read
     Plug(frozenset(model.students)).apply(whole)
     apart = difference(finished(whole), shorter, lambda path: pruned.translated(path, paths))
@@ -106,10 +108,7 @@ def _fitting(
         if not odd:
             return skeleton, tried, {name: held[source] for name, (source, _) in wanted.items()}
         apart = f"its parameters differ then, {odd[0]} for one"
-    raise PpclError(
-        f"{kind.__name__} cannot be built with the blocks that are left ({apart}), so there is no diffusers folder for "
-        "this model; save the pluggable model"
-    )
+    raise PpclError(f"{kind.__name__} cannot be built with the blocks that are left ({apart}){_NONE}")
 
 
 def _configurations(config: Mapping[str, Any], kept: Mapping[str, Sequence[pruned.Kept]]) -> Iterator[dict[str, Any]]:
@@ -139,3 +138,55 @@ def _may_name_blocks(value: object) -> bool:
     if not isinstance(value, (list, tuple)) or not all(type(item) is int and item >= 0 for item in value):
         return False
     return 0 < len(value) == len(set(value))
+
+
+def difference(one: GraphModule, two: GraphModule, rename: Callable[[str], str]) -> str:
+    """Say where two graphs compute something different; an empty string where they do the same operations.
+
+    Each value is described by what it is computed with and from, down to the inputs and parameters (`rename` gives a
+    path in `one` its path in `two`), so the order in which a graph lists its nodes does not count. Operations with
+    effects are compared in their order as well. Guards are left out: they compute nothing.
+    """
+    mine, other = _values(one, rename), _values(two, lambda path: path)
+    if mine[one.graph.output_node()] == other[two.graph.output_node()] and _effects(one, mine) == _effects(two, other):
+        return ""
+    have, live = set(other.values()), ancestors([one.graph.output_node()])
+    for node in one.graph.nodes:
+        if node in live and mine[node] not in have:
+            return f"{node.format_node() or node.name}"
+    return "the order of operations with effects"
+
+
+def _values(gm: GraphModule, rename: Callable[[str], str]) -> dict[Node, str]:
+    """Return a hash of what each node computes."""
+    found: dict[Node, str] = {}
+    for node in gm.graph.nodes:
+        if not is_guard(node):
+            parts = (node.op, _target(gm, node, rename), _plain(node.args, found), _plain(node.kwargs, found))
+            found[node] = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return found
+
+
+def _effects(gm: GraphModule, values: dict[Node, str]) -> list[str]:
+    computed = (node for node in gm.graph.nodes if node.op in ("call_function", "call_method", "get_attr"))
+    return [values[node] for node in computed if not is_guard(node) and node.is_impure()]
+
+
+def _target(gm: GraphModule, node: Node, rename: Callable[[str], str]) -> str:
+    if node.op == "call_module":
+        return f"{rename(str(node.target))} {gm.get_submodule(str(node.target))!r}"
+    if node.op == "get_attr":
+        value = attribute(gm, str(node.target))
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            # A constant has whatever name the tracer gave it.
+            return str(tuple(value.shape)) if value.is_meta else tensor_digest(value)
+        return rename(str(node.target))
+    if callable(node.target):
+        return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', node.target)}"
+    return str(node.target)
+
+
+def _plain(argument: Any, values: dict[Node, str]) -> object:
+    """Return an argument with nodes replaced by their hashes, as something whose `repr` says all."""
+    told = map_arg(argument, values.__getitem__)
+    return map_aggregate(told, lambda item: "device" if isinstance(item, torch.device) else item)

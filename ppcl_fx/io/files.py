@@ -91,7 +91,7 @@ def write_safetensors(
 
     The header has `metadata` beside them and, with `digests`, the digest of each tensor, for `ppcl-fx verify`.
     """
-    from ppcl_fx.io.long_files import write_long
+    from ppcl_fx.io.shards import write_long
 
     forms = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     with new_file(path) as beside:

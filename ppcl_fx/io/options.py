@@ -99,19 +99,6 @@ def marks_of(field: FieldInfo) -> list[Any]:
     return found
 
 
-def options_table(model: type[BaseModel], within: str = "") -> str:
-    """Return the options of a model as a table in Markdown, for the docs; `within` comes before its fields' names."""
-    rows = []
-    for name, field in model.model_fields.items():
-        kind = plain_type(field.annotation)
-        if is_config(kind):
-            rows += options_table(kind, f"{within}{name}.").splitlines()[2:]
-        elif not meta_of(field).hidden:
-            words = f"{default_words(field)} | {field.description}"
-            rows.append(f"| `{flag_of(model, name)}` | `{within}{name}` | {words} |")
-    return "\n".join(["| flag | field | default | what it is |", "| --- | --- | --- | --- |", *rows, ""])
-
-
 def default_words(field: FieldInfo) -> str:
     """Return a field's default as a person writes it; empty where there is none."""
     value = field.get_default(call_default_factory=True)

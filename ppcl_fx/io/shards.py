@@ -1,10 +1,12 @@
-"""Weights that stay on disk: one safetensors file, or an index and its shards, checked by their headers alone."""
+"""Weights that stay on disk: one safetensors file, or an index and its shards, checked by their headers."""
 
 from __future__ import annotations
 
+import json
+import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.io.files import inside, own_file, read_json, safetensors_metadata, tensor_shapes
+from ppcl_fx.io.fingerprint import tensor_digest
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
@@ -37,6 +40,8 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+Form = tuple[torch.dtype, tuple[int, ...]]
+"""A tensor's dtype and shape."""
 DIGESTS = "ppcl-fx sha256"
 """What a header's metadata calls the digests of its file's tensors."""
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -105,7 +110,9 @@ class Shards:
             raise PpclError(f"{index}: names no tensor; {AGAIN}")
         stored: dict[str, Stored] = {}
         for name in dict.fromkeys(weight_map.values()):
-            path = _listed(index, name)
+            if len(Path(name).parts) != 1 or name in ("..", "/") or "\0" in name or "\\" in name:
+                raise PpclError(f"{index}: names the file {name!r}, which is not beside it; {AGAIN}")
+            path = inside(folder, name)
             if not path.is_file():
                 raise PpclError(f"{path}: no such file, and {index.name} names it; download the missing shard")
             for tensor, entry in stored_tensors(path).items():
@@ -203,10 +210,7 @@ class Shards:
                     f"{type(model).__name__} by config.json; {AGAIN}"
                 )
             check_kind(entry.dtype, tensor, name, entry.file)
-        self._check_alike()
-
-    def _check_alike(self) -> None:
-        """Tensors that differ in their block's number alone have one dtype, or a shard is from elsewhere."""
+        # Tensors that differ in their block's number alone have one dtype, or a shard is from elsewhere.
         kinds: dict[str, tuple[str, torch.dtype]] = {}
         for name, entry in self.stored.items():
             first, dtype = kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name, count=1), (name, entry.dtype))
@@ -258,13 +262,6 @@ def stored_tensors(path: Path) -> dict[str, Stored]:
     return found
 
 
-def _listed(index: Path, name: str) -> Path:
-    """Return the file that an index names, refusing names and links that leave the folder."""
-    if len(Path(name).parts) != 1 or name in ("..", "/") or "\0" in name or "\\" in name:
-        raise PpclError(f"{index}: names the file {name!r}, which is not beside it; {AGAIN}")
-    return inside(index.parent, name)
-
-
 def _misfit(kind: str, missing: list[str], extra: list[str]) -> str:
     odd = missing or extra
     named = f"{odd[0]} and {len(odd) - 1} more" if len(odd) > 1 else odd[0]
@@ -303,3 +300,65 @@ def loaded_dtype(name: str, dtype: torch.dtype, kept: Iterable[str]) -> torch.dt
     `kept` is what `ppcl_fx.ir.dtypes.kept_in_float32` returned.
     """
     return torch.float32 if set(kept) & set(name.split(".")) else dtype
+
+
+def form_bytes(forms: Mapping[str, Form]) -> int:
+    """Return the bytes that tensors of these forms take."""
+    return sum(dtype.itemsize * torch.Size(shape).numel() for dtype, shape in forms.values())
+
+
+def write_long(
+    path: Path,
+    forms: Mapping[str, Form],
+    read: Callable[[str], Tensor],
+    tick: Callable[[int], None] = lambda n: None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    digests: bool = False,
+) -> None:
+    """Write tensors to a safetensors file in a folder that is not final yet, holding one at a time.
+
+    Args:
+        path: the file.
+        forms: dtype and shape of each tensor by name.
+        read: gives each tensor; a memory-mapped one goes from file to file.
+        tick: told the number of bytes after each tensor.
+        metadata: what the header says beside the tensors.
+        digests: let the header hold each tensor's digest (`ppcl_fx.io.shards.Shards.digests`) too.
+    """
+    header: dict[str, object] = {}
+    at, kinds = 0, {dtype: name for name, dtype in DTYPES.items()}
+    # Larger items first, so that each tensor begins at a multiple of its item's size.
+    names = sorted(forms, key=lambda name: (-forms[name][0].itemsize, name))
+    for name in names:
+        (dtype, shape), size = forms[name], form_bytes({name: forms[name]})
+        header[name] = {"dtype": kinds[dtype], "shape": shape, "data_offsets": [at, at + size]}
+        at += size
+    found = dict.fromkeys(names, "0" * 64) if digests else {}
+    begin = _header(header, metadata or {}, found)
+    try:
+        with path.open("wb") as file:
+            file.write(begin)
+            for name in names:
+                tensor = read(name).detach().cpu().contiguous()
+                assert (tensor.dtype, tuple(tensor.shape)) == forms[name], name
+                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+                if digests:
+                    found[name] = tensor_digest(tensor)
+                tick(tensor.nbytes)
+            if digests:
+                file.seek(0)
+                file.write(_header(header, metadata or {}, found))  # as long as before
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        reason = error.strerror or error
+        raise PpclError(f"{path.name}: cannot be written ({reason}); make room, or choose another place") from error
+
+
+def _header(entries: Mapping[str, object], metadata: Mapping[str, str], digests: Mapping[str, str]) -> bytes:
+    said = {**metadata, **({DIGESTS: json.dumps(digests, sort_keys=True)} if digests else {})}
+    whole = {"__metadata__": dict(sorted(said.items())), **entries} if said else entries
+    text = json.dumps(whole, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

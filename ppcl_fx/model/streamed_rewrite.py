@@ -16,8 +16,7 @@ from torch.fx import GraphModule
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io import owned_folders as owned
 from ppcl_fx.io.files import need_room, new_folder, write_json
-from ppcl_fx.io.long_files import Form, form_bytes, write_long
-from ppcl_fx.io.shards import INDEX, ONE_FILE, Shards
+from ppcl_fx.io.shards import INDEX, ONE_FILE, Form, Shards, form_bytes, write_long
 from ppcl_fx.ir.executor import Residency
 from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.ir.spill import Spill

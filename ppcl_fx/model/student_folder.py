@@ -23,8 +23,7 @@ from ppcl_fx.io.files import (
     write_json,
     write_safetensors,
 )
-from ppcl_fx.io.long_files import Form, form_bytes, write_long
-from ppcl_fx.io.shards import Shards, check_kind
+from ppcl_fx.io.shards import Form, Shards, check_kind, form_bytes, write_long
 from ppcl_fx.ir.dtypes import set_dtypes
 from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.model.pluggable import (

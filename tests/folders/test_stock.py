@@ -12,9 +12,8 @@ import torch
 from torch import nn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.formats.likeness import difference
 from ppcl_fx.formats.pruned import PRUNED, Pruned
-from ppcl_fx.formats.stock import save_stock
+from ppcl_fx.formats.stock import difference, save_stock
 from ppcl_fx.model.rewrite import rewrite
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan
 from ppcl_fx.tracing import trace

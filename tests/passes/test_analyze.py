@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from ppcl_fx.calls.held_out import hold_out
-from ppcl_fx.calls.store import Call, Calls
+from ppcl_fx.calls.store import Call, Calls, hold_out
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.io.fingerprint import fingerprint
 from ppcl_fx.ir.executor import Executor

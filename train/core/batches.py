@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ppcl_fx.calls.held_out import hold_out
-from ppcl_fx.calls.store import Call, Calls, check_finite, collate, map_tensors
+from ppcl_fx.calls.store import Call, Calls, check_finite, collate, hold_out, map_tensors
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io.fingerprint import tensor_digest
 from ppcl_fx.train.config import TrainConfig
@@ -206,7 +205,7 @@ def _mark(value: Any, batch: int) -> Any:
 def split(calls: Calls, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Return the positions of the calls to train on and of those to hold out, each in order.
 
-    See `ppcl_fx.calls.held_out.hold_out`.
+    See `ppcl_fx.calls.store.hold_out`.
 
     Raises:
         PpclError: A share is to be held out, and there are fewer than two calls.

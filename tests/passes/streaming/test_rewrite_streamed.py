@@ -19,8 +19,7 @@ from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.io import files
 from ppcl_fx.io.fingerprint import fingerprint
-from ppcl_fx.io.long_files import write_long
-from ppcl_fx.io.shards import ONE_FILE
+from ppcl_fx.io.shards import ONE_FILE, write_long
 from ppcl_fx.model import streamed_rewrite as stream_rewrite
 from ppcl_fx.model.paper_plans import NamedPlan
 from ppcl_fx.model.pluggable import PLAN, STUDENTS, TEACHER
