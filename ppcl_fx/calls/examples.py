@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -24,11 +23,9 @@ _SIZES = TypeAdapter(list[StrictInt | tuple[StrictStr, StrictInt]])
 
 
 def describe(value: Any, ones: Sizes | None = None) -> JsonValue:
-    """Describe a call's argument: tensors by shape and dtype, everything else as it is.
+    """Describe a call's argument: tensors by shape and dtype, everything else as it is; PpclError if JSON cannot.
 
-    Args:
-        value: the argument; PpclError where JSON cannot hold it.
-        ones: for a tensor that stands for ones where it is missing, their shape (`ppcl_fx.calls.kinds.Examples`).
+    `ones` is, for a tensor that stands for ones where it is missing, their shape (`ppcl_fx.calls.kinds.Examples`).
     """
     match value:
         case torch.Tensor():
@@ -48,33 +45,24 @@ def describe(value: Any, ones: Sizes | None = None) -> JsonValue:
 def build_call(
     description: Mapping[str, JsonValue], dtypes: Mapping[torch.dtype, torch.dtype] | None = None, where: str = "model"
 ) -> Examples:
-    """Turn the descriptions of a call's arguments back into a call to trace with.
+    """Turn what `describe` wrote of a call's arguments, by name, back into a call to trace with; as `build`.
 
-    Args:
-        description: what `describe` wrote of each argument, by name; PpclError where it is no such description.
-        dtypes: as for `build`.
-        where: the file that holds it, for messages.
+    The PpclError names the file, `where`, and the argument.
     """
     check_numbers(description, where)
     example: dict[str, Any] = {}
-    for name, value in description.items():
-        with _named(where, name):
-            example[name] = build(value, dtypes)
     ones = {}
-    for name, value in description.items():
-        match value:
-            case {"tensor": {"ones": sizes}}:
-                with _named(where, name):
-                    ones[name] = _ones(sizes, name, example)
-    return Examples(example, ones=ones)
-
-
-@contextmanager
-def _named(where: str, argument: str) -> Iterator[None]:
+    name = ""
     try:
-        yield
+        for name, value in description.items():
+            example[name] = build(value, dtypes)
+        for name, value in description.items():
+            match value:
+                case {"tensor": {"ones": sizes}}:
+                    ones[name] = _ones(sizes, name, example)
     except PpclError as error:
-        raise PpclError(f"{where}: example.{argument}: {error}") from None
+        raise PpclError(f"{where}: example.{name}: {error}") from None
+    return Examples(example, ones=ones)
 
 
 def _ones(given: JsonValue, name: str, example: Mapping[str, Any]) -> Sizes:
@@ -89,11 +77,9 @@ def _ones(given: JsonValue, name: str, example: Mapping[str, Any]) -> Sizes:
 
 
 def build(description: JsonValue, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> Any:
-    """Turn a description back into an argument; tensors come on the meta device.
+    """Turn what `describe` wrote back into an argument, PpclError for anything else; tensors come on the meta device.
 
-    Args:
-        description: what `describe` wrote; PpclError for anything else.
-        dtypes: dtypes to replace by others, for a model that is loaded in another dtype than it was saved in.
+    `dtypes` are replaced by others, for a model that is loaded in another dtype than it was saved in.
     """
     if not isinstance(description, dict) or len(description) != 1:
         raise PpclError("the saved example of a call is damaged; save the model again")

@@ -1,7 +1,7 @@
 """Kinds of call: which arguments a transformer is given, and what an argument that is not given stands for.
 
-One recording may hold several kinds. diffusers passes a text mask where a batch is padded and none where it is not.
-A missing mask is a mask of ones where the model gives the same with it, to the bit: then one trace serves both kinds.
+diffusers passes a text mask where a batch is padded and none where it is not. A missing mask is a mask of ones where
+the model gives the same with it, to the bit: then one trace serves both kinds.
 """
 
 from __future__ import annotations
@@ -18,13 +18,10 @@ from ppcl_fx.errors import PpclError
 
 Size = int | tuple[str, int]
 """A number, or an argument's name and one of its dimensions."""
-
 Sizes = Sequence[Size]
 """The shape of an argument in terms of the others of its call."""
-
 Shapes = Mapping[str, tuple[int, ...]]
 """The shapes of a call's tensors by the arguments' names."""
-
 REFUSALS = (PpclError, RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 """How models say that an argument does not fit."""
 

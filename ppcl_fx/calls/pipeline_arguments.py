@@ -125,19 +125,16 @@ class PipelineArguments:
     def _check(self, name: str, value: Any) -> None:
         """Refuse an argument that cannot be divided among several prompts."""
         if name == "generator" and isinstance(value, torch.Generator):
-            raise PpclError(
-                "one generator for several prompts makes a prompt's noise depend on the others; "
-                "give seed=, or a list with one generator a prompt"
-            )
+            why = "one generator for several prompts makes a prompt's noise depend on the others"
+            raise PpclError(f"{why}; give seed=, or a list with one generator a prompt")
         each = self._each(name, value)
         if name in self.per_prompt and not each:
             raise PpclError(f"per_prompt names {name!r}, a {type(value).__name__}; give a list or a tensor")
         items = each * len(self.texts)
         if each and len(value) != items:
-            raise PpclError(
-                f"{name!r} has {len(value)} {'rows' if isinstance(value, torch.Tensor) else 'items'} and "
-                f"{len(self.texts)} prompts need {items}; give as many, or record one prompt at a time"
-            )
+            has = f"{len(value)} {'rows' if isinstance(value, torch.Tensor) else 'items'}"
+            why = f"{name!r} has {has} and {len(self.texts)} prompts need {items}"
+            raise PpclError(f"{why}; give as many, or record one prompt at a time")
 
 
 def run_arguments(

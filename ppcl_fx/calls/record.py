@@ -53,14 +53,13 @@ def record(
         progress: called with the denoising steps done and the number of all.
         outputs: record what the transformer returned too, which saves fine-tuning a pass of the teacher; None: if
             all of it takes no more than `OUTPUT_BYTES`.
-        per_prompt: names of further `pipeline_kwargs` that hold one item a prompt, such as the ``image`` of an
-            image-to-image pipeline.
+        per_prompt: names of further `pipeline_kwargs` that hold one item a prompt, such as an ``image``.
         **pipeline_kwargs: go to the pipeline, divided among its runs as
             `ppcl_fx.calls.pipeline_arguments.PipelineArguments` says. Where there is a VAE and `output_type` is not
             given, it is "latent": pictures are not decoded.
 
     Raises:
-        PpclError: the pipeline has no transformer, refuses an argument, an argument has another number of items
+        PpclError: the pipeline has no transformer or refuses an argument, an argument has another number of items
             than there are prompts, or the transformer gets NaN or an argument that cannot be stored.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)

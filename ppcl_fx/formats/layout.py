@@ -26,8 +26,6 @@ STACK = "transformer_blocks"
 LISTS = RELEASED_LISTS
 WHOLE = 16
 """How much larger a model of whole blocks may be than what is left of it."""
-STREAMS = {"image": "img", "text": "txt"}
-"""How the layout begins the names of a stream's parts."""
 
 Index = Annotated[int, Field(ge=0, strict=True)]
 
@@ -106,10 +104,8 @@ def expected(model: nn.Module, layout: Layout) -> tuple[dict[str, tuple[int, ...
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     width = shapes.get(f"{STACK}.0.img_mod.1.weight", (0, 0))[-1]
     if not width or f"{STACK}.0.txt_mod.1.weight" not in shapes:
-        raise PpclError(
-            f"{type(model).__name__} has no {STACK} with img_mod and txt_mod, so there is no released layout for it; "
-            "save the pluggable model itself"
-        )
+        why = f"{type(model).__name__} has no {STACK} with img_mod and txt_mod, so there is no released layout for it"
+        raise PpclError(f"{why}; save the pluggable model itself")
     single, ffn = set(layout.single_stream_index), set(layout.ffn_proj_index)
     must: dict[str, tuple[int, ...]] = {}
     may: dict[str, tuple[int, ...]] = {}
@@ -179,7 +175,7 @@ def graph_paths(blocks: Sequence[str], plan: Plan, kept: Sequence[Kept], layout:
     holder = {last: block for source, last in groups for block in held if source < block <= last}
     for edit in plan.edits:
         if isinstance(edit, FfnEdit):
-            for stream, prefix in STREAMS.items():
+            for stream, prefix in (("image", "img"), ("text", "txt")):
                 paths[projector_path(edit.id, stream)] = f"{STACK}.{number[edit.block]}.{prefix}_ffn_proj"
         elif isinstance(edit, TextStreamEdit):
             inside = {b.path.replace(".", "_"): number[b.index] for b in kept if edit.source < b.index <= edit.last}
@@ -211,16 +207,11 @@ def teacher_plan(layout: Layout, kept: Sequence[int], blocks: int) -> Plan:
     PpclError where those of the blocks that are left, `kept`, do not rise from 0, or are not as many as the blocks.
     """
     if len(kept) != layout.num_layers:
-        raise PpclError(
-            f"{len(kept)} of the teacher's blocks are said to be kept, and the checkpoint has {layout.num_layers}; "
-            "give one number for each"
-        )
-    rising = all(one < two for one, two in itertools.pairwise(kept))
-    if not rising or kept[0] != 0 or kept[-1] >= blocks:
-        raise PpclError(
-            f"the kept blocks {list(kept)} do not rise from 0 to at most {blocks - 1}; the first block of each run "
-            "that was replaced is the kept one"
-        )
+        why = f"{len(kept)} of the teacher's blocks are said to be kept, and the checkpoint has {layout.num_layers}"
+        raise PpclError(f"{why}; give one number for each")
+    if kept[0] != 0 or kept[-1] >= blocks or list(kept) != sorted(set(kept)):
+        why = f"the kept blocks {list(kept)} do not rise from 0 to at most {blocks - 1}"
+        raise PpclError(f"{why}; the first block of each run that was replaced is the kept one")
     ends = [*(after - 1 for after in kept[1:]), blocks - 1]
     edits: list[Edit] = [
         DepthEdit(stack=STACK, first=first, last=last) for first, last in zip(kept, ends, strict=True) if last > first

@@ -93,11 +93,9 @@ def find_kept(folder: Path, tensors: Mapping[str, torch.Tensor], teacher: nn.Mod
         nearest = int(distances.argmin())
         others = torch.cat([distances[:nearest], distances[nearest + 1 :]])
         plain = not len(others) or bool(distances[nearest] <= MARGIN * others.min())
-        if not plain or (found and nearest <= found[-1]) or (not found and nearest != 0):
-            raise PpclError(
-                f"{folder}: which of the teacher's blocks block {block} was made from does not show in its weights; "
-                "give the plan, or the teacher's numbers of the blocks that are left"
-            )
+        if not plain or (nearest <= found[-1] if found else nearest != 0):
+            why = f"which of the teacher's blocks block {block} was made from does not show in its weights"
+            raise PpclError(f"{folder}: {why}; give the plan, or the teacher's numbers of the blocks that are left")
         found.append(nearest)
     return found
 

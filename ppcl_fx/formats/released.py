@@ -10,6 +10,7 @@ It looks like a diffusers folder, but its ``config.json`` lists blocks whose par
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -199,14 +200,12 @@ class ReleasedModel(GroupOffload, PipelineFace):
     def set_attention_backend(self, backend: str) -> None:
         """Choose the kernels of every attention, as on any model of diffusers; the next call traces with them."""
         self.__dict__["_skeleton"].set_attention_backend(backend)
-        self._trace_anew()
+        self.__dict__["_edited"] = None
+        self.weights_changed()
 
     def reset_attention_backend(self) -> None:
         """Go back to the kernels of torch."""
         self.__dict__["_skeleton"].reset_attention_backend()
-        self._trace_anew()
-
-    def _trace_anew(self) -> None:
         self.__dict__["_edited"] = None
         self.weights_changed()
 
@@ -226,11 +225,9 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ReleasedMod
     """Load a checkpoint of the released layout. No code from the folder is run, and no teacher is needed.
 
     Args:
-        folder: the transformer's folder, or a pipeline's folder with one in it.
+        folder: the transformer's, or a pipeline's with one in it; PpclError where a file is missing or truncated, the
+            lists contradict each other, or they disagree with the weights.
         dtype: dtype of the weights; by default as stored.
-
-    Raises:
-        PpclError: a file is missing or truncated, the lists contradict each other, or they disagree with the weights.
     """
     folder = transformer_folder(Path(folder))
     layout, skeleton = open_layout(folder, dtype)
@@ -240,18 +237,16 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> ReleasedMod
 def _register(root: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Put a tensor at a dotted name, in plain modules made for it, and in lists where the names are numbers."""
     *path, leaf = name.split(".")
-    for part, following in zip(path, [*path[1:], leaf], strict=True):
+    for part, following in itertools.pairwise([*path, leaf]):
         if part not in root._modules:
             root.add_module(part, nn.ModuleList() if following.isdigit() else nn.Module())
-        child = root._modules[part]
-        assert child is not None
-        root = child
+        root = root.get_submodule(part)
     root.register_parameter(leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
 
 
-def _numbered(name: str) -> list[tuple[bool, int, str]]:
+def _numbered(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts ``blocks.2`` before ``blocks.10``."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def save_released(model: PluggableModel, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -285,10 +280,8 @@ def _check(info: Mapping[str, Any], plan: Plan, waiting: Sequence[DepthEdit]) ->
         raise PpclError("the teacher has no diffusers configuration, so there is no released layout for it")
     lists = sorted({path.rpartition(".")[0] for path in info["blocks"]})
     if lists != [STACK] or "num_layers" not in config:
-        raise PpclError(
-            f"the released layout knows one list of blocks, {STACK}, and this model has {', '.join(lists)}; "
-            "save the pluggable model, or depth edits alone for diffusers"
-        )
+        why = f"the released layout knows one list of blocks, {STACK}, and this model has {', '.join(lists)}"
+        raise PpclError(f"{why}; save the pluggable model, or depth edits alone for diffusers")
     for text in (edit for edit in plan.edits if isinstance(edit, TextStreamEdit)):
         inside = next((depth for depth in waiting if text.source < depth.first <= text.last), None)
         if inside is not None:

@@ -47,33 +47,21 @@ def save_stock(model: PluggableModel, folder: str | Path, *, overwrite: bool = F
         PpclError: another than a depth edit is plugged, the class cannot have fewer blocks or computes something else
             with them, the folder cannot be written, or exists (with `overwrite`: holds something else).
     """
-    config, tensors, kept = stock(model)
-    return pruned.write_pruned(model, kept, config, tensors, Path(folder), overwrite)
-
-
-def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, list[pruned.Kept]]]:
-    """Return the configuration with which diffusers builds what is plugged, its weights, and the blocks left.
-
-    The tensors are shared with the model. PpclError as `save_stock`.
-    """
     info = graph_info(model.graph)
     config = info.get("config", {})
     if not config.get("_class_name"):
         raise PpclError("the teacher has no diffusers configuration, so there is no diffusers folder for it")
     plan = pruned.plugged_plan(model)
-    width = [edit.id for edit in plan.edits if not isinstance(edit, DepthEdit)]
-    if width:
-        raise PpclError(
-            f"{width[0]} is plugged, and no class of diffusers has such a part; plug depth edits alone, or write the "
-            "released layout"
-        )
+    width = next((edit.id for edit in plan.edits if not isinstance(edit, DepthEdit)), None)
+    if width is not None:
+        why = f"{width} is plugged, and no class of diffusers has such a part"
+        raise PpclError(f"{why}; plug depth edits alone, or write the released layout")
     kept = pruned.kept_blocks(info["blocks"], plan.depth())
     kind = diffusers_class(config["_class_name"])
     skeleton, found, tensors = _fitting(kind, config, kept, model)
-    example = build_call(info["example"])
     paths = pruned.renumbered(info["blocks"], kept)
     try:
-        shorter = trace(skeleton, example)
+        shorter = trace(skeleton, build_call(info["example"]))
     except (PpclError, ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         why = f"does not work with fewer blocks ({' '.join(str(error).split())[:200]})"
         raise PpclError(f"{kind.__name__} {why}{_NONE}") from error
@@ -81,11 +69,10 @@ def stock(model: PluggableModel) -> tuple[dict[str, Any], dict[str, torch.Tensor
     Plug(frozenset(model.students)).apply(whole)
     apart = difference(finished(whole), shorter, lambda path: pruned.translated(path, paths))
     if apart:
-        raise PpclError(
-            f"{kind.__name__} with fewer blocks computes something else than the pruned model (at {apart}), so a "
-            "diffusers folder would be wrong; save the pluggable model"
-        )
-    return {**found, "_class_name": config["_class_name"]}, tensors, kept
+        why = f"{kind.__name__} with fewer blocks computes something else than the pruned model (at {apart})"
+        raise PpclError(f"{why}, so a diffusers folder would be wrong; save the pluggable model")
+    found["_class_name"] = config["_class_name"]
+    return pruned.write_pruned(model, kept, found, tensors, Path(folder), overwrite)
 
 
 def _fitting(

@@ -50,10 +50,9 @@ class Room:
             nonlocal tensors, elements
             tensors, elements = tensors + 1, elements + param.numel()
             if tensors > self.tensors or elements > self.elements:
-                raise PpclError(
-                    f"{where}: asks for a model of more than {tensors - 1:,} tensors and {elements - param.numel():,} "
-                    "parameters, and the stored weights are fewer; mend its numbers, or copy the weights again"
-                )
+                most = f"{tensors - 1:,} tensors and {elements - param.numel():,} parameters"
+                why = f"asks for a model of more than {most}, and the stored weights are fewer"
+                raise PpclError(f"{where}: {why}; mend its numbers, or copy the weights again")
             return param
 
         with on_register(count), _Bounded(self, where):

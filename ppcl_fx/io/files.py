@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from ppcl_fx.errors import OptionError, PpclError, near
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.io.owned_folders import Kind, check_no_link, check_replaceable
-from ppcl_fx.io.reading import BOM, JSON_BYTES, open_regular, parse_json, read_bytes
+from ppcl_fx.io.reading import BOM, JSON_BYTES, open_regular, os_errors, parse_json, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -102,9 +102,7 @@ def write_safetensors(
 def read_json(path: str | Path, model: type[Model], limit: int = JSON_BYTES) -> Model:
     """Return the JSON file at `path`, of at most `limit` bytes, as a `model`.
 
-    Raises:
-        PpclError: as `read_bytes` and `parse_json`, or it does not fit the model; the line names the first field at
-            fault.
+    PpclError as `read_bytes`, or where it is no JSON or does not fit the model; the line names the first such field.
     """
     data = read_bytes(path, limit)
     try:
@@ -133,8 +131,7 @@ def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
 def tensor_shapes(path: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return name -> (safetensors dtype such as ``"BF16"``, shape), from the header alone: no tensor is read.
 
-    Raises:
-        PpclError: the file is missing, truncated or not safetensors.
+    PpclError where the file is missing, truncated or not safetensors.
     """
     open_regular(path).close()  # safetensors would wait for a pipe
     try:
@@ -157,9 +154,6 @@ def inside(folder: str | Path, name: str) -> Path:
 
     One kind of link may leave it: in a cache of the Hugging Face hub, ``models--x--y/snapshots/REVISION/`` is made of
     links to files in ``models--x--y/blobs``.
-
-    Raises:
-        PpclError: `name` is empty or leads out of `folder`.
     """
     folder = Path(folder)
     candidate = Path(name)
@@ -202,8 +196,7 @@ def check_writable(path: str | Path) -> None:
     """Refuse a folder that cannot be made, or written to where it exists; nothing is left behind."""
     place = next(one for one in (Path(path).absolute() / "x").parents if os.path.lexists(one))
     try:
-        with tempfile.TemporaryFile(dir=place, prefix=".ppcl-fx-"):
-            pass
+        tempfile.TemporaryFile(dir=place, prefix=".ppcl-fx-").close()
     except OSError as error:
         reason = error.strerror or str(error)
         raise PpclError(f"{path}: cannot be written ({reason}: {place}); choose a writable place") from error
@@ -214,10 +207,8 @@ def need_room(folder: Path, size: int) -> None:
     place = next(one for one in (folder.absolute() / "x").parents if one.exists())
     free = shutil.disk_usage(place).free
     if free < size + ROOM:
-        raise PpclError(
-            f"{folder}: the disk has {size_words(free)} free and {size_words(size + ROOM)} are needed; "
-            "make room, or choose another place"
-        )
+        lacks = f"the disk has {size_words(free)} free and {size_words(size + ROOM)} are needed"
+        raise PpclError(f"{folder}: {lacks}; make room, or choose another place")
 
 
 @contextmanager
@@ -225,12 +216,10 @@ def new_folder(path: str | Path, *, replaces: Kind | None = None, reads: Iterabl
     """Yield an empty folder beside `path` that becomes `path` when the block ends well, and else vanishes.
 
     Args:
-        path: the folder; parents are made. One that exists, and is not empty, is an error before any work is done.
-        replaces: the kind of folder that may be replaced all the same, at the end, in two renames.
+        path: the folder; parents are made. One that exists, and is not empty, is a PpclError before any work is done.
+        replaces: the kind of folder that is replaced all the same, at the end, in two renames, where
+            `ppcl_fx.io.owned_folders.check_replaceable` allows it.
         reads: files and folders that the caller reads: no folder that holds one is replaced.
-
-    Raises:
-        PpclError: `path` may not be replaced (`ppcl_fx.io.owned_folders.check_replaceable`), or cannot be written.
     """
     if replaces is not None:
         check_no_link(Path(path))
@@ -238,12 +227,15 @@ def new_folder(path: str | Path, *, replaces: Kind | None = None, reads: Iterabl
     _check_free(final, replaces, reads)
     beside = final.parent / f".{final.name}.partial-{uuid.uuid4().hex[:8]}"
     old = final.parent / f".{final.name}.old-{uuid.uuid4().hex[:8]}"
-    with _os_errors(final):
+    with _written(final):
         beside.mkdir(parents=True)
     try:
         yield beside
-        with _os_errors(final):
-            _sync_tree(beside)
+        with _written(final):
+            for root, _, names in os.walk(beside):
+                for file in (*(Path(root, name) for name in names), Path(root)):
+                    if not file.is_symlink():
+                        sync(file)
             _check_free(final, replaces, reads)
             if final.exists():
                 final.rename(old)
@@ -259,7 +251,7 @@ def new_folder(path: str | Path, *, replaces: Kind | None = None, reads: Iterabl
 
 
 def _check_free(final: Path, replaces: Kind | None, reads: Iterable[str | Path]) -> None:
-    with _os_errors(final):
+    with _written(final):
         if replaces is not None:
             check_replaceable(final, replaces, reads)
         elif final.exists() and not (final.is_dir() and not any(final.iterdir())):
@@ -275,33 +267,24 @@ def new_file(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     beside = path.parent / f".{path.name}.partial-{uuid.uuid4().hex[:8]}"
     try:
-        with _os_errors(path):
+        with _written(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield beside
             sync(beside)
             os.replace(beside, path)
             sync(path.parent)
     finally:
-        if os.path.lexists(beside):
-            beside.unlink()
+        beside.unlink(missing_ok=True)
 
 
-@contextmanager
-def _os_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PpclError(f"{path}: cannot be written ({reason}); choose a writable place with room") from error
+def _written(path: Path) -> AbstractContextManager[None]:
+    return os_errors(path, "cannot be written", "choose a writable place with room")
 
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a regular file's content, in hexadecimal. Raises PpclError where it cannot be read."""
-    with open_regular(path) as file:
-        try:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise PpclError(f"{path}: cannot be read ({error.strerror or error}); copy it again") from None
+    with open_regular(path) as file, os_errors(path, "cannot be read", "copy it again"):
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -311,15 +294,6 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _sync_tree(folder: Path) -> None:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            file = Path(root, name)
-            if not file.is_symlink():
-                sync(file)
-        sync(Path(root))
 
 
 def _first_fault(error: ValidationError, model: type[BaseModel]) -> str:

@@ -28,8 +28,11 @@ def fingerprint(model: nn.Module, read: Callable[[str], torch.Tensor] | None = N
         read: gives the tensors of the state dict by name where the model itself has none; their values count in
             the model's dtypes.
     """
-    digest = hashlib.sha256()
-    digest.update(json.dumps([type(model).__name__, _config(model)], sort_keys=True, default=_plain).encode())
+    config = getattr(model, "config", None)
+    # Names with an underscore in front say where a model came from, not what it is.
+    entries = config.items() if isinstance(config, Mapping) else ()
+    said = [type(model).__name__, {name: value for name, value in entries if not name.startswith("_")}]
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=_plain).encode())
     offloaded = {} if read is not None else _offloaded(model)
     for name, tensor in sorted(model.state_dict().items()):
         held = read(name) if read is not None else offloaded[name]() if name in offloaded else tensor
@@ -65,12 +68,6 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
     digest.update(_bytes(tensor))
     return digest.hexdigest()
-
-
-def _config(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    # Names with an underscore in front say where a model came from, not what it is.
-    return {k: v for k, v in config.items() if not k.startswith("_")} if isinstance(config, Mapping) else {}
 
 
 def _plain(value: object) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,9 +38,7 @@ _KINDS = {
 def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file (or a link to one) to read its bytes; it never blocks.
 
-    Raises:
-        PpclError: there is no such file (the line names a near one), it cannot be opened, or it is a folder, a pipe, a
-            socket or a device.
+    PpclError where it is a folder, a pipe or the like, cannot be opened, or is not there; then a near name is told.
     """
     return os.fdopen(_descriptor(Path(path), os.O_RDONLY), "rb")
 
@@ -69,16 +69,22 @@ def _descriptor(path: Path, how: int) -> int:
 
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """Return the content of a regular file of at most `limit` bytes; PpclError as `open_regular`, or it is larger."""
-    with open_regular(path) as file:
+    with open_regular(path) as file, os_errors(path, "cannot be read", "copy it again"):
         size = os.fstat(file.fileno()).st_size
-        try:
-            data = file.read(limit + 1) if size <= limit else b""
-        except OSError as error:
-            raise PpclError(f"{path}: cannot be read ({error.strerror or error}); copy it again") from None
+        data = file.read(limit + 1) if size <= limit else b""
     if size > limit or len(data) > limit:
         bound = size_words(limit) if limit >= 2**20 else f"{limit} bytes"
         raise PpclError(f"{path}: larger than the {bound} that such a file may have; check the path")
     return data
+
+
+@contextmanager
+def os_errors(path: str | Path, what: str, advice: str) -> Iterator[None]:
+    """Let an `OSError` of the block be a PpclError: what cannot be done with a file or folder, why, what to do."""
+    try:
+        yield
+    except OSError as error:
+        raise PpclError(f"{path}: {what} ({error.strerror or error}); {advice}") from error
 
 
 def read_text(path: str | Path, limit: int = TEXT_BYTES) -> str:

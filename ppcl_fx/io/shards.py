@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.io.files import inside, own_file, read_json, safetensors_metadata, tensor_shapes
 from ppcl_fx.io.fingerprint import tensor_digest
+from ppcl_fx.io.reading import os_errors
 
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
@@ -56,10 +57,7 @@ class _Index(BaseModel):
 
 @dataclass(frozen=True)
 class Stored:
-    """Where one tensor lies: the file, its name there, its dtype and shape, and its first byte, from the file's start.
-
-    The bytes are row by row, little-endian.
-    """
+    """Where one tensor lies: the file, its name there, and its first byte; the bytes are row by row, little-endian."""
 
     file: Path
     name: str
@@ -101,9 +99,8 @@ class Shards:
                         f"{folder}: holds a variant of the weights alone ({variants[0]}); load it with diffusers' "
                         f"from_pretrained(..., variant={variant!r}) and save it without one, or give the plain weights"
                     )
-                raise PpclError(
-                    f"{folder}: holds neither {one.name} nor {index.name}; give a folder with safetensors weights"
-                )
+                neither = f"holds neither {one.name} nor {index.name}"
+                raise PpclError(f"{folder}: {neither}; give a folder with safetensors weights")
             return cls(folder, stored_tensors(own_file(one)))
         weight_map = read_json(own_file(index), _Index).weight_map
         if not weight_map:
@@ -205,29 +202,23 @@ class Shards:
         for name, tensor in wanted.items():
             entry = self.stored[name]
             if entry.shape != tuple(tensor.shape):
-                raise PpclError(
-                    f"{entry.file}: {name} is {list(entry.shape)} here and {list(tensor.shape)} in "
-                    f"{type(model).__name__} by config.json; {AGAIN}"
-                )
+                there = f"{list(tensor.shape)} in {type(model).__name__} by config.json"
+                raise PpclError(f"{entry.file}: {name} is {list(entry.shape)} here and {there}; {AGAIN}")
             check_kind(entry.dtype, tensor, name, entry.file)
         # Tensors that differ in their block's number alone have one dtype, or a shard is from elsewhere.
         kinds: dict[str, tuple[str, torch.dtype]] = {}
         for name, entry in self.stored.items():
             first, dtype = kinds.setdefault(re.sub(r"\.\d+\.", ".#.", name, count=1), (name, entry.dtype))
             if dtype != entry.dtype:
-                raise PpclError(
-                    f"{entry.file}: {name} is stored as {_plain(entry.dtype)} and {first} as {_plain(dtype)}; "
-                    f"the shards are not of one checkpoint, {AGAIN}"
-                )
+                fault = f"{name} is stored as {_plain(entry.dtype)} and {first} as {_plain(dtype)}"
+                raise PpclError(f"{entry.file}: {fault}; the shards are not of one checkpoint, {AGAIN}")
 
 
 def check_kind(stored: torch.dtype, wanted: Tensor, name: str, file: Path) -> None:
     """Refuse whole numbers that are stored for a floating-point weight, and the reverse."""
     if not (stored in WEIGHT_DTYPES if wanted.is_floating_point() else not stored.is_floating_point):
-        raise PpclError(
-            f"{file}: {name} is stored as {_plain(stored)}, which cannot hold this weight; "
-            "give a checkpoint in float32, float16 or bfloat16"
-        )
+        why = f"{name} is stored as {_plain(stored)}, which cannot hold this weight"
+        raise PpclError(f"{file}: {why}; give a checkpoint in float32, float16 or bfloat16")
 
 
 def check_weight(tensor: Tensor, name: str, file: Path) -> None:
@@ -295,10 +286,7 @@ def _plain(dtype: torch.dtype) -> str:
 
 
 def loaded_dtype(name: str, dtype: torch.dtype, kept: Iterable[str]) -> torch.dtype:
-    """Return the dtype that a floating-point tensor gets from diffusers' ``from_pretrained`` in `dtype`.
-
-    `kept` is what `ppcl_fx.ir.dtypes.kept_in_float32` returned.
-    """
+    """Return what ``from_pretrained`` in `dtype` makes of a floating-point tensor (`ppcl_fx.ir.dtypes`: `kept`)."""
     return torch.float32 if set(kept) & set(name.split(".")) else dtype
 
 
@@ -318,13 +306,8 @@ def write_long(
 ) -> None:
     """Write tensors to a safetensors file in a folder that is not final yet, holding one at a time.
 
-    Args:
-        path: the file.
-        forms: dtype and shape of each tensor by name.
-        read: gives each tensor; a memory-mapped one goes from file to file.
-        tick: told the number of bytes after each tensor.
-        metadata: what the header says beside the tensors.
-        digests: let the header hold each tensor's digest (`ppcl_fx.io.shards.Shards.digests`) too.
+    The header holds the `metadata` and, with `digests`, each tensor's (see `Shards.digests`). `read` gives each tensor,
+    memory-mapped ones go from file to file; `tick` is told the number of bytes after each.
     """
     header: dict[str, object] = {}
     at, kinds = 0, {dtype: name for name, dtype in DTYPES.items()}
@@ -335,25 +318,19 @@ def write_long(
         header[name] = {"dtype": kinds[dtype], "shape": shape, "data_offsets": [at, at + size]}
         at += size
     found = dict.fromkeys(names, "0" * 64) if digests else {}
-    begin = _header(header, metadata or {}, found)
-    try:
-        with path.open("wb") as file:
-            file.write(begin)
-            for name in names:
-                tensor = read(name).detach().cpu().contiguous()
-                assert (tensor.dtype, tuple(tensor.shape)) == forms[name], name
-                file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-                if digests:
-                    found[name] = tensor_digest(tensor)
-                tick(tensor.nbytes)
+    with os_errors(path.name, "cannot be written", "make room, or choose another place"), path.open("wb") as file:
+        file.write(_header(header, metadata or {}, found))
+        for name in names:
+            tensor = read(name).detach().cpu().contiguous()
+            assert (tensor.dtype, tuple(tensor.shape)) == forms[name], name
+            file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             if digests:
-                file.seek(0)
-                file.write(_header(header, metadata or {}, found))  # as long as before
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        reason = error.strerror or error
-        raise PpclError(f"{path.name}: cannot be written ({reason}); make room, or choose another place") from error
+                found[name] = tensor_digest(tensor)
+            tick(tensor.nbytes)
+        file.seek(0)
+        file.write(_header(header, metadata or {}, found))  # as long as before
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _header(entries: Mapping[str, object], metadata: Mapping[str, str], digests: Mapping[str, str]) -> bytes:
