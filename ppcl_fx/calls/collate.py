@@ -25,8 +25,7 @@ class Call:
         prompts: the prompts of the pictures that this call helped to draw.
         timestep: the value the transformer got (its first element).
         index: position in the recording, from 0.
-        batch: samples in the call, the size of dimension 0 of the batched tensors: a multiple of the number of prompts
-            (several pictures a prompt, or both branches of guidance in one call).
+        batch: samples in the call, the size of dimension 0 of the batched tensors; it may be several a prompt.
         branch: which call of its denoising step this is, from 0: guidance may call once for each branch.
         output: what the transformer returned, its first tensor, on the CPU; None where it was not recorded.
     """

@@ -51,8 +51,7 @@ def build_call(
     """
     check_numbers(description, where)
     example: dict[str, Any] = {}
-    ones = {}
-    name = ""
+    ones, name = {}, ""
     try:
         for name, value in description.items():
             example[name] = build(value, dtypes)

@@ -63,10 +63,8 @@ def _rows(shapes: Shapes) -> int:
 class Examples(dict[str, Any]):
     """The arguments of a call to trace with, and what is known of the other calls of a recording.
 
-    Attributes:
-        others: a call of each other kind.
-        shapes: the shapes of the tensors of all calls, each once.
-        ones: the arguments that are known to stand for ones where they are missing, with the shape of the ones.
+    It is a call of each other kind, the shapes of the tensors of all calls, each once, and the arguments that are known
+    to stand for ones where they are missing, with the shape of the ones.
     """
 
     def __init__(
@@ -142,7 +140,7 @@ def _candidates(kinds: Sequence[Mapping[str, Any]], shapes: Sequence[Shapes]) ->
     found = {}
     for name in dict.fromkeys(name for kwargs in kinds for name in kwargs):
         given = [kwargs[name] for kwargs in kinds if kwargs.get(name) is not None]
-        if 0 < len(given) < len(kinds) and all(_is_mask(value) for value in given):
+        if 0 < len(given) < len(kinds) and all(map(_is_mask, given)):
             others = set.intersection(*(set(shapes_of(kwargs)) for kwargs in kinds)) - {name}
             sizes = _sizes(name, [known for known in (*shapes, *map(shapes_of, kinds)) if name in known], others)
             if sizes is not None:

@@ -47,18 +47,14 @@ class PipelineArguments:
         odd = next((name for name in self.per_prompt if name not in self.given), None)
         if odd is not None:
             raise PpclError(f"per_prompt names {odd!r}, which is not among the arguments{near(odd, self.given)}")
-        for name, value in self.given.items():
-            if len(self.texts) > 1:
-                self._check(name, value)
+        if len(self.texts) > 1:
+            self._check_divided()
 
     def runs(self, batch_size: int) -> list[range]:
-        """Return the prompts of each run of the pipeline, by number.
-
-        A pipeline that takes a single ``generator`` draws one prompt a run: the noise of a second one would depend on
-        the first.
-        """
+        """Return the prompts of each run of the pipeline, by number."""
         if batch_size < 1:
             raise PpclError(f"the batch size is {batch_size}; use 1 or more")
+        # Where the pipeline takes a single generator, the noise of a second prompt would depend on the first.
         size = 1 if self._seeded() and not self._takes_generators() else batch_size
         numbers = range(len(self.texts))
         return [numbers[start : start + size] for start in range(0, len(numbers), size)]
@@ -122,19 +118,20 @@ class PipelineArguments:
             return self._pictures()
         return int(many and ("prompt" in name or name in (self._condition, *self.per_prompt)))
 
-    def _check(self, name: str, value: Any) -> None:
+    def _check_divided(self) -> None:
         """Refuse an argument that cannot be divided among several prompts."""
-        if name == "generator" and isinstance(value, torch.Generator):
-            why = "one generator for several prompts makes a prompt's noise depend on the others"
-            raise PpclError(f"{why}; give seed=, or a list with one generator a prompt")
-        each = self._each(name, value)
-        if name in self.per_prompt and not each:
-            raise PpclError(f"per_prompt names {name!r}, a {type(value).__name__}; give a list or a tensor")
-        items = each * len(self.texts)
-        if each and len(value) != items:
-            has = f"{len(value)} {'rows' if isinstance(value, torch.Tensor) else 'items'}"
-            why = f"{name!r} has {has} and {len(self.texts)} prompts need {items}"
-            raise PpclError(f"{why}; give as many, or record one prompt at a time")
+        for name, value in self.given.items():
+            each = self._each(name, value)
+            items = each * len(self.texts)
+            if name == "generator" and isinstance(value, torch.Generator):
+                why = "one generator for several prompts makes a prompt's noise depend on the others"
+                raise PpclError(f"{why}; give seed=, or a list with one generator a prompt")
+            if name in self.per_prompt and not each:
+                raise PpclError(f"per_prompt names {name!r}, a {type(value).__name__}; give a list or a tensor")
+            if each and len(value) != items:
+                has = f"{len(value)} {'rows' if isinstance(value, torch.Tensor) else 'items'}"
+                why = f"{name!r} has {has} and {len(self.texts)} prompts need {items}"
+                raise PpclError(f"{why}; give as many, or record one prompt at a time")
 
 
 def run_arguments(

@@ -19,10 +19,8 @@ from ppcl_fx.io.fingerprint import fingerprint, tensor_digest
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
-
 OUTPUT_BYTES = 2**30
 """Outputs are recorded, unless asked for, up to this many bytes in all."""
-
 TIMES = ("timestep", "timesteps", "t", "sigma")
 """The names under which diffusers' transformers take the time."""
 
@@ -133,15 +131,9 @@ class _Recorder:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Listen to the transformer until the block ends, however it ends."""
-        handles = [
-            self.transformer.register_forward_pre_hook(self._hear, with_kwargs=True),
-            self.transformer.register_forward_hook(self._answer),
-        ]
-        try:
+        before = self.transformer.register_forward_pre_hook(self._hear, with_kwargs=True)
+        with before, self.transformer.register_forward_hook(self._answer):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hear(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         index = len(self.calls)

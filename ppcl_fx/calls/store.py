@@ -91,11 +91,7 @@ class CallEntry(Record):
 
 
 class Index(Record):
-    """What ``index.json`` holds: the fingerprints of the model and of the calls, and the calls in order.
-
-    ``ones`` are the arguments that stand for ones where a call lacks them, with the shape of the ones
-    (`ppcl_fx.calls.kinds.Sizes`). Older folders have none.
-    """
+    """What ``index.json`` holds, `ones` as in `Calls`: older folders have none."""
 
     version: Literal[1] = 1
     model: str
@@ -105,10 +101,10 @@ class Index(Record):
 
 
 class Calls(Sequence[Call]):
-    """A sequence of calls of one transformer.
+    """The calls of one transformer, in the order in which they were made.
 
     Args:
-        calls: the calls, in the order in which they were made.
+        calls: the calls.
         model: the fingerprint of the transformer, see `ppcl_fx.io.fingerprint`.
         ones: the arguments for which the transformer takes ones where a call lacks them, see `ppcl_fx.calls.kinds`.
     """
@@ -138,10 +134,9 @@ class Calls(Sequence[Call]):
         return self._calls[index]
 
     def examples(self) -> Examples:
-        """Return the arguments of a call, the first of the kind with the most: the example inputs for tracing.
+        """Return the arguments of a call, the first of the kind with the most, and what there is of other kinds.
 
-        It knows a call of each other kind, so that `ppcl_fx.trace` can make one graph for all. PpclError where there
-        are no calls.
+        They are the example inputs for tracing: `ppcl_fx.trace` can make one graph for all.
         """
         if not self._calls:
             raise PpclError("there are no calls to take an example from; record at least one prompt")

@@ -144,17 +144,17 @@ def open_layout(folder: Path, dtype: torch.dtype | None = None) -> tuple[Layout,
 def compare(weights: Shards, model: nn.Module, layout: Layout) -> None:
     """Raise `PpclError` where the weights are not those that the lists say."""
     must, may = expected(model, layout)
-    have, where = weights.shapes, weights.folder
-    missing = sorted(set(must) - set(have), key=_order)
-    extra = sorted(set(have) - set(must) - set(may), key=_order)
-    both = sorted((set(must) | set(may)) & set(have), key=_order)
-    wrong = [name for name in both if have[name] != (must | may)[name]]
-    fault = f"{_some(missing)} missing" if missing else f"{_some(extra)} too much" if extra else ""
-    if wrong and not fault:
-        fault = f"{wrong[0]} is {list(have[wrong[0]])} and not {list((must | may)[wrong[0]])}"
-    if fault:
+    have, known = weights.shapes, must | may
+    missing = sorted(must.keys() - have.keys(), key=_order)
+    extra = sorted(have.keys() - known.keys(), key=_order)
+    both = sorted(known.keys() & have.keys(), key=_order)
+    faults = [
+        *(f"{_some(names)} {what}" for names, what in ((missing, "missing"), (extra, "too much")) if names),
+        *(f"{name} is {list(have[name])} and not {list(known[name])}" for name in both if have[name] != known[name]),
+    ]
+    if faults:
         advice = "mend the lists of config.json, or copy the folder again"
-        raise PpclError(f"{where}: the lists disagree with the weights: {fault}; {advice}")
+        raise PpclError(f"{weights.folder}: the lists disagree with the weights: {faults[0]}; {advice}")
     for name in both:
         check_kind(weights.stored[name].dtype, torch.empty(0), name, weights.stored[name].file)
 
@@ -162,11 +162,8 @@ def compare(weights: Shards, model: nn.Module, layout: Layout) -> None:
 def graph_paths(blocks: Sequence[str], plan: Plan, kept: Sequence[Kept], layout: Layout) -> dict[str, str]:
     """Return module path in a pluggable graph -> module path in the released layout.
 
-    Args:
-        blocks: the block paths of the graph's teacher.
-        plan: the edits that are plugged, in the teacher's block numbers.
-        kept: the blocks that are left, in order.
-        layout: the lists for them.
+    `blocks` are the block paths of the teacher, in whose block numbers the plugged edits of `plan` are; `kept` are
+    those that are left, in order, and `layout` has the lists for them.
     """
     number = {block.index: place for place, block in enumerate(kept)}
     paths = renumbered(blocks, {STACK: kept})

@@ -24,14 +24,12 @@ PRUNED = "pruned.json"
 
 @dataclass(frozen=True)
 class Kept:
-    """A block that is left: the numbers of the first and last of the teacher's blocks that it stands for.
-
-    Its module path in the graph is ``transformer_blocks.7``, or ``students.transformer_blocks_3_5``.
-    """
+    """A block that is left: the numbers of the first and last of the teacher's blocks that it stands for."""
 
     index: int
     last: int
     path: str
+    """In the graph: ``transformer_blocks.7`` or ``students.transformer_blocks_3_5``."""
 
 
 def kept_blocks(blocks: Sequence[str], depth: Sequence[DepthEdit]) -> dict[str, list[Kept]]:
@@ -55,8 +53,7 @@ def originals(kept: Mapping[str, Sequence[Kept]]) -> dict[str, str]:
 def renumbered(blocks: Sequence[str], kept: Mapping[str, Sequence[Kept]]) -> dict[str, str]:
     """Return module path in the graph -> module path in the pruned model, of every block.
 
-    A block that is not left gets a path that no model has: what a model reads of it from elsewhere must not be taken
-    for the block that has its number now.
+    One that is not left gets a path that no model has, so that it is not taken for the block that has its number now.
     """
     return {**{path: f"removed.{path}" for path in blocks}, **{path: new for new, path in originals(kept).items()}}
 

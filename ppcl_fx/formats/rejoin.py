@@ -90,9 +90,8 @@ def find_kept(folder: Path, tensors: Mapping[str, torch.Tensor], teacher: nn.Mod
         front = f"{STACK}.{block}."
         parts = {name.removeprefix(front): tensor for name, tensor in tensors.items() if name.startswith(front)}
         distances = torch.tensor([_distance(parts, own, f"{STACK}.{index}.") for index in range(count)])
-        nearest = int(distances.argmin())
-        others = torch.cat([distances[:nearest], distances[nearest + 1 :]])
-        plain = not len(others) or bool(distances[nearest] <= MARGIN * others.min())
+        nearest, ranked = int(distances.argmin()), distances.sort().values
+        plain = count == 1 or bool(ranked[0] <= MARGIN * ranked[1])
         if not plain or (nearest <= found[-1] if found else nearest != 0):
             why = f"which of the teacher's blocks block {block} was made from does not show in its weights"
             raise PpclError(f"{folder}: {why}; give the plan, or the teacher's numbers of the blocks that are left")

@@ -1,10 +1,6 @@
 """The layout in which the paper's authors released their pruned models: read it, write it, plug it into its teacher.
 
-It looks like a diffusers folder, but its ``config.json`` lists blocks whose parts were replaced by linear projectors::
-
-    model = ppcl_fx.formats.released.load(folder)                        # called like the transformer
-    model = ppcl_fx.formats.released.with_teacher(folder, teacher, kw)   # a PluggableModel: every edit switchable
-    ppcl_fx.formats.released.save_released(model, folder)                # a mixture, in this layout
+It is a diffusers folder, but for lists in ``config.json`` of the blocks with linear projectors in place of parts.
 """
 
 from __future__ import annotations
@@ -116,8 +112,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
 
     def pluggable(self, example_kwargs: Mapping[str, Any]) -> PluggableModel:
         """Return this model, traced with a call, as a pluggable one without an edit: what export takes, at 1.0."""
-        self._trace(example_kwargs)
-        graph = self._bound()
+        graph = self._prepare(example_kwargs, anew=True)
         graph_info(graph)["alone"] = self.KIND
         return PluggableModel(graph, Plan())
 
@@ -129,8 +124,7 @@ class ReleasedModel(GroupOffload, PipelineFace):
             self.__dict__.update(_view=known, _kind=kind_of(given))
             with suppress(GuardError):
                 return self._call(given)
-        self._trace(given)
-        self._prepare(given)
+        self._prepare(given, anew=True)
         return self._call(given)
 
     def _call(self, given: Mapping[str, Any]) -> Any:
@@ -140,23 +134,14 @@ class ReleasedModel(GroupOffload, PipelineFace):
         return self._runner(gm)(**bind(gm, given))
 
     @torch.compiler.disable(reason="a released checkpoint is traced at its first call: call it once, then compile it")  # type: ignore[untyped-decorator]
-    def _prepare(self, given: Mapping[str, Any]) -> None:
-        """Trace the call where that is still to be done, and put the weights into the graph."""
-        if self.__dict__["_edited"] is None:
-            self._trace(given)
-        self._bound()
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _trace(self, kwargs: Mapping[str, Any]) -> None:
-        traced = trace(self.__dict__["_skeleton"], kwargs)
-        edited = insert_edits(traced, Plan(edits=self.layout.edits()))
-        self.__dict__.update(_edited=edited, _view=None, _kind=kind_of(kwargs))
-
-    def _bound(self) -> GraphModule:
-        """Return the graph with this module's parameters in it."""
+    def _prepare(self, given: Mapping[str, Any], anew: bool = False) -> GraphModule:
+        """Return the graph with this module's parameters in it, traced with a call where it is not, or is `anew`."""
+        edits = self.layout.edits()
+        if anew or self.__dict__["_edited"] is None:
+            edited = insert_edits(trace(self.__dict__["_skeleton"], given), Plan(edits=edits))
+            self.__dict__.update(_edited=edited, _view=None, _kind=kind_of(given))
         if self.__dict__["_view"] is None:
-            edits = frozenset(edit.id for edit in self.layout.edits())
-            view = plugged(self.__dict__["_edited"], edits)
+            view = plugged(self.__dict__["_edited"], frozenset(edit.id for edit in edits))
             own = dict(self.named_parameters())
             if any(parameter.is_meta for parameter in own.values()):
                 raise PpclError(
@@ -174,9 +159,8 @@ class ReleasedModel(GroupOffload, PipelineFace):
                     raise RuntimeError(f"the graph wants {wanted} of shape {list(shape)}, which was not checked for")
                 view.get_submodule(parent)._parameters[leaf] = value
             self.__dict__["_view"] = view.to(self.device)
-        view = self.__dict__["_view"]
-        assert isinstance(view, GraphModule)
-        return view.train(self.training)
+        found: GraphModule = self.__dict__["_view"].train(self.training)
+        return found
 
     # ---- what pipelines do with it -----------------------------------------------------------------------------
 
@@ -211,10 +195,8 @@ class ReleasedModel(GroupOffload, PipelineFace):
 
     def load_lora_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse: the blocks of a checkpoint have numbers of their own, and a LoRA has the teacher's."""
-        self._refuse(
-            "no place for a LoRA: its blocks are numbered anew; plug it into its teacher: "
-            "ppcl_fx.formats.released.with_teacher(folder, teacher, example_kwargs)"
-        )
+        way = "ppcl_fx.formats.released.with_teacher(folder, teacher, example_kwargs)"
+        self._refuse(f"no place for a LoRA: its blocks are numbered anew; plug it into its teacher: {way}")
 
     def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:
         """Refuse: its own folder is how it is saved."""

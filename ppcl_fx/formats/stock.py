@@ -1,11 +1,7 @@
 """A depth-pruned model as a plain diffusers folder: the same class with fewer blocks, loaded without this package.
 
 Which entry of a class's configuration counts its blocks is found out by trying, and the class is trusted only when its
-graph with fewer blocks is the pruned model's::
-
-    model.plug(students=model.edits)
-    ppcl_fx.formats.stock.save_stock(model, folder)
-    QwenImageTransformer2DModel.from_pretrained(folder)     # anywhere
+graph with fewer blocks is the pruned model's.
 """
 
 from __future__ import annotations
@@ -43,9 +39,8 @@ _NONE = ", so there is no diffusers folder for this model; save the pluggable mo
 def save_stock(model: PluggableModel, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write the mixture that is plugged now as a diffusers folder, with its plan in ``pruned.json``.
 
-    Raises:
-        PpclError: another than a depth edit is plugged, the class cannot have fewer blocks or computes something else
-            with them, the folder cannot be written, or exists (with `overwrite`: holds something else).
+    PpclError where another than a depth edit is plugged, the class cannot have fewer blocks or computes something else
+    with them, the folder cannot be written, or exists (with `overwrite`: holds something else).
     """
     info = graph_info(model.graph)
     config = info.get("config", {})

@@ -1,7 +1,4 @@
-"""Room: how large a model may become while it is built from a configuration that nobody can trust.
-
-What the stored tensors hold bounds it, so that building stops before memory or time are spent.
-"""
+"""Room: how large a model may become while it is built from a configuration that nobody can trust."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -34,10 +32,7 @@ class Room:
 
     @classmethod
     def of(cls, shapes: Mapping[str, tuple[int, ...]], times: int = 2) -> Room:
-        """Return the room of a model whose stored tensors have these shapes, and that may be `times` as large.
-
-        Tied weights are stored once.
-        """
+        """Return the room of a model that may be some times as large as what is stored: tied tensors are there once."""
         sizes = [times * torch.Size(shape).numel() for shape in shapes.values()]
         return cls(times * len(sizes) + SPARE_TENSORS, sum(sizes) + SPARE_ELEMENTS, max([SMALL, *sizes]))
 
@@ -62,16 +57,12 @@ class Room:
 @contextmanager
 def on_register(change: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
     """Let every module of the block register what `change` returns for a parameter, in its place."""
-    register = nn.Module.register_parameter
 
-    def changed(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, None if param is None else change(param))
+    def changed(module: nn.Module, name: str, param: nn.Parameter) -> Any:
+        return change(param)
 
-    nn.Module.register_parameter = changed  # type: ignore[method-assign]
-    try:
+    with register_module_parameter_registration_hook(changed):
         yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 class _Bounded(TorchDispatchMode):

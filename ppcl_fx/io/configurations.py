@@ -24,17 +24,18 @@ def check_config(kind: type[Any], config: Mapping[str, Any], where: str) -> None
 
     What a type may be follows from the annotation and from the default. Entries that the class does not know are
     ignored, as diffusers does (files of other versions have some), unless one looks like a missing entry's slip.
-    The PpclError names the file, `where`, and the entry.
     """
     known = inspect.signature(kind.__init__).parameters
-    hints = _hints(kind)
+    try:
+        hints = get_type_hints(inspect.unwrap(kind.__init__))
+    except (NameError, TypeError, AttributeError):
+        hints = {}  # an annotation of names that are only there for type checkers: then defaults alone speak
     absent = [name for name in known if name not in config]
     for name, value in config.items():
         if name.startswith("_"):
             continue
         if name not in known:
-            guess = near(name, absent, ALIKE)
-            if guess:
+            if guess := near(name, absent, ALIKE):
                 raise PpclError(f"{where}: {kind.__name__} takes no {name!r}{guess}; {ADVICE}")
             continue
         wanted, default = hints.get(name, Any), known[name].default
@@ -50,13 +51,6 @@ def check_numbers(config: Mapping[str, Any], where: str) -> None:
         big = _too_large(value)
         if big is not None:
             raise PpclError(f"{where}: {name} is {_short(big)}, beyond all that can be built; {ADVICE}")
-
-
-def _hints(kind: type[Any]) -> dict[str, Any]:
-    try:
-        return get_type_hints(inspect.unwrap(kind.__init__))
-    except (NameError, TypeError, AttributeError):
-        return {}  # an annotation of names that are only there for type checkers: then defaults alone speak
 
 
 def _fits(value: object, wanted: Any) -> bool:

@@ -35,21 +35,17 @@ ROOM = 64 * 2**20
 
 
 class Record(BaseModel):
-    """An entry of a JSON file: frozen, and without unknown fields."""
+    """A JSON file as a whole, or an entry of one: frozen, and without unknown fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-
-class Document(Record):
-    """A JSON file as a whole."""
-
     def save(self, path: str | Path) -> None:
-        """Write it, at once or not at all; PpclError where the place cannot be written."""
+        """Write it as `write_json`."""
         write_json(path, self)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read such a file; PpclError where it is missing, no JSON, or not of this kind and version."""
+        """Read such a file as `read_json`."""
         return read_json(path, cls)
 
 

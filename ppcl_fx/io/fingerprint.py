@@ -22,11 +22,7 @@ def fingerprint(model: nn.Module, read: Callable[[str], torch.Tensor] | None = N
     Of each tensor the name, shape, dtype and `SAMPLES` values count, so that a trained model differs from the one it
     was trained from, while a model of 20 B parameters is read in seconds. Tensors on the meta device have no values; of
     weights that accelerate offloads those count that its hooks hold. Where the model was loaded from does not count.
-
-    Args:
-        model: the model.
-        read: gives the tensors of the state dict by name where the model itself has none; their values count in
-            the model's dtypes.
+    `read` gives the tensors by name where the model itself has none; their values count in the model's dtypes.
     """
     config = getattr(model, "config", None)
     # Names with an underscore in front say where a model came from, not what it is.

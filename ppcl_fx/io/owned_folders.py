@@ -69,12 +69,8 @@ ENGINES = Kind(
     ),
     {"weights": WEIGHTS},
 )
-FINETUNED = Kind(
-    "a fine-tuned model",
-    (r"finetuned\.json", r"model\.safetensors"),
-    manifest="finetuned.json",
-    keys=("plan", "students", "params", "keep"),
-).joined(ENGINES)
+_TUNED = Kind("a fine-tuned model", (r"finetuned\.json", r"model\.safetensors"), manifest="finetuned.json")
+FINETUNED = replace(_TUNED, keys=("plan", "students", "params", "keep")).joined(ENGINES)
 STATES = Kind("values of calls", (), {r"\d{4}": Kind("values at a cut", (r"\d{6}\.safetensors",))})
 BOUNDED = Kind(
     "a training in bounded memory",
@@ -185,10 +181,7 @@ def discard(folder: Path, kind: Kind) -> None:
 
 
 def check_file(path: Path, *, mark: bytes = b"", keys: Iterable[str] = ()) -> None:
-    """Refuse to replace a file that this package did not write; one that is not there, or empty, may be.
-
-    One of ours has `mark` near its beginning or its end, or is a JSON object with the fields `keys`.
-    """
+    """Refuse to replace a file of another's: without `mark` near an end, or no JSON with `keys`. It may be empty."""
     check_no_link(path)
     if not path.exists() or (path.is_file() and path.stat().st_size == 0):
         return

@@ -6,23 +6,20 @@ import math
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader, BufferedWriter
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from pydantic_core import from_json
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.io.memory import size_words
 
-JSON_BYTES = 32 * 2**20
-"""A JSON file may be this large, where its reader says no other bound."""
+JSON_BYTES, TEXT_BYTES = 32 * 2**20, 64 * 2**20
+"""A JSON or text file may be this large, where its reader says no other bound."""
 INDEX_BYTES = 2**30
 """A JSON file that grows with the data, such as an index of calls or the losses of a run, may be this large."""
-TEXT_BYTES = 64 * 2**20
-"""A text file may be this large, where its reader says no other bound."""
-
 BOM = b"\xef\xbb\xbf"
 """UTF-8's byte order mark."""
 _OTHER_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
@@ -49,13 +46,16 @@ def append_regular(path: str | Path) -> BufferedWriter:
 
 
 def _descriptor(path: Path, how: int) -> int:
+    siblings: list[str] = []
     careful = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     try:
         if path.exists():  # before it is opened: some devices act on that alone
             _check_kind(path, path.stat().st_mode)
         descriptor = os.open(path, how | careful, 0o666)
     except FileNotFoundError:
-        missing(path)
+        with suppress(OSError):  # only a guess is lost
+            siblings = [one.name for one in path.parent.iterdir()]
+        raise PpclError(f"{path}: no such file{near(path.name, siblings)}; check the path") from None
     except (OSError, ValueError) as error:  # a ValueError: a name with a NUL, or that has no bytes
         reason = getattr(error, "strerror", None) or str(error)
         raise PpclError(f"{path}: cannot be opened ({reason}); check the path and its permissions") from None
@@ -136,15 +136,6 @@ def check_model_folder(folder: Path) -> None:
             _check_kind(path, status.st_mode)
             if path.suffix in (".json", ".txt", ".jinja") and status.st_size > TEXT_BYTES:
                 raise PpclError(f"{path}: larger than the {size_words(TEXT_BYTES)} that such a file may have; check it")
-
-
-def missing(path: Path) -> NoReturn:
-    """Raise the PpclError of a file that is not there; the line names a near one."""
-    try:
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-    except OSError:
-        siblings = []  # only a guess is lost
-    raise PpclError(f"{path}: no such file{near(path.name, siblings)}; check the path")
 
 
 def _plain(data: bytes) -> bytes:

@@ -84,9 +84,7 @@ class Shards:
     def open(cls, folder: str | Path, stem: str = STEM) -> Shards:
         """Open the weights of a model folder, whose files' names begin with `stem`: headers are read, no tensor is.
 
-        Raises:
-            PpclError: there are no weights, a shard is missing or truncated, the index points out of its folder, or it
-                names a tensor that its file does not hold.
+        PpclError where there are no weights, a shard is missing or truncated, or the index is not about its folder.
         """
         folder = Path(folder)
         one, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.io.files import Document, Record, Sealed
+from ppcl_fx.io.files import Record, Sealed
 
 Matrix = list[list[float | None]]
 """``[u][k]`` over the blocks of a stack; None below the diagonal and where no sample defines the number."""
@@ -158,7 +158,7 @@ class StackAnalysis(Record):
         )
 
 
-class Redundancy(Document, Sealed):
+class Redundancy(Record, Sealed):
     """The result of `ppcl_fx.analyze`, saved as ``analysis.json``.
 
     model and calls are fingerprints; teacher_params counts the transformer's parameters; calls_used counts

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.io.files import Document, Record
+from ppcl_fx.io.files import Record
 
 Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """Milliseconds."""
@@ -44,7 +44,7 @@ class StackCost(Record):
     blocks: list[BlockCost] = Field(min_length=1)
 
 
-class Costs(Document):
+class Costs(Record):
     """What a model's parts cost in one call.
 
     Attributes:
