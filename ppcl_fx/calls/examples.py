@@ -12,13 +12,11 @@ from pydantic import JsonValue, StrictInt, StrictStr, TypeAdapter, ValidationErr
 from ppcl_fx.calls.kinds import Examples, Sizes, ones_shape
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.io.configurations import check_numbers
+from ppcl_fx.io.shards import DTYPES
 
 MOST_ELEMENTS = 2**34
 """Elements that an argument of a call may have: a hundred times those of a film's latents."""
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.bool)
-}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 _SIZES = TypeAdapter(list[StrictInt | tuple[StrictStr, StrictInt]])
 
 

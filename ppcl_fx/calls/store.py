@@ -296,8 +296,7 @@ class _StoredCalls(Sequence[Call]):
     """The calls of a folder, read when they are asked for."""
 
     def __init__(self, folder: Path, entries: list[CallEntry]) -> None:
-        self.folder = folder
-        self.entries = entries
+        self.folder, self.entries = folder, entries
         self._shards: dict[str, Shards] = {}
 
     def __len__(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,16 @@ def load_model(kind: Any, folder: Path, options: Mapping[str, Any]) -> nn.Module
     open_weights(kind, folder)
     with foreign(f"{folder}: cannot be loaded", AGAIN):
         model, info = kind.from_pretrained(folder, output_loading_info=True, **options)
-    _check_loaded(kind, folder, info, set(model.state_dict()))
+    # The libraries only log what follows: they leave missing weights random, and drop what is too much.
+    extra = info["unexpected_keys"]
+    if not issubclass(kind, ModelMixin):
+        # Checkpoints of transformers hold heads and buffers of their makers; a block too much is another thing.
+        alike = {re.sub(r"\d+", "#", name) for name in model.state_dict()}
+        extra = [name for name in extra if re.sub(r"\d+", "#", name) in alike]
+    for problem, found in {**info, "unexpected_keys": extra}.items():
+        if problem in ("missing_keys", "unexpected_keys", "mismatched_keys") and found:
+            what = f"{problem.replace('_', ' ')}, the first is {sorted(map(str, found))[0]!r}"
+            raise PpclError(f"{folder}: the weights do not fit {kind.__name__} ({what}); download them again")
     loaded: nn.Module = model.eval()
     for name, parameter in loaded.named_parameters():
         check_weight(parameter, name, folder)
@@ -68,19 +77,6 @@ def check_component(kind: Any, folder: Path) -> None:
     name = getattr(kind, "config_name", None)
     if isinstance(name, str) and (folder / name).is_file():
         check_config(kind, _object(folder / name), str(folder / name))
-
-
-def _check_loaded(kind: Any, folder: Path, info: Mapping[str, Collection[Any]], names: Collection[str]) -> None:
-    """Refuse what the libraries only log: they leave missing weights random, and drop what is too much."""
-    extra = info["unexpected_keys"]
-    if not issubclass(kind, ModelMixin):
-        # Checkpoints of transformers hold heads and buffers of their makers; a block too much is another thing.
-        alike = {re.sub(r"\d+", "#", name) for name in names}
-        extra = [name for name in extra if re.sub(r"\d+", "#", name) in alike]
-    for problem, found in {**info, "unexpected_keys": extra}.items():
-        if problem in ("missing_keys", "unexpected_keys", "mismatched_keys") and found:
-            what = f"{problem.replace('_', ' ')}, the first is {sorted(map(str, found))[0]!r}"
-            raise PpclError(f"{folder}: the weights do not fit {kind.__name__} ({what}); download them again")
 
 
 def _object(path: Path) -> dict[str, Any]:

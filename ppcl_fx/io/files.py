@@ -109,11 +109,11 @@ def read_json(path: str | Path, model: type[Model], limit: int = JSON_BYTES) -> 
         if isinstance(error, OptionError | ValidationError):
             fault = str(error) if isinstance(error, OptionError) else _first_fault(error, model)
         raise PpclError(f"{path}: {fault}; mend the file or write it again") from None
-    if isinstance(found, Sealed) and found.seal:
-        if found.seal != Sealed.seal_of(document):
-            raise PpclError(f"{path}: was changed after it was written (its seal); make it again, or copy it again")
-        return found.model_copy(update={"seal": ""})
-    return found
+    if not isinstance(found, Sealed) or not found.seal:
+        return found
+    if found.seal != Sealed.seal_of(document):
+        raise PpclError(f"{path}: was changed after it was written (its seal); make it again, or copy it again")
+    return found.model_copy(update={"seal": ""})
 
 
 def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
