@@ -63,8 +63,8 @@ def _rows(shapes: Shapes) -> int:
 class Examples(dict[str, Any]):
     """The arguments of a call to trace with, and what is known of the other calls of a recording.
 
-    It is a call of each other kind, the shapes of the tensors of all calls, each once, and the arguments that are known
-    to stand for ones where they are missing, with the shape of the ones.
+    That is a call of each other kind, the shapes of the tensors of all calls, each once, and `ones`: the arguments that
+    stand for ones where they are missing, with the shape of the ones.
     """
 
     def __init__(

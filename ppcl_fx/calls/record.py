@@ -114,9 +114,9 @@ class _Recorder:
 
     def begin(self, prompts: tuple[str, ...]) -> None:
         """Start a run of the pipeline for these prompts."""
-        self.prompts = prompts
+        self.prompts, self.seen = prompts, False
         self.run += 1
-        self.seen = self.step = self.branch = 0
+        self.step = self.branch = 0
         self.time: float | None = None
 
     def steps(self) -> int:
@@ -147,7 +147,11 @@ class _Recorder:
         sample = next((value for value in given.values() if isinstance(value, torch.Tensor | list)), None)
         if sample is None:
             raise PpclError(f"{self._class()} was called without a tensor; it cannot be recorded")
-        self._advance(time)
+        self.step += time != self.time
+        self.branch = 0 if time != self.time else self.branch + 1
+        self.time, self.seen = time, True
+        if self.progress is not None and self.branch == 0:
+            self.progress(self.run * self.steps() + min(self.step - 1, self.steps()), self.total())
         self.calls.append(Call(kept, self.prompts, time, index, len(sample), self.branch))
         if len(self.calls) == self.limit:
             raise _Enough
@@ -186,15 +190,6 @@ class _Recorder:
         # A tensor made in inference mode could not be trained on; a copy made outside of it can.
         with torch.inference_mode(False), torch.no_grad():
             return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-
-    def _advance(self, time: float) -> None:
-        self.step += time != self.time
-        self.branch = 0 if time != self.time else self.branch + 1
-        self.time = time
-        self.seen += 1
-        if self.progress is not None and self.branch == 0:
-            done = self.run * self.steps() + min(self.step - 1, self.steps())
-            self.progress(done, self.total())
 
     def _class(self) -> str:
         return type(self.transformer).__name__

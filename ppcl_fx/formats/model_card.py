@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
@@ -76,14 +76,13 @@ def _words(edit: Edit) -> str:
     return f"blocks {edit.source + 1} to {edit.last} lose their text stream; it comes from block {edit.source}"
 
 
-def _provenance(plan: Plan, made: Mapping[str, Any]) -> list[str]:
-    lines = [f"- made with ppcl-fx {_plain(str(made.get('version', '')))}"]
+def _provenance(plan: Plan, made: Mapping[str, Any]) -> Iterator[str]:
+    yield f"- made with ppcl-fx {_plain(str(made.get('version', '')))}"
     if plan.model:
-        lines.append(f"- the teacher's fingerprint: `{_plain(plan.model)}`")
+        yield f"- the teacher's fingerprint: `{_plain(plan.model)}`"
     for entry in made.get("passes", []):
         options = ", ".join(f"{name} {value}" for name, value in entry.get("options", {}).items())
-        lines.append(f"- pass `{_plain(str(entry.get('name', '')))}`: {_plain(options)}")
-    return lines
+        yield f"- pass `{_plain(str(entry.get('name', '')))}`: {_plain(options)}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
