@@ -270,7 +270,8 @@ def new_file(path: str | Path) -> Iterator[Path]:
             os.replace(beside, path)
             sync(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        if os.path.lexists(beside):
+            beside.unlink()
 
 
 def _written(path: Path) -> AbstractContextManager[None]:
