@@ -325,11 +325,10 @@ class _StoredCalls(Sequence[Call]):
                 raise PpclError(f"{where} {ref.name!r} is {shape} here and {ref.shape} in {INDEX}; {AGAIN}")
 
     def check_values(self) -> None:
-        seen: set[str] = set()
+        first: dict[str, tuple[CallEntry, str, TensorRef]] = {}
         for entry, name, ref in self._all_refs():
-            if ref.sha256 in seen:
-                continue
-            seen.add(ref.sha256)
+            first.setdefault(ref.sha256, (entry, name, ref))
+        for entry, name, ref in first.values():
             where = f"{self.folder / ref.shard}: call {entry.index}: {name!r}"
             tensor = self._read(ref)
             check_finite(tensor, where)

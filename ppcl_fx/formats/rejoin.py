@@ -136,7 +136,6 @@ def _check_teacher(folder: Path, teacher: nn.Module, tensors: Mapping[str, torch
         if source not in own or name.endswith(("to_add_out.weight", "to_add_out.bias")):
             continue  # a student's or a projector's, or not used
         if not torch.equal(own[source][: len(tensor)].cpu(), tensor):
-            raise PpclError(
-                f"{folder}: {name} is not the teacher's {source}, which no edit replaced: another teacher, another "
-                "plan, or a checkpoint that was fine-tuned as a whole; load it alone with ppcl_fx.load"
-            )
+            why = "another teacher, another plan, or a checkpoint that was fine-tuned as a whole"
+            what = f"{name} is not the teacher's {source}, which no edit replaced"
+            raise PpclError(f"{folder}: {what}: {why}; load it alone with ppcl_fx.load")

@@ -144,10 +144,9 @@ class ReleasedModel(GroupOffload, PipelineFace):
             view = plugged(self.__dict__["_edited"], frozenset(edit.id for edit in edits))
             own = dict(self.named_parameters())
             if any(parameter.is_meta for parameter in own.values()):
-                raise PpclError(
-                    "the checkpoint's weights lie on the meta device: accelerate offloads it leaf by leaf, and a graph "
-                    "has other leaves; call pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload()"
-                )
+                why = "accelerate offloads it leaf by leaf, and a graph has other leaves"
+                way = "call pipe.remove_all_hooks(), then pipe.enable_model_cpu_offload()"
+                raise PpclError(f"the checkpoint's weights lie on the meta device: {why}; {way}")
             for name, shape in {name: parameter.shape for name, parameter in view.named_parameters()}.items():
                 wanted = translated(name, self._paths)
                 parent, _, leaf = name.rpartition(".")
@@ -267,10 +266,8 @@ def _check(info: Mapping[str, Any], plan: Plan, waiting: Sequence[DepthEdit]) ->
     for text in (edit for edit in plan.edits if isinstance(edit, TextStreamEdit)):
         inside = next((depth for depth in waiting if text.source < depth.first <= text.last), None)
         if inside is not None:
-            raise PpclError(
-                f"{text.id} is plugged and {inside.id} inside of it is not: those blocks keep their text stream, "
-                "which the released layout cannot say; plug both or neither"
-            )
+            why = f"{text.id} is plugged and {inside.id} inside of it is not: those blocks keep their text stream"
+            raise PpclError(f"{why}, which the released layout cannot say; plug both or neither")
 
 
 def _tensors(model: PluggableModel, plan: Plan, kept: list[Kept], layout: Layout) -> dict[str, torch.Tensor]:

@@ -284,7 +284,7 @@ def _plain(dtype: torch.dtype) -> str:
 
 
 def loaded_dtype(name: str, dtype: torch.dtype, kept: Iterable[str]) -> torch.dtype:
-    """Return what ``from_pretrained`` in `dtype` makes of a floating-point tensor (`ppcl_fx.ir.dtypes`: `kept`)."""
+    """Return what ``from_pretrained`` in `dtype` makes of a floating-point tensor; some are `kept` in float32."""
     return torch.float32 if set(kept) & set(name.split(".")) else dtype
 
 
