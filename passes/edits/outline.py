@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import Refusal
+from ppcl_fx.ir.graphs import container
 from ppcl_fx.ir.partition import carve
 from ppcl_fx.ir.stacks import block_regions
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.lowering.expand import map_values
 
 
 @dataclass(frozen=True)
@@ -122,15 +121,9 @@ def _inline(gm: GraphModule, call: Node) -> None:
             elif node.op == "output":
                 results = node.args[0]
             else:
-                target = f"{path}.{node.target}" if node.op in ("call_module", "get_attr") else node.target
-                values[node] = gm.graph.create_node(
-                    node.op,
-                    target,
-                    map_values(tuple(node.args), values),
-                    map_values(dict(node.kwargs), values),
-                    name=node.name,
-                )
-                values[node].meta = dict(node.meta)
+                values[node] = gm.graph.node_copy(node, values.__getitem__)
+                if node.op in ("call_module", "get_attr"):
+                    values[node].target = f"{path}.{node.target}"
     assert isinstance(results, (tuple, list))
     for user in list(call.users):
         index = user.args[1]
@@ -138,12 +131,4 @@ def _inline(gm: GraphModule, call: Node) -> None:
         user.replace_all_uses_with(values[results[index]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
-    container = nn.Module()
-    for name, child in inner.named_children():
-        container.add_module(name, child)
-    for name, parameter in inner.named_parameters(recurse=False):
-        container.register_parameter(name, parameter)
-    for name, buffer in inner.named_buffers(recurse=False):
-        container.register_buffer(name, buffer)
-    gm.set_submodule(path, container)
-
+    gm.set_submodule(path, container(inner))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from ppcl_fx.ir.graphs import is_item
 from ppcl_fx.ir.liveness import SINK
 from ppcl_fx.passes.contract import Pass, Refused, Result
 
@@ -75,7 +75,7 @@ def _is_chunk(node: Node) -> bool:
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     value = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
     last = isinstance(value, torch.Tensor) and dim in (-1, value.ndim - 1) and isinstance(node.args[1], int)
-    return last and all(u.target is operator.getitem and isinstance(u.args[1], int) for u in node.users)
+    return last and all(is_item(user) for user in node.users)
 
 
 def _is_linear(node: Node) -> bool:

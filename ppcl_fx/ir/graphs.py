@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -38,49 +38,51 @@ def users(node: Node) -> list[Node]:
     return sorted(node.users, key=lambda n: order.get(n, 0))
 
 
-def ancestors(nodes: Iterable[Node], stop: Iterable[Node] = (), within: set[Node] | None = None) -> set[Node]:
-    """Return everything the given nodes are computed from, themselves included.
+def reached(
+    nodes: Iterable[Node],
+    step: Callable[[Node], Iterable[Node]],
+    stop: Iterable[Node] = (),
+    within: set[Node] | None = None,
+) -> set[Node]:
+    """Return what a walk over a graph comes to, its start included.
 
     Args:
         nodes: where to start.
+        step: what comes next after a node.
         stop: nodes not to go beyond (they are part of the answer).
         within: if given, nodes outside of it are neither entered nor returned.
     """
-    barrier = set(stop)
-    seen: set[Node] = set()
-    todo = list(nodes)
+    barrier, seen, todo = set(stop), set[Node](), list(nodes)
     while todo:
         node = todo.pop()
         if node in seen or (within is not None and node not in within):
             continue
         seen.add(node)
         if node not in barrier:
-            todo.extend(node.all_input_nodes)
+            todo.extend(step(node))
     return seen
+
+
+def ancestors(nodes: Iterable[Node], stop: Iterable[Node] = (), within: set[Node] | None = None) -> set[Node]:
+    """Return everything the given nodes are computed from, themselves included (see `reached`)."""
+    return reached(nodes, lambda node: node.all_input_nodes, stop, within)
 
 
 def descendants(nodes: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
     """Return everything computed from the given nodes, themselves included."""
-    barrier = set(stop)
-    seen: set[Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node not in barrier:
-            todo.extend(node.users)
-    return seen
+    return reached(nodes, lambda node: node.users, stop)
+
+
+def is_item(node: Node) -> bool:
+    """Tell whether a node takes one item of a tuple, by its number."""
+    return getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[1], int)
 
 
 def is_add(node: Node) -> bool:
     """Tell whether a node is a two-operand addition of nodes, by whichever name."""
-    targets = (operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
-    named = node.op == "call_function" and node.target in targets
-    return (named or (node.op == "call_method" and node.target in ("add", "add_"))) and (
-        len(node.args) == 2 and all(isinstance(arg, Node) for arg in node.args)
-    )
+    aten = torch.ops.aten
+    targets = (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
+    return node.target in targets and len(node.args) == 2 and all(isinstance(arg, Node) for arg in node.args)
 
 
 def parameter_count(gm: GraphModule) -> int:
@@ -110,9 +112,22 @@ def attribute(gm: torch.nn.Module, path: str) -> object:
     return value
 
 
-def example(node: Node) -> object:
-    """Return a node's example value, or ``None``."""
-    return node.meta.get("val")
+def container(module: torch.nn.Module, without: tuple[str, ...] = ()) -> torch.nn.Module:
+    """Return a plain module with the children, parameters and buffers of another, which may grow others.
+
+    Args:
+        module: the other.
+        without: how the names of buffers begin that are left out.
+    """
+    made = torch.nn.Module()
+    for name, child in module.named_children():
+        made.add_module(name, child)
+    for name, parameter in module.named_parameters(recurse=False):
+        made.register_parameter(name, parameter)
+    for name, buffer in module.named_buffers(recurse=False):
+        if not name.startswith(without):
+            made.register_buffer(name, buffer)
+    return made
 
 
 class Draft(GraphModule):

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
-from ppcl_fx.ir.graphs import attribute
+from ppcl_fx.ir.graphs import attribute, reached
 from ppcl_fx.ir.liveness import owner
 from ppcl_fx.ir.switches import is_switch
 from ppcl_fx.tracing.guards import guards
@@ -135,29 +135,14 @@ def closure(gm: GraphModule, nodes: Sequence[Node]) -> set[Node]:
 
     Guards that look at nothing else belong to it, and so does what writes into a value that does.
     """
-    needed: set[Node] = set()
-    todo = list(nodes)
     checks = set(guards(gm))
-    writers = [
-        node for node in gm.graph.nodes if node.op == "call_function" and node.is_impure() and node not in checks
-    ]
+    writers = [n for n in gm.graph.nodes if n.op == "call_function" and n.is_impure() and n not in checks]
+    needed, todo = set[Node](), list(nodes)
     while todo:
-        while todo:
-            node = todo.pop()
-            if node not in needed:
-                needed.add(node)
-                todo.extend(reads(node))
+        needed |= reached(todo, reads)
         todo = [n for n in writers if n not in needed and n.all_input_nodes and n.all_input_nodes[0] in needed]
-    needed |= {node for node in gm.graph.nodes if node.op == "placeholder"}
-    for check in checks:
-        if all(_settled(node, needed) for node in check.all_input_nodes):
-            todo.append(check)
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            todo.extend(reads(node))
-    return needed
+    needed.update(gm.graph.find_nodes(op="placeholder"))
+    return needed | reached([n for n in checks if all(_settled(s, needed) for s in n.all_input_nodes)], reads)
 
 
 def _settled(node: Node, needed: set[Node]) -> bool:
