@@ -19,13 +19,9 @@ from ppcl_fx.ir.meta import graph_info, node_info
 from ppcl_fx.ir.sites import ffn_sites
 from ppcl_fx.ir.spill import Spill
 from ppcl_fx.ir.stacks import Stack, stacks
-from ppcl_fx.passes import contract
-from ppcl_fx.passes.analysis.ffn_fit import FfnFits
+from ppcl_fx.passes.analysis.annotate import FfnFits, LinearProbes, Similarity, TextSimilarity
 from ppcl_fx.passes.analysis.intervals import CandidateIntervals, algorithm_1, shifted
-from ppcl_fx.passes.analysis.probes import LinearProbes
-from ppcl_fx.passes.analysis.similarity import Similarity
 from ppcl_fx.passes.analysis.stream_sites import StreamSite, stream_sites
-from ppcl_fx.passes.analysis.text_similarity import TextSimilarity
 from ppcl_fx.passes.calibration.calibration import (
     Calibration,
     Notify,
@@ -35,7 +31,8 @@ from ppcl_fx.passes.calibration.calibration import (
     silent,
 )
 from ppcl_fx.passes.calibration.memory_estimate import state_budget
-from ppcl_fx.passes.calibration.run_store import MEMORY, CalibrationSettings, Identity, RunStore
+from ppcl_fx.passes.calibration.run_store import MEMORY, Identity, RunStore
+from ppcl_fx.passes.contract import Pass, Pipeline
 from ppcl_fx.passes.options import AnalyzeConfig
 from ppcl_fx.passes.selection.savings import block_parameters, block_savings, parameters
 from ppcl_fx.schema.analysis import BlockSavings, Redundancy, StackAnalysis, StreamCurves
@@ -45,7 +42,6 @@ if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
     from ppcl_fx.tracing.meta_model import Checkpoint
 
-CPU = torch.device("cpu")
 OTHER = "the calls were recorded from another model; record calls of this one"
 _log = logging.getLogger("ppcl_fx")
 
@@ -61,9 +57,8 @@ def analyze(
 ) -> Redundancy:
     """Find what is redundant in a diffusion transformer (Sec. 3.2 and appendix 6 of the paper).
 
-    The teacher runs once on each call; from that run come probes, CKA curves, candidate intervals,
-    text-stream similarity and feed-forward fits. What is found is also on the nodes, in
-    ``node.meta["ppcl"]``.
+    The teacher runs once on each call; from that run come probes, CKA curves, candidate intervals, text-stream
+    similarity and feed-forward fits. What is found is also on the nodes, in ``node.meta["ppcl"]``.
 
     Args:
         gm: the traced teacher.
@@ -82,22 +77,18 @@ def analyze(
     traced = graph_info(gm).get("model")
     if traced and calls.model and traced != calls.model:
         raise PpclError(OTHER)
-    settings = CalibrationSettings(
-        samples=config.samples, memory=memory, ridge=config.ridge, refine_steps=config.refine_steps
-    )
-    return conclude(calibrate(gm, calls, settings, progress=progress), calls, config.stream)
+    return conclude(calibrate(gm, calls, config, memory, progress), calls, config.stream)
 
 
 def analyze_streamed(
     checkpoint: Checkpoint,
     calls: Calls,
     work: Path,
+    config: AnalyzeConfig | None = None,
     *,
-    settings: CalibrationSettings | None = None,
-    stream: str = "image",
-    memory_limit: int | None = None,
-    device: torch.device = CPU,
+    memory: int = MEMORY,
     report: Notify = silent,
+    **options: Any,
 ) -> Redundancy:
     """Do what `analyze` does with the weights left on disk: all calls go through one block, then the next.
 
@@ -108,51 +99,47 @@ def analyze_streamed(
         checkpoint: the teacher, from `ppcl_fx.model.sources.Source.checkpoint`.
         calls: recorded calls of it.
         work: a folder for what does not stay in memory; on a disk with room.
-        settings: what is solved and kept; activations are kept on disk.
-        stream: as in `analyze`.
-        memory_limit: bytes that this process may hold (memory-mapped weights, which the system takes back when it
-            needs to, do not count). What does not fit goes to `work`. None for no limit.
-        device: where to compute.
+        config: as in `analyze`. ``memory_limit`` is in bytes that this process may hold (memory-mapped weights, which
+            the system takes back when it needs to, do not count). What does not fit goes to `work`.
+        memory: bytes of activations kept for CKA, on disk.
         report: told how far it is.
+        **options: as in `analyze`.
 
     Raises:
         PpclError: as `analyze`; and the limit or the disk is too small, or `work` holds something else.
     """
-    made = calibration_on_disk(
-        checkpoint, calls, work, settings or CalibrationSettings(), stream, memory_limit, device, report
-    )
-    found = conclude(made.run(), calls, stream)
+    config = AnalyzeConfig.merged(config, options)
+    found = conclude(calibration_on_disk(checkpoint, calls, work, config, memory, report).run(), calls, config.stream)
     owned.discard(work, owned.ANALYSING)
     return found
 
 
 def calibration_on_disk(
-    checkpoint: Checkpoint,
-    calls: Calls,
-    work: Path,
-    settings: CalibrationSettings,
-    stream: str,
-    memory_limit: int | None,
-    device: torch.device,
-    report: Notify,
+    checkpoint: Checkpoint, calls: Calls, work: Path, config: AnalyzeConfig, memory: int, report: Notify
 ) -> Calibration:
     """Return the calibration of `analyze_streamed`, whose arguments these are, ready to run or to go on."""
-    check_request(calls, settings.samples)
+    check_request(calls)
     owned.check_replaceable(work, owned.ANALYSING)
     if calls.model and calls.model != checkpoint.fingerprint:
         raise PpclError(OTHER)
     gm = trace(checkpoint.model, calls.examples())
     graph_info(gm)["model"] = checkpoint.fingerprint
     sites = stream_sites(gm)
-    check_stream(sites, stream)
-    budget = 2**62 if memory_limit is None else state_budget(gm, calls, sites, memory_limit)
-    dtype = str(checkpoint.dtype).removeprefix("torch.")
-    made_of = {"model": checkpoint.fingerprint, "calls": calls.fingerprint, "dtype": dtype}
-    need_room(work, _on_disk(sites, settings.memory))
-    store = RunStore(work, Identity(**settings.model_dump(), **made_of))
-    values = Spill(work / "states", budget, device)
-    residency = Residency(device, checkpoint.tensor, values, checkpoint.shards.close)
-    return Calibration(gm, calls, settings, residency, store, report)
+    check_stream(sites, config.stream)
+    budget = 2**62 if config.memory_limit is None else state_budget(gm, calls, sites, config.memory_limit)
+    need_room(work, _on_disk(sites, memory))
+    identity = Identity(
+        samples=config.samples,
+        memory=memory,
+        ridge=config.ridge,
+        refine_steps=config.refine_steps,
+        model=checkpoint.fingerprint,
+        calls=calls.fingerprint,
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+    )
+    device = torch.device(config.device)
+    residency = Residency(device, checkpoint.tensor, Spill(work / "states", budget, device), checkpoint.shards.close)
+    return Calibration(gm, calls, config, memory, residency, RunStore(work, identity), report)
 
 
 def _on_disk(sites: Sequence[StreamSite], kept: int) -> int:
@@ -176,14 +163,14 @@ def conclude(calibration: Calibration, calls: Calls, stream: str) -> Redundancy:
     for words in few:
         _log.warning("%s", words)
     with torch.no_grad():
-        passes = [
+        passes: list[Pass] = [
             LinearProbes(calibration),
             Similarity(calibration),
             CandidateIntervals(),
             TextSimilarity(calibration),
             FfnFits(calibration),
         ]
-        contract.Pipeline(passes)(gm)
+        Pipeline(passes)(gm)
     found = stacks(gm)
     savings = block_savings(gm, found)
     return Redundancy(

@@ -6,7 +6,6 @@ and ``Y^T Y``. The first needs one Gram matrix ``[T, T]`` a state, the second on
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -24,36 +23,21 @@ SUMMED = 2**16
 """Entries of Gram matrices that are summed at once, in float64."""
 
 
-class Comparer(abc.ABC):
-    """Compares the teacher's states with each other, and some of them with surrogates."""
-
-    @abc.abstractmethod
-    def heat(self) -> Tensor:
-        """CKA between all states, ``[B, states, states]``, NaN where undefined."""
-
-    @abc.abstractmethod
-    def choose(self, first: int, last: int) -> None:
-        """Prepare states ``first`` to ``last`` (excluded) for `against`."""
-
-    @abc.abstractmethod
-    def against(self, start: int, x: Tensor) -> Tensor:
-        """CKA of ``[n, B, T, D]`` with the chosen states from number `start` on: ``[n, B]``, NaN where undefined."""
-
-
 def comparer(outputs: Sequence[Tensor]) -> Comparer:
     """Return what compares states ``[B, T, D]``: by kernels unless there are many more tokens than channels."""
     tokens, width = outputs[0].shape[1:]
     return Kernels(outputs) if tokens <= 2 * width else Features(outputs)
 
 
-class Features(Comparer):
-    """By products of features."""
+class Features:
+    """Compares the teacher's states with each other, and some of them with surrogates, by products of features."""
 
     def __init__(self, outputs: Sequence[Tensor]) -> None:
         self._states = [represent(output) for output in outputs]
         self._first = 0
 
     def heat(self) -> Tensor:
+        """CKA between all states, ``[B, states, states]``, NaN where undefined."""
         size = len(self._states)
         found = torch.empty(len(self._states[0].defined), size, size, dtype=torch.float64)
         for u, one in enumerate(self._states):
@@ -62,15 +46,17 @@ class Features(Comparer):
         return found
 
     def choose(self, first: int, last: int) -> None:
+        """Prepare states ``first`` to ``last`` (excluded) for `against`."""
         self._first = first
 
     def against(self, start: int, x: Tensor) -> Tensor:
+        """CKA of ``[n, B, T, D]`` with the chosen states from number `start` on: ``[n, B]``, NaN where undefined."""
         states = self._states[self._first + start :]
         return torch.stack([cka(state, represent(made)) for state, made in zip(states, x, strict=False)])
 
 
-class Kernels(Comparer):
-    """By Gram matrices of tokens, a few rows at a time and no further than the diagonal."""
+class Kernels:
+    """Does what `Features` does by Gram matrices of tokens, a few rows at a time and no further than the diagonal."""
 
     def __init__(self, outputs: Sequence[Tensor]) -> None:
         pairs = [centred(output) for output in outputs]
@@ -95,10 +81,9 @@ class Kernels(Comparer):
         return torch.where(known, found / (norms[:, :, None] * norms[:, None, :]), float("nan"))
 
     def choose(self, first: int, last: int) -> None:
-        self._first = first
-        self._chosen = []
-        for i, j in _steps(self._states[0].shape[1], TILE):
-            self._chosen.append(torch.stack([_rows(state, i, j) for state in self._states[first:last]]))
+        self._first, states = first, self._states[first:last]
+        steps = _steps(self._states[0].shape[1], TILE)
+        self._chosen = [torch.stack([_rows(state, i, j) for state in states]) for i, j in steps]
 
     def against(self, start: int, x: Tensor) -> Tensor:
         count, batch, tokens = x.shape[:3]
@@ -112,6 +97,9 @@ class Kernels(Comparer):
         known = self._defined[place] & defined.unflatten(0, (count, batch))
         norms = self._norms[place] * own.sqrt()
         return torch.where(known, cross / norms, float("nan"))
+
+
+Comparer = Features | Kernels
 
 
 def _steps(tokens: int, step: int) -> Iterator[tuple[int, int]]:

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ppcl_fx.passes.analysis.comparers import Comparer, comparer
 from ppcl_fx.passes.analysis.probes import Projector
-from ppcl_fx.passes.analysis.similarity import Average, Curves, directional_gap
+from ppcl_fx.passes.analysis.similarity import Average, directional_gap
 from ppcl_fx.passes.calibration.reservoir import CHUNK_BYTES
 from ppcl_fx.passes.lowering.precision import products_of
+from ppcl_fx.schema.analysis import Matrix
 
 CACHED_BYTES = 4 * 2**20
 """Surrogates that are compared at once: small memory is used again, large memory comes anew from the system."""
 
 ROWS = 1024
 """Tokens that go through a probe at once, for the same reason."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Matrices of one stream: ``cka(u, k)`` (Eq. 3), the directional gap of the same surrogates, the heatmap."""
+
+    cka: Matrix
+    gap: Matrix
+    similarity: Matrix
 
 
 class CurveSums:
@@ -84,8 +95,7 @@ class CurveSums:
     def tensors(self) -> dict[str, Tensor]:
         """The sums and counts in use, by name: what is written to them counts."""
         averages = {"cka": self.surrogate, "gap": self.gap, "heat": self.heat}
-        parts = ("sum", "count")
-        return {f"{name}.{part}": t for name, a in averages.items() for part, t in zip(parts, a.tensors(), strict=True)}
+        return {f"{name}.{part}": t for name, mean in averages.items() for part, t in mean.tensors.items()}
 
     def curves(self) -> Curves:
         """The means over all samples so far."""

@@ -1,21 +1,13 @@
-"""Linear CKA, the gap of Eq. 6, means over samples; and the pass `Similarity`, which writes the curves they give."""
+"""Linear CKA, the gap of Eq. 6, and means over samples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
-from ppcl_fx.ir.meta import NodeInfo, node_info
-from ppcl_fx.passes.contract import Pass, Result
 from ppcl_fx.schema.analysis import Matrix
-
-if TYPE_CHECKING:
-    from ppcl_fx.passes.calibration.calibration import Calibration
-
 
 TOKENS = 256
 """Tokens whose directions are compared at once: few enough to stay in the processor's cache."""
@@ -23,8 +15,7 @@ TOKENS = 256
 
 @dataclass(frozen=True)
 class Representation:
-    """Samples' tokens ready for CKA: centred features ``[B, T, D]``, or their Gram matrices ``[B, T, T]``, of
-    norm 1.
+    """Samples' tokens ready for CKA: centred features ``[B, T, D]``, or their Gram matrices ``[B, T, T]``, of norm 1.
 
     `features` have ``||X^T X||_F = 1`` (and so has ``X X^T``, which `gram` holds where that is the cheaper
     form); `defined` is false for samples whose tokens are all alike: their CKA is 0 / 0.
@@ -36,10 +27,7 @@ class Representation:
 
 
 def centred(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre ``[B, T, D]`` over its tokens, scale each sample to norm 1, and say which samples are defined, ``[B]``.
-
-    Undefined are samples whose tokens are all alike.
-    """
+    """Centre ``[B, T, D]`` over its tokens, scale each sample to norm 1, and say which have unlike tokens, ``[B]``."""
     x = x.float()
     moved = x - x.mean(dim=1, keepdim=True)
     # Scaled by its norm: squares of squares of large activations would overflow.
@@ -73,14 +61,12 @@ def cka(a: Representation, b: Representation) -> Tensor:
 
 
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Linear CKA between ``[B, T, D]`` and ``[B, T, E]`` for each sample: ``[B]``, in [0, 1], NaN where
-    undefined."""
+    """Linear CKA between ``[B, T, D]`` and ``[B, T, E]`` for each sample: ``[B]``, in [0, 1], NaN where undefined."""
     return cka(represent(x), represent(y))
 
 
 def directional_gap(x: Tensor, y: Tensor) -> Tensor:
-    """Mean over tokens of ``||Norm(x) - Norm(y)||^2``, Norm along channels (Eq. 6): ``[B, T, D]`` twice to
-    ``[B]``."""
+    """Mean over tokens of ``||Norm(x) - Norm(y)||^2``, Norm along channels (Eq. 6): ``[B, T, D]`` twice to ``[B]``."""
     normalize = torch.nn.functional.normalize
     parts = [
         (normalize(some.float(), dim=-1) - normalize(others.float(), dim=-1)).square().sum(dim=-1)
@@ -90,21 +76,21 @@ def directional_gap(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Average:
-    """Running means of the entries of a matrix, over the samples that define them."""
+    """Running means of the entries of a matrix, over the samples that define them.
+
+    `tensors` are the sums and counts in use, by name: what is written to them counts.
+    """
 
     def __init__(self, size: int) -> None:
         self._sum = torch.zeros(size, size, dtype=torch.float64)
         self._count = torch.zeros(size, size, dtype=torch.int64)
+        self.tensors = {"sum": self._sum, "count": self._count}
 
     def add(self, row: int, column: int, values: Tensor) -> None:
         """Add one value for each sample; NaN counts for nothing."""
         known = values[~values.isnan()].double()
         self._sum[row, column] += known.sum().cpu()
         self._count[row, column] += len(known)
-
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Sums and counts, the ones in use: what is written to them counts."""
-        return self._sum, self._count
 
     def matrix(self) -> Matrix:
         """The means; None where nothing was added."""
@@ -113,39 +99,3 @@ class Average:
             [value if count else None for value, count in zip(row, counts, strict=True)]
             for row, counts in zip(means, self._count.tolist(), strict=True)
         ]
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Matrices of one stream: ``cka(u, k)`` (Eq. 3), the directional gap of the same surrogates, the
-    teacher's heatmap."""
-
-    cka: Matrix
-    gap: Matrix
-    similarity: Matrix
-
-
-@dataclass(frozen=True)
-class Similarity(Pass, name="similarity", kind="analysis", numerics="exact"):
-    """Compute the CKA curves of every stack and stream, and write row u to block u's output node.
-
-    Annotates ``node.meta["ppcl"]`` with ``cka``, ``delta``, ``gap`` and ``similarity``: lists over the
-    stack's blocks (`ppcl_fx.schema.analysis.StreamCurves` says what they hold).
-    """
-
-    calibration: Calibration
-
-    def requires(self, gm: GraphModule) -> None:
-        """Raises `PpclError` if the measurements are of another graph."""
-        self.calibration.require(gm)
-
-    def apply(self, gm: GraphModule) -> Result:
-        from ppcl_fx.passes.analysis.intervals import first_difference
-
-        for site in self.calibration.streams:
-            found = self.calibration.curves(site)
-            delta = first_difference(found.cka)
-            for u, node in enumerate(site.outputs):
-                rows: NodeInfo = {"cka": found.cka[u], "delta": delta[u], "gap": found.gap[u]}
-                node_info(node).update({**rows, "similarity": found.similarity[u]})
-        return Result(gm, modified=False)

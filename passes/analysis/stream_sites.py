@@ -30,6 +30,15 @@ class StreamSite:
         """Stack and stream in words."""
         return f"stack {self.stack.name}, {self.stream} stream"
 
+    def checked(self, state: Tensor) -> Tensor:
+        """Return a state; raise `PpclError` unless it is ``[batch, tokens, channels]``."""
+        if state.ndim != 3:
+            raise PpclError(
+                f"stack {self.stack.name}: the {self.stream} stream is of shape {tuple(state.shape)}, not "
+                "[batch, tokens, channels]; such a model cannot be analysed"
+            )
+        return state
+
 
 def stream_sites(gm: GraphModule) -> list[StreamSite]:
     """Every stream of every stack of `gm`.
@@ -84,12 +93,3 @@ def _ends(gm: GraphModule) -> dict[Any, Node]:
     for number, (block, ffn) in enumerate(all_ffn_sites(gm)):
         found[block.path, number, "in"], found[block.path, number, "out"] = ffn.before, ffn.after
     return found
-
-
-def check_state(site: StreamSite, state: Tensor) -> None:
-    """Raise `PpclError` unless a stream's state is ``[batch, tokens, channels]``."""
-    if state.ndim != 3:
-        raise PpclError(
-            f"stack {site.stack.name}: the {site.stream} stream is of shape {tuple(state.shape)}, not "
-            "[batch, tokens, channels]; such a model cannot be analysed"
-        )

@@ -16,20 +16,13 @@ from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.ir.executor import Executor, Residency
 from ppcl_fx.ir.partition import Watch
-from ppcl_fx.passes.analysis.curves import CurveSums
+from ppcl_fx.passes.analysis.curves import Curves, CurveSums
 from ppcl_fx.passes.analysis.probes import Fit, Projector
-from ppcl_fx.passes.analysis.similarity import Curves
-from ppcl_fx.passes.analysis.stream_sites import (
-    StreamSite,
-    all_ffn_sites,
-    check_state,
-    mirrored,
-    rows_of,
-    stream_sites,
-)
+from ppcl_fx.passes.analysis.stream_sites import StreamSite, all_ffn_sites, mirrored, rows_of, stream_sites
 from ppcl_fx.passes.calibration.held_out import Division, HeldOutFit
 from ppcl_fx.passes.calibration.reservoir import Reservoir, groups
-from ppcl_fx.passes.calibration.run_store import CalibrationResult, CalibrationSettings, Note, RunStore, Shelf
+from ppcl_fx.passes.calibration.run_store import MEMORY, CalibrationResult, Note, RunStore, Shelf
+from ppcl_fx.passes.options import AnalyzeConfig
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Call
@@ -64,54 +57,46 @@ class Calibration:
     Args:
         gm: the traced teacher; its parameters may be on the meta device. It is not changed.
         calls: recorded calls. Every token of every call is a sample of the probes.
-        settings: what is solved and kept.
+        config: its ``samples``, ``ridge`` and ``refine_steps`` count.
+        memory: bytes of activations kept for CKA, at most.
         residency: where weights and values are; all in memory if left out.
         store: where results go; a run goes on from what it holds. In memory if left out.
         report: told how far it is.
 
     Attributes:
-        gm: the graph that runs.
         streams: every stream of every stack.
         ffn: every feed-forward with its block.
         calls_used: how many calls run.
         held_out: what of them fits are judged on.
 
     Raises:
-        PpclError: there are no calls, the model has no blocks, or no sample is to be kept.
+        PpclError: there are no calls, or the model has no blocks.
     """
 
     def __init__(
         self,
         gm: GraphModule,
         calls: Sequence[Call],
-        settings: CalibrationSettings,
+        config: AnalyzeConfig,
+        memory: int = MEMORY,
         residency: Residency | None = None,
         store: RunStore | None = None,
         report: Notify = silent,
     ) -> None:
-        check_request(calls, settings.samples)
-        self.gm, self.settings = gm, settings
+        check_request(calls)
+        self.gm, self.config = gm, config
         self.streams, self.ffn = tuple(stream_sites(gm)), all_ffn_sites(gm)
         self.store = store or RunStore()
         division = Division(calls)
         self.calls_used, self.held_out = len(calls), division.kind
         self._calls, self._report = calls, report
         self._batches = [call.batch for call in (calls.heads() if isinstance(calls, Calls) else calls)]
-        self._collector = _Collector(self, division)
+        self._collector = _Collector(self, division, memory)
         watches = self._collector.watches()
         self.executor = Executor(gm, lambda graph: mirrored(watches, gm, graph), residency)
 
-    def require(self, gm: GraphModule) -> None:
-        """Check that `gm` is the graph that was measured.
-
-        Raises:
-            PpclError: it is another graph.
-        """
-        if gm.graph is not self.gm.graph:
-            raise PpclError("the measurements belong to another graph; run calibrate() on this one first")
-
     def run(self, stop: int | None = None) -> Calibration:
-        """Run what is not done yet, up to sweep `stop` (for tests: all of them by default), and return this.
+        """Run what is not done yet, up to sweep `stop` (all by default), and return this.
 
         Raises:
             PpclError: a value is NaN or infinite, a call does not fit the trace, or the disk is full.
@@ -184,7 +169,7 @@ class Calibration:
     def batches(self, site: StreamSite) -> Iterator[list[Tensor]]:
         """The kept samples of a stream in batches of one shape: ``[B, T, D]`` before the stack and after each block."""
         position = self.streams.index(site)
-        shelves = [self.store.kept(_shelf_name(position, state)) for state in range(len(site.outputs) + 1)]
+        shelves = [self.store.kept(f"{position}-{state}") for state in range(len(site.outputs) + 1)]
         kept = self._collector.reservoir.kept()
         for group in groups([tuple(shelves[0][sample].shape) for sample in kept], len(shelves)):
             chosen = [kept[i] for i in group]
@@ -213,23 +198,17 @@ class Calibration:
 
     def _names(self, site: StreamSite) -> list[str]:
         position = self.streams.index(site)
-        return [_probe_name(position, block) for block in range(len(site.outputs))]
+        return [f"{position}.{block}" for block in range(len(site.outputs))]
 
 
 def calibrate(
     gm: GraphModule,
     calls: Sequence[Call],
-    settings: CalibrationSettings | None = None,
-    *,
+    config: AnalyzeConfig | None = None,
+    memory: int = MEMORY,
     progress: Progress | None = None,
 ) -> Calibration:
-    """Run the teacher once on each call, all in memory, and return the calibration.
-
-    Args:
-        gm: a traced graph; it is not changed.
-        calls: recorded calls.
-        settings: what is solved and kept.
-        progress: called after each call.
+    """Run the teacher once on each call, all in memory, and return the calibration; `progress` is called after each.
 
     Raises:
         PpclError: as `Calibration`, or a value is NaN or infinite.
@@ -239,31 +218,21 @@ def calibrate(
         if progress is not None and not label:  # not of curves
             progress(done, total)
 
-    return Calibration(gm, calls, settings or CalibrationSettings(), report=report).run()
+    return Calibration(gm, calls, config or AnalyzeConfig(), memory, report=report).run()
 
 
-def check_request(calls: Sequence[Call], max_samples: int) -> None:
+def check_request(calls: Sequence[Call]) -> None:
     """Raise `PpclError` where there is nothing to measure."""
     if not len(calls):
         raise PpclError("there are no calls to analyse; record some first")
-    if max_samples < 1:
-        raise PpclError(f"max_samples is {max_samples}; CKA needs at least one sample")
-
-
-def _probe_name(site: int, block: int) -> str:
-    return f"{site}.{block}"
-
-
-def _shelf_name(site: int, state: int) -> str:
-    return f"{site}-{state}"
 
 
 class _Collector:
     """Observers that sum, solve and keep, for the watches of one sweep at a time."""
 
-    def __init__(self, calibration: Calibration, division: Division) -> None:
+    def __init__(self, calibration: Calibration, division: Division, memory: int) -> None:
         self._of, self._division = calibration, division
-        self.reservoir = Reservoir(calibration.settings.samples, calibration.settings.memory)
+        self.reservoir = Reservoir(calibration.config.samples, memory)
         for note in calibration.store.found.notes:
             self.reservoir.note(note.call, note.batch, note.nbytes)
         self._call = self._batch = 0
@@ -277,14 +246,14 @@ class _Collector:
         for number, site in enumerate(self._of.streams):
             states = (site.inputs[0], *site.outputs)
             for position, node in enumerate(states):
-                name = _shelf_name(number, position)
+                name = f"{number}-{position}"
                 shelf = self._of.store.shelf(name)
                 # What a sample takes in all is known from its first state.
                 see = partial(self._see, shelf, site, len(states) if position == 0 else 0)
                 self._shelves[Watch((node,), see)] = name, shelf
             for position, ends in enumerate(zip(site.inputs, site.outputs, strict=True)):
                 sums = HeldOutFit(site.title, self._division)
-                self._probes[Watch(ends, sums.add)] = _probe_name(number, position), sums
+                self._probes[Watch(ends, sums.add)] = f"{number}.{position}", sums
         for number, (_, ffn) in enumerate(self._of.ffn):
             sums = HeldOutFit(f"{ffn.block}, {ffn.stream} feed-forward", self._division, bias=True)
             self._projectors[Watch((ffn.before, ffn.after), sums.add)] = number, sums
@@ -297,8 +266,7 @@ class _Collector:
 
     def _see(self, shelf: Shelf, site: StreamSite, states: int, state: Tensor) -> None:
         """Keep those samples of a call's state that are chosen by what is known so far."""
-        check_state(site, state)
-        state = rows_of(state, self._batch)
+        state = rows_of(site.checked(state), self._batch)
         if states:
             note = Note(call=self._call, batch=len(state), nbytes=states * state[0].nbytes)
             self._notes.append(note)
@@ -324,19 +292,18 @@ class _Collector:
 
     def solved(self, due: Sequence[Watch]) -> tuple[CalibrationResult, dict[str, Tensor]]:
         """Solve what the sweep summed, drop the sums, and return what it gave, with the probes."""
-        settings = self._of.settings
+        config = self._of.config
         found, probes = CalibrationResult(notes=self._notes), dict[str, Tensor]()
         for watch in due:
             if watch in self._probes:
                 name, sums = self._probes[watch]
-                solved = sums.solve(settings.ridge, settings.refine_steps)
+                solved = sums.solve(config.ridge, config.refine_steps)
                 found.fits[name], found.energies[name], found.few[name] = (sums.error(solved), sums.energy, sums.few)
                 probes[name] = solved.weight
                 sums.clear()
             elif watch in self._projectors:
                 number, sums = self._projectors[watch]
-                fit = sums.fit(sums.solve(FFN_RIDGE))
-                found.ffn[number] = fit.error, fit.cosine
+                found.ffn[number] = sums.fit(sums.solve(FFN_RIDGE))
                 sums.clear()
             else:
                 kept, shelf = self._shelves[watch]

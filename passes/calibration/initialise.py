@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,14 +24,13 @@ RIDGE = 1e-4
 _log = logging.getLogger("ppcl_fx")
 
 
-@dataclass(frozen=True, eq=False)
-class ProjectorSite:
+class ProjectorSite(NamedTuple):
     """A projector in a pluggable graph, and the values that it is fitted to.
 
     Attributes:
         path: the projector's module path.
-        nodes: its input and what it replaces, and for a student's stream also what leaves the student there and
-            what the teacher has in its place.
+        nodes: its input and what it replaces, and for a student's stream also what leaves the student there and what
+            the teacher has in its place.
         in_student: whether it lies in a depth edit's student, so that its fit is of the student as it is.
     """
 
@@ -40,17 +38,15 @@ class ProjectorSite:
     nodes: tuple[Node, ...]
     in_student: bool
 
-    def watch(self, sums: NormalEquations) -> Watch:
-        """Return the watch that adds a call's tokens to the sums of this projector."""
 
-        def add(source: Tensor, replaced: Tensor, student: Tensor | None = None, teacher: Tensor | None = None) -> None:
-            if student is None or teacher is None:
-                sums.add(source, replaced)
-            else:
-                # What is added behind a student (a ControlNet's residual) is not the projector's to learn.
-                sums.add(source, teacher - (student - replaced))
+def _watch(site: ProjectorSite, sums: NormalEquations) -> Watch:
+    """Return the watch that adds a call's tokens to the sums of a projector."""
 
-        return Watch(self.nodes, add)
+    def add(source: Tensor, replaced: Tensor, *end: Tensor) -> None:
+        # What is added behind a student (a ControlNet's residual) is not the projector's to learn.
+        sums.add(source, end[1] - (end[0] - replaced) if end else replaced)
+
+    return Watch(site.nodes, add)
 
 
 def fit_projectors(
@@ -144,7 +140,7 @@ def _fitted(
     paths: dict[Watch, str] = {}
 
     def watches(graph: GraphModule) -> list[Watch]:
-        mine = {site.watch(sums[site.path]): site.path for site in projector_sites(graph) if site.path in sums}
+        mine = {_watch(site, sums[site.path]): site.path for site in projector_sites(graph) if site.path in sums}
         paths.update(mine)
         return list(mine)
 
@@ -160,9 +156,9 @@ def _fitted(
         executor.run(sweep, calls, end=end)
         for segment in executor.segments[sweep.start : sweep.stop]:
             for watch in (watch for watches in segment.due.values() for watch in watches):
-                equations = sums[paths[watch]]
-                yield paths[watch], _solved(paths[watch], equations, count, in_students)
-                equations.clear()
+                path = paths[watch]
+                yield path, _solved(path, sums[path], count, in_students)
+                sums[path].clear()
 
 
 def _solved(path: str, sums: NormalEquations, calls: int, in_students: bool) -> Projector | None:

@@ -17,9 +17,6 @@ from ppcl_fx.passes.calibration.reservoir import Sample
 
 PROGRESS = "progress.json"
 
-SAMPLES = 160
-"""Sample-timesteps that CKA averages over: the size of the paper's calibration set."""
-
 MEMORY = 4 * 2**30
 """Bytes of activations kept at most."""
 
@@ -28,22 +25,13 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class CalibrationSettings(_Record):
-    """What decides the results of a calibration beside the model and the calls.
-
-    samples: that CKA averages over, at most. memory: bytes of activations kept for it, at most.
-    ridge: of the probes' normal equations, relative to the mean squared channel. refine_steps: gradient steps on Eq. 2.
-    """
-
-    samples: int = SAMPLES
-    memory: int = MEMORY
-    ridge: float = 1e-6
-    refine_steps: int = 0
-
-
-class Identity(CalibrationSettings):
+class Identity(_Record):
     """What an analysis is of: a run goes on from another's results only where all of this is the same."""
 
+    samples: int
+    memory: int
+    ridge: float
+    refine_steps: int
     version: Literal[2] = 2
     model: str
     calls: str
@@ -58,14 +46,12 @@ class Done(_Record):
 
 
 class KeptResult(_Record):
-    """The activations kept of one node: ``[tokens, width]`` for each sample, one after the other in a file.
-
-    samples: call, row and tokens of each.
-    """
+    """The activations kept of one node: ``[tokens, width]`` for each sample, one after the other in a file."""
 
     dtype: str
     width: int
     samples: list[tuple[int, int, int]]
+    """Call, row and tokens of each."""
 
 
 class Note(_Record):
@@ -77,12 +63,10 @@ class Note(_Record):
 
 
 class CalibrationResult(_Record):
-    """What one sweep gave.
+    """What one sweep gave, by the names of probes and shelves, and the positions of feed-forwards.
 
-    fits: error of each probe, by the probe's name. energies: of the states that probes imitate, and few: what to say of
-    the tokens that they were solved from, by the same name.
-    ffn: error and cosine of each feed-forward, by its position. shelves: what was kept, by the shelf's name.
-    notes: sizes that the sweep made known.
+    energies are of the states that probes imitate; few is what to say of the tokens that they were solved from; ffn
+    holds error and cosine; notes are the sizes that the sweep made known.
     """
 
     fits: dict[str, float] = {}
@@ -247,12 +231,8 @@ class Shelf:
         total = sum(tokens for _, _, tokens in kept.samples) * kept.width
         if self._path.stat().st_size < total * dtype.itemsize:
             raise PpclError(f"{self._path}: truncated; remove {self._path.parent.parent} and analyse again")
-        if total:
-            whole = torch.from_file(str(self._path), shared=False, size=total, dtype=dtype)
-        else:
-            whole = torch.empty(0, dtype=dtype)
-        found, at = {}, 0
-        for call, row, tokens in kept.samples:
-            found[call, row] = whole[at : at + tokens * kept.width].view(tokens, kept.width)
-            at += tokens * kept.width
-        return found
+        if not total:
+            return {}
+        whole = torch.from_file(str(self._path), shared=False, size=total, dtype=dtype).view(-1, kept.width)
+        parts = whole.split([tokens for _, _, tokens in kept.samples])
+        return {(call, row): part for (call, row, _), part in zip(kept.samples, parts, strict=True)}

@@ -22,15 +22,12 @@ from ppcl_fx.ir.partition import Watch
 from ppcl_fx.ir.sites import ffn_sites
 from ppcl_fx.ir.stacks import stacks
 from ppcl_fx.passes.analysis.analyze import analyze
-from ppcl_fx.passes.analysis.ffn_fit import FfnFits
+from ppcl_fx.passes.analysis.annotate import FfnFits, LinearProbes, Similarity, TextSimilarity
 from ppcl_fx.passes.analysis.intervals import CandidateIntervals
-from ppcl_fx.passes.analysis.probes import LinearProbes
-from ppcl_fx.passes.analysis.similarity import Similarity, linear_cka
-from ppcl_fx.passes.analysis.text_similarity import TextSimilarity
+from ppcl_fx.passes.analysis.similarity import linear_cka
 from ppcl_fx.passes.calibration.calibration import calibrate
 from ppcl_fx.passes.calibration.held_out import SHARE
 from ppcl_fx.passes.calibration.reservoir import Reservoir
-from ppcl_fx.passes.calibration.run_store import CalibrationSettings
 from ppcl_fx.passes.edits.insertion import count
 from ppcl_fx.passes.options import AnalyzeConfig
 from ppcl_fx.passes.selection.savings import saved
@@ -144,7 +141,7 @@ def test_probe_fit_and_curves_are_those_of_the_eager_model(tiny_qwen: tuple[nn.M
     model, kwargs = tiny_qwen
     gm = trace(model, kwargs)
     calls = _calls(model, kwargs)
-    calibration = calibrate(gm, calls, CalibrationSettings(ridge=1e-5))
+    calibration = calibrate(gm, calls, AnalyzeConfig(ridge=1e-5))
     assert calibration.samples_used == 2 + 3 + 2 + 3
     LinearProbes(calibration)(gm)
     Similarity(calibration)(gm)
