@@ -1,13 +1,13 @@
-"""Which feed-forwards and text streams go, by appendix 6: top FFN fits, text-stream CKA of at least 0.999,
-deeper first."""
+"""Which feed-forwards and text streams go, by appendix 6: top FFN fits, alike text streams, deeper first."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from ppcl_fx.passes.selection.savings import saved
 from ppcl_fx.passes.selection.select import Options
-from ppcl_fx.passes.selection.sensitivity import ffn_damage, text_damage
+from ppcl_fx.passes.selection.sensitivity import ffn_damage, may_lose_text, removed, text_damage
 from ppcl_fx.schema.analysis import Redundancy, StackAnalysis
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, TextStreamEdit
 
@@ -25,8 +25,7 @@ def width_edits(analysis: Redundancy, depth: Sequence[DepthEdit], options: Optio
 
 
 def ffn_edits(analysis: Redundancy, depth: Sequence[DepthEdit], options: Options) -> list[FfnEdit]:
-    """The `options.ffn` blocks outside of every interval whose projected outputs are most similar, best
-    first.
+    """The `options.ffn` blocks outside of every interval whose projected outputs are most similar, best first.
 
     A block's similarity is the least of its streams'.
     """
@@ -34,25 +33,18 @@ def ffn_edits(analysis: Redundancy, depth: Sequence[DepthEdit], options: Options
     for stack in analysis.stacks:
         for position, savings in enumerate(stack.savings):
             index = position + stack.first
-            fits = [fit for fit in stack.ffn if fit.block == index]
+            fits = [fit.similarity for fit in stack.ffn if fit.block == index]
             if savings.ffn is not None and savings.ffn > 0 and fits and not _inside(depth, stack.path, index):
-                damage = ffn_damage(stack, position)
-                ranked.append(
-                    (
-                        -min(fit.similarity for fit in fits),
-                        FfnEdit(stack=stack.path, block=index, damage=damage),
-                    )
-                )
-    ranked.sort(key=lambda entry: (entry[0], entry[1].stack, entry[1].block))
-    return [edit for _, edit in ranked[: options.ffn]]
+                ranked.append((-min(fits), stack.path, index, ffn_damage(stack, position)))
+    best = sorted(ranked)[: options.ffn]
+    return [FfnEdit(stack=path, block=index, damage=damage) for _, path, index, damage in best]
 
 
 def text_edits(analysis: Redundancy, depth: Sequence[DepthEdit], options: Options) -> list[TextStreamEdit]:
-    """Groups of blocks whose text state hardly changes (CKA at least `options.text_cka`), deepest group
-    first.
+    """Groups of blocks whose text state hardly changes (CKA at least `options.text_cka`), deepest group first.
 
-    A group takes its text state from the block before it, which must have survived depth, and it holds whole
-    intervals only.
+    A group takes its text state from the block before it, which must have survived depth, and it holds whole intervals
+    only.
     """
     groups = [group for stack in analysis.stacks for group in _groups(stack, depth, options.text_cka)]
     return sorted(groups, key=lambda edit: (-edit.last, edit.stack))
@@ -71,26 +63,18 @@ def _groups(stack: StackAnalysis, depth: Sequence[DepthEdit], least: float) -> I
 
 
 def _runs(stack: StackAnalysis, least: float) -> Iterator[tuple[int, int]]:
-    """Maximal ``(source, last)`` of ModuleList indices: each block after the source, up to the last, may
-    go."""
-    source: int | None = None
-    for position in range(1, len(stack.blocks) + 1):
-        alike = position < len(stack.blocks) and _alike(stack, position, least)
-        if alike and source is None:
-            source = position - 1
-        if not alike and source is not None:
-            yield source + stack.first, position - 1 + stack.first
-            source = None
-
-
-def _alike(stack: StackAnalysis, position: int, least: float) -> bool:
-    similarity = stack.text_similarity[position]
-    return similarity is not None and similarity >= least and stack.savings[position].text_last is not None
+    """Maximal ``(source, last)`` of ModuleList indices: each block after the source, up to the last, may go."""
+    positions = range(1, len(stack.blocks))
+    for alike, run in itertools.groupby(positions, lambda position: may_lose_text(stack, position, least)):
+        if alike:
+            inside = [position + stack.first for position in run]
+            yield inside[0] - 1, inside[-1]
 
 
 def _group(stack: StackAnalysis, depth: Sequence[DepthEdit], source: int, last: int) -> TextStreamEdit | None:
     """The edit for blocks (source, last], with its predicted damage; None where no block is left in it."""
-    lost = [index for index in range(source + 1, last + 1) if not _removed(depth, stack.path, index)]
+    gone = removed(depth, stack.path)
+    lost = [index for index in range(source + 1, last + 1) if index not in gone]
     if not lost:
         return None
     damage = sum(text_damage(stack, source - stack.first, index - stack.first) for index in lost)
@@ -98,8 +82,7 @@ def _group(stack: StackAnalysis, depth: Sequence[DepthEdit], source: int, last: 
 
 
 def _shorter(analysis: Redundancy, depth: Sequence[DepthEdit], edit: TextStreamEdit) -> TextStreamEdit | None:
-    """The same group with a deeper source, which stays dual-stream: deeper blocks go first. None if there is
-    none."""
+    """The same group with a deeper source, which stays dual-stream: deeper blocks go first. None if there is none."""
     stack = next(s for s in analysis.stacks if s.path == edit.stack and s.first <= edit.source <= s.last)
     outside = (i for i in range(edit.source + 1, edit.last) if not _inside(depth, stack.path, i))
     source = next(outside, None)
@@ -107,11 +90,7 @@ def _shorter(analysis: Redundancy, depth: Sequence[DepthEdit], edit: TextStreamE
 
 
 def _trimmed(
-    analysis: Redundancy,
-    depth: Sequence[DepthEdit],
-    ffn: list[FfnEdit],
-    text: list[TextStreamEdit],
-    need: int,
+    analysis: Redundancy, depth: Sequence[DepthEdit], ffn: list[FfnEdit], text: list[TextStreamEdit], need: int
 ) -> list[Edit]:
     """Drop width edits, the weakest first, for as long as the rest still saves `need`."""
     while ffn and saved(analysis, [*depth, *ffn[:-1], *text]) >= need:
@@ -127,7 +106,3 @@ def _trimmed(
 
 def _inside(depth: Sequence[DepthEdit], path: str, index: int) -> bool:
     return any(edit.stack == path and edit.first <= index <= edit.last for edit in depth)
-
-
-def _removed(depth: Sequence[DepthEdit], path: str, index: int) -> bool:
-    return any(edit.stack == path and edit.first < index <= edit.last for edit in depth)
