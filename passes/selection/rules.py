@@ -120,7 +120,7 @@ def depth_edits(stack: StackAnalysis, spans: Sequence[Span], options: Options) -
 
 
 def _even(stack: StackAnalysis, removed: int, total: int, options: Options) -> list[DepthEdit]:
-    """Depth edits that cut a stack into runs of near-equal length, removing its share of `removed` of `total` blocks."""
+    """Depth edits that cut a stack into runs of near-equal length, removing its share of `removed` of `total`."""
     blocks = len(stack.blocks)
     runs = max(1, blocks - -(-removed * blocks // total))
     bounds = [run * blocks // runs for run in range(runs + 1)]
