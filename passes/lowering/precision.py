@@ -16,12 +16,11 @@ def products_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     For values that `dtype` holds exactly nothing is lost: the product of two bfloat16 numbers fits a float32. Other
     float32 values are rounded to what the units take (bfloat16 on a CPU, TF32 on CUDA) before they are multiplied.
     """
-    backend: Any = None
-    if device.type == "cpu" and dtype == torch.bfloat16:
-        backend, wanted = torch.backends.mkldnn.matmul, "bf16"  # type: ignore[attr-defined]
-    elif device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    wanted = "bf16" if device.type == "cpu" and dtype == torch.bfloat16 else ""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         backend, wanted = torch.backends.cuda.matmul, "tf32"
-    if backend is None:
+    if not wanted:
         yield
         return
     before = backend.fp32_precision

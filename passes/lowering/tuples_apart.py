@@ -26,11 +26,12 @@ class TuplesApart(Pass, name="tuples-apart", kind="rewrite", numerics="exact"):
         todo = list(gm.graph.nodes)
         while todo:  # the items of a tuple may be tuples again
             node = todo.pop(0)
-            if node.op not in ("placeholder", "output") and holds_tensors(node.meta.get("val")):
-                before = set(node.users)
-                if _apart(gm, node):
-                    modified = True
-                    todo = [*(new for new in node.users if new not in before), *(n for n in todo if not n._erased)]
+            if node._erased or node.op in ("placeholder", "output") or not holds_tensors(node.meta.get("val")):
+                continue
+            before = set(node.users)
+            if _apart(gm, node):
+                modified = True
+                todo = [*(new for new in node.users if new not in before), *todo]
         return Result(gm, modified)
 
 

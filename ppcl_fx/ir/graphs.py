@@ -13,6 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import PythonCode
 
 _DYNAMO_PREFIX = re.compile(r"L\['self'\]\.?|__dict__\['_modules'\]|\._modules|_modules\['([^']*)'\]")
+LINEAR = (torch.ops.aten.linear.default, torch.ops.aten.addmm.default, torch.nn.functional.linear)
+"""The operations of a linear layer."""
 _Kind = TypeVar("_Kind", bound=GraphModule)
 _BRACKETS = re.compile(r"\['?([^'\]]*)'?\]")
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import Refusal
-from ppcl_fx.ir.graphs import ancestors, is_add
+from ppcl_fx.ir.graphs import LINEAR, ancestors, is_add
 from ppcl_fx.ir.stacks import Block
 from ppcl_fx.tracing.leaves import has_attention
 
@@ -135,7 +135,7 @@ def _linears(gm: GraphModule, nodes: set[Node]) -> int:
         if node.op == "call_module":
             modules = gm.get_submodule(str(node.target)).modules()
             count += sum(isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) for module in modules)
-        elif node.target in (torch.ops.aten.linear.default, torch.ops.aten.addmm.default, nn.functional.linear):
+        elif node.target in LINEAR:
             count += 1
     return count
 
