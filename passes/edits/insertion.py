@@ -35,11 +35,6 @@ def passes_of(plan: Plan) -> list[Pass]:
 
 
 def count(gm: GraphModule, plan: Plan) -> int:
-    """Return the exact number of parameters of a model with every edit of a plan plugged.
-
-    Args:
-        gm: the traced teacher; only shapes matter, the meta device will do.
-        plan: the edits.
-    """
+    """Return the exact number of parameters of a model with every edit of a plan plugged; only shapes matter."""
     return parameter_count(mixture_draft(edited(gm, plan), frozenset(plan.ids)))
 

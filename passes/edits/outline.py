@@ -26,7 +26,8 @@ class Outline(Pass, name="outline", kind="rewrite", numerics="exact"):
     """
 
     def apply(self, gm: GraphModule) -> Result:
-        found = {path: nodes for path, nodes in block_regions(gm).items() if not _outlined(gm, nodes)}
+        regions = block_regions(gm).items()
+        found = {path: nodes for path, nodes in regions if not any(_calls_graph(gm, node) for node in nodes)}
         for path, nodes in found.items():
             _inside(gm, path, nodes)  # all of them or none
         for path, nodes in found.items():
@@ -39,23 +40,14 @@ class Inline(Pass, name="inline", kind="rewrite", numerics="exact"):
     """Put the nodes of every module that is a `GraphModule` back into the graph."""
 
     def apply(self, gm: GraphModule) -> Result:
-        found = [
-            node
-            for node in gm.graph.nodes
-            if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), GraphModule)
-        ]
+        found = [node for node in gm.graph.nodes if _calls_graph(gm, node)]
         for node in found:
             _inline(gm, node)
         return Result(gm, bool(found))
 
 
 def outline(gm: GraphModule, path: str, nodes: Sequence[Node]) -> Node:
-    """Move nodes into a graph module at `path` and return the node that calls it.
-
-    Args:
-        gm: the graph module, edited in place.
-        path: where the new module goes; modules that the nodes call lie below it.
-        nodes: in graph order.
+    """Move nodes, in graph order, into a graph module at `path` and return the node that calls it.
 
     Raises:
         Refusal: something between the nodes needs their values, or they call a module from elsewhere.
@@ -73,16 +65,13 @@ def outline(gm: GraphModule, path: str, nodes: Sequence[Node]) -> Node:
 
     with gm.graph.inserting_after(last):
         call = gm.graph.call_module(path, tuple(carved.inputs))
-    call.meta = {
-        "val": tuple(node.meta.get("val") for node in outputs),
-        "nn_module_stack": OrderedDict({path: (path, GraphModule)}),
-    }
+    stack = OrderedDict({path: (path, GraphModule)})
+    call.meta = {"val": tuple(node.meta.get("val") for node in outputs), "nn_module_stack": stack}
     at = call
     for index, node in enumerate(outputs):
         with gm.graph.inserting_after(at):
             at = gm.graph.call_function(operator.getitem, (call, index))
-        at.meta = {key: node.meta[key] for key in node.meta if key != "nn_module_stack"}
-        at.meta["nn_module_stack"] = call.meta["nn_module_stack"]
+        at.meta = {**node.meta, "nn_module_stack": stack}
         node.replace_all_uses_with(at, delete_user_cb=lambda user: user not in members)
     for node in reversed(inside):
         gm.graph.erase_node(node)
@@ -104,8 +93,8 @@ def _inside(gm: GraphModule, path: str, nodes: Sequence[Node]) -> list[Node]:
     return inside
 
 
-def _outlined(gm: GraphModule, nodes: Sequence[Node]) -> bool:
-    return any(n.op == "call_module" and isinstance(gm.get_submodule(str(n.target)), GraphModule) for n in nodes)
+def _calls_graph(gm: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), GraphModule)
 
 
 def _inline(gm: GraphModule, call: Node) -> None:

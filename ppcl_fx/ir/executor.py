@@ -63,7 +63,7 @@ class Executor:
     Values are freed after their last use in the graph and their last watch.
 
     Args:
-        gm: the graph module, its parameters perhaps on the meta device. A pluggable graph gives what its teacher does.
+        gm: the graph module. A pluggable graph gives what its teacher does.
         watches: gives what to look at in the graph of a kind of call.
         residency: where weights and values are; all in memory if left out.
         partial: run no more than what the watched values need.
@@ -107,8 +107,7 @@ class Executor:
             end: told it afterwards, with what the model returns if the last segment ran, else None.
 
         Raises:
-            PpclError: a call lacks an argument, or goes through other blocks; `GuardError` where the trace does not
-                cover it.
+            PpclError: a call lacks an argument, goes through other blocks, or lies outside of the trace.
         """
         known = list(self._kinds) if sweep.start else []
         self._kinds = []
@@ -140,8 +139,8 @@ class _Run(Interpreter):
         super().__init__(gm)
         self._gm = gm
         self._constants: dict[Node, Any] = {}
-        needed = closure(gm, [node for watch in watches for node in watch.nodes]) if partial else None
-        self.segments = cut(gm, watches, lambda node: needed is not None and node not in needed)
+        needed = closure(gm, [node for watch in watches for node in watch.nodes]) if partial else set(gm.graph.nodes)
+        self.segments = cut(gm, watches, lambda node: node not in needed)
 
     def open(self, sweep: range, residency: Residency, stack: ExitStack) -> None:
         """Load what the segments of a sweep need, until the stack is left."""
@@ -152,15 +151,14 @@ class _Run(Interpreter):
 
     def call(self, sweep: range, position: int, kwargs: Mapping[str, Any], residency: Residency) -> Any:
         """Run one call through the segments of a sweep, which are open."""
-        values, before = residency.values, sweep.start - 1
-        self.env = dict(self._constants)
-        if before < 0:
-            names = self._gm.graph.find_nodes(op="placeholder")
-            given = (moved_to(value, residency.device) for value in bound(self._gm, kwargs))
-            self.env.update(zip(names, given, strict=True))
+        values = residency.values
+        if sweep.start == 0:
+            nodes = tuple(self._gm.graph.find_nodes(op="placeholder"))
+            given = moved_to(bound(self._gm, kwargs), residency.device)
         else:
             assert values is not None
-            self.env.update(zip(self.segments[before].leaving, values.take(sweep.start, position), strict=True))
+            nodes, given = self.segments[sweep.start - 1].leaving, values.take(sweep.start, position)
+        self.env = {**self._constants, **dict(zip(nodes, given, strict=True))}
         result = None
         for number in sweep:
             result = self._segment(self.segments[number])
@@ -226,12 +224,7 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def buffers_on_meta(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """Let a module whose parameters are on the meta device run there: its buffers, which are real, join them.
-
-    Args:
-        module: the module; afterwards it has its own buffers again.
-        wanted: do nothing where this is false.
-    """
+    """Let a module whose parameters are on the meta device run there with its real buffers, where this is wanted."""
     own = {n: b for n, b in module.named_buffers(remove_duplicate=False) if not b.is_meta} if wanted else {}
     with swapped(module, {name: buffer.to("meta") for name, buffer in own.items()}):
         yield

@@ -31,7 +31,7 @@ from ppcl_fx.passes.calibration.reservoir import Reservoir
 from ppcl_fx.passes.edits.insertion import count
 from ppcl_fx.passes.options import AnalyzeConfig
 from ppcl_fx.passes.selection.savings import saved
-from ppcl_fx.passes.selection.select import select, uniform
+from ppcl_fx.passes.selection.select import select
 from ppcl_fx.schema.analysis import Interval, Redundancy
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
@@ -265,7 +265,7 @@ def test_analysis_has_every_stack_and_stream(name: str, tmp_path: Path) -> None:
 @NAMES
 def test_plans_have_the_exact_parameter_count(name: str) -> None:
     _, gm, _, found = _analysed(name)
-    for plan in (select(found, 0.6), select(found, 0.85), uniform(found, 0.7)):
+    for plan in (select(found, 0.6), select(found, 0.85), select(found, 0.7, select="uniform", width=False)):
         plan.check()
         assert plan.params == count(gm, plan) <= found.teacher_params
 

@@ -13,8 +13,7 @@ from torch.fx import Graph, GraphModule, Node
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.ir.graphs import descendants, module_paths, users
 from ppcl_fx.ir.meta import graph_info
-from ppcl_fx.ir.sites import is_attention
-from ppcl_fx.ir.stacks import block_regions
+from ppcl_fx.ir.stacks import block_regions, is_attention
 from ppcl_fx.ir.switches import SWITCH, is_depth, is_switch, student_end, surface, switches
 from ppcl_fx.passes.edits.depth import student_path
 from ppcl_fx.passes.edits.ffn import projector_path
