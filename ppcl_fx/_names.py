@@ -18,10 +18,17 @@ MOVED = {
     "ppcl_fx.folders": "ppcl_fx.formats",
     "ppcl_fx.folders.released": "ppcl_fx.formats.released",
     "ppcl_fx.memory": "ppcl_fx.io.memory",
+    "ppcl_fx.passes.analysis.comparers": "ppcl_fx.passes.analysis.similarity",
+    "ppcl_fx.passes.analysis.ffn_fit": "ppcl_fx.passes.analysis.annotate",
+    "ppcl_fx.passes.analysis.text_similarity": "ppcl_fx.passes.analysis.annotate",
     "ppcl_fx.passes.damage": "ppcl_fx.passes.selection.sensitivity",
     "ppcl_fx.passes.depth": "ppcl_fx.passes.edits.depth",
+    "ppcl_fx.passes.edits.insertion": "ppcl_fx.passes.edits.plug",
+    "ppcl_fx.passes.edits.width_rules": "ppcl_fx.passes.selection.rules",
     "ppcl_fx.passes.ffn": "ppcl_fx.passes.edits.ffn",
     "ppcl_fx.passes.frontier": "ppcl_fx.passes.selection.frontier",
+    "ppcl_fx.passes.lowering.clamp_half": "ppcl_fx.passes.lowering.lowering",
+    "ppcl_fx.passes.lowering.precision": "ppcl_fx.passes.calibration.normal_sums",
     "ppcl_fx.passes.outline": "ppcl_fx.passes.edits.outline",
     "ppcl_fx.passes.rewrite": "ppcl_fx.model.rewrite",
     "ppcl_fx.passes.select": "ppcl_fx.passes.selection.select",
@@ -44,7 +51,7 @@ MOVED = {
     "ppcl_fx.train.sources.source": "ppcl_fx.train.data.source",
     "ppcl_fx.uncached": "ppcl_fx.model.face",
 }
-"""Former name -> name, of modules that the documents of version 0.1 named."""
+"""Former name -> name, of modules that were moved."""
 
 
 def lazy(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:

@@ -32,7 +32,7 @@ from ppcl_fx.passes.calibration.calibration import (
 )
 from ppcl_fx.passes.calibration.memory_estimate import state_budget
 from ppcl_fx.passes.calibration.run_store import MEMORY, Identity, RunStore
-from ppcl_fx.passes.contract import Pass, Pipeline
+from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.options import AnalyzeConfig
 from ppcl_fx.passes.selection.savings import block_parameters, block_savings, parameters
 from ppcl_fx.schema.analysis import BlockSavings, Redundancy, StackAnalysis, StreamCurves
@@ -153,24 +153,14 @@ def _on_disk(sites: Sequence[StreamSite], kept: int) -> int:
 
 
 def conclude(calibration: Calibration, calls: Calls, stream: str) -> Redundancy:
-    """Run all analysis passes over one calibration.
-
-    Raises:
-        PpclError: a probe or a curve cannot be computed from it.
-    """
+    """Run all analysis passes over one calibration; raises `PpclError` where a curve cannot be computed from it."""
     gm = calibration.gm
     few = [words for words in map(calibration.few, calibration.streams) if words]
     for words in few:
         _log.warning("%s", words)
+    probes, curves = LinearProbes(calibration), Similarity(calibration)
     with torch.no_grad():
-        passes: list[Pass] = [
-            LinearProbes(calibration),
-            Similarity(calibration),
-            CandidateIntervals(),
-            TextSimilarity(calibration),
-            FfnFits(calibration),
-        ]
-        Pipeline(passes)(gm)
+        Pipeline([probes, curves, CandidateIntervals(), TextSimilarity(calibration), FfnFits(calibration)])(gm)
     found = stacks(gm)
     savings = block_savings(gm, found)
     return Redundancy(
@@ -188,10 +178,8 @@ def conclude(calibration: Calibration, calls: Calls, stream: str) -> Redundancy:
 
 def check_stream(sites: Sequence[StreamSite], stream: str) -> None:
     """Raise `PpclError` where a stack has several streams and none is called `stream`."""
-    by_stack: dict[str, list[str]] = {}
-    for site in sites:
-        by_stack.setdefault(site.stack.name, []).append(site.stream)
-    for stack, names in by_stack.items():
+    for stack in dict.fromkeys(site.stack.name for site in sites):
+        names = [site.stream for site in sites if site.stack.name == stack]
         if len(names) > 1 and stream not in names:
             raise PpclError(
                 f"stack {stack} has no stream {stream!r}{near(stream, names)}; its streams are {', '.join(names)}"
@@ -220,16 +208,12 @@ def _stack_analysis(
 
 
 def _stream_curves(site: StreamSite) -> StreamCurves:
-    found = [node_info(node) for node in site.outputs]
-    delta = [meta["delta"] for meta in found]
+    found: list[Any] = [node_info(node) for node in site.outputs]
+    columns = {name: [meta[name] for meta in found] for name in ("fit", "cka", "delta", "gap", "similarity")}
     whole = found[-1]["energy"]
     return StreamCurves(
-        fit=[meta["fit"] for meta in found],
-        cka=[meta["cka"] for meta in found],
-        delta=delta,
-        gap=[meta["gap"] for meta in found],
-        similarity=[meta["similarity"] for meta in found],
+        **columns,
         energy=[meta["energy"] / whole if whole else 1.0 for meta in found],
-        candidates=shifted(algorithm_1(delta), site.stack.blocks[0].index),
+        candidates=shifted(algorithm_1(columns["delta"]), site.stack.blocks[0].index),
         live=site.outputs[-1].graph.output_node() in descendants([site.outputs[-1]]),
     )

@@ -35,8 +35,7 @@ class LinearProbes(_Calibrated, Pass, name="linear-probes", kind="analysis", num
 
     def apply(self, gm: GraphModule) -> Result:
         for site in self.calibration.streams:
-            fits = self.calibration.fits(site)
-            for node, fit, energy in zip(site.outputs, fits, self.calibration.energies(site), strict=True):
+            for node, (fit, energy) in zip(site.outputs, self.calibration.fits(site), strict=True):
                 node_info(node).update({"fit": fit, "energy": energy})
         return Result(gm, modified=False)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from ppcl_fx.ir.executor import Executor, Residency
 from ppcl_fx.ir.partition import Watch
 from ppcl_fx.ir.switches import host, is_switch, student_end
 from ppcl_fx.passes.analysis.probes import NormalEquations, Projector
-from ppcl_fx.passes.calibration.calibration import Notify
+from ppcl_fx.passes.calibration.calibration import Notify, silent
 from ppcl_fx.passes.calibration.held_out import enough
 
 RIDGE = 1e-4
@@ -56,21 +56,21 @@ def fit_projectors(
     in_students: bool = False,
     device: torch.device | None = None,
 ) -> list[str]:
-    """Set projectors of a pluggable graph to the least-squares maps from their inputs to the teacher's values.
+    """Set projectors of a pluggable graph, in place, to the least-squares maps from their inputs to teacher values.
+    values.
 
     Each is fitted to the teacher's own states, independently of all other edits. In a depth edit's student its input is
     the student's, and so is the value that feeds the student's attention.
 
     Args:
-        gm: the pluggable graph; its projectors are changed in place.
+        gm: the pluggable graph.
         calls: keyword arguments of recorded calls of the teacher.
         in_students: fit only the projectors in depth edits' students, which another training of the student has made
             stale.
         device: where to compute; where the graph is if left out.
 
     Returns:
-        The module paths of the projectors: of those that were fitted, and of those that stay as they are for want of
-        tokens.
+        The projectors' module paths, of those too that stay as they are for want of tokens.
 
     Raises:
         PpclError: the calls hold NaN, do not fit the graph, or are too few for a first fit.
@@ -100,12 +100,12 @@ def fit_on_disk(
 
     Args:
         gm: the pluggable graph, its parameters on the meta device.
-        calls: keyword arguments of recorded calls of the teacher.
+        calls: as there.
         count: how many these are.
         residency: where weights come from, and what keeps the calls' values between two blocks.
         work: a folder for what does not stay in memory.
         report: told how far it is.
-        in_students: fit only the projectors in depth edits' students.
+        in_students: as there.
 
     Returns:
         The fitted weights and biases by parameter name, memory-mapped.
@@ -113,12 +113,8 @@ def fit_on_disk(
     Raises:
         PpclError: the disk is full, or as `fit_projectors`.
     """
-
-    def shown(sweep: int, sweeps: int, call: int) -> None:
-        report(sweep * count + call + 1, sweeps * count, "fitting projectors")
-
     fitted: dict[str, Tensor] = {}
-    for path, projector in _fitted(gm, calls, residency, in_students, shown):
+    for path, projector in _fitted(gm, calls, residency, in_students, report, count):
         if projector is not None and projector.bias is not None:
             file = work / f"{path}.safetensors"
             write_safetensors(file, {f"{path}.weight": projector.weight, f"{path}.bias": projector.bias})
@@ -131,7 +127,8 @@ def _fitted(
     calls: Iterable[Mapping[str, Any]],
     residency: Residency,
     in_students: bool,
-    shown: Callable[[int, int, int], None] = lambda sweep, sweeps, call: None,
+    report: Notify = silent,
+    count: int = 0,
 ) -> Iterator[tuple[str, Projector | None]]:
     """Run what the projectors need, and give the map of each as soon as its sums are there; None for what stays."""
     sums = {s.path: NormalEquations(bias=True) for s in projector_sites(gm) if s.in_student or not in_students}
@@ -144,20 +141,19 @@ def _fitted(
         paths.update(mine)
         return list(mine)
 
-    executor = Executor(gm, watches, residency, partial=True)
-    count = 0
+    executor, ran = Executor(gm, watches, residency, partial=True), 0
     for number, sweep in enumerate(sweeps := executor.sweeps):
 
         def end(call: int, result: Any, number: int = number) -> None:
-            nonlocal count
-            count = max(count, call + 1)
-            shown(number, len(sweeps), call)
+            nonlocal ran
+            ran = max(ran, call + 1)
+            report(number * count + call + 1, len(sweeps) * count, "fitting projectors")
 
         executor.run(sweep, calls, end=end)
         for segment in executor.segments[sweep.start : sweep.stop]:
             for watch in (watch for watches in segment.due.values() for watch in watches):
                 path = paths[watch]
-                yield path, _solved(path, sums[path], count, in_students)
+                yield path, _solved(path, sums[path], ran, in_students)
                 sums[path].clear()
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from ppcl_fx.passes.lowering.precision import products_of
 
 TILE = 512
 """Columns of a Gram matrix that are made at once: only its part above the diagonal is, and memory is used again."""
@@ -210,3 +210,25 @@ def _dot(a: Tensor, b: Tensor) -> float:
     """Sum of products, over a row at a time and then in float64."""
     parts = zip(a.split(ROWS), b.split(ROWS), strict=True)
     return sum(float((some * other).sum(dim=1).double().sum()) for some, other in parts)
+
+
+@contextmanager
+def products_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices whose values were `dtype` on the units for that dtype; sums stay in float32.
+
+    For values that `dtype` holds exactly nothing is lost: the product of two bfloat16 numbers fits a float32. Other
+    float32 values are rounded to what the units take (bfloat16 on a CPU, TF32 on CUDA) before they are multiplied.
+    """
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    wanted = "bf16" if device.type == "cpu" and dtype == torch.bfloat16 else ""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        backend, wanted = torch.backends.cuda.matmul, "tf32"
+    if not wanted:
+        yield
+        return
+    before = backend.fp32_precision
+    backend.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before

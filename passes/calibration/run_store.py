@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -78,11 +79,7 @@ class CalibrationResult(_Record):
 
 
 class RunStore:
-    """The results of a calibration.
-
-    Args:
-        folder: made if it is not there; None to keep all in memory.
-        identity: of this analysis; needed with a folder.
+    """The results of a calibration, in a folder, made if it is not there, or in memory.
 
     Attributes:
         cut: segments that were done when the store was opened.
@@ -99,9 +96,8 @@ class RunStore:
         self._identity = identity
         self._probes: dict[str, Path | Tensor] = {}
         self._shelves: dict[str, Shelf] = {}
-        if folder is None:
+        if folder is None or identity is None:
             return
-        assert identity is not None
         if (folder / PROGRESS).is_file():
             done = read_json(inside(folder, PROGRESS), Done)
             for name, mine in identity.model_dump().items():
@@ -158,8 +154,7 @@ class RunStore:
 
     def load_curves(self, stream: str, tensors: Mapping[str, Tensor]) -> int:
         """Copy the sums of a stream's curves into `tensors`; return how many batches they are of."""
-        path = self._curves(stream)
-        if path is None or not path.is_file():
+        if self.folder is None or not (path := _curves(self.folder, stream)).is_file():
             return 0
         stored = read_safetensors(path)
         batches = int(stored.pop("batches"))
@@ -169,12 +164,12 @@ class RunStore:
 
     def save_curves(self, stream: str, tensors: Mapping[str, Tensor], batches: int) -> None:
         """Write what `load_curves` reads."""
-        path = self._curves(stream)
-        if path is not None:
-            write_safetensors(path, {**tensors, "batches": torch.tensor(batches)})
+        if self.folder is not None:
+            write_safetensors(_curves(self.folder, stream), {**tensors, "batches": torch.tensor(batches)})
 
-    def _curves(self, stream: str) -> Path | None:
-        return None if self.folder is None else inside(self.folder / "curves", f"{stream}.safetensors")
+
+def _curves(folder: Path, stream: str) -> Path:
+    return inside(folder / "curves", f"{stream}.safetensors")
 
 
 class Shelf:
@@ -187,20 +182,21 @@ class Shelf:
         self._samples: list[tuple[int, int, int]] = []
         self._dtype, self._width = torch.float32, 0
 
-    def open(self) -> None:
-        """Start empty."""
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Start empty, and close the file in the end."""
         self._held, self._samples = {}, []
-        if self._path is not None:
-            self._file = self._path.open("wb")
+        with nullcontext() if self._path is None else self._path.open("wb") as self._file:
+            yield
+        self._file = None
 
     def add(self, sample: Sample, state: Tensor) -> None:
         """Keep a sample's state, ``[tokens, width]``."""
         self._dtype, self._width = state.dtype, state.shape[-1]
         self._samples.append((*sample, len(state)))
-        if self._path is None:
+        if self._path is None or self._file is None:
             self._held[sample] = state.to("cpu", copy=True)
             return
-        assert self._file is not None
         plain = state.detach().cpu().contiguous()
         need_room(self._path, plain.nbytes)
         self._file.write(plain.view(torch.uint8).numpy().data)
@@ -208,12 +204,6 @@ class Shelf:
     def drop(self, sample: Sample) -> None:
         """Forget a sample that memory holds."""
         self._held.pop(sample, None)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def content(self) -> KeptResult:
         """Flush to disk, and say what is kept."""

@@ -86,8 +86,7 @@ def _inside(gm: GraphModule, path: str, nodes: Sequence[Node]) -> list[Node]:
     for node in inside:
         if node.op == "call_module" and not str(node.target).startswith(f"{path}."):
             raise Refusal(f"{path} cannot be outlined: {node.name} calls {node.target}, which lies outside of it")
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    early = [u for n in inside for u in n.users if u not in members and order[u] < order[inside[-1]]]
+    early = [user for node in inside for user in node.users if user not in members and user < inside[-1]]
     if early:
         raise Refusal(f"{path} cannot be outlined: {early[0].name} stands between its nodes and uses them")
     return inside

@@ -10,9 +10,8 @@ from ppcl_fx.errors import Refusal
 from ppcl_fx.ir.graphs import finished
 from ppcl_fx.ir.sites import ffn_sites, text_site
 from ppcl_fx.ir.stacks import Block, Stack, stacks
-from ppcl_fx.passes.edits.insertion import edited
-from ppcl_fx.passes.edits.plug import plugged
-from ppcl_fx.passes.selection.sensitivity import removed
+from ppcl_fx.passes.edits.plug import edited, plugged
+from ppcl_fx.passes.selection.sensitivity import removed_blocks
 from ppcl_fx.schema.analysis import BlockSavings, Redundancy, StackAnalysis
 from ppcl_fx.schema.plan import Edit, FfnEdit, Plan, TextStreamEdit
 
@@ -99,7 +98,7 @@ def saved(analysis: Redundancy, edits: Iterable[Edit]) -> int:
 
 def _stack_saves(stack: StackAnalysis, edits: Sequence[Edit]) -> int:
     inside = range(stack.first, stack.last + 1)
-    gone = removed(edits, stack.path) & set(inside)
+    gone = removed_blocks(edits, stack.path) & set(inside)
     total = sum(stack.block_params[index - stack.first] for index in gone)
     without_text: set[int] = set()
     for edit in edits:

@@ -60,7 +60,7 @@ def may_lose_text(stack: StackAnalysis, position: int, least: float) -> bool:
     return similarity is not None and similarity >= least and stack.savings[position].text_last is not None
 
 
-def removed(edits: Iterable[Edit], stack: str) -> set[int]:
+def removed_blocks(edits: Iterable[Edit], stack: str) -> set[int]:
     """Return the blocks of a list that depth edits remove; the first of each interval stands for them."""
     depth = [edit for edit in edits if isinstance(edit, DepthEdit) and edit.stack == stack]
     return {index for edit in depth for index in range(edit.first + 1, edit.last + 1)}
@@ -96,7 +96,7 @@ def _with_damage(analysis: Redundancy, plan: Plan, edit: Edit, stream: str) -> E
             text = not any(group.source < edit.block <= group.last for group in groups)
             damage = ffn_damage(stack, first, text=text)
         elif "text" in stack.streams:
-            gone = removed(plan.edits, edit.stack)
+            gone = removed_blocks(plan.edits, edit.stack)
             lost = [i for i in range(first + 1, last + 1) if i + stack.first not in gone]
             damage = sum(text_damage(stack, first, block) for block in lost)
     return edit.model_copy(update={"damage": damage})

@@ -36,8 +36,7 @@ def module_paths(node: Node) -> list[str]:
 
 def users(node: Node) -> list[Node]:
     """Return a node's users in graph order."""
-    order = {n: i for i, n in enumerate(node.graph.nodes)} if len(node.users) > 1 else {}
-    return sorted(node.users, key=lambda n: order.get(n, 0))
+    return sorted(node.users)
 
 
 def reached(

@@ -155,15 +155,14 @@ def cut(
     """
     nodes = [node for node in gm.graph.nodes if not skip(node)]
     part = parts(nodes)
-    order = {node: i for i, node in enumerate(nodes)}
     due: dict[Node, tuple[Watch, ...]] = {}
     for watch in watches:
-        at = max(watch.nodes, key=lambda node: order[node])
+        at = max(watch.nodes)
         due[at] = (*due.get(at, ()), watch)
     last: dict[Node, Node] = {}
     for node in nodes:
         for value in (node, *reads(node), *(n for watch in due.get(node, ()) for n in watch.nodes)):
-            last[value] = max(last.get(value, value), node, key=lambda n: order[n])
+            last[value] = node
     segments = []
     for number in range(max(part.values()) + 1):
         inside = [node for node in nodes if part[node] == number and node.op != "get_attr"]

@@ -147,8 +147,7 @@ def shape_of_block(gm: GraphModule, path: str, nodes: Iterable[Node]) -> str:
 
 
 def _runs(gm: GraphModule, regions: dict[str, list[Node]]) -> list[list[str]]:
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    paths = sorted(regions, key=lambda path: order[next(n for n in regions[path] if n.op != "get_attr")])
+    paths = sorted(regions, key=lambda path: next(n for n in regions[path] if n.op != "get_attr"))
     runs: list[list[str]] = []
     last: tuple[str, int, str] | None = None
     for path in paths:

@@ -43,8 +43,7 @@ def insert_switch(
         keep: users that go on reading the teacher's value.
     """
     graph = teacher.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    with graph.inserting_after(max(teacher, student, key=lambda n: order[n])):
+    with graph.inserting_after(max(teacher, student)):  # nodes are ordered as the graph is
         node = graph.call_function(switch, (teacher, student, edit))
     node.meta = {"val": teacher.meta.get("val"), SWITCH: {"edit": edit, "block": block, "stream": stream}}
     teacher.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and not keep(user))

@@ -28,7 +28,7 @@ from ppcl_fx.passes.analysis.similarity import linear_cka
 from ppcl_fx.passes.calibration.calibration import calibrate
 from ppcl_fx.passes.calibration.held_out import SHARE
 from ppcl_fx.passes.calibration.reservoir import Reservoir
-from ppcl_fx.passes.edits.insertion import count
+from ppcl_fx.passes.edits.plug import count
 from ppcl_fx.passes.options import AnalyzeConfig
 from ppcl_fx.passes.selection.savings import saved
 from ppcl_fx.passes.selection.select import select

@@ -189,7 +189,7 @@ def test_text_streams_go_deeper_first_and_around_intervals() -> None:
 
 
 def test_a_text_group_neither_starts_nor_ends_inside_an_interval() -> None:
-    from ppcl_fx.passes.edits.width_rules import text_edits
+    from ppcl_fx.passes.selection.rules import text_edits
     from ppcl_fx.passes.selection.select import Options
 
     text = [0.1, 0.9, 0.9, 0.9995, 0.9995, 0.9995, 0.9995, 0.9]
