@@ -95,10 +95,8 @@ class Context:
         return replace(found, inputs={stream: surface(node) for stream, node in found.inputs.items()})
 
     def begin(self) -> None:
-        """Note on the graph, before the first edit, what it computes for nothing and what its blocks give.
-
-        Raises:
-            Refusal: the graph does not hold its weights.
+        """Note on the graph, before the first edit, what it computes for nothing and what its blocks give. Raises
+        `Refusal`: the graph does not hold its weights.
         """
         blocks = [block for stack in self.stacks for block in stack.blocks]
         present = dict(self.gm.named_modules(remove_duplicate=False))

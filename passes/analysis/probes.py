@@ -50,11 +50,7 @@ class NormalEquations:
         self._inputs = self._target = self._residual = self._inner = 0.0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add the tokens of `x` and `y`, both ``[..., D]``.
-
-        Raises:
-            PpclError: a value is NaN or infinite.
-        """
+        """Add the tokens of `x` and `y`, both ``[..., D]``. Raises `PpclError`: a value is NaN or infinite."""
         if x.ndim == y.ndim and len(x) == 1:
             x = x.expand(len(y), *x.shape[1:])  # one text for all samples, which goes into the first block as one
         if x.shape != y.shape:
@@ -116,10 +112,8 @@ class NormalEquations:
         return max(0.0, self._residual + dots.gram - 2 * dots.cross) / self._residual
 
     def cosine(self, projector: Projector) -> float:
-        """Cosine between the projector's outputs and y, all tokens taken as one vector.
-
-        Raises:
-            PpclError: all outputs are zero.
+        """Cosine between the projector's outputs and y, all tokens taken as one vector. Raises `PpclError`: all outputs
+        are zero.
         """
         # <x + Wx + b, y> and |x + Wx + b|^2, with y = x + r, from the sums alone.
         dots = self._dots(projector)

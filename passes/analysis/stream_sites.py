@@ -41,11 +41,7 @@ class StreamSite:
 
 
 def stream_sites(gm: GraphModule) -> list[StreamSite]:
-    """Every stream of every stack of `gm`.
-
-    Raises:
-        PpclError: the graph has no block stack.
-    """
+    """Every stream of every stack of `gm`. Raises `PpclError`: the graph has no block stack."""
     sites = []
     for stack in stacks(gm):
         for stream in stack.streams:
@@ -71,9 +67,7 @@ def rows_of(state: Tensor, batch: int) -> Tensor:
 
 def mirrored(watches: Sequence[Watch], gm: GraphModule, other: GraphModule) -> list[Watch]:
     """Return watches of a graph as watches of the same model's graph for another kind of call; observers are shared.
-
-    Raises:
-        PpclError: calls of that kind go through other blocks.
+    Raises `PpclError`: calls of that kind go through other blocks.
     """
     if other is gm:
         return list(watches)

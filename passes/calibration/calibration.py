@@ -119,10 +119,8 @@ class Calibration:
             self._fits[Watch((ffn.before, ffn.after), sums.add)] = number, sums
 
     def run(self, stop: int | None = None) -> Calibration:
-        """Run what is not done yet, up to sweep `stop` (all by default), and return this.
-
-        Raises:
-            PpclError: a value is NaN or infinite, a call does not fit the trace, or the disk is full.
+        """Run what is not done yet, up to sweep `stop` (all by default), and return this. Raises `PpclError`: a value
+        is NaN or infinite, a call does not fit the trace, or the disk is full.
         """
         values, sweeps = self.executor.residency.values, self.executor.sweeps
         written = time.monotonic()
@@ -255,9 +253,7 @@ def calibrate(
     progress: Progress | None = None,
 ) -> Calibration:
     """Run the teacher once on each call, all in memory, and return the calibration; `progress` is called after each.
-
-    Raises:
-        PpclError: as `Calibration`, or a value is NaN or infinite.
+    Raises `PpclError`: as `Calibration`, or a value is NaN or infinite.
     """
 
     def report(done: int, total: int, label: str = "") -> None:

@@ -82,10 +82,8 @@ class HeldOutFit:
             (self._judged if held else self._solved).add(some, others)
 
     def solve(self, ridge: float = 1e-6, refine_steps: int = 0) -> Projector:
-        """Return the map that the tokens which are not held out determine.
-
-        Raises:
-            PpclError: they are too few; the line says how many calls would do. Or as `NormalEquations.solve`.
+        """Return the map that the tokens which are not held out determine. Raises `PpclError`: they are too few; the
+        line says how many calls would do. Or as `NormalEquations.solve`.
         """
         enough(self._name, self._solved, self._division.calls, self.tokens)
         return self._solved.solve(ridge, refine_steps)

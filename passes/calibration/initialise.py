@@ -57,7 +57,6 @@ def fit_projectors(
     device: torch.device | None = None,
 ) -> list[str]:
     """Set projectors of a pluggable graph, in place, to the least-squares maps from their inputs to teacher values.
-    values.
 
     Each is fitted to the teacher's own states, independently of all other edits. In a depth edit's student its input is
     the student's, and so is the value that feeds the student's attention.
@@ -159,9 +158,7 @@ def _fitted(
 
 def _solved(path: str, sums: NormalEquations, calls: int, in_students: bool) -> Projector | None:
     """Return the map of a projector; None for one that is to be fitted again and stays as it is, for want of tokens.
-
-    Raises:
-        PpclError: there are too few tokens for a first fit; the line says how many calls would do.
+    Raises `PpclError`: there are too few tokens for a first fit; the line says how many calls would do.
     """
     try:
         few = enough(path, sums, calls, sums.samples)

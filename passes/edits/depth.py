@@ -31,10 +31,8 @@ def student_path(edit: DepthEdit) -> str:
 
 
 def interval(found: list[Stack], stack: str, first: int, last: int) -> list[Block]:
-    """Return the blocks of an interval.
-
-    Raises:
-        Refusal: there is no such list or block, or the interval leaves its stack.
+    """Return the blocks of an interval. Raises `Refusal`: there is no such list or block, or the interval leaves its
+    stack.
     """
     names = sorted({block.stack for s in found for block in s.blocks})
     if stack not in names:

@@ -47,10 +47,8 @@ class Inline(Pass, name="inline", kind="rewrite", numerics="exact"):
 
 
 def outline(gm: GraphModule, path: str, nodes: Sequence[Node]) -> Node:
-    """Move nodes, in graph order, into a graph module at `path` and return the node that calls it.
-
-    Raises:
-        Refusal: something between the nodes needs their values, or they call a module from elsewhere.
+    """Move nodes, in graph order, into a graph module at `path` and return the node that calls it. Raises `Refusal`:
+    something between the nodes needs their values, or they call a module from elsewhere.
     """
     inside = _inside(gm, path, nodes)
     members, last = set(inside), inside[-1]

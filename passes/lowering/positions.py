@@ -119,10 +119,8 @@ def _name(gm: GraphModule, node: Node) -> str:
 
 
 def tables(gm: GraphModule, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Compute the position inputs of a lowered graph, by name, from the arguments of the graph as it was before.
-
-    Raises:
-        PpclError: an argument the tables depend on is missing.
+    """Compute the position inputs of a lowered graph, by name, from the arguments of the graph as it was before. Raises
+    `PpclError`: an argument the tables depend on is missing.
     """
     positions = gm.meta.get(POSITIONS)
     if positions is None:

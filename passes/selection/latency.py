@@ -17,9 +17,7 @@ TICKS = 10**6
 
 def in_time(analysis: Redundancy, costs: Costs) -> Redundancy:
     """Return an analysis whose sizes are nanoseconds: of the teacher, of each block, and of what each edit saves.
-
-    Raises:
-        PpclError: the costs are another model's, or lack a stack or a block.
+    Raises `PpclError`: the costs are another model's, or lack a stack or a block.
     """
     if analysis.model and costs.model and analysis.model != costs.model:
         raise PpclError(

@@ -11,7 +11,13 @@ from ppcl_fx.passes.selection.frontier import Point, depth_edit, frontier
 from ppcl_fx.passes.selection.latency import TICKS, in_time
 from ppcl_fx.passes.selection.savings import saved
 from ppcl_fx.passes.selection.select import Choice, Options, rule
-from ppcl_fx.passes.selection.sensitivity import depth_damage, ffn_damage, may_lose_text, removed_blocks, text_damage
+from ppcl_fx.passes.selection.sensitivity import (
+    depth_damage,
+    ffn_damage,
+    may_lose_text,
+    removed_blocks,
+    text_damage,
+)
 from ppcl_fx.schema.analysis import Interval, Redundancy, StackAnalysis
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, TextStreamEdit
 

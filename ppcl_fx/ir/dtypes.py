@@ -53,11 +53,7 @@ def other_dtypes(model: nn.Module, more: Mapping[str, Tensor]) -> dict[str, Dtyp
 
 
 def dtype_name(dtype: torch.dtype) -> DtypeName:
-    """Return the name of a dtype of weights.
-
-    Raises:
-        PpclError: no weights that are read here have it.
-    """
+    """Return the name of a dtype of weights. Raises `PpclError`: no weights that are read here have it."""
     for name, known in NAMES.items():
         if known == dtype:
             return name

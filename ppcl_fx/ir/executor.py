@@ -236,10 +236,8 @@ def on_meta(values: Mapping[str, Any]) -> bool:
 
 
 def bound(gm: GraphModule, kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the values of a graph's placeholders, in order, from a call's keyword arguments.
-
-    Raises:
-        PpclError: an argument is missing; `GuardError` where a traced model's fixed arguments differ from the call's.
+    """Return the values of a graph's placeholders, in order, from a call's keyword arguments. Raises `PpclError`: an
+    argument is missing; `GuardError` where a traced model's fixed arguments differ from the call's.
     """
     # A graph of our own tracer knows which arguments it baked in; any other takes what its placeholders name.
     values = bind(gm, kwargs) if "inputs" in graph_info(gm) else dict(kwargs)

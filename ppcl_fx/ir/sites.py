@@ -116,10 +116,8 @@ def _linears(gm: GraphModule, nodes: set[Node]) -> int:
 
 
 def text_site(gm: GraphModule, block: Block) -> TextSite:
-    """Return the text stream of a block.
-
-    Raises:
-        Refusal: the block has one stream, or its attention takes the two streams in one tensor.
+    """Return the text stream of a block. Raises `Refusal`: the block has one stream, or its attention takes the two
+    streams in one tensor.
     """
     if "text" not in block.inputs or "text" not in block.outputs or len(block.outputs) < 2:
         raise Refusal(f"{block.path} has no text stream of its own, so it cannot lose one; choose another block")

@@ -58,10 +58,8 @@ class Stack:
 
 
 def stacks(gm: GraphModule) -> list[Stack]:
-    """Find the stacks of a traced or exported graph, in the order of computation.
-
-    Raises:
-        PpclError: the graph holds no transformer blocks.
+    """Find the stacks of a traced or exported graph, in the order of computation. Raises `PpclError`: the graph holds
+    no transformer blocks.
     """
     regions = block_regions(gm)
     runs = _runs(gm, regions)

@@ -50,10 +50,8 @@ class Encoded:
 
 
 def encode(value: Any) -> Encoded:
-    """Take nested values apart. Tensors are copied only where they are on an accelerator.
-
-    Raises:
-        RuntimeError: a value of a kind that no traced graph hands on.
+    """Take nested values apart. Tensors are copied only where they are on an accelerator. Raises `RuntimeError`: a
+    value of a kind that no traced graph hands on.
     """
     found: dict[int, list[Tensor]] = {}
     for leaf in tree_leaves(value):
