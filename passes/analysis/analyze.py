@@ -95,15 +95,8 @@ def analyze_streamed(
     Probes, kept activations and results go to `work`; a run that was killed goes on from there, with the same result.
     `work` is removed at the end; a caller that writes the result down first takes `calibration_on_disk` and `conclude`.
 
-    Args:
-        checkpoint: the teacher, from `ppcl_fx.model.sources.Source.checkpoint`.
-        calls: recorded calls of it.
-        work: a folder for what does not stay in memory; on a disk with room.
-        config: as in `analyze`. ``memory_limit`` is in bytes that this process may hold (memory-mapped weights, which
-            the system takes back when it needs to, do not count). What does not fit goes to `work`.
-        memory: bytes of activations kept for CKA, on disk.
-        report: told how far it is.
-        **options: as in `analyze`.
+    The other arguments are those of `analyze`. ``memory_limit`` is in bytes that this process may hold (memory-mapped
+    weights, which the system takes back when it needs to, do not count); what does not fit goes to `work`.
 
     Raises:
         PpclError: as `analyze`; and the limit or the disk is too small, or `work` holds something else.

@@ -55,7 +55,7 @@ class Calibration:
     block's sums are solved and dropped when it is done. The results are the same, to the bit.
 
     Args:
-        gm: the traced teacher; its parameters may be on the meta device. It is not changed.
+        gm: the traced teacher. It is not changed.
         calls: recorded calls. Every token of every call is a sample of the probes.
         config: its ``samples``, ``ridge`` and ``refine_steps`` count.
         memory: bytes of activations kept for CKA, at most.
@@ -63,11 +63,8 @@ class Calibration:
         store: where results go; a run goes on from what it holds. In memory if left out.
         report: told how far it is.
 
-    Attributes:
-        streams: every stream of every stack.
-        ffn: every feed-forward with its block.
-        calls_used: how many calls run.
-        held_out: what of them fits are judged on.
+    Attributes: the `streams` of every stack, every feed-forward with its block (`ffn`), how many calls run
+    (`calls_used`) and what of them fits are judged on (`held_out`).
 
     Raises:
         PpclError: there are no calls, or the model has no blocks.

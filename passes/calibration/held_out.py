@@ -113,11 +113,7 @@ class HeldOutFit:
 def enough(name: str, sums: NormalEquations, calls: int, tokens: int) -> str:
     """Return what to say where a map is solved from few tokens, with the number of calls that would do; else "".
 
-    Args:
-        name: what is fitted.
-        sums: of the tokens that it is solved from.
-        calls: the calls that were given.
-        tokens: of all of them, held out or not.
+    `sums` are of the tokens that it is solved from; `tokens` are those of all calls, held out or not.
 
     Raises:
         PpclError: there are fewer than `LEAST` tokens a channel.

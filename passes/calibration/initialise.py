@@ -27,11 +27,8 @@ _log = logging.getLogger("ppcl_fx")
 class ProjectorSite(NamedTuple):
     """A projector in a pluggable graph, and the values that it is fitted to.
 
-    Attributes:
-        path: the projector's module path.
-        nodes: its input and what it replaces, and for a student's stream also what leaves the student there and what
-            the teacher has in its place.
-        in_student: whether it lies in a depth edit's student, so that its fit is of the student as it is.
+    `nodes` are its input and what it replaces, and for a student's stream also what leaves the student there and what
+    the teacher has in its place. Where it is `in_student`, a depth edit's, its fit is of the student as it is.
     """
 
     path: str
@@ -97,17 +94,8 @@ def fit_on_disk(
 ) -> dict[str, Tensor]:
     """Fit projectors as `fit_projectors` does, with one block's weights in memory at a time.
 
-    Args:
-        gm: the pluggable graph, its parameters on the meta device.
-        calls: as there.
-        count: how many these are.
-        residency: where weights come from, and what keeps the calls' values between two blocks.
-        work: a folder for what does not stay in memory.
-        report: told how far it is.
-        in_students: as there.
-
-    Returns:
-        The fitted weights and biases by parameter name, memory-mapped.
+    The graph's parameters are on the meta device. `count` is the number of calls. What does not stay in memory goes to
+    the folder `work`. Returns the fitted weights and biases by parameter name, memory-mapped.
 
     Raises:
         PpclError: the disk is full, or as `fit_projectors`.

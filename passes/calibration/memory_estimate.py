@@ -26,11 +26,8 @@ INSIDE = 12
 def state_budget(gm: GraphModule, calls: Sequence[Call], sites: Sequence[StreamSite], limit: int) -> int:
     """Return how many of the bytes that the process may hold are free for the calls' values between two blocks.
 
-    Args:
-        gm: the traced model.
-        calls: the calls that are to run; the largest counts.
-        sites: the streams that are measured; empty for a plain run.
-        limit: the bytes, what the process holds now included.
+    Of the calls that are to run the largest counts; `sites` are the streams that are measured, if any; `limit` includes
+    what the process holds now.
 
     Raises:
         PpclError: the limit is too small for even one block.

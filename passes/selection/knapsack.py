@@ -70,14 +70,8 @@ def least_within(
 
     What is returned has been counted. No set is cheaper, unless more than `counted` sets of edits touch, which takes a
     text group of six intervals: then what the larger sets save is learnt from the choices that are counted, and a
-    cheaper set that saves more than was known may be missed.
-
-    Args:
-        touch: which edits touch.
-        params: the exact number of parameters of the model with some edits plugged.
-        costs: edit -> its cost, not negative.
-        budget: parameters that may stay.
-        counted: sets of touching edits to count beforehand; those of one and two always are.
+    cheaper set that saves more than was known may be missed. `params` gives the exact number of parameters of the model
+    with some edits plugged; costs are not negative. Sets of one and two edits are always counted.
     """
     whole = params(())
     terms = saving_terms(touch, params, counted)

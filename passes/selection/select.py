@@ -70,7 +70,8 @@ def select(
 ) -> Plan:
     """Choose edits so that at most `keep` of the teacher's parameters stay, and as few less as the rule can.
 
-    With `latency` the budget is one of time instead, and the predicted damage is the least within it.
+    With `latency` the budget is one of time instead, and the predicted damage is the least within it. The plan has its
+    exact parameter count, the predicted damage of each edit and the reasons.
 
     Args:
         analysis: what `analyze` found.
@@ -80,9 +81,6 @@ def select(
             edits: `ppcl_fx.passes.selection.frontier`) and "uniform" (evenly spaced blocks: a control).
         costs: with a latency, what each block costs; see `ppcl_fx.schema.costs`.
         **options: fields of `RewriteConfig` by name, over those of `config`.
-
-    Returns:
-        A plan with its exact parameter count, the predicted damage of each edit and the reasons.
 
     Raises:
         PpclError: the budget is no budget or cannot be met, `rule` or `stream` is unknown, or the costs are missing or

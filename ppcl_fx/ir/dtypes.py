@@ -61,12 +61,9 @@ def dtype_name(dtype: torch.dtype) -> DtypeName:
 
 
 def set_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype], read: Any = None) -> None:
-    """Give some parameters and buffers of a model other dtypes; names that it does not have are passed over.
+    """Give some parameters and buffers of a model, by name, other dtypes; names that it does not have are passed over.
 
-    Args:
-        model: the model, with weights or on the meta device.
-        dtypes: tensor -> dtype.
-        read: gives a tensor of the state dict by name, in the dtype that it is stored in; None casts what is there.
+    `read` gives a tensor of the state dict by name, in the dtype that it is stored in; None casts what is there.
     """
     stored = model.state_dict(keep_vars=True)
     there = {**dict(model.named_buffers()), **stored}

@@ -98,13 +98,10 @@ class Executor:
         begin: Callable[[int], None] = lambda call: None,
         end: Callable[[int, Any], None] = lambda call, result: None,
     ) -> None:
-        """Run all calls through some segments; sweeps must be run in order.
+        """Run all calls, given by their keyword arguments, through some segments; sweeps must be run in order.
 
-        Args:
-            sweep: numbers of the segments.
-            calls: the calls' keyword arguments; they are looked at in the first sweep, or after a resume.
-            begin: told the position of each call before it runs.
-            end: told it afterwards, with what the model returns if the last segment ran, else None.
+        `begin` is told the position of each call before it runs, and `end` afterwards, with what the model returns if
+        the last segment ran.
 
         Raises:
             PpclError: a call lacks an argument, goes through other blocks, or lies outside of the trace.

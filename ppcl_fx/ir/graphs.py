@@ -45,13 +45,9 @@ def reached(
     stop: Iterable[Node] = (),
     within: set[Node] | None = None,
 ) -> set[Node]:
-    """Return what a walk over a graph comes to, its start included.
+    """Return what a walk by `step` comes to from some nodes, themselves included.
 
-    Args:
-        nodes: where to start.
-        step: what comes next after a node.
-        stop: nodes not to go beyond (they are part of the answer).
-        within: if given, nodes outside of it are neither entered nor returned.
+    It does not go beyond the nodes `stop`, and does not enter nodes outside of `within`, if that is given.
     """
     barrier, seen, todo = set(stop), set[Node](), list(nodes)
     while todo:
@@ -114,12 +110,7 @@ def attribute(gm: torch.nn.Module, path: str) -> object:
 
 
 def container(module: torch.nn.Module, without: tuple[str, ...] = ()) -> torch.nn.Module:
-    """Return a plain module with the children, parameters and buffers of another, which may grow others.
-
-    Args:
-        module: the other.
-        without: how the names of buffers begin that are left out.
-    """
+    """Return a plain module with what another holds, but buffers whose names begin as `without` says."""
     made = torch.nn.Module()
     for name, child in module.named_children():
         made.add_module(name, child)

@@ -26,16 +26,11 @@ class Watch:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A run of nodes between two cuts.
+    """A run of nodes between two cuts, in order, and the names of the parameters and buffers that it needs.
 
-    Attributes:
-        label: the block that it begins with; empty for what comes before the first.
-        nodes: the nodes, in order, without attributes.
-        constants: the ``get_attr`` nodes that it reads; each segment reads them for itself.
-        tensors: names of the parameters and buffers that it needs.
-        leaving: values that later segments need.
-        drops: for each node the values that nobody needs after it.
-        due: for each node the watches whose last value it is.
+    `label` is the block that it begins with, if any. `constants` are the ``get_attr`` nodes that it reads, for itself;
+    `leaving` are the values that later segments need. For each node `drops` has the values that nobody needs after it,
+    and `due` the watches whose last value it is.
     """
 
     label: str

@@ -23,15 +23,11 @@ _Value = TypeVar("_Value")
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block of a graph.
+    """One transformer block of a graph, ``transformer_blocks.3``: `stack` is its `ModuleList`, `index` its number
+    there.
 
-    Attributes:
-        path: its module path, ``transformer_blocks.3``.
-        stack: the path of the `ModuleList` it is in.
-        index: its number in that list.
-        nodes: its nodes, in graph order (guards included).
-        inputs: for each stream, the node that enters the block.
-        outputs: for each stream, the node that leaves it.
+    `nodes` are in graph order, guards included; `inputs` and `outputs` have for each stream the node that enters the
+    block and the one that leaves it.
     """
 
     path: str
@@ -44,12 +40,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Stack:
-    """A maximal run of consecutive isomorphic blocks.
+    """A maximal run of consecutive isomorphic blocks, in order.
 
-    Attributes:
-        name: the path of the `ModuleList`, with ``:first-last`` where the list holds more than one stack.
-        blocks: the blocks, in order.
-        streams: the chained tensors: ``image`` is the one the model's output is read from, the next is ``text``.
+    Its name is the path of the `ModuleList`, with ``:first-last`` where the list holds more than one stack. Of its
+    streams, the chained tensors, ``image`` is the one that the model's output is read from, and the next is ``text``.
     """
 
     name: str
