@@ -122,9 +122,7 @@ def _inside(module: nn.Module, arguments: dict[str, Any]) -> GraphModule | None:
 def _key(module: nn.Module, arguments: dict[str, Any]) -> Any:
     """Return what decides how the inside of a module looks; None where that cannot be compared."""
     leaves, spec = tree_flatten(arguments)
-    forms = [
-        (v.shape, v.stride(), v.dtype, v.device) if isinstance(v, torch.Tensor) else (type(v), v) for v in leaves
-    ]
+    forms = [(v.shape, v.stride(), v.dtype, v.device) if isinstance(v, torch.Tensor) else (type(v), v) for v in leaves]
     key = (id(module), repr(spec), tuple(forms))
     return key if all(isinstance(form, Hashable) for form in (*forms, *(form[-1] for form in forms))) else None
 

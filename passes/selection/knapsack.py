@@ -36,6 +36,7 @@ class _Part(NamedTuple):
     cost: float
     edits: tuple[str, ...]
 
+
 def touching(edits: Sequence[Edit]) -> dict[str, frozenset[str]]:
     """Return, for each edit, those that share a block with it, in an order in which neighbours come together.
 
