@@ -120,7 +120,9 @@ def calibration_on_disk(
     sites = stream_sites(gm)
     check_stream(sites, config.stream)
     budget = 2**62 if config.memory_limit is None else state_budget(gm, calls, sites, config.memory_limit)
-    need_room(work, _on_disk(sites, memory))
+    states = [(len(site.outputs), site.outputs[0].meta["val"]) for site in sites]
+    # Probes, and the activations of at least one sample.
+    need_room(work, sum(n * int(v.shape[-1]) ** 2 * 4 + min(memory, (n + 1) * v[0].nbytes) for n, v in states))
     identity = Identity(
         samples=config.samples,
         memory=memory,
@@ -133,16 +135,6 @@ def calibration_on_disk(
     device = torch.device(config.device)
     residency = Residency(device, checkpoint.tensor, Spill(work / "states", budget, device), checkpoint.shards.close)
     return Calibration(gm, calls, config, memory, residency, RunStore(work, identity), report)
-
-
-def _on_disk(sites: Sequence[StreamSite], kept: int) -> int:
-    """Return the bytes of probes, and of the activations of at least one sample."""
-    total = 0
-    for site in sites:
-        value = site.outputs[0].meta["val"]
-        total += len(site.outputs) * int(value.shape[-1]) ** 2 * 4
-        total += min(kept, (len(site.outputs) + 1) * value[0].nbytes)
-    return total
 
 
 def conclude(calibration: Calibration, calls: Calls, stream: str) -> Redundancy:
@@ -192,9 +184,7 @@ def _stack_analysis(
         blocks=[block.path for block in stack.blocks],
         block_params=[block_parameters(gm, block) for block in stack.blocks],
         streams={site.stream: _stream_curves(site) for site in own},
-        text_similarity=(
-            [node_info(node)["text_similarity"] for node in text.outputs] if text else [None] * len(stack.blocks)
-        ),
+        text_similarity=[node_info(n)["text_similarity"] for n in text.outputs] if text else [None] * len(stack.blocks),
         ffn=[node_info(site.after)["ffn"] for block in stack.blocks for site in ffn_sites(gm, block)],
         savings=savings,
     )

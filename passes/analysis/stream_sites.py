@@ -42,13 +42,12 @@ class StreamSite:
 
 def stream_sites(gm: GraphModule) -> list[StreamSite]:
     """Every stream of every stack of `gm`. Raises `PpclError`: the graph has no block stack."""
-    sites = []
-    for stack in stacks(gm):
-        for stream in stack.streams:
-            blocks = [block for block in stack.blocks if stream in block.inputs and stream in block.outputs]
-            if len(blocks) == len(stack.blocks):
-                inputs = tuple(block.inputs[stream] for block in blocks)
-                sites.append(StreamSite(stack, stream, inputs, tuple(block.outputs[stream] for block in blocks)))
+    sites = [
+        StreamSite(stack, stream, *zip(*((b.inputs[stream], b.outputs[stream]) for b in stack.blocks), strict=True))
+        for stack in stacks(gm)
+        for stream in stack.streams
+        if all(stream in block.inputs and stream in block.outputs for block in stack.blocks)
+    ]
     if not sites:
         raise PpclError("the model has no stack of transformer blocks; there is nothing to analyse")
     return sites

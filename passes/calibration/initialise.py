@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import PpclError
@@ -74,12 +74,8 @@ def fit_projectors(
     residency = Residency(device) if device is not None else Residency.of(gm)
     found = dict(_fitted(gm, calls, residency, in_students))
     for path, projector in found.items():
-        linear = gm.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
         if projector is not None and projector.bias is not None:
-            with torch.no_grad():
-                linear.weight.copy_(projector.weight)
-                linear.bias.copy_(projector.bias)
+            gm.get_submodule(path).load_state_dict({"weight": projector.weight, "bias": projector.bias})
     return list(found)
 
 

@@ -143,10 +143,8 @@ class RunStore:
 
     def shelf(self, name: str) -> Shelf:
         """Return what the samples of one node are kept on."""
-        if name not in self._shelves:
-            path = None if self.folder is None else inside(self.folder / "kept", f"{name}.bin")
-            self._shelves[name] = Shelf(path)
-        return self._shelves[name]
+        path = None if self.folder is None else inside(self.folder / "kept", f"{name}.bin")
+        return self._shelves.setdefault(name, Shelf(path))
 
     def kept(self, name: str) -> dict[Sample, Tensor]:
         """Return the samples of one node, ``[tokens, width]`` each, from a folder memory-mapped."""
@@ -154,22 +152,18 @@ class RunStore:
 
     def load_curves(self, stream: str, tensors: Mapping[str, Tensor]) -> int:
         """Copy the sums of a stream's curves into `tensors`; return how many batches they are of."""
-        if self.folder is None or not (path := _curves(self.folder, stream)).is_file():
+        if self.folder is None or not (path := self.folder / "curves" / f"{stream}.safetensors").is_file():
             return 0
         stored = read_safetensors(path)
-        batches = int(stored.pop("batches"))
-        for name, tensor in stored.items():
-            tensors[name].copy_(tensor)
-        return batches
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[name])
+        return int(stored["batches"])
 
     def save_curves(self, stream: str, tensors: Mapping[str, Tensor], batches: int) -> None:
         """Write what `load_curves` reads."""
         if self.folder is not None:
-            write_safetensors(_curves(self.folder, stream), {**tensors, "batches": torch.tensor(batches)})
-
-
-def _curves(folder: Path, stream: str) -> Path:
-    return inside(folder / "curves", f"{stream}.safetensors")
+            path = self.folder / "curves" / f"{stream}.safetensors"
+            write_safetensors(path, {**tensors, "batches": torch.tensor(batches)})
 
 
 class Shelf:

@@ -49,7 +49,9 @@ def touching(edits: Sequence[Edit]) -> dict[str, frozenset[str]]:
     groups = [edit.id for edit in edits if isinstance(edit, TextStreamEdit)]
     chained.add_edges_from((a, b) for a, b in itertools.combinations(groups, 2) if _meet(spans[a], spans[b]))
     wide = dict(spans)
-    pairs = {frozenset((edit.id,)) for edit in edits}
+    order = sorted(spans, key=lambda name: (spans[name][0], spans[name][1], -spans[name][2]))
+    touch = nx.Graph()
+    touch.add_nodes_from(order)
     for members in nx.connected_components(chained):
         stack = spans[next(iter(members))][0]
         reach = (stack, min(spans[m][1] for m in members), max(spans[m][2] for m in members))
@@ -58,10 +60,9 @@ def touching(edits: Sequence[Edit]) -> dict[str, frozenset[str]]:
             sources = {spans[m][1] for m in members}
             met = [edit for edit in edits if _meet(reach, spans[edit.id])]
             far = [e.id for e in met if isinstance(e, DepthEdit) or (isinstance(e, FfnEdit) and e.block in sources)]
-            pairs |= {frozenset(pair) for pair in itertools.combinations(far, 2)}
-    order = sorted(spans, key=lambda name: (spans[name][0], spans[name][1], -spans[name][2]))
-    pairs |= {frozenset(pair) for pair in itertools.combinations(order, 2) if _meet(wide[pair[0]], wide[pair[1]])}
-    return {one: frozenset(two for two in order if two != one and frozenset((one, two)) in pairs) for one in order}
+            touch.add_edges_from(itertools.combinations(far, 2))
+    touch.add_edges_from((a, b) for a, b in itertools.combinations(order, 2) if _meet(wide[a], wide[b]))
+    return {edit: frozenset(touch[edit]) for edit in order}
 
 
 def least_within(

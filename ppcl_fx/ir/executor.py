@@ -184,18 +184,14 @@ class _Run(Interpreter):
 
 def _weights(gm: nn.Module, names: Iterable[str], residency: Residency) -> dict[str, Tensor]:
     """Return tensors of a module on the device, from where its weights are."""
-    found = {}
-    for name in names:
-        own = attribute(gm, name)
-        if not isinstance(own, Tensor):
-            continue
+    found = {name: own for name in names if isinstance(own := attribute(gm, name), Tensor)}
+    for name, own in found.items():
         try:
-            tensor = own if residency.read is None else residency.read(name)
+            found[name] = (own if residency.read is None else residency.read(name)).to(residency.device)
         except KeyError:
             if own.is_meta:
                 raise RuntimeError(f"no file holds {name}") from None
-            tensor = own
-        found[name] = tensor.to(residency.device)
+            found[name] = own.to(residency.device)
     return found
 
 

@@ -45,15 +45,14 @@ def ffn_sites(gm: GraphModule, block: Block) -> list[FfnSite]:
     found = []
     inside = set(block.nodes)
     for stream, leaving in block.outputs.items():
-        for after in _residual_sums(leaving, inside):
-            before = _state_before(gm, after, inside, set(block.inputs.values()))
-            if before is not None:
-                found.append(FfnSite(block.path, stream, before, after))
-                break
+        after = _residual_sum(leaving, inside)
+        before = None if after is None else _state_before(gm, after, inside, set(block.inputs.values()))
+        if after is not None and before is not None:
+            found.append(FfnSite(block.path, stream, before, after))
     return found
 
 
-def _residual_sums(node: Node, inside: set[Node]) -> list[Node]:
+def _residual_sum(node: Node, inside: set[Node]) -> Node | None:
     """Return the last residual sum on the way back from a block's output (a clip may come after it)."""
     while node in inside and not is_add(node):
         if len(casts := _casts(node)) > 1:
@@ -61,9 +60,9 @@ def _residual_sums(node: Node, inside: set[Node]) -> list[Node]:
             continue
         same = [n for n in node.all_input_nodes if n in inside and _shape(n) == _shape(node)]
         if len(same) != 1 or node.op == "call_module":
-            return []
+            return None
         node = same[0]
-    return [node] if node in inside else []
+    return node if node in inside else None
 
 
 def _casts(node: Node) -> list[Node]:
