@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
@@ -34,9 +33,8 @@ class Span(NamedTuple):
 class Context:
     """Stacks and depth edits of one graph module, each found once.
 
-    `Context.of` looks whether the graph or its modules were edited, and begins anew where they were. So a pass takes
-    its context from there and asks it before it edits; an edit that leaves the teacher's blocks as they were ends with
-    `keep_stacks`.
+    A pass takes its context from `Context.of` and asks it before it edits; an edit that leaves the teacher's blocks as
+    they were ends with `keep_stacks`.
     """
 
     def __init__(self, gm: GraphModule) -> None:
@@ -45,7 +43,7 @@ class Context:
 
     @classmethod
     def of(cls, gm: GraphModule) -> Context:
-        """Return the context of a graph module as it is now; it lives as long as the graph."""
+        """Return the context of a graph module as it is now, another one where it or its modules were edited."""
         known = gm.graph.__dict__.get("_ppcl_context")
         if not isinstance(known, cls) or known.gm is not gm or known._stamp != _stamp(gm):
             known = gm.graph.__dict__["_ppcl_context"] = cls(gm)
@@ -79,10 +77,7 @@ class Context:
     def block(self, edit: str, stack: str, index: int) -> Block:
         """Return the block that a width edit works on; its inputs are what it reads now, after the edits before it.
 
-        That is the student of a depth edit in the place of the first block of its interval.
-
-        Raises:
-            Refusal: there is no such block, or it lies inside a depth edit's interval.
+        That is a depth edit's student in the place of its interval's first block; `Refusal` for the other blocks of it.
         """
         found = self.teacher(edit, stack, index)
         for span in self.spans:
@@ -107,9 +102,8 @@ class Context:
                 "or ppcl_fx.trace gives"
             )
         mark(self.gm)
-        graph_info(self.gm)["ends"] = {
-            block.path: {stream: node.name for stream, node in block.outputs.items()} for block in blocks
-        }
+        ends = {block.path: {stream: node.name for stream, node in block.outputs.items()} for block in blocks}
+        graph_info(self.gm)["ends"] = ends
 
     def keep_stacks(self) -> None:
         """Say, after an edit, that it left the teacher's blocks as they were: they need not be found again."""
@@ -119,17 +113,13 @@ class Context:
     def _student(self, span: Span, begin: Block) -> Block:
         """Return the student of a depth edit as a block: block ``first`` under another path."""
         nodes = tuple(n for n in self.gm.graph.nodes if span.student in module_paths(n))
-        outputs = {
-            str(node.meta[SWITCH]["stream"]): bare(node.args[1])  # type: ignore[arg-type]
-            for node in switches(self.gm, span.edit)
-        }
+        found = switches(self.gm, span.edit)
+        outputs = {str(n.meta[SWITCH]["stream"]): bare(n.args[1]) for n in found}  # type: ignore[arg-type]
         return Block(span.student, span.stack, span.first, nodes, begin.inputs, outputs)
 
 
 def _stamp(gm: GraphModule) -> tuple[list[Any], ...]:
     """Return what every edit changes. It holds the objects, so no other can get their identity."""
     nodes = [(node, node.target, node.args, node.kwargs) for node in gm.graph.nodes]
-    modules: list[nn.Module] = [gm]
-    for module in modules:
-        modules.extend(child for child in module._modules.values() if child is not None)
+    modules = [module for _, module in gm.named_modules(remove_duplicate=False)]
     return nodes, modules, list(graph_info(gm).get("blocks", ()))

@@ -1,8 +1,4 @@
-"""The contract of a pass: what it declares, how it is run, and the pipeline of several.
-
-A pass is a frozen dataclass: its fields are its options. ``pass_(gm)`` edits `gm` in place and returns a `Result`,
-which is PyTorch's own `PassResult`, so that any pass manager of that convention runs it as it is.
-"""
+"""The contract of a pass: what it declares, how it is run, and the pipeline of several."""
 
 from __future__ import annotations
 
@@ -43,10 +39,9 @@ class Refused(NamedTuple):
 
 
 class Result(PassResult):
-    """What a pass did: PyTorch's `PassResult` with two attributes more.
+    """What a pass did: PyTorch's `PassResult` with two attributes more, so any pass manager of that kind runs a pass.
 
-    `graph_module` is the graph module, edited in place, and `modified` says whether anything changed, which a
-    `Pipeline` in debug mode verifies.
+    `modified` says whether anything changed in the graph module, which is edited in place.
     """
 
     refused: tuple[Refused, ...]
@@ -69,20 +64,18 @@ class Result(PassResult):
 
 @dataclass(frozen=True)
 class Pass:
-    """Base of every pass. Subclasses are frozen dataclasses, declare three things, and write `apply`::
+    """Base of every pass. Subclasses are frozen dataclasses whose fields are their options, and write `apply`::
 
-        @dataclass(frozen=True)
-        class DropGuards(Pass, name="drop-guards", kind="rewrite", numerics="exact"):
-
-    Attributes:
-        name: kebab case, one pass a name.
-        kind: an ``analysis`` only annotates ``node.meta["ppcl"]``; a ``rewrite`` only edits.
-        numerics: ``exact`` passes leave every output as it was, to the bit.
+    @dataclass(frozen=True)
+    class DropGuards(Pass, name="drop-guards", kind="rewrite", numerics="exact"):
     """
 
     name: ClassVar[str]
+    """In kebab case, one pass a name."""
     kind: ClassVar[Kind]
+    """An ``analysis`` only annotates ``node.meta["ppcl"]``; a ``rewrite`` only edits."""
     numerics: ClassVar[Numerics]
+    """``exact`` passes leave every output as it was, to the bit."""
 
     def __init_subclass__(cls, *, name: str, kind: Kind, numerics: Numerics) -> None:
         super().__init_subclass__()
@@ -168,9 +161,7 @@ class Pipeline(Pass, name="pipeline", kind="rewrite", numerics="approximate"):
         return ",".join(map(str, self.passes))
 
     def apply(self, gm: GraphModule) -> Result:
-        refused: list[Refused] = []
-        names: dict[str, str] = {}
-        modified = False
+        modified, refused, names = False, list[Refused](), dict[str, str]()
         for member in self.passes:
             before = _state(gm) if self.debug else {}
             result = member._step(gm)

@@ -86,20 +86,16 @@ def _matches(pattern: re.Pattern[str], text: str) -> Iterator[tuple[str, str]]:
 
 def _made(kind: type[Pass], texts: dict[str, str]) -> Pass:
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    for name in texts:
-        if name not in fields:
-            has = f"it has {', '.join(fields)}" if fields else "it has none"
-            raise PpclError(f"the pass {kind.name} has no option {name!r}{near(name, fields)}; {has}")
+    unknown = next((name for name in texts if name not in fields), None)
+    if unknown is not None:
+        has = f"it has {', '.join(fields)}" if fields else "it has none"
+        raise PpclError(f"the pass {kind.name} has no option {unknown!r}{near(unknown, fields)}; {has}")
     adapter = _adapter(kind)
     if adapter is None:
         raise PpclError(f"the pass {kind.name} takes an object that no text can give; make it in Python")
     values = {name: json.loads(text) if text.startswith('"') else text for name, text in texts.items()}
-    many = ("frozenset", "tuple", "list", "set")
-    listed = {
-        name: value.split("+") if value else []
-        for name, value in values.items()
-        if str(fields[name].type).startswith(many)
-    }
+    many = [name for name in values if str(fields[name].type).startswith(("frozenset", "tuple", "list", "set"))]
+    listed = {name: values[name].split("+") if values[name] else [] for name in many}
     try:
         return adapter.validate_python({**values, **listed})
     except ValidationError as error:

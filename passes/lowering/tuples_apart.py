@@ -46,9 +46,11 @@ def _apart(gm: GraphModule, node: Node) -> bool:
     value = node.meta["val"]
     readers = [user for user in node.users if is_item(user)]
     others = [user for user in node.users if user not in readers]
-    behind = _following(node, len(value))
+    behind = [node]
+    while behind[-1].next in readers:
+        behind.append(behind[-1].next)
     indices = {int(user.args[1]) % len(value) for user in readers}  # type: ignore[arg-type]
-    if not others and set(readers) == set(behind.values()) and len(readers) == len(indices):
+    if not others and set(readers) == set(behind[1:]) and len(readers) == len(indices):
         return False  # already apart
     items = {}
     with gm.graph.inserting_after(node):
@@ -66,13 +68,3 @@ def _apart(gm: GraphModule, node: Node) -> bool:
     for user in others:
         put(user, node, rebuilt)
     return True
-
-
-def _following(node: Node, count: int) -> dict[int, Node]:
-    """Return the ``getitem`` nodes that stand directly behind a node, by position."""
-    found: dict[int, Node] = {}
-    after = node.next
-    while len(found) < count and after in node.users and is_item(after):
-        found[len(found)] = after
-        after = after.next
-    return found
