@@ -128,8 +128,7 @@ class Calibration:
             self._sweep(sweep, len(sweeps))
             if values is None:
                 continue
-            late = sweep is sweeps[-1] or time.monotonic() - written >= CHECKPOINT_SECONDS
-            if values.spilled(sweep.stop) or late:
+            if sweep is sweeps[-1] or values.spilled(sweep.stop) or time.monotonic() - written >= CHECKPOINT_SECONDS:
                 values.flush(sweep.stop)
                 self.store.finish(sweep.stop)
                 values.forget_all_but(sweep.stop)
