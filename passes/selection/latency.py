@@ -26,7 +26,7 @@ def in_time(analysis: Redundancy, costs: Costs) -> Redundancy:
         )
     found = {(stack.path, stack.first): stack for stack in costs.stacks}
     timed = [_stack_in_time(stack, found) for stack in analysis.stacks]
-    for path, first in found.keys() - {(stack.path, stack.first) for stack in analysis.stacks}:
+    for path, first in sorted(found.keys() - {(stack.path, stack.first) for stack in analysis.stacks}):
         raise PpclError(f"the costs have a stack at {path}.{first}, and the analysis has none there; measure again")
     total = _ticks(costs.rest) + sum(size for stack in timed for size in stack.block_params)
     return analysis.model_copy(update={"stacks": timed, "teacher_params": total})

@@ -79,7 +79,8 @@ def is_add(node: Node) -> bool:
     """Tell whether a node is a two-operand addition of nodes, by whichever name."""
     aten = torch.ops.aten
     targets = (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
-    return node.target in targets and len(node.args) == 2 and all(isinstance(arg, Node) for arg in node.args)
+    named = node.op != "call_module" and node.target in targets
+    return named and len(node.args) == 2 and all(isinstance(arg, Node) for arg in node.args)
 
 
 def parameter_count(gm: GraphModule) -> int:
