@@ -41,7 +41,7 @@ from ppcl_fx.calls.store import Calls
 from ppcl_fx.demo import SEED, DemoSettings
 from ppcl_fx.passes.calibration.calibration import calibrate
 from ppcl_fx.passes.calibration.reservoir import ranks
-from ppcl_fx.passes.calibration.run_store import SAMPLES
+from ppcl_fx.passes.options import AnalyzeConfig
 from ppcl_fx.schema.analysis import Matrix, Redundancy
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
 
@@ -164,7 +164,7 @@ def curves(states: Sequence[Tensor], probes: Sequence[Tensor]) -> Matrix:
 def chosen(calls: Calls) -> list[tuple[int, int]]:
     """Return call and row of the samples that analysis averages its curves over."""
     every = [(rank, i, row) for i, call in enumerate(calls) for row, rank in enumerate(ranks(i, call.batch))]
-    return sorted((i, row) for _, i, row in sorted(every)[:SAMPLES])
+    return sorted((i, row) for _, i, row in sorted(every)[: AnalyzeConfig().samples])
 
 
 def gathered(states: Sequence[Sequence[Tensor]], samples: Sequence[tuple[int, int]]) -> list[Tensor]:

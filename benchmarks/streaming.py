@@ -46,7 +46,6 @@ from ppcl_fx.passes.analysis.analyze import analyze_streamed
 from ppcl_fx.passes.analysis.probes import NormalEquations
 from ppcl_fx.passes.analysis.stream_sites import stream_sites
 from ppcl_fx.passes.calibration.memory_estimate import state_budget
-from ppcl_fx.passes.calibration.run_store import CalibrationSettings
 from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
 from ppcl_fx.tracing.meta_model import Checkpoint, skeleton
@@ -165,13 +164,13 @@ def analyze(checkpoint: Checkpoint, recorded: Calls, work: Path, limit: int, sam
             curves.append(time.perf_counter())
 
     begin = time.perf_counter()
-    with _timed(spent, "sums", "add"), _timed(spent, "solving", "_solve"):
+    with _timed(spent, "sums", "add"), _timed(spent, "solving", "solve"):
         found = analyze_streamed(
             checkpoint,
             recorded,
             work / "run",
             memory_limit=limit,
-            settings=CalibrationSettings(samples=samples),
+            samples=samples,
             report=report,
         )
     end = time.perf_counter()

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
-from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
 from ppcl_fx.ir.graphs import module_paths
 from ppcl_fx.ir.liveness import mark
 from ppcl_fx.ir.meta import graph_info
-from ppcl_fx.ir.sites import FfnSite, TextSite, ffn_sites, text_site
 from ppcl_fx.ir.stacks import Block, Stack, stacks
-from ppcl_fx.ir.switches import SWITCH, is_depth, surface, switches
+from ppcl_fx.ir.switches import SWITCH, surface, switches
 from ppcl_fx.passes.edits.residuals import bare
 
-_Found = TypeVar("_Found")
 _DEPTH = re.compile(r"depth:(.+)\.(\d+)-(\d+)")
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A depth edit of a graph: the blocks that its student stands for, and the student's module path."""
 
     edit: str
@@ -35,60 +31,53 @@ class Span:
 
 
 class Context:
-    """Stacks and sites of one graph module, each found once.
+    """Stacks and depth edits of one graph module, each found once.
 
-    `Context.of` looks whether the graph or its modules were edited, and begins anew where they were. So a pass takes
-    its context from there and asks it before it edits; an edit that leaves the teacher's blocks as they were ends with
-    `keep_stacks`.
+    A pass takes its context from `Context.of` and asks it before it edits; an edit that leaves the teacher's blocks as
+    they were ends with `keep_stacks`.
     """
 
     def __init__(self, gm: GraphModule) -> None:
         self.gm = gm
         self._stamp = _stamp(gm)
-        self._memo: dict[Any, Any] = {}
 
     @classmethod
     def of(cls, gm: GraphModule) -> Context:
-        """Return the context of a graph module as it is now; it lives as long as the graph."""
+        """Return the context of a graph module as it is now, another one where it or its modules were edited."""
         known = gm.graph.__dict__.get("_ppcl_context")
         if not isinstance(known, cls) or known.gm is not gm or known._stamp != _stamp(gm):
             known = gm.graph.__dict__["_ppcl_context"] = cls(gm)
         return known
 
-    @property
+    @cached_property
     def stacks(self) -> list[Stack]:
         """The stacks of the graph; in a pluggable one those of the teacher."""
-        return self._once("stacks", lambda: stacks(self.gm))
+        return stacks(self.gm)
 
-    @property
+    @cached_property
     def spans(self) -> list[Span]:
         """The depth edits that the graph has."""
-        return self._once("spans", self._spans)
-
-    def ffn_sites(self, block: Block) -> list[FfnSite]:
-        """Return the feed-forwards of a block that stand alone (`ppcl_fx.ir.sites.ffn_sites`)."""
-        return self._once(("ffn", block.path), lambda: ffn_sites(self.gm, block))
-
-    def text_site(self, block: Block) -> TextSite:
-        """Return the text stream of a block; raise `Refusal` where it has none (`ppcl_fx.ir.sites.text_site`)."""
-        return self._once(("text", block.path), lambda: text_site(self.gm, block))
+        found: dict[str, Span] = {}
+        for node in switches(self.gm):
+            said = _DEPTH.fullmatch(str(node.args[2]))
+            if said is not None:
+                stack, first, last = said.groups()
+                found.setdefault(said[0], Span(said[0], stack, int(first), int(last), node.meta[SWITCH]["block"]))
+        return list(found.values())
 
     def teacher(self, edit: str, stack: str, index: int) -> Block:
         """Return a block of the teacher; raise `Refusal` in the name of `edit` where there is none."""
-        for found in self.stacks:
-            for block in found.blocks:
-                if (block.stack, block.index) == (stack, index):
-                    return block
-        names = sorted({block.stack for found in self.stacks for block in found.blocks})
+        blocks = [block for found in self.stacks for block in found.blocks]
+        for block in blocks:
+            if (block.stack, block.index) == (stack, index):
+                return block
+        names = sorted({block.stack for block in blocks})
         raise Refusal(f"{edit}: the model has no block {stack}.{index}; its block lists are {', '.join(names)}")
 
     def block(self, edit: str, stack: str, index: int) -> Block:
         """Return the block that a width edit works on; its inputs are what it reads now, after the edits before it.
 
-        That is the student of a depth edit in the place of the first block of its interval.
-
-        Raises:
-            Refusal: there is no such block, or it lies inside a depth edit's interval.
+        That is a depth edit's student in the place of its interval's first block; `Refusal` for the other blocks of it.
         """
         found = self.teacher(edit, stack, index)
         for span in self.spans:
@@ -101,66 +90,36 @@ class Context:
         return replace(found, inputs={stream: surface(node) for stream, node in found.inputs.items()})
 
     def begin(self) -> None:
-        """Note on the graph, before the first edit, what it computes for nothing and what its blocks give.
-
-        Raises:
-            Refusal: the graph does not hold its weights.
+        """Note on the graph, before the first edit, what it computes for nothing and what its blocks give. Raises
+        `Refusal`: the graph does not hold its weights.
         """
         blocks = [block for stack in self.stacks for block in stack.blocks]
-        lifted = [block.path for block in blocks if not _has_module(self.gm, block.path)]
+        present = dict(self.gm.named_modules(remove_duplicate=False))
+        lifted = [block.path for block in blocks if block.path not in present]
         if lifted:
             raise Refusal(
                 f"the graph has the weights of {lifted[0]} among its inputs; edit what ExportedProgram.module() "
                 "or ppcl_fx.trace gives"
             )
         mark(self.gm)
-        graph_info(self.gm)["ends"] = {
-            block.path: {stream: node.name for stream, node in block.outputs.items()} for block in blocks
-        }
+        ends = {block.path: {stream: node.name for stream, node in block.outputs.items()} for block in blocks}
+        graph_info(self.gm)["ends"] = ends
 
     def keep_stacks(self) -> None:
         """Say, after an edit, that it left the teacher's blocks as they were: they need not be found again."""
-        found = self._memo.get("stacks")
         self._stamp = _stamp(self.gm)
-        self._memo = {} if found is None else {"stacks": found}
-
-    def _once(self, key: Any, find: Callable[[], _Found]) -> _Found:
-        if key not in self._memo:
-            self._memo[key] = find()
-        found: _Found = self._memo[key]
-        return found
-
-    def _spans(self) -> list[Span]:
-        found: dict[str, Span] = {}
-        for node in switches(self.gm):
-            said = _DEPTH.fullmatch(str(node.args[2])) if is_depth(node) else None
-            if said is not None:
-                stack, first, last = said.groups()
-                found.setdefault(said[0], Span(said[0], stack, int(first), int(last), node.meta[SWITCH]["block"]))
-        return list(found.values())
+        self.__dict__.pop("spans", None)
 
     def _student(self, span: Span, begin: Block) -> Block:
         """Return the student of a depth edit as a block: block ``first`` under another path."""
         nodes = tuple(n for n in self.gm.graph.nodes if span.student in module_paths(n))
-        outputs = {
-            str(node.meta[SWITCH]["stream"]): bare(node.args[1])  # type: ignore[arg-type]
-            for node in switches(self.gm, span.edit)
-        }
+        found = switches(self.gm, span.edit)
+        outputs = {str(n.meta[SWITCH]["stream"]): bare(n.args[1]) for n in found}  # type: ignore[arg-type]
         return Block(span.student, span.stack, span.first, nodes, begin.inputs, outputs)
-
-
-def _has_module(gm: GraphModule, path: str) -> bool:
-    try:
-        gm.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
 
 
 def _stamp(gm: GraphModule) -> tuple[list[Any], ...]:
     """Return what every edit changes. It holds the objects, so no other can get their identity."""
     nodes = [(node, node.target, node.args, node.kwargs) for node in gm.graph.nodes]
-    modules: list[nn.Module] = [gm]
-    for module in modules:
-        modules.extend(child for child in module._modules.values() if child is not None)
+    modules = [module for _, module in gm.named_modules(remove_duplicate=False)]
     return nodes, modules, list(graph_info(gm).get("blocks", ()))

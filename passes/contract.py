@@ -1,8 +1,4 @@
-"""The contract of a pass: what it declares, how it is run, and the pipeline of several.
-
-A pass is a frozen dataclass: its fields are its options. ``pass_(gm)`` edits `gm` in place and returns a `Result`,
-which is PyTorch's own `PassResult`, so that any pass manager of that convention runs it as it is.
-"""
+"""The contract of a pass: what it declares, how it is run, and the pipeline of several."""
 
 from __future__ import annotations
 
@@ -12,8 +8,8 @@ import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from torch import nn
 from torch.fx import GraphModule
@@ -34,8 +30,7 @@ _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 _BARE = re.compile(r"[\w.:+-]+")
 
 
-@dataclass(frozen=True)
-class Refused:
+class Refused(NamedTuple):
     """An edit that a pass could not make: which, why, and the nodes' names."""
 
     edit: str
@@ -44,17 +39,15 @@ class Refused:
 
 
 class Result(PassResult):
-    """What a pass did: PyTorch's `PassResult` with two attributes more.
+    """What a pass did: PyTorch's `PassResult` with two attributes more, so any pass manager of that kind runs a pass.
 
-    Attributes:
-        graph_module: the graph module, edited in place.
-        modified: whether anything changed; verified by a `Pipeline` in debug mode.
-        refused: the edits that were not made.
-        names: old state-dict name -> new name, for the names that changed or were copied.
+    `modified` says whether anything changed in the graph module, which is edited in place.
     """
 
     refused: tuple[Refused, ...]
+    """The edits that were not made."""
     names: Mapping[str, str]
+    """Old state-dict name -> new name, for the names that changed or were copied."""
 
     def __new__(
         cls,
@@ -71,20 +64,18 @@ class Result(PassResult):
 
 @dataclass(frozen=True)
 class Pass:
-    """Base of every pass. Subclasses are frozen dataclasses, declare three things, and write `apply`::
+    """Base of every pass. Subclasses are frozen dataclasses whose fields are their options, and write `apply`::
 
-        @dataclass(frozen=True)
-        class DropGuards(Pass, name="drop-guards", kind="rewrite", numerics="exact"):
-
-    Attributes:
-        name: kebab case, one pass a name.
-        kind: an ``analysis`` only annotates ``node.meta["ppcl"]``; a ``rewrite`` only edits.
-        numerics: ``exact`` passes leave every output as it was, to the bit.
+    @dataclass(frozen=True)
+    class DropGuards(Pass, name="drop-guards", kind="rewrite", numerics="exact"):
     """
 
     name: ClassVar[str]
+    """In kebab case, one pass a name."""
     kind: ClassVar[Kind]
+    """An ``analysis`` only annotates ``node.meta["ppcl"]``; a ``rewrite`` only edits."""
     numerics: ClassVar[Numerics]
+    """``exact`` passes leave every output as it was, to the bit."""
 
     def __init_subclass__(cls, *, name: str, kind: Kind, numerics: Numerics) -> None:
         super().__init_subclass__()
@@ -136,16 +127,15 @@ class Pass:
         self.ensures(result)
         log.debug("%s: %.1f ms, modified=%s", self, 1e3 * (time.perf_counter() - started), result.modified)
         if result.modified:
-            self._stamp(result)
+            self._stamp(result.graph_module, result.names)
         return result
 
-    def _stamp(self, result: Result) -> None:
-        gm = result.graph_module
+    def _stamp(self, gm: GraphModule, names: Mapping[str, str]) -> None:
         gm.meta["ppcl"] = dict(graph_info(gm))  # a copy of the graph may share it
         info = graph_info(gm)
         record = {"name": self.name, "options": options(self), "version": __version__}
         info["passes"] = [*info.get("passes", []), record]
-        info["names"] = {**info.get("names", {}), **result.names}
+        info["names"] = {**info.get("names", {}), **names}
         info.pop("kinds", None)  # the graphs for other kinds of call were not changed
 
 
@@ -153,15 +143,9 @@ class Pass:
 class Pipeline(Pass, name="pipeline", kind="rewrite", numerics="approximate"):
     """Run passes one after the other, as one pass.
 
-    It is an analysis when all of them are, and exact when all of them are. The graph is linted once, at the end.
-
-    Attributes:
-        passes: the passes, in order.
-        debug: hold each pass to what it declares and says: lint after each one, and raise where ``modified`` is not
-            the truth or an analysis edits.
-
-    Raises:
-        RuntimeError: in debug mode, a pass that lies.
+    It is an analysis when all of them are, and exact when all of them are. The graph is linted once, at the end; with
+    `debug` each pass is held to what it declares and says: the graph is linted after each one, and a RuntimeError
+    raised where ``modified`` is not the truth or an analysis edits.
     """
 
     passes: Iterable[Pass]
@@ -169,18 +153,15 @@ class Pipeline(Pass, name="pipeline", kind="rewrite", numerics="approximate"):
 
     def __post_init__(self) -> None:
         members = tuple(self.passes)
-        kind = "analysis" if all(member.kind == "analysis" for member in members) else "rewrite"
-        numerics = "exact" if all(member.numerics == "exact" for member in members) else "approximate"
-        for attribute, value in (("passes", members), ("kind", kind), ("numerics", numerics)):
-            object.__setattr__(self, attribute, value)
+        vars(self)["passes"] = members
+        vars(self)["kind"] = "analysis" if all(member.kind == "analysis" for member in members) else "rewrite"
+        vars(self)["numerics"] = "exact" if all(member.numerics == "exact" for member in members) else "approximate"
 
     def __str__(self) -> str:
         return ",".join(map(str, self.passes))
 
     def apply(self, gm: GraphModule) -> Result:
-        refused: list[Refused] = []
-        names: dict[str, str] = {}
-        modified = False
+        modified, refused, names = False, list[Refused](), dict[str, str]()
         for member in self.passes:
             before = _state(gm) if self.debug else {}
             result = member._step(gm)
@@ -193,7 +174,7 @@ class Pipeline(Pass, name="pipeline", kind="rewrite", numerics="approximate"):
             names |= result.names
         return Result(gm, modified, refused, names)
 
-    def _stamp(self, result: Result) -> None:
+    def _stamp(self, gm: GraphModule, names: Mapping[str, str]) -> None:
         """Stamp nothing: each member did."""
 
 
@@ -232,36 +213,28 @@ def _text(value: Any) -> str:
 # ---- debug mode --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
 class _Held:
     """An object by identity; it is held, so that no other object gets its id."""
 
-    value: object = field(repr=False)
-    state: object = None
+    def __init__(self, value: object) -> None:
+        self.value = value
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held) and self.value is other.value and self.state == other.state
+        return isinstance(other, _Held) and self.value is other.value
 
     __hash__ = None  # type: ignore[assignment]
 
 
 def _state(gm: GraphModule) -> dict[str, list[Any]]:
     """Return all of a graph module that a pass may change, comparable with ``==``."""
-    tensors = (*gm.named_parameters(), *gm.named_buffers())
+    modules = [(name, m) for name, m in gm.named_modules() if m is not gm]
+    tensors = [*gm.named_parameters(), *gm.named_buffers()]
+    metas = [{key: _Held(value) for key, value in n.meta.items() if key != "ppcl"} for n in gm.graph.nodes]
     return {
         "graph": [(n, n.name, n.op, n.target, n.args, n.kwargs) for n in gm.graph.nodes],
-        "modules": [
-            (name, _Held(module, (type(module), module.extra_repr(), module.training)))
-            for name, module in gm.named_modules()
-            if module is not gm
-        ],
-        "weights": [
-            (name, _Held(tensor, (None if tensor.is_inference() else tensor._version, tensor.requires_grad)))
-            for name, tensor in tensors
-        ],
-        "node metas": [
-            {key: _Held(value) for key, value in node.meta.items() if key != "ppcl"} for node in gm.graph.nodes
-        ],
+        "modules": [(name, _Held(m), type(m), m.extra_repr(), m.training) for name, m in modules],
+        "weights": [(name, _Held(t), None if t.is_inference() else t._version, t.requires_grad) for name, t in tensors],
+        "node metas": metas,
     }
 
 

@@ -27,23 +27,17 @@ _OPTION = re.compile(rf'\s*(\w+)\s*=\s*({_QUOTED}|[^\s,"{{}}=]+)\s*(,|$)')
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What is known of a pass without running it.
-
-    Attributes:
-        name: its name.
-        kind: ``analysis`` or ``rewrite``.
-        numerics: ``exact`` or ``approximate``.
-        options: its options with their types and defaults, as in ``first: int`` and ``init: str = 'first'``.
-        does: the first sentence of its docstring.
-        written: whether its text alone makes one; else an option takes an object, and it is made in Python.
-    """
+    """What is known of a pass without running it."""
 
     name: str
     kind: Kind
     numerics: Numerics
     options: tuple[str, ...]
+    """Its options with their types and defaults, as in ``first: int`` and ``init: str = 'first'``."""
     does: str
+    """The first sentence of its docstring."""
     written: bool
+    """Whether its text alone makes one; else an option takes an object, and it is made in Python."""
 
 
 def registered() -> dict[str, type[Pass]]:
@@ -92,15 +86,16 @@ def _matches(pattern: re.Pattern[str], text: str) -> Iterator[tuple[str, str]]:
 
 def _made(kind: type[Pass], texts: dict[str, str]) -> Pass:
     fields = {field.name: field for field in dataclasses.fields(kind) if field.init}
-    for name in texts:
-        if name not in fields:
-            has = f"it has {', '.join(fields)}" if fields else "it has none"
-            raise PpclError(f"the pass {kind.name} has no option {name!r}{near(name, fields)}; {has}")
+    unknown = next((name for name in texts if name not in fields), None)
+    if unknown is not None:
+        has = f"it has {', '.join(fields)}" if fields else "it has none"
+        raise PpclError(f"the pass {kind.name} has no option {unknown!r}{near(unknown, fields)}; {has}")
     adapter = _adapter(kind)
     if adapter is None:
         raise PpclError(f"the pass {kind.name} takes an object that no text can give; make it in Python")
     values = {name: json.loads(text) if text.startswith('"') else text for name, text in texts.items()}
-    listed = {name: value.split("+") if value else [] for name, value in values.items() if _many(fields[name])}
+    many = [name for name in values if str(fields[name].type).startswith(("frozenset", "tuple", "list", "set"))]
+    listed = {name: values[name].split("+") if values[name] else [] for name in many}
     try:
         return adapter.validate_python({**values, **listed})
     except ValidationError as error:
@@ -126,7 +121,3 @@ def _adapter(kind: type[Pass]) -> TypeAdapter[Pass] | None:
 def _option(field: dataclasses.Field[Any]) -> str:
     default = "" if field.default is dataclasses.MISSING else f" = {field.default!r}"
     return f"{field.name}: {field.type}{default}"
-
-
-def _many(field: dataclasses.Field[Any]) -> bool:
-    return str(field.type).startswith(("frozenset", "tuple", "list", "set"))

@@ -21,9 +21,9 @@ from ppcl_fx.cli.terminal import time_words
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io.memory import parse_size
 from ppcl_fx.passes.options import RewriteConfig
-from ppcl_fx.passes.selection.latency import milliseconds
 from ppcl_fx.schema.analysis import Redundancy
 from ppcl_fx.schema.costs import BlockCost, Costs, StackCost
+from tests.passes.test_latency import milliseconds
 from tests.shapes_folder import save_pipeline
 
 pytestmark = pytest.mark.kill

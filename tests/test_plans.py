@@ -20,7 +20,7 @@ from ppcl_fx.model.paper_plans import named, names
 from ppcl_fx.model.pluggable import STUDENTS, PluggableModel
 from ppcl_fx.model.rewrite import insert_edits
 from ppcl_fx.model.sources import open_source
-from ppcl_fx.passes.edits.insertion import count
+from ppcl_fx.passes.edits.plug import count
 from ppcl_fx.passes.options import RewriteConfig
 from ppcl_fx.passes.selection.sensitivity import depth_damage, ffn_damage, text_damage
 from ppcl_fx.schema.plan import DepthEdit

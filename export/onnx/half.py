@@ -22,7 +22,7 @@ from ppcl_fx.export.verify.metrics import difference
 from ppcl_fx.export.verify.onnx_runner import run, session
 from ppcl_fx.export.verify.reference import Answers
 from ppcl_fx.ir.dtypes import main_dtype
-from ppcl_fx.passes.lowering.clamp_half import END
+from ppcl_fx.passes.lowering.lowering import END
 from ppcl_fx.tracing import bind, with_rows
 
 if TYPE_CHECKING:

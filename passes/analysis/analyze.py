@@ -19,13 +19,9 @@ from ppcl_fx.ir.meta import graph_info, node_info
 from ppcl_fx.ir.sites import ffn_sites
 from ppcl_fx.ir.spill import Spill
 from ppcl_fx.ir.stacks import Stack, stacks
-from ppcl_fx.passes import contract
-from ppcl_fx.passes.analysis.ffn_fit import FfnFits
+from ppcl_fx.passes.analysis.annotate import FfnFits, LinearProbes, Similarity, TextSimilarity
 from ppcl_fx.passes.analysis.intervals import CandidateIntervals, algorithm_1, shifted
-from ppcl_fx.passes.analysis.probes import LinearProbes
-from ppcl_fx.passes.analysis.similarity import Similarity
 from ppcl_fx.passes.analysis.stream_sites import StreamSite, stream_sites
-from ppcl_fx.passes.analysis.text_similarity import TextSimilarity
 from ppcl_fx.passes.calibration.calibration import (
     Calibration,
     Notify,
@@ -35,7 +31,8 @@ from ppcl_fx.passes.calibration.calibration import (
     silent,
 )
 from ppcl_fx.passes.calibration.memory_estimate import state_budget
-from ppcl_fx.passes.calibration.run_store import MEMORY, CalibrationSettings, Identity, RunStore
+from ppcl_fx.passes.calibration.run_store import MEMORY, Identity, RunStore
+from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.options import AnalyzeConfig
 from ppcl_fx.passes.selection.savings import block_parameters, block_savings, parameters
 from ppcl_fx.schema.analysis import BlockSavings, Redundancy, StackAnalysis, StreamCurves
@@ -45,7 +42,6 @@ if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
     from ppcl_fx.tracing.meta_model import Checkpoint
 
-CPU = torch.device("cpu")
 OTHER = "the calls were recorded from another model; record calls of this one"
 _log = logging.getLogger("ppcl_fx")
 
@@ -61,9 +57,8 @@ def analyze(
 ) -> Redundancy:
     """Find what is redundant in a diffusion transformer (Sec. 3.2 and appendix 6 of the paper).
 
-    The teacher runs once on each call; from that run come probes, CKA curves, candidate intervals,
-    text-stream similarity and feed-forward fits. What is found is also on the nodes, in
-    ``node.meta["ppcl"]``.
+    The teacher runs once on each call; from that run come probes, CKA curves, candidate intervals, text-stream
+    similarity and feed-forward fits. What is found is also on the nodes, in ``node.meta["ppcl"]``.
 
     Args:
         gm: the traced teacher.
@@ -82,108 +77,75 @@ def analyze(
     traced = graph_info(gm).get("model")
     if traced and calls.model and traced != calls.model:
         raise PpclError(OTHER)
-    settings = CalibrationSettings(
-        samples=config.samples, memory=memory, ridge=config.ridge, refine_steps=config.refine_steps
-    )
-    return conclude(calibrate(gm, calls, settings, progress=progress), calls, config.stream)
+    return conclude(calibrate(gm, calls, config, memory, progress), calls, config.stream)
 
 
 def analyze_streamed(
     checkpoint: Checkpoint,
     calls: Calls,
     work: Path,
+    config: AnalyzeConfig | None = None,
     *,
-    settings: CalibrationSettings | None = None,
-    stream: str = "image",
-    memory_limit: int | None = None,
-    device: torch.device = CPU,
+    memory: int = MEMORY,
     report: Notify = silent,
+    **options: Any,
 ) -> Redundancy:
     """Do what `analyze` does with the weights left on disk: all calls go through one block, then the next.
 
     Probes, kept activations and results go to `work`; a run that was killed goes on from there, with the same result.
     `work` is removed at the end; a caller that writes the result down first takes `calibration_on_disk` and `conclude`.
 
-    Args:
-        checkpoint: the teacher, from `ppcl_fx.model.sources.Source.checkpoint`.
-        calls: recorded calls of it.
-        work: a folder for what does not stay in memory; on a disk with room.
-        settings: what is solved and kept; activations are kept on disk.
-        stream: as in `analyze`.
-        memory_limit: bytes that this process may hold (memory-mapped weights, which the system takes back when it
-            needs to, do not count). What does not fit goes to `work`. None for no limit.
-        device: where to compute.
-        report: told how far it is.
+    The other arguments are those of `analyze`. ``memory_limit`` is in bytes that this process may hold (memory-mapped
+    weights, which the system takes back when it needs to, do not count); what does not fit goes to `work`.
 
     Raises:
         PpclError: as `analyze`; and the limit or the disk is too small, or `work` holds something else.
     """
-    made = calibration_on_disk(
-        checkpoint, calls, work, settings or CalibrationSettings(), stream, memory_limit, device, report
-    )
-    found = conclude(made.run(), calls, stream)
+    config = AnalyzeConfig.merged(config, options)
+    found = conclude(calibration_on_disk(checkpoint, calls, work, config, memory, report).run(), calls, config.stream)
     owned.discard(work, owned.ANALYSING)
     return found
 
 
 def calibration_on_disk(
-    checkpoint: Checkpoint,
-    calls: Calls,
-    work: Path,
-    settings: CalibrationSettings,
-    stream: str,
-    memory_limit: int | None,
-    device: torch.device,
-    report: Notify,
+    checkpoint: Checkpoint, calls: Calls, work: Path, config: AnalyzeConfig, memory: int, report: Notify
 ) -> Calibration:
     """Return the calibration of `analyze_streamed`, whose arguments these are, ready to run or to go on."""
-    check_request(calls, settings.samples)
+    check_request(calls)
     owned.check_replaceable(work, owned.ANALYSING)
     if calls.model and calls.model != checkpoint.fingerprint:
         raise PpclError(OTHER)
     gm = trace(checkpoint.model, calls.examples())
     graph_info(gm)["model"] = checkpoint.fingerprint
     sites = stream_sites(gm)
-    check_stream(sites, stream)
-    budget = 2**62 if memory_limit is None else state_budget(gm, calls, sites, memory_limit)
-    dtype = str(checkpoint.dtype).removeprefix("torch.")
-    made_of = {"model": checkpoint.fingerprint, "calls": calls.fingerprint, "dtype": dtype}
-    need_room(work, _on_disk(sites, settings.memory))
-    store = RunStore(work, Identity(**settings.model_dump(), **made_of))
-    values = Spill(work / "states", budget, device)
-    residency = Residency(device, checkpoint.tensor, values, checkpoint.shards.close)
-    return Calibration(gm, calls, settings, residency, store, report)
-
-
-def _on_disk(sites: Sequence[StreamSite], kept: int) -> int:
-    """Return the bytes of probes, and of the activations of at least one sample."""
-    total = 0
-    for site in sites:
-        value = site.outputs[0].meta["val"]
-        total += len(site.outputs) * int(value.shape[-1]) ** 2 * 4
-        total += min(kept, (len(site.outputs) + 1) * value[0].nbytes)
-    return total
+    check_stream(sites, config.stream)
+    budget = 2**62 if config.memory_limit is None else state_budget(gm, calls, sites, config.memory_limit)
+    states = [(len(site.outputs), site.outputs[0].meta["val"]) for site in sites]
+    # Probes, and the activations of at least one sample.
+    need_room(work, sum(n * int(v.shape[-1]) ** 2 * 4 + min(memory, (n + 1) * v[0].nbytes) for n, v in states))
+    identity = Identity(
+        samples=config.samples,
+        memory=memory,
+        ridge=config.ridge,
+        refine_steps=config.refine_steps,
+        model=checkpoint.fingerprint,
+        calls=calls.fingerprint,
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+    )
+    device = torch.device(config.device)
+    residency = Residency(device, checkpoint.tensor, Spill(work / "states", budget, device), checkpoint.shards.close)
+    return Calibration(gm, calls, config, memory, residency, RunStore(work, identity), report)
 
 
 def conclude(calibration: Calibration, calls: Calls, stream: str) -> Redundancy:
-    """Run all analysis passes over one calibration.
-
-    Raises:
-        PpclError: a probe or a curve cannot be computed from it.
-    """
+    """Run all analysis passes over one calibration; raises `PpclError` where a curve cannot be computed from it."""
     gm = calibration.gm
     few = [words for words in map(calibration.few, calibration.streams) if words]
     for words in few:
         _log.warning("%s", words)
+    probes, curves = LinearProbes(calibration), Similarity(calibration)
     with torch.no_grad():
-        passes = [
-            LinearProbes(calibration),
-            Similarity(calibration),
-            CandidateIntervals(),
-            TextSimilarity(calibration),
-            FfnFits(calibration),
-        ]
-        contract.Pipeline(passes)(gm)
+        Pipeline([probes, curves, CandidateIntervals(), TextSimilarity(calibration), FfnFits(calibration)])(gm)
     found = stacks(gm)
     savings = block_savings(gm, found)
     return Redundancy(
@@ -201,10 +163,8 @@ def conclude(calibration: Calibration, calls: Calls, stream: str) -> Redundancy:
 
 def check_stream(sites: Sequence[StreamSite], stream: str) -> None:
     """Raise `PpclError` where a stack has several streams and none is called `stream`."""
-    by_stack: dict[str, list[str]] = {}
-    for site in sites:
-        by_stack.setdefault(site.stack.name, []).append(site.stream)
-    for stack, names in by_stack.items():
+    for stack in dict.fromkeys(site.stack.name for site in sites):
+        names = [site.stream for site in sites if site.stack.name == stack]
         if len(names) > 1 and stream not in names:
             raise PpclError(
                 f"stack {stack} has no stream {stream!r}{near(stream, names)}; its streams are {', '.join(names)}"
@@ -224,25 +184,19 @@ def _stack_analysis(
         blocks=[block.path for block in stack.blocks],
         block_params=[block_parameters(gm, block) for block in stack.blocks],
         streams={site.stream: _stream_curves(site) for site in own},
-        text_similarity=(
-            [node_info(node)["text_similarity"] for node in text.outputs] if text else [None] * len(stack.blocks)
-        ),
+        text_similarity=[node_info(n)["text_similarity"] for n in text.outputs] if text else [None] * len(stack.blocks),
         ffn=[node_info(site.after)["ffn"] for block in stack.blocks for site in ffn_sites(gm, block)],
         savings=savings,
     )
 
 
 def _stream_curves(site: StreamSite) -> StreamCurves:
-    found = [node_info(node) for node in site.outputs]
-    delta = [meta["delta"] for meta in found]
+    found: list[Any] = [node_info(node) for node in site.outputs]
+    columns = {name: [meta[name] for meta in found] for name in ("fit", "cka", "delta", "gap", "similarity")}
     whole = found[-1]["energy"]
     return StreamCurves(
-        fit=[meta["fit"] for meta in found],
-        cka=[meta["cka"] for meta in found],
-        delta=delta,
-        gap=[meta["gap"] for meta in found],
-        similarity=[meta["similarity"] for meta in found],
+        **columns,
         energy=[meta["energy"] / whole if whole else 1.0 for meta in found],
-        candidates=shifted(algorithm_1(delta), site.stack.blocks[0].index),
+        candidates=shifted(algorithm_1(columns["delta"]), site.stack.blocks[0].index),
         live=site.outputs[-1].graph.output_node() in descendants([site.outputs[-1]]),
     )

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ppcl_fx.passes.analysis.comparers import Comparer, comparer
 from ppcl_fx.passes.analysis.probes import Projector
-from ppcl_fx.passes.analysis.similarity import Average, Curves, directional_gap
+from ppcl_fx.passes.analysis.similarity import Average, Comparer, comparer, directional_gap
+from ppcl_fx.passes.calibration.normal_sums import products_of
 from ppcl_fx.passes.calibration.reservoir import CHUNK_BYTES
-from ppcl_fx.passes.lowering.precision import products_of
+from ppcl_fx.schema.analysis import Matrix
 
 CACHED_BYTES = 4 * 2**20
 """Surrogates that are compared at once: small memory is used again, large memory comes anew from the system."""
 
 ROWS = 1024
 """Tokens that go through a probe at once, for the same reason."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Matrices of one stream: ``cka(u, k)`` (Eq. 3), the directional gap of the same surrogates, the heatmap."""
+
+    cka: Matrix
+    gap: Matrix
+    similarity: Matrix
 
 
 class CurveSums:
@@ -35,7 +45,7 @@ class CurveSums:
     ) -> None:
         """Add a batch of samples: one tensor ``[B, T, D]`` for each block's output, and each block's probe.
 
-        `tick` is told again and again how many more pairs u < k were done.
+        `tick` is told again and again how many pairs u < k were done.
         """
         size = len(probes)
         assert len(outputs) == size, "one output for each block"
@@ -50,18 +60,17 @@ class CurveSums:
                 self.heat.add(u, k, heat[:, u, k])
                 self.heat.add(k, u, heat[:, u, k])
         step = max(1, CHUNK_BYTES // (4 * outputs[0].numel()))
+        done = 0
         for first in range(0, size - 1, step):
-            self._surrogates(outputs, probes, states, range(first, min(first + step, size - 1)), tick)
+            starts = range(first, min(first + step, size - 1))
+            for pairs in self._surrogates(outputs, probes, states, starts):
+                done += pairs
+                tick(done)
 
     def _surrogates(
-        self,
-        outputs: Sequence[Tensor],
-        probes: Sequence[Projector],
-        states: Comparer,
-        starts: range,
-        tick: Callable[[int], None],
-    ) -> None:
-        """Follow the surrogates that start at these blocks through all probes behind them."""
+        self, outputs: Sequence[Tensor], probes: Sequence[Projector], states: Comparer, starts: range
+    ) -> Iterator[int]:
+        """Follow the surrogates that start at these blocks through all probes behind them; give the pairs of each."""
         states.choose(starts.start, starts.stop)
         together = max(1, CACHED_BYTES // (4 * outputs[0].numel()))
         x = torch.empty(len(starts), *outputs[0].shape, dtype=torch.float32, device=outputs[0].device)
@@ -79,13 +88,12 @@ class CurveSums:
                 for u, (values, gap) in enumerate(zip(found, gaps, strict=True), start=starts.start + at):
                     self.surrogate.add(u, k, values)
                     self.gap.add(u, k, gap)
-            tick(len(live))
+            yield len(live)
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums and counts in use, by name: what is written to them counts."""
         averages = {"cka": self.surrogate, "gap": self.gap, "heat": self.heat}
-        parts = ("sum", "count")
-        return {f"{name}.{part}": t for name, a in averages.items() for part, t in zip(parts, a.tensors(), strict=True)}
+        return {f"{name}.{part}": t for name, mean in averages.items() for part, t in mean.tensors.items()}
 
     def curves(self) -> Curves:
         """The means over all samples so far."""

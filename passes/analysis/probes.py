@@ -1,44 +1,23 @@
-"""Linear probes by streamed normal equations (Eq. 1 and 2), and the pass that writes their fit onto the
-graph."""
+"""Linear probes by streamed normal equations (Eq. 1 and 2)."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.ir.meta import node_info
-from ppcl_fx.passes.calibration.normal_sums import ROWS, Dots, Singular, Solution, Sums, Tokens, ridge_of
-from ppcl_fx.passes.contract import Pass, Result
+from ppcl_fx.passes.calibration.normal_sums import ROWS, Dots, Projector, Solution, Sums, Tokens
 
-if TYPE_CHECKING:
-    from ppcl_fx.passes.calibration.calibration import Calibration
+__all__ = ["WIDE", "Fit", "NormalEquations", "Projector"]
 
 WIDE = 2048
-"""Above this many channels sums are made and kept in float32: sixty blocks of width 3072 in float64 take 20
-GB."""
+"""Above this many channels sums are made and kept in float32: sixty blocks of width 3072 in float64 take 20 GB."""
 
 
-@dataclass(frozen=True)
-class Projector:
-    """The residual map ``x -> x + x W^T + b``: `weight` is ``[D_out, D_in]`` as in `torch.nn.Linear`, `bias`
-    may be None."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply to ``[..., D]``."""
-        return x + torch.nn.functional.linear(x, self.weight, self.bias)
-
-
-@dataclass(frozen=True)
-class Fit:
+class Fit(NamedTuple):
     """How well a residual map fits: relative squared error, and the cosine of the outputs."""
 
     error: float
@@ -51,27 +30,33 @@ class NormalEquations:
     Tokens are samples. While they are fewer than half the channels they are kept as they are; after that as the sums
     ``G = sum x x^T`` and ``C = sum x r^T`` (``r = y - x``), and memory is ``O(D^2)`` in both cases. With `bias`, a
     constant 1 is appended to x.
+
+    Attributes:
+        samples: how many tokens were added.
+        width: their channels; 0 before the first.
     """
 
     def __init__(self, bias: bool = False) -> None:
         self.bias = bias
-        self._known: tuple[Projector, Dots] | None = None
         self.clear()
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add the tokens of `x` and `y`, both ``[..., D]``.
+    def clear(self) -> None:
+        """Forget all samples."""
+        self.samples = self.width = 0
+        self._tokens = Tokens(self.bias)
+        self._sums: Sums | None = None
+        self._known: Solution | None = None
+        # Sums over all tokens of x^2, y^2, (y - x)^2 and x (y - x).
+        self._inputs = self._target = self._residual = self._inner = 0.0
 
-        Raises:
-            PpclError: a value is NaN or infinite.
-        """
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add the tokens of `x` and `y`, both ``[..., D]``. Raises `PpclError`: a value is NaN or infinite."""
         if x.ndim == y.ndim and len(x) == 1:
             x = x.expand(len(y), *x.shape[1:])  # one text for all samples, which goes into the first block as one
         if x.shape != y.shape:
             raise RuntimeError(f"a residual map needs equal shapes, got {tuple(x.shape)} and {tuple(y.shape)}")
         rows, targets = (value.detach().reshape(-1, value.shape[-1]) for value in (x, y))
-        self._known = None
-        self._width = rows.shape[1]
-        self._precision = torch.float64 if self._width <= WIDE else torch.float32
+        self._known, self.width = None, rows.shape[1]
         energies = self._energies(rows, targets)
         # One NaN anywhere makes a sum NaN, so the sums check every value.
         if not energies.isfinite().all():
@@ -82,50 +67,38 @@ class NormalEquations:
         self._residual += residual
         self._inner += inner
         self.samples += len(rows)
-        if len(rows) > self._width // 2:
+        if len(rows) > self.width // 2:
             self._summed(rows, targets)
             return
         self._tokens.add(rows, targets)
-        if self._tokens.count > self._width // 2:
+        if self._tokens.count > self.width // 2:
             self._flush()
 
-    @property
-    def width(self) -> int:
-        """Channels of the samples; 0 before the first."""
-        return self._width
-
-    def clear(self) -> None:
-        """Forget all samples."""
-        self.samples = 0
-        self._tokens = Tokens(self.bias)
-        self._sums: Sums | None = None
-        self._width, self._precision = 0, torch.float64
-        # Sums over all tokens of x^2, y^2, (y - x)^2 and x (y - x).
-        self._inputs = self._target = self._residual = self._inner = 0.0
-        self._known = None
-
     def solve(self, ridge: float = 1e-6, refine_steps: int = 0) -> Projector:
-        """The minimiser of Eq. 2 with a ridge (Eq. 1), then `refine_steps` gradient steps on Eq. 2 without
-        it.
+        """The minimiser of Eq. 2 with a ridge (Eq. 1), then `refine_steps` gradient steps on Eq. 2 without it.
 
-        `ridge` is relative to the mean of the Gram matrix's diagonal; a bias is not shrunk. Eq. 2 over the
-        samples is a quadratic that G and C determine, so its exact gradient costs one product, and steps of
-        1/lambda_max never raise it. A `ridge` below the rounding of the sums is raised to it.
+        `ridge` is relative to the mean of the Gram matrix's diagonal; a bias is not shrunk. Eq. 2 over the samples is a
+        quadratic that G and C determine, so its exact gradient costs one product, and steps of 1/lambda_max never raise
+        it. A `ridge` below the rounding of the sums is raised to it.
 
         Raises:
             PpclError: the regularised Gram matrix is singular (all activations are zero).
         """
-        solution = self._solve(ridge, refine_steps)
-        projector = Projector(solution.weight, solution.bias)
-        self._known = (projector, solution.dots)
-        return projector
+        if not self.samples:
+            raise RuntimeError("no samples were added")
+        # A Gram matrix of low rank is indefinite by its rounding error, at most eps times its trace.
+        least = (self.width + self.bias) * torch.finfo(self._precision).eps
+        shrink = max(ridge, least) * self._inputs / self.width
+        dual = self._sums is None and not refine_steps
+        self._known = self._tokens.solve(shrink) if dual else self._flush().solve(shrink, refine_steps)
+        if self._known is None:
+            raise PpclError(
+                f"the Gram matrix of a probe is singular at ridge {ridge:g}: its inputs are all zero; check the model"
+            )
+        return self._known[0]
 
     def fit(self, projector: Projector) -> Fit:
-        """Both measures of a projector.
-
-        Raises:
-            PpclError: all outputs are zero.
-        """
+        """Both measures of a projector; raises as `cosine`."""
         return Fit(self.error(projector), self.cosine(projector))
 
     def error(self, projector: Projector) -> float:
@@ -133,61 +106,37 @@ class NormalEquations:
 
         A map that changes nothing has the error 0.
         """
-        return self._error(self._dots(projector))
-
-    @property
-    def energy(self) -> float:
-        """Mean squared length of a token of y."""
-        return self._target / max(1, self.samples)
-
-    def cosine(self, projector: Projector) -> float:
-        """Cosine between the projector's outputs and y, all tokens taken as one vector.
-
-        Raises:
-            PpclError: all outputs are zero.
-        """
-        return self._cosine(self._dots(projector))
-
-    def _error(self, dots: Dots) -> float:
+        dots = self._dots(projector)
         if self._residual == 0.0:
             return 0.0
         return max(0.0, self._residual + dots.gram - 2 * dots.cross) / self._residual
 
-    def _cosine(self, dots: Dots) -> float:
+    def cosine(self, projector: Projector) -> float:
+        """Cosine between the projector's outputs and y, all tokens taken as one vector. Raises `PpclError`: all outputs
+        are zero.
+        """
         # <x + Wx + b, y> and |x + Wx + b|^2, with y = x + r, from the sums alone.
+        dots = self._dots(projector)
         dot = self._inputs + self._inner + dots.inputs + dots.cross
         made = self._inputs + 2 * dots.inputs + dots.gram
         if made <= 0.0 or self._target <= 0.0:
             raise PpclError("block outputs are all zero, so their similarity is undefined; check the model's weights")
         return min(1.0, dot / math.sqrt(made * self._target))
 
-    def _solve(self, ridge: float, refine_steps: int) -> Solution:
-        if not self.samples:
-            raise RuntimeError("no samples were added")
-        shrink = ridge_of(ridge, self._inputs, self._width, self.bias, self._precision)
-        try:
-            if self._sums is None and not refine_steps:
-                return self._tokens.solve(shrink)
-            return self._flush().solve(shrink, refine_steps)
-        except Singular:
-            raise PpclError(
-                f"the Gram matrix of a probe is singular at ridge {ridge:g}: its inputs are all zero; check the model"
-            ) from None
+    @property
+    def energy(self) -> float:
+        """Mean squared length of a token of y."""
+        return self._target / max(1, self.samples)
+
+    @property
+    def _precision(self) -> torch.dtype:
+        return torch.float64 if self.width <= WIDE else torch.float32
 
     def _dots(self, projector: Projector) -> Dots:
         """What the measures of a projector are made of; for the one solved last it is known already."""
         if self._known is None or self._known[0] is not projector:
-            if not self.samples:
-                raise RuntimeError("no samples were added")
-            if self.bias and projector.bias is None:
-                raise RuntimeError("sums with a bias need a projector with a bias")
-            weight, bias = projector.weight, projector.bias if self.bias else None
-            if self._sums is None:
-                dots = self._tokens.dots(weight, bias)
-            else:
-                found = weight if bias is None else torch.cat([weight, bias[:, None]], dim=1)
-                dots = self._flush().dots(found.double())
-            self._known = (projector, dots)
+            kept = self._tokens if self._sums is None else self._flush()
+            self._known = (projector, kept.dots(projector))
         return self._known[1]
 
     def _flush(self) -> Sums:
@@ -199,7 +148,7 @@ class NormalEquations:
 
     def _summed(self, rows: Tensor, targets: Tensor) -> None:
         if self._sums is None:
-            self._sums = Sums(self._width, self.bias, self._precision, rows)
+            self._sums = Sums(self.width, self.bias, self._precision, rows)
         self._sums.add(rows, targets)
 
     def _energies(self, rows: Tensor, targets: Tensor) -> Tensor:
@@ -211,25 +160,3 @@ class NormalEquations:
             parts = [(a * b).sum(dim=1).double().sum() for a, b in ((x, x), (y, y), (r, r), (x, r))]
             total += torch.stack(parts)
         return total
-
-
-@dataclass(frozen=True)
-class LinearProbes(Pass, name="linear-probes", kind="analysis", numerics="exact"):
-    """Write the relative fit of every block's and stream's solved probe to the block's output nodes.
-
-    Annotates ``node.meta["ppcl"]`` with ``fit`` (Eq. 2 relative to the block's own change) and ``energy`` (the mean
-    squared length of a token of the block's output).
-    """
-
-    calibration: Calibration
-
-    def requires(self, gm: GraphModule) -> None:
-        """Raises `PpclError` if the measurements are of another graph."""
-        self.calibration.require(gm)
-
-    def apply(self, gm: GraphModule) -> Result:
-        for site in self.calibration.streams:
-            fits = self.calibration.fits(site)
-            for node, fit, energy in zip(site.outputs, fits, self.calibration.energies(site), strict=True):
-                node_info(node).update({"fit": fit, "energy": energy})
-        return Result(gm, modified=False)

@@ -30,20 +30,24 @@ class StreamSite:
         """Stack and stream in words."""
         return f"stack {self.stack.name}, {self.stream} stream"
 
+    def checked(self, state: Tensor) -> Tensor:
+        """Return a state; raise `PpclError` unless it is ``[batch, tokens, channels]``."""
+        if state.ndim != 3:
+            raise PpclError(
+                f"stack {self.stack.name}: the {self.stream} stream is of shape {tuple(state.shape)}, not "
+                "[batch, tokens, channels]; such a model cannot be analysed"
+            )
+        return state
+
 
 def stream_sites(gm: GraphModule) -> list[StreamSite]:
-    """Every stream of every stack of `gm`.
-
-    Raises:
-        PpclError: the graph has no block stack.
-    """
-    sites = []
-    for stack in stacks(gm):
-        for stream in stack.streams:
-            blocks = [block for block in stack.blocks if stream in block.inputs and stream in block.outputs]
-            if len(blocks) == len(stack.blocks):
-                inputs = tuple(block.inputs[stream] for block in blocks)
-                sites.append(StreamSite(stack, stream, inputs, tuple(block.outputs[stream] for block in blocks)))
+    """Every stream of every stack of `gm`. Raises `PpclError`: the graph has no block stack."""
+    sites = [
+        StreamSite(stack, stream, *zip(*((b.inputs[stream], b.outputs[stream]) for b in stack.blocks), strict=True))
+        for stack in stacks(gm)
+        for stream in stack.streams
+        if all(stream in block.inputs and stream in block.outputs for block in stack.blocks)
+    ]
     if not sites:
         raise PpclError("the model has no stack of transformer blocks; there is nothing to analyse")
     return sites
@@ -62,9 +66,7 @@ def rows_of(state: Tensor, batch: int) -> Tensor:
 
 def mirrored(watches: Sequence[Watch], gm: GraphModule, other: GraphModule) -> list[Watch]:
     """Return watches of a graph as watches of the same model's graph for another kind of call; observers are shared.
-
-    Raises:
-        PpclError: calls of that kind go through other blocks.
+    Raises `PpclError`: calls of that kind go through other blocks.
     """
     if other is gm:
         return list(watches)
@@ -84,12 +86,3 @@ def _ends(gm: GraphModule) -> dict[Any, Node]:
     for number, (block, ffn) in enumerate(all_ffn_sites(gm)):
         found[block.path, number, "in"], found[block.path, number, "out"] = ffn.before, ffn.after
     return found
-
-
-def check_state(site: StreamSite, state: Tensor) -> None:
-    """Raise `PpclError` unless a stream's state is ``[batch, tokens, channels]``."""
-    if state.ndim != 3:
-        raise PpclError(
-            f"stack {site.stack.name}: the {site.stream} stream is of shape {tuple(state.shape)}, not "
-            "[batch, tokens, channels]; such a model cannot be analysed"
-        )

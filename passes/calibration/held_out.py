@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppcl_fx.calls.store import hold_out
 from ppcl_fx.errors import PpclError
-from ppcl_fx.passes.analysis.probes import Fit, NormalEquations, Projector
+from ppcl_fx.passes.analysis.probes import NormalEquations, Projector
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Call
@@ -30,27 +30,22 @@ Kind = Literal["calls", "samples", "tokens"]
 
 
 class Division:
-    """Which tokens of some calls fits are solved from, and which they are judged on.
+    """Which tokens of some calls, in the order in which they run, fits are solved from, and which they are judged on.
 
     With several calls it is calls that are held out, of other prompts where these suffice. With one call of several
     samples it is the last samples, and of a single sample every fifth token.
 
-    Args:
-        calls: the calls, in the order in which they run.
+    Attributes:
+        calls: how many.
+        kind: what is held out.
     """
 
     def __init__(self, calls: Sequence[Call]) -> None:
         self.calls = len(calls)
         self._held = frozenset(hold_out(calls, SHARE, 0)) if len(calls) > 1 else frozenset[int]()
         self._batch = calls[0].batch if len(calls) == 1 else 0
+        self.kind: Kind = "calls" if self.calls > 1 else "samples" if self._batch > 1 else "tokens"
         self._now = 0
-
-    @property
-    def kind(self) -> Kind:
-        """What is held out."""
-        if self.calls > 1:
-            return "calls"
-        return "samples" if self._batch > 1 else "tokens"
 
     def begin(self, position: int) -> None:
         """A call starts."""
@@ -71,17 +66,15 @@ class Division:
 
 
 class HeldOutFit:
-    """The normal equations of one residual map, those of the held-out tokens apart.
+    """The normal equations of one residual map (`NormalEquations`), those of the held-out tokens apart.
 
-    Args:
-        name: what is fitted, for messages.
-        division: which tokens are held out.
-        bias: as in `NormalEquations`.
+    `fit` and `error` judge a map on the tokens that are held out; messages call it by its name.
     """
 
     def __init__(self, name: str, division: Division, bias: bool = False) -> None:
         self._name, self._division = name, division
         self._solved, self._judged = NormalEquations(bias), NormalEquations(bias)
+        self.fit, self.error = self._judged.fit, self._judged.error
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add a call's tokens, both ``[..., D]``. Raises `PpclError` where a value is NaN or infinite."""
@@ -89,21 +82,11 @@ class HeldOutFit:
             (self._judged if held else self._solved).add(some, others)
 
     def solve(self, ridge: float = 1e-6, refine_steps: int = 0) -> Projector:
-        """Return the map that the tokens which are not held out determine.
-
-        Raises:
-            PpclError: they are too few; the line says how many calls would do. Or as `NormalEquations.solve`.
+        """Return the map that the tokens which are not held out determine. Raises `PpclError`: they are too few; the
+        line says how many calls would do. Or as `NormalEquations.solve`.
         """
         enough(self._name, self._solved, self._division.calls, self.tokens)
         return self._solved.solve(ridge, refine_steps)
-
-    def fit(self, projector: Projector) -> Fit:
-        """Return how well a map fits the held-out tokens. Raises `PpclError` as `NormalEquations.fit`."""
-        return self._judged.fit(projector)
-
-    def error(self, projector: Projector) -> float:
-        """Return the relative squared error of a map on the held-out tokens."""
-        return self._judged.error(projector)
 
     @property
     def few(self) -> str:
@@ -130,28 +113,20 @@ class HeldOutFit:
 def enough(name: str, sums: NormalEquations, calls: int, tokens: int) -> str:
     """Return what to say where a map is solved from few tokens, with the number of calls that would do; else "".
 
-    Args:
-        name: what is fitted.
-        sums: of the tokens that it is solved from.
-        calls: the calls that were given.
-        tokens: of all of them, held out or not.
+    `sums` are of the tokens that it is solved from; `tokens` are those of all calls, held out or not.
 
     Raises:
         PpclError: there are fewer than `LEAST` tokens a channel.
     """
-    width = sums.width
-    if sums.samples >= ENOUGH * width:
+    width, samples = sums.width, sums.samples
+    if samples >= ENOUGH * width:
         return ""
     # Of few calls one is held out, of more a quarter at most.
     wanted = ENOUGH * width * calls / max(1, tokens)
-    held = tokens > sums.samples
-    number = math.ceil(wanted / 0.75 if wanted > 3 else wanted + 1) if held else math.ceil(wanted)
-    if sums.samples < LEAST * width:
-        raise PpclError(
-            f"{name}: a map of {width} channels fits {sums.samples} tokens whatever they are, so it would say nothing; "
-            f"record {number} calls like these, {calls} were given"
-        )
-    return (
-        f"{name}: a map of {width} channels from {sums.samples} tokens is rough; record {number} calls like these, "
-        f"{calls} were given"
-    )
+    if tokens > samples:
+        wanted = wanted / 0.75 if wanted > 3 else wanted + 1
+    advice = f"record {math.ceil(wanted)} calls like these, {calls} were given"
+    if samples < LEAST * width:
+        what = f"fits {samples} tokens whatever they are, so it would say nothing"
+        raise PpclError(f"{name}: a map of {width} channels {what}; {advice}")
+    return f"{name}: a map of {width} channels from {samples} tokens is rough; {advice}"

@@ -24,13 +24,10 @@ INSIDE = 12
 
 
 def state_budget(gm: GraphModule, calls: Sequence[Call], sites: Sequence[StreamSite], limit: int) -> int:
-    """Return how many bytes of `limit` are free for the calls' values between two blocks.
+    """Return how many of the bytes that the process may hold are free for the calls' values between two blocks.
 
-    Args:
-        gm: the traced model.
-        calls: the calls that are to run; the largest counts.
-        sites: the streams that are measured; empty for a plain run.
-        limit: bytes that the process may hold, what it holds now included.
+    Of the calls that are to run the largest counts; `sites` are the streams that are measured, if any; `limit` includes
+    what the process holds now.
 
     Raises:
         PpclError: the limit is too small for even one block.
@@ -53,10 +50,7 @@ def state_budget(gm: GraphModule, calls: Sequence[Call], sites: Sequence[StreamS
 def block_bytes(gm: GraphModule, scale: float, skip: Callable[[Node], bool] = lambda node: False) -> int:
     """Return the bytes that the heaviest segment of a streamed run takes while it runs: weights and values inside.
 
-    Args:
-        gm: the traced model.
-        scale: size of the largest call over that of the traced one.
-        skip: nodes that are not run.
+    `scale` is the size of the largest call over that of the traced one; nodes to `skip` are not run.
     """
     weights = max(segment_weights(gm, segment) for segment in cut(gm, skip=skip))
     values = (value_bytes(node.meta.get("val")) for node in gm.graph.nodes if not skip(node))
@@ -73,9 +67,7 @@ def _curves(site: StreamSite, scale: float) -> int:
     """Bytes that the curves of the largest sample take: states, features, surrogates and Gram matrices."""
     value = site.outputs[0].meta["val"]
     tokens, width = int(value.shape[1] * scale / max(1, value.shape[0])) or 1, int(value.shape[2])
-    size = int(value.element_size())
-    states = len(site.outputs) + 1
-    one = states * tokens * width * (size + 4)
+    one = (len(site.outputs) + 1) * tokens * width * (int(value.element_size()) + 4)
     return max(2 * CHUNK_BYTES, one) + 2 * CHUNK_BYTES + 8 * tokens * width * 4
 
 

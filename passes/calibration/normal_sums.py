@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from ppcl_fx.passes.lowering.precision import products_of
 
 TILE = 512
 """Columns of a Gram matrix that are made at once: only its part above the diagonal is, and memory is used again."""
@@ -29,32 +29,18 @@ class Dots(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Solution:
-    """A residual map ``x -> x W^T + b``, ``weight`` ``[D_out, D_in]``, and what its measures are made of."""
+class Projector:
+    """The residual map ``x -> x + x W^T + b``; `weight` is ``[D_out, D_in]``, as in `torch.nn.Linear`."""
 
     weight: Tensor
-    bias: Tensor | None
-    dots: Dots
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply to ``[..., D]``."""
+        return x + torch.nn.functional.linear(x, self.weight, self.bias)
 
 
-class Singular(ArithmeticError):
-    """The regularised matrix is not positive definite."""
-
-
-def ridge_of(ridge: float, inputs: float, width: int, bias: bool, precision: torch.dtype) -> float:
-    """Return what a relative ridge adds to the Gram matrix's diagonal.
-
-    A Gram matrix of low rank is indefinite by its rounding error, at most eps times its trace: no ridge is below it.
-
-    Args:
-        ridge: relative to the mean of the Gram matrix's diagonal.
-        inputs: the trace of the Gram matrix, a bias left out.
-        width: channels.
-        bias: whether a constant is appended to them.
-        precision: what sums are kept in.
-    """
-    least = (width + bias) * torch.finfo(precision).eps
-    return max(ridge, least) * inputs / width
+Solution = tuple[Projector, Dots]
 
 
 class Tokens:
@@ -80,29 +66,27 @@ class Tokens:
         self._pairs, self.count = [], 0
         return x, y
 
-    def solve(self, shrink: float) -> Solution:
-        """Solve with `shrink` on the diagonal.
-
-        Raises:
-            Singular: the matrix is not positive definite.
-        """
-        x, r, mean_x, mean_r = self._centred()
+    def solve(self, shrink: float) -> Solution | None:
+        """Solve with `shrink` on the diagonal; None where the matrix is not positive definite."""
+        x, r = self._wide()
+        mean_x, mean_r = (v.mean(dim=0, keepdim=True) if self.bias else v.new_zeros(1, 1) for v in (x, r))
+        x, r = x - mean_x, r - mean_r
         gram = x @ x.mT
         gram.diagonal().add_(shrink)
         factor, info = torch.linalg.cholesky_ex(gram)
         if int(info):
-            raise Singular
+            return None
         dual = torch.cholesky_solve(r, factor)
         dots = self._dots(r - shrink * dual + mean_r)
         weight = dual.mT @ x
         bias = (mean_r - mean_x @ weight.mT)[0].float() if self.bias else None
-        return Solution(weight.float(), bias, dots)
+        return Projector(weight.float(), bias), dots
 
-    def dots(self, weight: Tensor, bias: Tensor | None) -> Dots:
+    def dots(self, found: Projector) -> Dots:
         """Inner products of any map."""
         x, _ = self._wide()
-        made = x @ weight.to(x).mT
-        return self._dots(made if bias is None else made + bias.to(x))
+        made = x @ found.weight.to(x).mT
+        return self._dots(made + found.bias.to(x) if self.bias and found.bias is not None else made)
 
     def _dots(self, made: Tensor) -> Dots:
         """Inner products of a map from what it makes of the tokens."""
@@ -112,11 +96,6 @@ class Tokens:
     def _wide(self) -> tuple[Tensor, Tensor]:
         x, y = (torch.cat(parts).double() for parts in zip(*self._pairs, strict=True))
         return x, y.sub_(x)
-
-    def _centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, r = self._wide()
-        mean_x, mean_r = (v.mean(dim=0, keepdim=True) if self.bias else v.new_zeros(1, 1) for v in (x, r))
-        return x - mean_x, r - mean_r, mean_x, mean_r
 
 
 class Sums:
@@ -158,20 +137,23 @@ class Sums:
             self._gram[:-1, -1] += sums[width:]
             self._gram[-1, -1] += len(x)
 
-    def solve(self, shrink: float, refine_steps: int = 0) -> Solution:
+    def solve(self, shrink: float, refine_steps: int = 0) -> Solution | None:
         """Solve with `shrink` on the diagonal (a bias is not shrunk), then go down the gradient without it.
 
-        Raises:
-            Singular: the matrix is not positive definite.
+        None where the matrix is not positive definite.
         """
         # Sums in float32 are solved in float32: its rounding is below theirs, and float64 takes twice as long.
         for precision in dict.fromkeys((self.precision, torch.float64)):
             cross = self._residual_cross().to(precision)
-            factor, info = self._factor(shrink, precision)
+            regular = self._gram.to(precision, copy=True)
+            regular.diagonal()[: self.width].add_(shrink)
+            # The part below the diagonal is all that is read, and the transpose costs nothing.
+            factor, info = torch.linalg.cholesky_ex(regular.mT)
+            del regular
             if int(info) == 0:
                 break
         else:
-            raise Singular
+            return None
         solution = torch.cholesky_solve(cross.mT, factor)
         del factor
         if refine_steps:
@@ -179,33 +161,27 @@ class Sums:
             step = 1.0 / float(torch.linalg.eigvalsh(gram)[-1])
             for _ in range(refine_steps):
                 solution = solution - step * (gram @ solution - cross.mT)
-            return self._solution(solution.mT, self.dots(solution.mT))
+            return self._solution(solution.mT, self._dots(solution.mT))
         # G S = C - r S, since that is what S solves; so every inner product follows from S and C.
         inside = solution.mT[:, : self.width]
         with_cross, squares = _dot(solution.mT, cross), _dot(inside, inside)
         trace = float(cross.diagonal().double().sum()) - shrink * float(inside.diagonal().double().sum())
         return self._solution(solution.mT, Dots(with_cross - shrink * squares, with_cross, trace))
 
-    def dots(self, found: Tensor) -> Dots:
-        """Inner products of any map, ``[D_out, D_in]`` or with a column for the bias."""
+    def dots(self, found: Projector) -> Dots:
+        """Inner products of any map."""
+        bias = [found.bias[:, None]] if self.bias and found.bias is not None else []
+        return self._dots(torch.cat([found.weight, *bias], dim=1).double())
+
+    def _dots(self, found: Tensor) -> Dots:
         gram = self._whole().to(found)
-        return Dots(
-            _dot(found, found @ gram),
-            _dot(found, self._residual_cross().to(found)),
-            _dot(found, gram[: self.width]),
-        )
+        cross = _dot(found, self._residual_cross().to(found))
+        return Dots(_dot(found, found @ gram), cross, _dot(found, gram[: self.width]))
 
     def _solution(self, found: Tensor, dots: Dots) -> Solution:
         weight = found.float()
         bias = weight[:, -1].contiguous() if self.bias else None
-        return Solution(weight[:, : self.width].contiguous(), bias, dots)
-
-    def _factor(self, shrink: float, precision: torch.dtype) -> tuple[Tensor, Tensor]:
-        regular = self._gram.to(precision, copy=True)
-        regular.diagonal()[: self.width].add_(shrink)
-        # The part below the diagonal is all that is read, and the transpose costs nothing.
-        factor, info = torch.linalg.cholesky_ex(regular.mT)
-        return factor, info
+        return Projector(weight[:, : self.width].contiguous(), bias), dots
 
     def _residual_cross(self) -> Tensor:
         """``C^T``; may be the sum in use."""
@@ -234,3 +210,25 @@ def _dot(a: Tensor, b: Tensor) -> float:
     """Sum of products, over a row at a time and then in float64."""
     parts = zip(a.split(ROWS), b.split(ROWS), strict=True)
     return sum(float((some * other).sum(dim=1).double().sum()) for some, other in parts)
+
+
+@contextmanager
+def products_of(dtype: torch.dtype, device: torch.device) -> Iterator[None]:
+    """Multiply float32 matrices whose values were `dtype` on the units for that dtype; sums stay in float32.
+
+    For values that `dtype` holds exactly nothing is lost: the product of two bfloat16 numbers fits a float32. Other
+    float32 values are rounded to what the units take (bfloat16 on a CPU, TF32 on CUDA) before they are multiplied.
+    """
+    backend: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    wanted = "bf16" if device.type == "cpu" and dtype == torch.bfloat16 else ""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        backend, wanted = torch.backends.cuda.matmul, "tf32"
+    if not wanted:
+        yield
+        return
+    before = backend.fp32_precision
+    backend.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before

@@ -68,9 +68,7 @@ class Reservoir:
 def groups(shapes: Sequence[tuple[int, ...]], states: int) -> Iterator[list[int]]:
     """Positions of samples that curves are computed for together: of one shape ``[T, D]``, and few enough.
 
-    Args:
-        shapes: of each sample.
-        states: how many tensors of that shape a sample has.
+    A sample has so many `states` of its shape.
     """
     by_shape: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for position, shape in enumerate(shapes):

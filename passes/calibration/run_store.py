@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -17,9 +18,6 @@ from ppcl_fx.passes.calibration.reservoir import Sample
 
 PROGRESS = "progress.json"
 
-SAMPLES = 160
-"""Sample-timesteps that CKA averages over: the size of the paper's calibration set."""
-
 MEMORY = 4 * 2**30
 """Bytes of activations kept at most."""
 
@@ -28,22 +26,13 @@ class _Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class CalibrationSettings(_Record):
-    """What decides the results of a calibration beside the model and the calls.
-
-    samples: that CKA averages over, at most. memory: bytes of activations kept for it, at most.
-    ridge: of the probes' normal equations, relative to the mean squared channel. refine_steps: gradient steps on Eq. 2.
-    """
-
-    samples: int = SAMPLES
-    memory: int = MEMORY
-    ridge: float = 1e-6
-    refine_steps: int = 0
-
-
-class Identity(CalibrationSettings):
+class Identity(_Record):
     """What an analysis is of: a run goes on from another's results only where all of this is the same."""
 
+    samples: int
+    memory: int
+    ridge: float
+    refine_steps: int
     version: Literal[2] = 2
     model: str
     calls: str
@@ -58,14 +47,12 @@ class Done(_Record):
 
 
 class KeptResult(_Record):
-    """The activations kept of one node: ``[tokens, width]`` for each sample, one after the other in a file.
-
-    samples: call, row and tokens of each.
-    """
+    """The activations kept of one node: ``[tokens, width]`` for each sample, one after the other in a file."""
 
     dtype: str
     width: int
     samples: list[tuple[int, int, int]]
+    """Call, row and tokens of each."""
 
 
 class Note(_Record):
@@ -77,12 +64,10 @@ class Note(_Record):
 
 
 class CalibrationResult(_Record):
-    """What one sweep gave.
+    """What one sweep gave, by the names of probes and shelves, and the positions of feed-forwards.
 
-    fits: error of each probe, by the probe's name. energies: of the states that probes imitate, and few: what to say of
-    the tokens that they were solved from, by the same name.
-    ffn: error and cosine of each feed-forward, by its position. shelves: what was kept, by the shelf's name.
-    notes: sizes that the sweep made known.
+    energies are of the states that probes imitate; few is what to say of the tokens that they were solved from; ffn
+    holds error and cosine; notes are the sizes that the sweep made known.
     """
 
     fits: dict[str, float] = {}
@@ -94,11 +79,7 @@ class CalibrationResult(_Record):
 
 
 class RunStore:
-    """The results of a calibration.
-
-    Args:
-        folder: made if it is not there; None to keep all in memory.
-        identity: of this analysis; needed with a folder.
+    """The results of a calibration, in a folder, made if it is not there, or in memory.
 
     Attributes:
         cut: segments that were done when the store was opened.
@@ -115,9 +96,8 @@ class RunStore:
         self._identity = identity
         self._probes: dict[str, Path | Tensor] = {}
         self._shelves: dict[str, Shelf] = {}
-        if folder is None:
+        if folder is None or identity is None:
             return
-        assert identity is not None
         if (folder / PROGRESS).is_file():
             done = read_json(inside(folder, PROGRESS), Done)
             for name, mine in identity.model_dump().items():
@@ -163,10 +143,8 @@ class RunStore:
 
     def shelf(self, name: str) -> Shelf:
         """Return what the samples of one node are kept on."""
-        if name not in self._shelves:
-            path = None if self.folder is None else inside(self.folder / "kept", f"{name}.bin")
-            self._shelves[name] = Shelf(path)
-        return self._shelves[name]
+        path = None if self.folder is None else inside(self.folder / "kept", f"{name}.bin")
+        return self._shelves.setdefault(name, Shelf(path))
 
     def kept(self, name: str) -> dict[Sample, Tensor]:
         """Return the samples of one node, ``[tokens, width]`` each, from a folder memory-mapped."""
@@ -174,23 +152,18 @@ class RunStore:
 
     def load_curves(self, stream: str, tensors: Mapping[str, Tensor]) -> int:
         """Copy the sums of a stream's curves into `tensors`; return how many batches they are of."""
-        path = self._curves(stream)
-        if path is None or not path.is_file():
+        if self.folder is None or not (path := self.folder / "curves" / f"{stream}.safetensors").is_file():
             return 0
         stored = read_safetensors(path)
-        batches = int(stored.pop("batches"))
-        for name, tensor in stored.items():
-            tensors[name].copy_(tensor)
-        return batches
+        for name, tensor in tensors.items():
+            tensor.copy_(stored[name])
+        return int(stored["batches"])
 
     def save_curves(self, stream: str, tensors: Mapping[str, Tensor], batches: int) -> None:
         """Write what `load_curves` reads."""
-        path = self._curves(stream)
-        if path is not None:
+        if self.folder is not None:
+            path = self.folder / "curves" / f"{stream}.safetensors"
             write_safetensors(path, {**tensors, "batches": torch.tensor(batches)})
-
-    def _curves(self, stream: str) -> Path | None:
-        return None if self.folder is None else inside(self.folder / "curves", f"{stream}.safetensors")
 
 
 class Shelf:
@@ -203,20 +176,21 @@ class Shelf:
         self._samples: list[tuple[int, int, int]] = []
         self._dtype, self._width = torch.float32, 0
 
-    def open(self) -> None:
-        """Start empty."""
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Start empty, and close the file in the end."""
         self._held, self._samples = {}, []
-        if self._path is not None:
-            self._file = self._path.open("wb")
+        with nullcontext() if self._path is None else self._path.open("wb") as self._file:
+            yield
+        self._file = None
 
     def add(self, sample: Sample, state: Tensor) -> None:
         """Keep a sample's state, ``[tokens, width]``."""
         self._dtype, self._width = state.dtype, state.shape[-1]
         self._samples.append((*sample, len(state)))
-        if self._path is None:
+        if self._path is None or self._file is None:
             self._held[sample] = state.to("cpu", copy=True)
             return
-        assert self._file is not None
         plain = state.detach().cpu().contiguous()
         need_room(self._path, plain.nbytes)
         self._file.write(plain.view(torch.uint8).numpy().data)
@@ -224,12 +198,6 @@ class Shelf:
     def drop(self, sample: Sample) -> None:
         """Forget a sample that memory holds."""
         self._held.pop(sample, None)
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
     def content(self) -> KeptResult:
         """Flush to disk, and say what is kept."""
@@ -247,12 +215,8 @@ class Shelf:
         total = sum(tokens for _, _, tokens in kept.samples) * kept.width
         if self._path.stat().st_size < total * dtype.itemsize:
             raise PpclError(f"{self._path}: truncated; remove {self._path.parent.parent} and analyse again")
-        if total:
-            whole = torch.from_file(str(self._path), shared=False, size=total, dtype=dtype)
-        else:
-            whole = torch.empty(0, dtype=dtype)
-        found, at = {}, 0
-        for call, row, tokens in kept.samples:
-            found[call, row] = whole[at : at + tokens * kept.width].view(tokens, kept.width)
-            at += tokens * kept.width
-        return found
+        if not total:
+            return {}
+        whole = torch.from_file(str(self._path), shared=False, size=total, dtype=dtype).view(-1, kept.width)
+        parts = whole.split([tokens for _, _, tokens in kept.samples])
+        return {(call, row): part for (call, row, _), part in zip(kept.samples, parts, strict=True)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,19 +30,17 @@ def student_path(edit: DepthEdit) -> str:
     return f"students.{edit.stack.replace('.', '_')}_{edit.first}_{edit.last}"
 
 
-def interval(found: list[Stack], stack: str, first: int, last: int) -> tuple[Stack, Block, Block]:
-    """Return the stack and the end blocks of an interval.
-
-    Raises:
-        Refusal: there is no such list or block, or the interval leaves its stack.
+def interval(found: list[Stack], stack: str, first: int, last: int) -> list[Block]:
+    """Return the blocks of an interval. Raises `Refusal`: there is no such list or block, or the interval leaves its
+    stack.
     """
     names = sorted({block.stack for s in found for block in s.blocks})
     if stack not in names:
         raise Refusal(f"the model has no blocks {stack!r}{near(stack, names)}; it has {', '.join(names)}")
     at = {block.index: (s, block) for s in found for block in s.blocks if block.stack == stack}
-    for index in (first, last):
-        if index not in at:
-            raise Refusal(f"{stack} has no block {index}; its blocks are {min(at)} to {max(at)}")
+    missing = [index for index in (first, last) if index not in at]
+    if missing:
+        raise Refusal(f"{stack} has no block {missing[0]}; its blocks are {min(at)} to {max(at)}")
     (home, begin), (other, end) = at[first], at[last]
     if home is not other:
         raise Refusal(
@@ -50,7 +48,7 @@ def interval(found: list[Stack], stack: str, first: int, last: int) -> tuple[Sta
             f"(blocks {home.blocks[0].index} to {home.blocks[-1].index}); an interval cannot cross from blocks of one "
             f"structure to another ({begin.nodes[0].name} to {end.nodes[0].name})"
         )
-    return home, begin, end
+    return [block for block in home.blocks if first <= block.index <= last]
 
 
 @dataclass(frozen=True)
@@ -76,15 +74,14 @@ class Depth(Pass, name="depth", kind="rewrite", numerics="exact"):
         if switches(gm, self.edit.id):
             return Result(gm, False)
         context = Context.of(gm)
-        home, begin, end = interval(context.stacks, self.stack, self.first, self.last)
+        run = interval(context.stacks, self.stack, self.first, self.last)
+        begin, end = run[0], run[-1]
         self._check_free(gm, context)
         context.begin()
         path = student_path(self.edit)
-        run = [b for b in home.blocks if self.first <= b.index <= self.last]
         added = {stream: residuals(run, stream) for stream in end.outputs}
         copies = copy_nodes(begin.nodes, end.nodes[-1], begin.path, path)
-        middle = next(b for b in run if b.index == (self.first + self.last) // 2)
-        source = middle if self.init == "middle" else begin
+        source = run[(len(run) - 1) // 2] if self.init == "middle" else begin
         gm.add_submodule(path, copy.deepcopy(gm.get_submodule(source.path)))
         inside = set(end.nodes)
         last = list(copies.values())[-1]
@@ -92,7 +89,8 @@ class Depth(Pass, name="depth", kind="rewrite", numerics="exact"):
             student = with_residuals(copies[begin.outputs[stream]], added[stream], last)
             insert_switch(teacher, student, self.edit.id, path, stream, keep=lambda user: user in inside)
         for copied in copies.values():
-            copied.meta.pop(SINK, None) if not copied.users else None
+            if not copied.users:
+                copied.meta.pop(SINK, None)
         context.keep_stacks()
         kept = gm.get_submodule(path).state_dict()
         return Result(gm, True, names={f"{source.path}.{name}": f"{path}.{name}" for name in kept})
@@ -122,18 +120,17 @@ class CutDepth(Pass, name="cut-depth", kind="rewrite", numerics="approximate"):
 
     def apply(self, gm: GraphModule) -> Result:
         regions = block_regions(gm)
-        if f"{self.stack}.{self.first}" in regions and not any(
-            f"{self.stack}.{i}" in regions for i in range(self.first + 1, self.last + 1)
-        ):
-            return Result(gm, False)
-        home, begin, end = interval(Context.of(gm).stacks, self.stack, self.first, self.last)
-        mark(gm)
-        run = [b for b in home.blocks if self.first <= b.index <= self.last]
-        added = {stream: residuals(run, stream) for stream in end.outputs}
         gone = {f"{self.stack}.{i}" for i in range(self.first + 1, self.last + 1)}
-        inside = set(end.nodes)
-        streams = {node: stream for stream, node in end.outputs.items()}
-        for source, teacher in _pairs(begin, end):
+        if f"{self.stack}.{self.first}" in regions and gone.isdisjoint(regions):
+            return Result(gm, False)
+        run = interval(Context.of(gm).stacks, self.stack, self.first, self.last)
+        mark(gm)
+        added = {stream: residuals(run, stream) for stream in run[-1].outputs}
+        inside = set(run[-1].nodes)
+        streams = {node: stream for stream, node in run[-1].outputs.items()}
+        # The corresponding outputs of two isomorphic blocks, by position.
+        first, last = (block_outputs(block.path, list(block.nodes)) for block in (run[0], run[-1]))
+        for source, teacher in [(first[position], last[position]) for position in last if position in first]:
             source = with_residuals(source, added.get(streams.get(teacher, ""), []), teacher)
             teacher.replace_all_uses_with(source, delete_user_cb=lambda user: user not in inside)
             if teacher.meta.pop(SINK, False):
@@ -149,20 +146,11 @@ class CutDepth(Pass, name="cut-depth", kind="rewrite", numerics="approximate"):
         return Result(gm, True)
 
 
-def _pairs(begin: Block, end: Block) -> list[tuple[Node, Node]]:
-    """Return corresponding outputs of two isomorphic blocks, by position."""
-    first: Mapping[int, Node] = block_outputs(begin.path, list(begin.nodes))
-    last: Mapping[int, Node] = block_outputs(end.path, list(end.nodes))
-    return [(first[position], last[position]) for position in last if position in first]
-
-
 def copy_nodes(nodes: Iterable[Node], after: Node, old: str, new: str) -> dict[Node, Node]:
     """Copy nodes behind another node; module targets and paths below `old` become paths below `new`.
 
-    Guards are not copied: the copies answer to the same inputs as the nodes they were copied from.
-
-    Returns:
-        Original node -> copy.
+    Guards are not copied: the copies answer to the same inputs as the nodes they were copied from, by which they are
+    returned.
     """
     copies: dict[Node, Node] = {}
     graph = after.graph
@@ -170,17 +158,10 @@ def copy_nodes(nodes: Iterable[Node], after: Node, old: str, new: str) -> dict[N
     for node in nodes:
         if is_guard(node):
             continue
-        target = node.target
-        if node.op in ("call_module", "get_attr"):
-            target = moved(str(target), old, new)
+        target = moved(str(node.target), old, new) if node.op in ("call_module", "get_attr") else node.target
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: copies.get(n, n))
         with graph.inserting_after(at):
-            at = copies[node] = graph.create_node(
-                node.op,
-                target,
-                map_arg(node.args, lambda n: copies.get(n, n)),
-                map_arg(node.kwargs, lambda n: copies.get(n, n)),
-                name=f"student_{node.name}",
-            )
+            at = copies[node] = graph.create_node(node.op, target, args, kwargs, name=f"student_{node.name}")
         at.meta = _moved_meta(node, old, new)
     return copies
 
@@ -191,14 +172,8 @@ def moved(path: str, old: str, new: str) -> str:
 
 
 def _moved_meta(node: Node, old: str, new: str) -> dict[str, object]:
-    meta = {key: value for key, value in node.meta.items() if key not in ("block_in", "ppcl")}
-    stack = OrderedDict()
-    for _, (path, kind) in (node.meta.get("nn_module_stack") or {}).items():
-        stack[moved(path, old, new)] = (moved(path, old, new), kind)
-    meta["nn_module_stack"] = stack
+    meta = {key: value for key, value in node.meta.items() if key not in ("block_in", "block_out", "ppcl")}
+    entries = [(moved(path, old, new), kind) for path, kind in (node.meta.get("nn_module_stack") or {}).values()]
+    meta["nn_module_stack"] = OrderedDict((entry[0], entry) for entry in entries)
     noted = tuple((new, position) for path, position in node.meta.get("block_out", ()) if path == old)
-    if noted:
-        meta["block_out"] = noted
-    else:
-        meta.pop("block_out", None)
-    return meta
+    return {**meta, "block_out": noted} if noted else meta

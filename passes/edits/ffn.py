@@ -6,11 +6,11 @@ import operator
 from collections import OrderedDict
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import Refusal
+from ppcl_fx.ir.sites import ffn_sites
 from ppcl_fx.ir.switches import insert_switch, switches
 from ppcl_fx.passes.context import Context
 from ppcl_fx.passes.contract import Pass, Result
@@ -18,25 +18,16 @@ from ppcl_fx.schema.plan import FfnEdit
 
 
 def add_projector(gm: GraphModule, path: str, source: Node, after: Node) -> Node:
-    """Insert ``h + W h + b`` behind a node, ``W`` and ``b`` zero at first.
+    """Insert ``h + W h + b`` behind the node `after`, ``W`` and ``b`` zero at first, and return the node of the sum.
 
-    Args:
-        gm: the graph module; gets an `nn.Linear` at `path`, in the dtype and on the device of the model.
-        path: module path of the projector.
-        source: the state ``h``, ``[batch, tokens, channels]``.
-        after: where in the graph to insert.
-
-    Returns:
-        The node of the sum.
+    The graph module gets an `nn.Linear` at `path`, in its dtype and on its device; ``h`` is
+    the value of `source`, ``[batch, tokens, channels]``.
     """
     width = int(source.meta["val"].shape[-1])
     like = next(gm.parameters())
-    linear = nn.Linear(width, width, dtype=like.dtype, device="meta")
-    linear = linear.to_empty(device=like.device)
-    if like.device.type != "meta":
-        with torch.no_grad():
-            linear.weight.zero_()
-            linear.bias.zero_()
+    linear = nn.utils.skip_init(nn.Linear, width, width, dtype=like.dtype, device=like.device)
+    for parameter in linear.parameters():
+        nn.init.zeros_(parameter)
     gm.add_submodule(path, linear)
     with gm.graph.inserting_after(after):
         product = gm.graph.call_module(path, (source,))
@@ -75,7 +66,7 @@ class Ffn(Pass, name="ffn", kind="rewrite", numerics="exact"):
         context = Context.of(gm)
         block = context.block(self.edit.id, self.stack, self.block)
         context.begin()
-        sites = context.ffn_sites(block)
+        sites = ffn_sites(gm, block)
         if not sites:
             raise Refusal(
                 f"{block.path} has no feed-forward that stands alone (outputs "

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import Refusal
+from ppcl_fx.ir.graphs import container
 from ppcl_fx.ir.partition import carve
 from ppcl_fx.ir.stacks import block_regions
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.lowering.expand import map_values
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,8 @@ class Outline(Pass, name="outline", kind="rewrite", numerics="exact"):
     """
 
     def apply(self, gm: GraphModule) -> Result:
-        found = {path: nodes for path, nodes in block_regions(gm).items() if not _outlined(gm, nodes)}
+        regions = block_regions(gm).items()
+        found = {path: nodes for path, nodes in regions if not any(_calls_graph(gm, node) for node in nodes)}
         for path, nodes in found.items():
             _inside(gm, path, nodes)  # all of them or none
         for path, nodes in found.items():
@@ -40,26 +40,15 @@ class Inline(Pass, name="inline", kind="rewrite", numerics="exact"):
     """Put the nodes of every module that is a `GraphModule` back into the graph."""
 
     def apply(self, gm: GraphModule) -> Result:
-        found = [
-            node
-            for node in gm.graph.nodes
-            if node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), GraphModule)
-        ]
+        found = [node for node in gm.graph.nodes if _calls_graph(gm, node)]
         for node in found:
             _inline(gm, node)
         return Result(gm, bool(found))
 
 
 def outline(gm: GraphModule, path: str, nodes: Sequence[Node]) -> Node:
-    """Move nodes into a graph module at `path` and return the node that calls it.
-
-    Args:
-        gm: the graph module, edited in place.
-        path: where the new module goes; modules that the nodes call lie below it.
-        nodes: in graph order.
-
-    Raises:
-        Refusal: something between the nodes needs their values, or they call a module from elsewhere.
+    """Move nodes, in graph order, into a graph module at `path` and return the node that calls it. Raises `Refusal`:
+    something between the nodes needs their values, or they call a module from elsewhere.
     """
     inside = _inside(gm, path, nodes)
     members, last = set(inside), inside[-1]
@@ -74,16 +63,13 @@ def outline(gm: GraphModule, path: str, nodes: Sequence[Node]) -> Node:
 
     with gm.graph.inserting_after(last):
         call = gm.graph.call_module(path, tuple(carved.inputs))
-    call.meta = {
-        "val": tuple(node.meta.get("val") for node in outputs),
-        "nn_module_stack": OrderedDict({path: (path, GraphModule)}),
-    }
+    stack = OrderedDict({path: (path, GraphModule)})
+    call.meta = {"val": tuple(node.meta.get("val") for node in outputs), "nn_module_stack": stack}
     at = call
     for index, node in enumerate(outputs):
         with gm.graph.inserting_after(at):
             at = gm.graph.call_function(operator.getitem, (call, index))
-        at.meta = {key: node.meta[key] for key in node.meta if key != "nn_module_stack"}
-        at.meta["nn_module_stack"] = call.meta["nn_module_stack"]
+        at.meta = {**node.meta, "nn_module_stack": stack}
         node.replace_all_uses_with(at, delete_user_cb=lambda user: user not in members)
     for node in reversed(inside):
         gm.graph.erase_node(node)
@@ -98,15 +84,14 @@ def _inside(gm: GraphModule, path: str, nodes: Sequence[Node]) -> list[Node]:
     for node in inside:
         if node.op == "call_module" and not str(node.target).startswith(f"{path}."):
             raise Refusal(f"{path} cannot be outlined: {node.name} calls {node.target}, which lies outside of it")
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    early = [u for n in inside for u in n.users if u not in members and order[u] < order[inside[-1]]]
+    early = [user for node in inside for user in node.users if user not in members and user < inside[-1]]
     if early:
         raise Refusal(f"{path} cannot be outlined: {early[0].name} stands between its nodes and uses them")
     return inside
 
 
-def _outlined(gm: GraphModule, nodes: Sequence[Node]) -> bool:
-    return any(n.op == "call_module" and isinstance(gm.get_submodule(str(n.target)), GraphModule) for n in nodes)
+def _calls_graph(gm: GraphModule, node: Node) -> bool:
+    return node.op == "call_module" and isinstance(gm.get_submodule(str(node.target)), GraphModule)
 
 
 def _inline(gm: GraphModule, call: Node) -> None:
@@ -122,15 +107,9 @@ def _inline(gm: GraphModule, call: Node) -> None:
             elif node.op == "output":
                 results = node.args[0]
             else:
-                target = f"{path}.{node.target}" if node.op in ("call_module", "get_attr") else node.target
-                values[node] = gm.graph.create_node(
-                    node.op,
-                    target,
-                    map_values(tuple(node.args), values),
-                    map_values(dict(node.kwargs), values),
-                    name=node.name,
-                )
-                values[node].meta = dict(node.meta)
+                values[node] = gm.graph.node_copy(node, values.__getitem__)
+                if node.op in ("call_module", "get_attr"):
+                    values[node].target = f"{path}.{node.target}"
     assert isinstance(results, (tuple, list))
     for user in list(call.users):
         index = user.args[1]
@@ -138,12 +117,4 @@ def _inline(gm: GraphModule, call: Node) -> None:
         user.replace_all_uses_with(values[results[index]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
-    container = nn.Module()
-    for name, child in inner.named_children():
-        container.add_module(name, child)
-    for name, parameter in inner.named_parameters(recurse=False):
-        container.register_parameter(name, parameter)
-    for name, buffer in inner.named_buffers(recurse=False):
-        container.register_buffer(name, buffer)
-    gm.set_submodule(path, container)
-
+    gm.set_submodule(path, container(inner))

@@ -25,10 +25,6 @@ RESIDUAL = "ppcl_residual"
 def residuals(blocks: Sequence[Block], stream: str) -> list[Node]:
     """Return what is added to a stream between consecutive blocks and comes from none of them, in order.
 
-    Args:
-        blocks: the run of blocks that a student stands for.
-        stream: the name of the stream.
-
     Raises:
         Refusal: between two blocks the model writes into a part of the stream; a student would lose that.
     """

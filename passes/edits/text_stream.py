@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import Refusal
-from ppcl_fx.ir.sites import TextSite
+from ppcl_fx.ir.sites import TextSite, text_site
 from ppcl_fx.ir.stacks import Block
 from ppcl_fx.ir.switches import insert_switch, surface, switches
 from ppcl_fx.passes.context import Context
@@ -41,8 +41,8 @@ class TextStream(Pass, name="text-stream", kind="rewrite", numerics="exact"):
         context = Context.of(gm)
         source, blocks = self._blocks(context)
         context.begin()
-        origin = context.text_site(source)
-        sites = [context.text_site(block) for block in blocks]
+        origin = text_site(gm, source)
+        sites = [text_site(gm, block) for block in blocks]
         if not sites:
             raise Refusal(f"{self.edit.id} has no block left to edit; depth edits replace all of them")
         for site in sites:
@@ -68,19 +68,15 @@ class TextStream(Pass, name="text-stream", kind="rewrite", numerics="exact"):
         return source, [context.block(edit, stack, i) for i in left]
 
     def _replace_z(self, gm: GraphModule, origin: TextSite, site: TextSite) -> None:
-        path = projector_path(self.edit.id, f"{_key(site.block)}.z")
-        student = add_projector(gm, path, origin.z, site.z)
-        insert_switch(
-            site.z, student, self.edit.id, site.block, "z", keep=lambda user: user is not site.attention
-        )
+        student = add_projector(gm, self._path(site, "z"), origin.z, site.z)
+        insert_switch(site.z, student, self.edit.id, site.block, "z", keep=lambda user: user is not site.attention)
 
     def _replace_state(self, gm: GraphModule, source: Block, site: TextSite, last: bool) -> None:
         state = surface(source.outputs["text"])
         leaving = surface(site.leaving)
         if last:
-            state = add_projector(gm, projector_path(self.edit.id, f"{_key(site.block)}.state"), state, leaving)
+            state = add_projector(gm, self._path(site, "state"), state, leaving)
         insert_switch(leaving, state, self.edit.id, site.block, "text")
 
-
-def _key(path: str) -> str:
-    return path.replace(".", "_")
+    def _path(self, site: TextSite, part: str) -> str:
+        return projector_path(self.edit.id, f"{site.block.replace('.', '_')}.{part}")

@@ -24,11 +24,10 @@ Emit = Callable[..., Node]
 class ComplexToReal(Pass, name="complex-to-real", kind="rewrite", numerics="exact"):
     """Rewrite complex values as real ones ``[..., 2]``, real part first.
 
-    A product is ``(ac - bd, ad + bc)`` of the parts, as PyTorch's own vectorised kernel computes it: equal to the
-    bit where that kernel runs (rows of a multiple of eight complex numbers); in its scalar remainder PyTorch may
-    fuse a product with the sum, which moves the last bit. Works on traced graphs and on exported (ATen) ones.
-
-    A complex operation the pass does not know refuses the whole graph, which then stays as it was.
+    A product is ``(ac - bd, ad + bc)`` of the parts, as PyTorch's own vectorised kernel computes it: equal to the bit
+    where that kernel runs (rows of a multiple of eight complex numbers); in its scalar remainder PyTorch may fuse a
+    product with the sum, which moves the last bit. Works on traced graphs and on exported (ATen) ones. A complex
+    operation that the pass does not know refuses the whole graph, which then stays as it was.
     """
 
     def apply(self, gm: GraphModule) -> Result:
@@ -71,14 +70,12 @@ def complex_nodes(gm: GraphModule) -> set[Node]:
     found: set[Node] = set()
     for node in gm.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            if value.is_complex():
-                found.add(node)
-        elif value is None and node.op in ("call_function", "call_method"):
-            makes = operation(node) in ("view_as_complex", "complex")
+        known = isinstance(value, torch.Tensor) and value.is_complex()
+        if value is None and node.op in ("call_function", "call_method"):
             keeps = any(source in found for source in node.all_input_nodes) and operation(node) not in _TO_REAL
-            if makes or keeps:
-                found.add(node)
+            known = keeps or operation(node) in ("view_as_complex", "complex")
+        if known:
+            found.add(node)
     return found
 
 
@@ -113,8 +110,7 @@ def _real_constant(gm: GraphModule, node: Node) -> Node:
     value = attribute(gm, str(node.target))
     assert isinstance(value, torch.Tensor)
     name = f"{str(node.target).replace('.', '_')}_real"
-    if not hasattr(gm, name):
-        gm.register_buffer(name, torch.view_as_real(value.detach().resolve_conj()), persistent=False)
+    gm.register_buffer(name, torch.view_as_real(value.detach().resolve_conj()), persistent=False)
     with gm.graph.inserting_before(node):
         new = gm.graph.get_attr(name)
     new.meta = {**node.meta, "val": torch.empty((*value.shape, 2), dtype=value.real.dtype, device="meta")}
@@ -124,10 +120,14 @@ def _real_constant(gm: GraphModule, node: Node) -> Node:
 # ---- the rules: each gets the arguments in real form and says which of them were complex ------------------------
 
 
+def _parts(emit: Emit, value: Any) -> list[Node]:
+    return [emit(torch.select, value, -1, part) for part in (0, 1)]
+
+
 def _mul(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
     one, two = args
     if all(which):
-        a, b, c, d = (emit(torch.select, x, -1, part) for x in (one, two) for part in (0, 1))
+        a, b, c, d = *_parts(emit, one), *_parts(emit, two)
         re = emit(torch.sub, emit(torch.mul, a, c), emit(torch.mul, b, d))
         im = emit(torch.add, emit(torch.mul, a, d), emit(torch.mul, b, c))
         return emit(torch.stack, [re, im], -1)
@@ -142,27 +142,22 @@ def _sum(function: Callable[..., Any]) -> Callable[..., Node]:
             raise PpclError(f"a complex {function.__name__} with a factor (alpha) cannot be exported; multiply first")
         if all(which):
             return emit(function, *args)
-        return emit(torch.stack, _parts_with_real(emit, function, args, which), -1)
+        re = emit(function, *(emit(torch.select, a, -1, 0) if own else a for a, own in zip(args, which, strict=True)))
+        im = emit(torch.select, args[which.index(True)], -1, 1)
+        im = emit(torch.neg, im) if function is torch.sub and which[1] else im
+        return emit(torch.stack, [re, emit(torch.add, im, emit(torch.zeros_like, re))], -1)
 
     return rule
 
 
-def _parts_with_real(emit: Emit, function: Callable[..., Any], args: Any, which: Any) -> list[Node]:
-    """Real and imaginary part of a sum or difference of a complex and a real number."""
-    re = [emit(torch.select, arg, -1, 0) if is_complex else arg for arg, is_complex in zip(args, which, strict=True)]
-    first = emit(function, *re)
-    im = emit(torch.select, args[which.index(True)], -1, 1)
-    im = emit(torch.neg, im) if function is torch.sub and which[1] else im
-    return [first, emit(torch.add, im, emit(torch.zeros_like, first))]
-
-
 def _conj(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
-    re, im = (emit(torch.select, args[0], -1, part) for part in (0, 1))
+    re, im = _parts(emit, args[0])
     return emit(torch.stack, [re, emit(torch.neg, im)], -1)
 
 
-def _part(index: int) -> Callable[..., Node]:
-    return lambda emit, args, kwargs, which: emit(torch.select, args[0], -1, index)
+def _plain(function: Callable[..., Any], *more: Any) -> Callable[..., Node]:
+    """An operation that is the same on pairs; `more` are arguments after the tensor."""
+    return lambda emit, args, kwargs, which: emit(function, args[0], *more)
 
 
 def _shift(dim: Any) -> Any:
@@ -182,17 +177,15 @@ def _dims(function: Callable[..., Any], **defaults: int) -> Callable[..., Node]:
     return rule
 
 
-def _listed(args: Any, kwargs: Any, name: str) -> list[Any]:
-    rest = kwargs.get(name, args[1:])
-    return list(rest[0]) if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else list(rest)
+def _listed(function: Callable[..., Any], name: str, last: int) -> Callable[..., Node]:
+    """An operation with a list of sizes or dimensions, which gets an entry more for the pair."""
 
+    def rule(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
+        rest = kwargs.get(name, args[1:])
+        given = rest[0] if len(rest) == 1 and isinstance(rest[0], (tuple, list)) else rest
+        return emit(function, args[0], (*(_shift(given) if name == "dims" else given), last))
 
-def _shaped(function: Callable[..., Any], name: str) -> Callable[..., Node]:
-    return lambda emit, args, kwargs, which: emit(function, args[0], (*_listed(args, kwargs, name), 2))
-
-
-def _permute(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
-    return emit(torch.permute, args[0], (*_shift(_listed(args, kwargs, "dims")), -1))
+    return rule
 
 
 def _getitem(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
@@ -203,9 +196,8 @@ def _getitem(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
 
 def _joined(function: Callable[..., Any]) -> Callable[..., Node]:
     def rule(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
-        tensors = args[0] if args else kwargs["tensors"]
-        dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
-        return emit(function, list(tensors), _shift(dim))
+        given = dict(zip(("tensors", "dim"), args, strict=False)) | kwargs
+        return emit(function, list(given["tensors"]), _shift(given.get("dim", 0)))
 
     return rule
 
@@ -220,8 +212,7 @@ def _expand(x: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 def _select(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
     given = dict(zip(("dim", "index"), args[1:], strict=False)) | kwargs
-    dim, index = given["dim"], given["index"]
-    return emit(torch.select, args[0], _shift(dim), index)
+    return emit(torch.select, args[0], _shift(given["dim"]), given["index"])
 
 
 def _slice(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
@@ -234,49 +225,33 @@ def _sizes(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
     return emit(operator.getitem, sizes, dim[0]) if dim else sizes
 
 
-def _contiguous(emit: Emit, args: Any, kwargs: Any, which: Any) -> Node:
-    return emit(torch.clone, args[0])
-
-
-RULES: dict[str, Callable[..., Any]] = {
-    "view_as_complex": _same,
-    "view_as_real": _same,
+_ALIKE: dict[str, Callable[..., Any]] = {
+    "view_as_complex view_as_real resolve_conj detach": _same,
     "complex": lambda emit, args, kwargs, which: emit(torch.stack, list(args), -1),
-    "mul": _mul,
-    "imul": _mul,
-    "add": _sum(torch.add),
-    "iadd": _sum(torch.add),
+    "mul imul": _mul,
+    "add iadd": _sum(torch.add),
     "sub": _sum(torch.sub),
-    "neg": lambda emit, args, kwargs, which: emit(torch.neg, args[0]),
-    "conj": _conj,
-    "conj_physical": _conj,
-    "_conj": _conj,
-    "resolve_conj": _same,
-    "real": _part(0),
-    "imag": _part(1),
-    "getattr.real": _part(0),
-    "getattr.imag": _part(1),
+    "neg": _plain(torch.neg),
+    "conj conj_physical _conj": _conj,
+    "real getattr.real": _plain(torch.select, -1, 0),
+    "imag getattr.imag": _plain(torch.select, -1, 1),
     "unsqueeze": _dims(torch.unsqueeze, dim=0),
     "squeeze": _dims(torch.squeeze, dim=0),
     "transpose": _dims(torch.transpose, dim0=0, dim1=1),
     "select": _select,
     "slice": _slice,
     "flatten": _dims(torch.flatten, start_dim=0, end_dim=-1),
-    "permute": _permute,
-    "reshape": _shaped(torch.reshape, "shape"),
-    "view": _shaped(torch.reshape, "shape"),
-    "expand": _shaped(_expand, "size"),
+    "permute": _listed(torch.permute, "dims", -1),
+    "reshape view": _listed(torch.reshape, "shape", 2),
+    "expand": _listed(_expand, "size", 2),
     "getitem": _getitem,
-    "cat": _joined(torch.cat),
-    "concat": _joined(torch.cat),
+    "cat concat": _joined(torch.cat),
     "stack": _joined(torch.stack),
-    "clone": _contiguous,
-    "contiguous": _contiguous,
-    "detach": _same,
-    "getattr.shape": _sizes,
-    "size": _sizes,
-    "getattr.device": lambda emit, args, kwargs, which: emit(getattr, args[0], "device"),
+    "clone contiguous": _plain(torch.clone),
+    "getattr.shape size": _sizes,
+    "getattr.device": _plain(getattr, "device"),
 }
+RULES = {name: rule for names, rule in _ALIKE.items() for name in names.split()}
 """What each operation on complex numbers becomes, by its plain name."""
 
 _TO_REAL = ("view_as_real", "real", "imag", "getattr.real", "getattr.imag", "getattr.shape", "getattr.dtype", "abs")

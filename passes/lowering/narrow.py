@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
 from torch.fx import GraphModule, Node
 
+from ppcl_fx.ir.graphs import LINEAR, is_item
 from ppcl_fx.ir.liveness import SINK
 from ppcl_fx.passes.contract import Pass, Refused, Result
 
@@ -18,8 +19,7 @@ _VERSIONS = "_ppcl_versions"
 
 def rows_of(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Return the views of original weights that a tensor is made of, one behind the other; by default itself."""
-    found: tuple[torch.Tensor, ...] = getattr(tensor, _ROWS, (tensor,))
-    return found
+    return cast(tuple[torch.Tensor, ...], getattr(tensor, _ROWS, (tensor,)))
 
 
 def is_copied(tensor: torch.Tensor) -> bool:
@@ -58,13 +58,14 @@ class Narrow(Pass, name="narrow", kind="rewrite", numerics="approximate"):
             if not _is_chunk(chunk):
                 continue
             used = sorted({int(user.args[1]) for user in chunk.users if user.users or user.meta.get(SINK)})
-            if not 0 < len(used) < chunk.args[1] or not _is_linear(chunk.args[0]):
+            linear = chunk.args[0]
+            if not 0 < len(used) < chunk.args[1] or not (linear.op == "call_module" or linear.target in LINEAR):
                 continue
-            reason = _obstacle(gm, chunk.args[0], chunk)
+            reason = _obstacle(gm, linear, chunk)
             if reason:
-                refused.append(Refused(self.name, reason, (chunk.args[0].name, chunk.name)))
+                refused.append(Refused(self.name, reason, (linear.name, chunk.name)))
             else:
-                _shrink(gm, chunk.args[0], chunk, used)
+                _shrink(gm, linear, chunk, used)
                 narrowed = True
         return Result(gm, narrowed, refused)
 
@@ -75,12 +76,7 @@ def _is_chunk(node: Node) -> bool:
     dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     value = node.args[0].meta.get("val") if isinstance(node.args[0], Node) else None
     last = isinstance(value, torch.Tensor) and dim in (-1, value.ndim - 1) and isinstance(node.args[1], int)
-    return last and all(u.target is operator.getitem and isinstance(u.args[1], int) for u in node.users)
-
-
-def _is_linear(node: Node) -> bool:
-    named = (torch.ops.aten.linear.default, torch.ops.aten.addmm.default, nn.functional.linear)
-    return node.op == "call_module" or node.target in named
+    return last and all(is_item(user) for user in node.users)
 
 
 def _obstacle(gm: GraphModule, linear: Node, chunk: Node) -> str:
@@ -93,13 +89,11 @@ def _obstacle(gm: GraphModule, linear: Node, chunk: Node) -> str:
         # A subclass (a quantised layer, a LoRA wrapper) may not be a plain matrix.
         if len(calls) > 1 or type(module) is not nn.Linear:
             return "it is called twice, or no plain linear layer"
-    elif linear.target is not torch.ops.aten.linear.default or not _owns(linear):
+    elif linear.target is not torch.ops.aten.linear.default or not all(
+        node.op == "get_attr" and list(node.users) == [linear] for node in _weights(linear)
+    ):
         return "its weights are not its own parameters"
     return "" if linear.meta["val"].shape[-1] % chunk.args[1] == 0 else "its chunks are not of one size"
-
-
-def _owns(linear: Node) -> bool:
-    return all(node.op == "get_attr" and list(node.users) == [linear] for node in _weights(linear))
 
 
 def _weights(linear: Node) -> list[Node]:

@@ -25,11 +25,10 @@ _LOOKS = ("shape", "dtype", "device", "ndim", "size", "dim", "numel", "is_cuda",
 class PositionsAsInputs(Pass, name="positions-as-inputs", kind="rewrite", numerics="exact"):
     """Give what follows from Python arguments and sizes alone a place among the inputs.
 
-    A node belongs to the positions when it depends on an argument that is no tensor (``img_shapes``), perhaps on
-    sizes too, but on the values of no tensor argument. Each tensor that leaves those nodes becomes an input, a
-    complex one as its real view ``[..., 2]`` with a ``view_as_complex`` behind it. ``gm.meta["positions"]`` becomes a
-    graph module that takes the old inputs and returns the new ones, as a tuple in the order of their placeholders.
-    A graph whose arguments are all tensors stays as it is: its positions are inputs already.
+    Each tensor that leaves those nodes (`position_nodes`) becomes an input, a complex one as its real view ``[..., 2]``
+    with a ``view_as_complex`` behind it. ``gm.meta["positions"]`` becomes a graph module that takes the old inputs and
+    returns the new ones, as a tuple in the order of their placeholders. A graph whose arguments are all tensors stays
+    as it is: its positions are inputs already.
     """
 
     def requires(self, gm: GraphModule) -> None:
@@ -40,8 +39,7 @@ class PositionsAsInputs(Pass, name="positions-as-inputs", kind="rewrite", numeri
         inside = position_nodes(gm)
         leaving = [n for n in gm.graph.nodes if n in inside and any(u not in inside for u in n.users)]
         stuck = [n for n in leaving if not isinstance(n.meta.get("val"), torch.Tensor)]
-        inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-        python = [n for n in inputs if not isinstance(n.meta.get("val"), torch.Tensor)]
+        python = [n for n in gm.graph.find_nodes(op="placeholder") if not isinstance(n.meta.get("val"), torch.Tensor)]
         stuck += [n for n in python if any(user not in inside for user in n.users)]
         if stuck:
             reason = "a Python value is used together with tensors, so it cannot become a tensor input"
@@ -59,16 +57,14 @@ class PositionsAsInputs(Pass, name="positions-as-inputs", kind="rewrite", numeri
 
 def position_nodes(gm: GraphModule) -> set[Node]:
     """Return the nodes that depend on a Python argument and on the values of no tensor argument."""
-    python: set[Node] = set()
-    values: set[Node] = set()
+    inputs = gm.graph.find_nodes(op="placeholder")
+    values = {node for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)}
+    python = set(inputs) - values
     for node in gm.graph.nodes:
-        if node.op == "placeholder":
-            (values if isinstance(node.meta.get("val"), torch.Tensor) else python).add(node)
-            continue
-        of_values = any(source in values for source in node.all_input_nodes)
+        of_values = not values.isdisjoint(node.all_input_nodes)
         if of_values and looks_only(node):
             continue  # the size of what the graph computes is there when the graph runs
-        if any(source in python for source in node.all_input_nodes):
+        if not python.isdisjoint(node.all_input_nodes):
             python.add(node)
         if of_values:
             values.add(node)
@@ -91,23 +87,20 @@ def _positions_module(gm: GraphModule, leaving: list[Node], checks: list[Node]) 
     for node in gm.graph.nodes:
         if node.op == "placeholder" or node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    results = []
-    for node in leaving:
-        complex_valued = node.meta["val"].is_complex()
-        results.append(graph.call_function(torch.view_as_real, (copies[node],)) if complex_valued else copies[node])
+    real = {node for node in leaving if not node.meta["val"].is_complex()}
+    results = [copies[n] if n in real else graph.call_function(torch.view_as_real, (copies[n],)) for n in leaving]
     graph.output(tuple(results))
     return GraphModule(gm, graph, class_name="Positions")
 
 
 def _replace_by_input(gm: GraphModule, node: Node, inside: set[Node]) -> None:
     value: torch.Tensor = node.meta["val"]
-    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
-    with gm.graph.inserting_after(last):
-        table = gm.graph.placeholder(_name(gm, node))
-    shape = (*value.shape, 2) if value.is_complex() else tuple(value.shape)
-    real = value.real.dtype if value.is_complex() else value.dtype
-    table.meta["val"] = torch.empty(shape, dtype=real, device="meta")
-    new = table
+    with gm.graph.inserting_after(gm.graph.find_nodes(op="placeholder")[-1]):
+        new = table = gm.graph.placeholder(_name(gm, node))
+    shape, dtype = value.shape, value.dtype
+    if value.is_complex():
+        shape, dtype = torch.Size((*shape, 2)), value.real.dtype
+    table.meta["val"] = torch.empty(shape, dtype=dtype, device="meta")
     if value.is_complex():
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(torch.view_as_complex, (table,))
@@ -126,27 +119,18 @@ def _name(gm: GraphModule, node: Node) -> str:
 
 
 def tables(gm: GraphModule, kwargs: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Compute the position inputs of a lowered graph for one call of the original.
-
-    Args:
-        gm: a graph after `PositionsAsInputs`.
-        kwargs: the arguments of the graph as it was before.
-
-    Returns:
-        The new inputs by name; empty where the graph has none.
-
-    Raises:
-        PpclError: an argument the tables depend on is missing.
+    """Compute the position inputs of a lowered graph, by name, from the arguments of the graph as it was before. Raises
+    `PpclError`: an argument the tables depend on is missing.
     """
     positions = gm.meta.get(POSITIONS)
     if positions is None:
         return {}
-    wanted = [n for n in positions.graph.nodes if n.op == "placeholder"]
+    wanted = positions.graph.find_nodes(op="placeholder")
     missing = [n.target for n in wanted if n.users and n.target not in kwargs]
     if missing:
         raise PpclError(f"the position tables need the argument {missing[0]!r}; give it as in the recorded call")
     with torch.no_grad(), buffers_on_meta(positions, on_meta(kwargs)):
         found = positions(**{str(n.target): kwargs.get(str(n.target)) for n in wanted})
-    taken = {str(n.target) for n in wanted}
-    names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder" and str(n.target) not in taken]
+    taken = {n.target for n in wanted}
+    names = [str(n.target) for n in gm.graph.find_nodes(op="placeholder") if n.target not in taken]
     return dict(zip(names, found, strict=True))

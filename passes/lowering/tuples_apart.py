@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from ppcl_fx.ir.graphs import is_item
 from ppcl_fx.passes.contract import Pass, Result
-from ppcl_fx.passes.lowering.expand import map_arg_to
+from ppcl_fx.passes.lowering.expand import put
 
 
 @dataclass(frozen=True)
@@ -25,11 +26,12 @@ class TuplesApart(Pass, name="tuples-apart", kind="rewrite", numerics="exact"):
         todo = list(gm.graph.nodes)
         while todo:  # the items of a tuple may be tuples again
             node = todo.pop(0)
-            if node.op not in ("placeholder", "output") and holds_tensors(node.meta.get("val")):
-                before = set(node.users)
-                if _apart(gm, node):
-                    modified = True
-                    todo = [*(new for new in node.users if new not in before), *(n for n in todo if not n._erased)]
+            if node._erased or node.op in ("placeholder", "output") or not holds_tensors(node.meta.get("val")):
+                continue
+            before = set(node.users)
+            if _apart(gm, node):
+                modified = True
+                todo = [*(new for new in node.users if new not in before), *todo]
         return Result(gm, modified)
 
 
@@ -42,11 +44,13 @@ def holds_tensors(value: Any) -> bool:
 
 def _apart(gm: GraphModule, node: Node) -> bool:
     value = node.meta["val"]
-    readers = [user for user in node.users if _reads_item(user)]
+    readers = [user for user in node.users if is_item(user)]
     others = [user for user in node.users if user not in readers]
-    behind = _following(node, len(value))
+    behind = [node]
+    while behind[-1].next in readers:
+        behind.append(behind[-1].next)
     indices = {int(user.args[1]) % len(value) for user in readers}  # type: ignore[arg-type]
-    if not others and set(readers) == set(behind.values()) and len(readers) == len(indices):
+    if not others and set(readers) == set(behind[1:]) and len(readers) == len(indices):
         return False  # already apart
     items = {}
     with gm.graph.inserting_after(node):
@@ -62,20 +66,5 @@ def _apart(gm: GraphModule, node: Node) -> bool:
         gm.graph.erase_node(user)
     rebuilt = type(value)(items[index] for index in range(len(value))) if others else ()
     for user in others:
-        user.args = map_arg_to(user.args, node, rebuilt)
-        user.kwargs = map_arg_to(user.kwargs, node, rebuilt)
+        put(user, node, rebuilt)
     return True
-
-
-def _reads_item(user: Node) -> bool:
-    return user.op == "call_function" and user.target is operator.getitem and isinstance(user.args[1], int)
-
-
-def _following(node: Node, count: int) -> dict[int, Node]:
-    """Return the ``getitem`` nodes that stand directly behind a node, by position."""
-    found: dict[int, Node] = {}
-    after = node.next
-    while len(found) < count and after in node.users and _reads_item(after):
-        found[len(found)] = after
-        after = after.next
-    return found

@@ -11,9 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from ppcl_fx.passes.selection.select import Options
-from ppcl_fx.passes.selection.sensitivity import depth_damage, ffn_damage, predicted, text_damage
+from ppcl_fx.passes.selection.sensitivity import (
+    depth_damage,
+    ffn_damage,
+    may_lose_text,
+    predicted,
+    text_damage,
+)
 from ppcl_fx.schema.analysis import Redundancy, StackAnalysis
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 
@@ -53,11 +60,9 @@ class _Way:
         return found[::-1]
 
 
-@dataclass(frozen=True)
-class _Piece:
-    """One or more blocks that a way takes at once: what that saves and damages, and its edit."""
+class _Piece(NamedTuple):
+    """One or more blocks that a way takes at once: the last of them, what that saves and damages, and its edit."""
 
-    first: int
     last: int
     saved: int
     damage: float
@@ -67,10 +72,7 @@ class _Piece:
 def frontier(analysis: Redundancy, options: Options) -> list[Point]:
     """Return the frontier, from the whole teacher to the fewest parameters that edits can leave.
 
-    Args:
-        analysis: what `analyze` found.
-        options: `stream`, `width`, `ffn`, `text_cka` and `init` count, `budget` does not. Every interval of a stack may
-            be chosen, whether a candidate of Algorithm 1 or not.
+    Every interval of a stack may be chosen, whether a candidate of Algorithm 1 or not. The budget does not count.
     """
     ways = [_Way()]
     for stack in analysis.stacks:
@@ -82,23 +84,22 @@ def frontier(analysis: Redundancy, options: Options) -> list[Point]:
             if a.ffn + b.ffn <= options.ffn
         )
         ways = _best(joined)
-    least: dict[int, _Way] = {}
-    for way in ways:
-        held = least.get(way.saved)
-        if held is None or way.damage < held.damage:
-            least[way.saved] = way
     points: list[Point] = []
-    for saved in sorted(least, reverse=True):
-        way = least[saved]
+    for way in ways:  # the most saved, and of those the least damage, first
         if not points or way.damage < points[-1].damage:
-            plan = predicted(analysis, Plan(edits=_ordered(way.edits())), options.stream)
-            points.append(Point(analysis.teacher_params - saved, way.damage, tuple(plan.edits)))
+            # Depth first, as plans are written.
+            edits = sorted(way.edits(), key=lambda edit: (not isinstance(edit, DepthEdit), isinstance(edit, FfnEdit)))
+            plan = predicted(analysis, Plan(edits=edits), options.stream)
+            points.append(Point(analysis.teacher_params - way.saved, way.damage, tuple(plan.edits)))
     return points[::-1]
 
 
-def _ordered(edits: Sequence[Edit]) -> list[Edit]:
-    """Return the edits with depth first, as plans are written."""
-    return sorted(edits, key=lambda edit: (not isinstance(edit, DepthEdit), isinstance(edit, FfnEdit)))
+def depth_edit(
+    stack: StackAnalysis, span: tuple[int, int], init: Literal["first", "middle"], damage: float | None = None
+) -> DepthEdit:
+    """Return the edit that makes one block of some (positions in the stack)."""
+    first, last = (position + stack.first for position in span)
+    return DepthEdit(stack=stack.path, first=first, last=last, init=init, damage=damage)
 
 
 def _stack_ways(stack: StackAnalysis, options: Options) -> list[_Way]:
@@ -111,8 +112,8 @@ def _stack_ways(stack: StackAnalysis, options: Options) -> list[_Way]:
     for start in range(count):
         here = outside[start] = _best(outside[start], options.ffn)
         for piece in plain[start]:
-            outside[piece.last + 1] += _extended(here, piece, piece.saved, piece.damage)
-        if options.width and start + 1 < count and _may_lose_text(stack, start + 1, options):
+            outside[piece.last + 1] += _extended(here, piece)
+        if options.width and start + 1 < count and may_lose_text(stack, start + 1, options.text_cka):
             _add_groups(stack, options, start, here, plain[start], bare, outside)
     return _best(outside[count], options.ffn)
 
@@ -131,7 +132,7 @@ def _add_groups(
     inside: list[list[_Way]] = [[] for _ in range(count + 1)]
     for piece in plain:
         if piece.last == source:  # a student or a block of an interval is no source
-            inside[source + 1] += _extended(here, piece, piece.saved, piece.damage)
+            inside[source + 1] += _extended(here, piece)
     for start in range(source + 1, count):
         if not inside[start]:
             continue
@@ -139,38 +140,33 @@ def _add_groups(
         savings = stack.savings[start]
         harm = text_damage(stack, source, start)
         for piece in bare[start]:
-            if not all(_may_lose_text(stack, block, options) for block in range(start, piece.last + 1)):
+            if not all(may_lose_text(stack, block, options.text_cka) for block in range(start, piece.last + 1)):
                 continue
-            through = _extended(ways, piece, piece.saved + (savings.text or 0), piece.damage + harm)
-            inside[piece.last + 1] += through
-            ending = _extended(ways, piece, piece.saved + (savings.text_last or 0), piece.damage + harm)
+            inside[piece.last + 1] += _extended(ways, piece, savings.text or 0, harm)
+            ending = _extended(ways, piece, savings.text_last or 0, harm)
             group = TextStreamEdit(stack=stack.path, source=source + stack.first, last=piece.last + stack.first)
             outside[piece.last + 1] += [way.then(0, 0.0, step=group) for way in ending]
 
 
 def _pieces(stack: StackAnalysis, start: int, options: Options, *, text: bool) -> Iterator[_Piece]:
     """Give what may come at block `start` (a position in the stack), with its text stream or without."""
-    yield _Piece(start, start, 0, 0.0, None)
+    yield _Piece(start, 0, 0.0, None)
     savings = stack.savings[start].ffn if text else stack.savings[start].ffn_without_text
     harm = ffn_damage(stack, start, text=text)
     if options.width and options.ffn > 0 and savings is not None and savings > 0 and harm is not None:
-        yield _Piece(start, start, savings, harm, FfnEdit(stack=stack.path, block=start + stack.first))
+        yield _Piece(start, savings, harm, FfnEdit(stack=stack.path, block=start + stack.first))
     saved = 0
     for last in range(start + 1, len(stack.blocks)):
         saved += stack.block_params[last]
-        first = start + stack.first
-        depth = DepthEdit(stack=stack.path, first=first, last=last + stack.first, init=options.init)
-        yield _Piece(start, last, saved, depth_damage(stack, (start, last), options.stream), depth)
+        span = (start, last)
+        depth = depth_edit(stack, span, options.init)
+        yield _Piece(last, saved, depth_damage(stack, span, options.stream), depth)
 
 
-def _may_lose_text(stack: StackAnalysis, block: int, options: Options) -> bool:
-    similarity, savings = stack.text_similarity[block], stack.savings[block]
-    return similarity is not None and similarity >= options.text_cka and savings.text_last is not None
-
-
-def _extended(ways: Iterable[_Way], piece: _Piece, saved: int, damage: float) -> list[_Way]:
-    more = int(isinstance(piece.edit, FfnEdit))
-    return [way.then(saved, damage, step=piece.edit, ffn=more) for way in ways]
+def _extended(ways: Iterable[_Way], piece: _Piece, saved: int = 0, damage: float = 0.0) -> list[_Way]:
+    """Return ways gone on by a piece, which saves and damages this much more than alone."""
+    ffn = int(isinstance(piece.edit, FfnEdit))
+    return [way.then(piece.saved + saved, piece.damage + damage, step=piece.edit, ffn=ffn) for way in ways]
 
 
 def _best(ways: Iterable[_Way], most_ffn: int | None = None) -> list[_Way]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import networkx as nx
 
+from ppcl_fx.passes.selection.sensitivity import span
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, TextStreamEdit
 
 Terms = Mapping[frozenset[str], int]
@@ -29,8 +29,7 @@ TRIES = 64
 """How often a choice is made again with what counting the one before has shown."""
 
 
-@dataclass(frozen=True)
-class _Part:
+class _Part(NamedTuple):
     """A choice among the edits looked at so far."""
 
     saved: int
@@ -44,24 +43,26 @@ def touching(edits: Sequence[Edit]) -> dict[str, frozenset[str]]:
     Text groups that meet in a block are one to the others: the text stream runs through both. Within it the intervals
     touch each other, and the feed-forward of a group's source touches them.
     """
-    spans = {edit.id: (edit.stack, *_span(edit)) for edit in edits}
+    spans = {edit.id: (edit.stack, *span(edit)) for edit in edits}
     chained = nx.Graph()
     chained.add_nodes_from(spans)
     groups = [edit.id for edit in edits if isinstance(edit, TextStreamEdit)]
     chained.add_edges_from((a, b) for a, b in itertools.combinations(groups, 2) if _meet(spans[a], spans[b]))
     wide = dict(spans)
-    pairs = {frozenset((edit.id,)) for edit in edits}
+    order = sorted(spans, key=lambda name: (spans[name][0], spans[name][1], -spans[name][2]))
+    touch = nx.Graph()
+    touch.add_nodes_from(order)
     for members in nx.connected_components(chained):
         stack = spans[next(iter(members))][0]
         reach = (stack, min(spans[m][1] for m in members), max(spans[m][2] for m in members))
         if members <= set(groups):
             wide |= dict.fromkeys(members, reach)
             sources = {spans[m][1] for m in members}
-            far = [e.id for e in edits if _meet(reach, spans[e.id]) and _reaches_far(e, sources)]
-            pairs |= {frozenset(pair) for pair in itertools.combinations(far, 2)}
-    order = sorted(spans, key=lambda name: (spans[name][0], spans[name][1], -spans[name][2]))
-    pairs |= {frozenset(pair) for pair in itertools.combinations(order, 2) if _meet(wide[pair[0]], wide[pair[1]])}
-    return {one: frozenset(two for two in order if two != one and frozenset((one, two)) in pairs) for one in order}
+            met = [edit for edit in edits if _meet(reach, spans[edit.id])]
+            far = [e.id for e in met if isinstance(e, DepthEdit) or (isinstance(e, FfnEdit) and e.block in sources)]
+            touch.add_edges_from(itertools.combinations(far, 2))
+    touch.add_edges_from((a, b) for a, b in itertools.combinations(order, 2) if _meet(wide[a], wide[b]))
+    return {edit: frozenset(touch[edit]) for edit in order}
 
 
 def least_within(
@@ -71,17 +72,8 @@ def least_within(
 
     What is returned has been counted. No set is cheaper, unless more than `counted` sets of edits touch, which takes a
     text group of six intervals: then what the larger sets save is learnt from the choices that are counted, and a
-    cheaper set that saves more than was known may be missed.
-
-    Args:
-        touch: which edits touch.
-        params: the exact number of parameters of the model with some edits plugged.
-        costs: edit -> its cost, not negative.
-        budget: parameters that may stay.
-        counted: sets of touching edits to count beforehand; those of one and two always are.
-
-    Returns:
-        The edits, None where no set was found.
+    cheaper set that saves more than was known may be missed. `params` gives the exact number of parameters of the model
+    with some edits plugged; costs are not negative. Sets of one and two edits are always counted.
     """
     whole = params(())
     terms = saving_terms(touch, params, counted)
@@ -90,7 +82,7 @@ def least_within(
         if found is None or params(found) <= budget:
             return found
         before = dict(terms)
-        for clique in nx.find_cliques(_graph(touch)):
+        for clique in nx.find_cliques(nx.from_dict_of_lists(touch)):
             inside = frozenset(clique) & frozenset(found)
             more = whole - params(sorted(inside)) - savings(inside, terms)
             if more:
@@ -101,17 +93,10 @@ def least_within(
 
 
 def saving_terms(touch: Touch, params: Params, counted: int = COUNTED) -> dict[frozenset[str], int]:
-    """Return the terms whose sum over the subsets of a set of edits is what the set saves.
-
-    Args:
-        touch: which edits touch.
-        params: the exact number of parameters of the model with some edits plugged; asked once for each set of edits
-            that all touch each other.
-        counted: after so many sets, none of more than two edits.
-    """
+    """Return the terms whose sum over the subsets of a set of edits is what the set saves (see `least_within`)."""
     whole = params(())
     terms: dict[frozenset[str], int] = {}
-    for number, clique in enumerate(nx.enumerate_all_cliques(_graph(touch))):  # the smaller ones first
+    for number, clique in enumerate(nx.enumerate_all_cliques(nx.from_dict_of_lists(touch))):  # the smaller ones first
         if len(clique) > 2 and number >= counted:
             break
         edits = frozenset(clique)
@@ -132,12 +117,6 @@ def cheapest(touch: Touch, terms: Terms, costs: Mapping[str, float], need: int) 
 
     Of equal costs the one with fewer edits. Exact: a dynamic program that looks at one edit after the other and keeps,
     for each choice among those that later ones still touch, every choice that no other one beats in savings and cost.
-
-    Args:
-        touch: the edits in the order to look at them, and which touch.
-        terms: what they save (`saving_terms`).
-        costs: edit -> its cost, not negative.
-        need: parameters to save.
     """
     # Later edits can take back at most this much of what is saved: beyond it, more is not better.
     enough = need - sum(term for term in terms.values() if term < 0)
@@ -171,26 +150,6 @@ def _unbeaten(parts: Iterable[_Part]) -> list[_Part]:
 
 def _price(part: _Part) -> tuple[float, int, int, tuple[str, ...]]:
     return (part.cost, len(part.edits), -part.saved, part.edits)
-
-
-def _graph(touch: Touch) -> Any:
-    graph = nx.Graph()
-    graph.add_nodes_from(touch)
-    graph.add_edges_from((one, two) for one, others in touch.items() for two in others)
-    return graph
-
-
-def _reaches_far(edit: Edit, sources: set[int]) -> bool:
-    return isinstance(edit, DepthEdit) or (isinstance(edit, FfnEdit) and edit.block in sources)
-
-
-def _span(edit: Edit) -> tuple[int, int]:
-    """Return the first and the last block that an edit changes or reads from."""
-    if isinstance(edit, DepthEdit):
-        return edit.first, edit.last
-    if isinstance(edit, FfnEdit):
-        return edit.block, edit.block
-    return edit.source, edit.last
 
 
 def _meet(one: tuple[str, int, int], two: tuple[str, int, int]) -> bool:

@@ -1,74 +1,23 @@
-"""A budget of time: the frontier over milliseconds, from a file of what each block costs.
+"""A budget of time: an analysis whose sizes are times, by a file of what each block costs.
 
-Time adds up over blocks as parameters do: what an edit saves is what its blocks cost less what it leaves of them. So
-an analysis whose sizes are times goes through the same dynamic program. Times are counted in whole nanoseconds, so sums
-are exact and do not depend on their order. What is not exact is the sum itself: a block alone is timed, and a compiler
-or a GPU may overlap neighbours.
+Time adds up over blocks as parameters do, so such an analysis goes through the same dynamic program. Times are counted
+in whole nanoseconds, so sums are exact and do not depend on their order. What is not exact is the sum itself: a block
+alone is timed, and a compiler or a GPU may overlap neighbours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.passes.selection.frontier import frontier
-from ppcl_fx.passes.selection.savings import saved
-from ppcl_fx.passes.selection.select import Options
 from ppcl_fx.schema.analysis import BlockSavings, Redundancy, StackAnalysis
 from ppcl_fx.schema.costs import BlockCost, Costs, StackCost
-from ppcl_fx.schema.plan import Edit
 
 TICKS = 10**6
 """Nanoseconds in a millisecond."""
 
 
-@dataclass(frozen=True)
-class TimePoint:
-    """One point of the frontier over time: milliseconds and parameters that stay, predicted damage, edits."""
-
-    milliseconds: float
-    params: int
-    damage: float
-    edits: tuple[Edit, ...]
-
-
-def time_frontier(analysis: Redundancy, costs: Costs, options: Options) -> list[TimePoint]:
-    """Return the frontier over time, from the whole teacher to the quickest model that edits can leave.
-
-    No set of edits is as quick as one of its points and is predicted to do less damage.
-
-    Args:
-        analysis: what `analyze` found.
-        costs: what each block costs.
-        options: as for `frontier`.
-
-    Raises:
-        PpclError: the costs are another model's, or lack a stack or a block.
-    """
-    return [
-        TimePoint(
-            point.params / TICKS, analysis.teacher_params - saved(analysis, point.edits), point.damage, point.edits
-        )
-        for point in frontier(in_time(analysis, costs), options)
-    ]
-
-
-def milliseconds(analysis: Redundancy, costs: Costs, edits: Iterable[Edit]) -> float:
-    """Return the milliseconds of a model with all `edits`, as the costs predict them.
-
-    Raises:
-        PpclError: the costs are another model's, or lack a stack or a block.
-    """
-    timed = in_time(analysis, costs)
-    return (timed.teacher_params - saved(timed, edits)) / TICKS
-
-
 def in_time(analysis: Redundancy, costs: Costs) -> Redundancy:
     """Return an analysis whose sizes are nanoseconds: of the teacher, of each block, and of what each edit saves.
-
-    Raises:
-        PpclError: the costs are another model's, or lack a stack or a block.
+    Raises `PpclError`: the costs are another model's, or lack a stack or a block.
     """
     if analysis.model and costs.model and analysis.model != costs.model:
         raise PpclError(
@@ -77,12 +26,8 @@ def in_time(analysis: Redundancy, costs: Costs) -> Redundancy:
         )
     found = {(stack.path, stack.first): stack for stack in costs.stacks}
     timed = [_stack_in_time(stack, found) for stack in analysis.stacks]
-    known = {(stack.path, stack.first) for stack in analysis.stacks}
-    for stack in costs.stacks:
-        if (stack.path, stack.first) not in known:
-            raise PpclError(
-                f"the costs have a stack at {stack.path}.{stack.first}, and the analysis has none there; measure again"
-            )
+    for path, first in sorted(found.keys() - {(stack.path, stack.first) for stack in analysis.stacks}):
+        raise PpclError(f"the costs have a stack at {path}.{first}, and the analysis has none there; measure again")
     total = _ticks(costs.rest) + sum(size for stack in timed for size in stack.block_params)
     return analysis.model_copy(update={"stacks": timed, "teacher_params": total})
 
@@ -103,9 +48,7 @@ def _stack_in_time(stack: StackAnalysis, found: dict[tuple[str, int], StackCost]
             f"they differ at block {stack.path}.{missing}; measure again"
         )
     savings = [_savings(block, own) for block, own in zip(cost.blocks, stack.savings, strict=True)]
-    return stack.model_copy(
-        update={"block_params": [_ticks(block.whole) for block in cost.blocks], "savings": savings}
-    )
+    return stack.model_copy(update={"block_params": [_ticks(b.whole) for b in cost.blocks], "savings": savings})
 
 
 def _savings(cost: BlockCost, possible: BlockSavings) -> BlockSavings:

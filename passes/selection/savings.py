@@ -10,10 +10,10 @@ from ppcl_fx.errors import Refusal
 from ppcl_fx.ir.graphs import finished
 from ppcl_fx.ir.sites import ffn_sites, text_site
 from ppcl_fx.ir.stacks import Block, Stack, stacks
-from ppcl_fx.passes.edits.insertion import edited
-from ppcl_fx.passes.edits.plug import plugged
+from ppcl_fx.passes.edits.plug import edited, plugged
+from ppcl_fx.passes.selection.sensitivity import removed_blocks
 from ppcl_fx.schema.analysis import BlockSavings, Redundancy, StackAnalysis
-from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.schema.plan import Edit, FfnEdit, Plan, TextStreamEdit
 
 
 def parameters(gm: GraphModule) -> int:
@@ -27,18 +27,15 @@ def block_parameters(gm: GraphModule, block: Block) -> int:
 
 
 def block_savings(gm: GraphModule, found: Sequence[Stack]) -> dict[str, list[BlockSavings]]:
-    """What width edits save at each block, by stack name: exact, because they are made and their blocks
-    counted.
+    """What width edits save at each block, by stack name: exact, because they are made and their blocks counted.
 
-    Blocks of a stack are alike, so its last two speak for all: one inside, and the last, whose text output
-    nothing may read. Three rewrites serve all stacks: feed-forwards, text streams, and both.
+    Blocks of a stack are alike, so its last two speak for all: one inside, and the last, whose text output nothing may
+    read. Three rewrites serve all stacks: feed-forwards, text streams, and both.
     """
-    ffn = {
-        block.path: sites for stack in found for block in stack.blocks[-2:] if (sites := ffn_sites(gm, block))
-    }
+    last = [block for stack in found for block in stack.blocks[-2:]]
+    ffn = {block.path: sites for block in last if (sites := ffn_sites(gm, block))}
     groups = [group for stack in found if (group := _text_group(gm, stack)) is not None]
-    blocks = {block.path: block for stack in found for block in stack.blocks}
-    ffn_only = [FfnEdit(stack=blocks[path].stack, block=blocks[path].index) for path in ffn]
+    ffn_only = [FfnEdit(stack=block.stack, block=block.index) for block in last if block.path in ffn]
     after_ffn = _block_sizes(gm, ffn_only)
     after_text = _block_sizes(gm, groups)
     after_both = _block_sizes(gm, [*groups, *ffn_only])
@@ -58,25 +55,17 @@ def block_savings(gm: GraphModule, found: Sequence[Stack]) -> dict[str, list[Blo
                 values["ffn_without_text"] = after_text[path] - after_both[path] - rest
         return BlockSavings(**values)
 
-    return {
-        stack.name: _spread([savings(block) for block in stack.blocks[-2:]], len(stack.blocks))
-        for stack in found
-    }
+    def spread(stack: Stack) -> list[BlockSavings]:
+        inside, *end = [savings(block) for block in stack.blocks[-2:]]
+        # A stack's first block has no text state before it.
+        first = BlockSavings(ffn=inside.ffn)
+        return [first, *[inside] * (len(stack.blocks) - 1 - len(end)), *end]
 
-
-def _spread(ends: list[BlockSavings], count: int) -> list[BlockSavings]:
-    """The savings of the last two blocks, for a stack of `count`; its first block has no text state before
-    it."""
-    every = [ends[0]] * (count - len(ends) + 1) + ends[1:]
-    return [
-        every[0].model_copy(update={"text": None, "text_last": None, "ffn_without_text": None}),
-        *every[1:],
-    ]
+    return {stack.name: spread(stack) for stack in found}
 
 
 def _text_group(gm: GraphModule, stack: Stack) -> TextStreamEdit | None:
-    """The text-stream edit of the last two blocks of a stack (of the last, where there are but two); None if
-    refused."""
+    """The text-stream edit of the last two blocks of a stack (or of the last of two); None if refused."""
     blocks = stack.blocks[-3:]
     if len(blocks) < 2:
         return None
@@ -102,26 +91,14 @@ def _block_sizes(gm: GraphModule, edits: Sequence[Edit]) -> dict[str, int]:
 
 
 def saved(analysis: Redundancy, edits: Iterable[Edit]) -> int:
-    """Parameters that `edits` save together, from the analysis alone.
-
-    Raises:
-        PpclError: an edit names a block that the analysis does not have.
-    """
+    """Parameters that `edits` save together, from the analysis alone; edits of other blocks save nothing."""
     edits = list(edits)
-    return sum(
-        _stack_saves(stack, [edit for edit in edits if edit.stack == stack.path]) for stack in analysis.stacks
-    )
+    return sum(_stack_saves(stack, [edit for edit in edits if edit.stack == stack.path]) for stack in analysis.stacks)
 
 
 def _stack_saves(stack: StackAnalysis, edits: Sequence[Edit]) -> int:
     inside = range(stack.first, stack.last + 1)
-    gone = {
-        index
-        for edit in edits
-        if isinstance(edit, DepthEdit)
-        for index in range(edit.first + 1, edit.last + 1)
-        if index in inside
-    }
+    gone = removed_blocks(edits, stack.path) & set(inside)
     total = sum(stack.block_params[index - stack.first] for index in gone)
     without_text: set[int] = set()
     for edit in edits:

@@ -1,5 +1,4 @@
-"""From an analysis to a plan for a budget. How the edits are chosen is a rule; rules are registered by
-name."""
+"""From an analysis to a plan for a budget. How the edits are chosen is a rule; rules are registered by name."""
 
 from __future__ import annotations
 
@@ -19,11 +18,8 @@ from ppcl_fx.schema.plan import Edit, Plan
 class Options:
     """What a rule may be told.
 
-    budget: parameters that may stay. stream: the stream whose candidates count. width: whether feed-forwards
-    and text streams may be replaced too. ffn: at most so many blocks lose their feed-forwards (appendix 6:
-    3). text_cka: least text-stream CKA of a block that loses its text stream (appendix 6: 0.999). init: which
-    teacher block a student starts from. costs: what each block costs in time, where the budget is one of time;
-    milliseconds: that budget.
+    `budget` is in parameters that may stay; `stream` is the one whose candidates count, `width`, `ffn`, `text_cka` and
+    `init` are as in `RewriteConfig`; `costs` are what each block costs where the budget is one of time, `milliseconds`.
     """
 
     budget: int
@@ -74,7 +70,8 @@ def select(
 ) -> Plan:
     """Choose edits so that at most `keep` of the teacher's parameters stay, and as few less as the rule can.
 
-    With `latency` the budget is one of time instead, and the predicted damage is the least within it.
+    With `latency` the budget is one of time instead, and the predicted damage is the least within it. The plan has its
+    exact parameter count, the predicted damage of each edit and the reasons.
 
     Args:
         analysis: what `analyze` found.
@@ -84,9 +81,6 @@ def select(
             edits: `ppcl_fx.passes.selection.frontier`) and "uniform" (evenly spaced blocks: a control).
         costs: with a latency, what each block costs; see `ppcl_fx.schema.costs`.
         **options: fields of `RewriteConfig` by name, over those of `config`.
-
-    Returns:
-        A plan with its exact parameter count, the predicted damage of each edit and the reasons.
 
     Raises:
         PpclError: the budget is no budget or cannot be met, `rule` or `stream` is unknown, or the costs are missing or
@@ -113,22 +107,13 @@ def select(
     most = f"{chosen.budget:,} of {analysis.teacher_params:,} parameters may stay; {left:,} do"
     if chosen.costs is not None:
         most = f"{chosen.milliseconds:.4g} of {chosen.costs.total:.4g} ms may stay; {left:,} parameters do"
-    reason = [
-        f"rule {rule}: at most {most} ({share:.2%}), with {len(choice.edits)} edits",
-        *choice.reason,
-    ]
     return Plan(
         model=analysis.model,
         teacher_params=analysis.teacher_params,
         params=left,
         edits=list(choice.edits),
-        reason=reason,
+        reason=[f"rule {rule}: at most {most} ({share:.2%}), with {len(choice.edits)} edits", *choice.reason],
     )
-
-
-def uniform(analysis: Redundancy, keep: float | None = None, *, params: int | None = None) -> Plan:
-    """Remove evenly spaced blocks for the same budget: the control that knows nothing about the blocks."""
-    return select(analysis, keep, RewriteConfig(params=params, select="uniform", width=False))
 
 
 def _timed(options: Options, rule: str, latency: float | str | None, costs: Costs | None, *, given: bool) -> Options:
@@ -151,9 +136,7 @@ def _budget(analysis: Redundancy, keep: float | None, params: int | None) -> int
         raise PpclError("give either keep (a share) or params (a number), not both")
     if params is not None:
         if not 0 < params <= analysis.teacher_params:
-            raise PpclError(
-                f"params is {params}; it must lie between 1 and the teacher's {analysis.teacher_params}"
-            )
+            raise PpclError(f"params is {params}; it must lie between 1 and the teacher's {analysis.teacher_params}")
         return params
     share = 0.5 if keep is None else keep
     if not 0.0 < share <= 1.0:

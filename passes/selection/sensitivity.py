@@ -5,6 +5,8 @@ An error travels on in the residual stream as it is, and counts there by its siz
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ppcl_fx.schema.analysis import Redundancy, StackAnalysis
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 
@@ -18,8 +20,7 @@ steps kept 1 to 3 % of it in the output's squared error, projectors 5 to 170 %.
 
 
 def depth_damage(stack: StackAnalysis, span: tuple[int, int], stream: str) -> float:
-    """Predicted damage of one student for blocks `span` (positions): Eq. 6 between surrogate and teacher at
-    its end.
+    """Predicted damage of one student for blocks `span` (positions): Eq. 6 between surrogate and teacher at its end.
 
     The surrogate is the first block followed by linear probes. A student that starts from this block can imitate it,
     and then learns beyond (`LEARNED`). Weighted by the energy of the state. Only the deciding stream counts; at the
@@ -53,13 +54,29 @@ def text_damage(stack: StackAnalysis, source: int, position: int) -> float:
     return (text.gap[source][position] or 0.0) * text.energy[position]
 
 
+def may_lose_text(stack: StackAnalysis, position: int, least: float) -> bool:
+    """Tell whether a block (a position) can lose its text stream, which it hardly changes: by a CKA of `least`."""
+    similarity = stack.text_similarity[position]
+    return similarity is not None and similarity >= least and stack.savings[position].text_last is not None
+
+
+def removed_blocks(edits: Iterable[Edit], stack: str) -> set[int]:
+    """Return the blocks of a list that depth edits remove; the first of each interval stands for them."""
+    depth = [edit for edit in edits if isinstance(edit, DepthEdit) and edit.stack == stack]
+    return {index for edit in depth for index in range(edit.first + 1, edit.last + 1)}
+
+
+def span(edit: Edit) -> tuple[int, int]:
+    """Return the first and the last block that an edit changes or reads from."""
+    if isinstance(edit, FfnEdit):
+        return edit.block, edit.block
+    return edit.first if isinstance(edit, DepthEdit) else edit.source, edit.last
+
+
 def predicted(analysis: Redundancy, plan: Plan, stream: str | None = None) -> Plan:
     """Return a plan with the damage that an analysis predicts for each edit; edits of other blocks have none.
 
-    Args:
-        analysis: what `analyze` found.
-        plan: the edits.
-        stream: the deciding stream; default: the one the analysis was made with.
+    `stream` is the deciding stream, by default the one that the analysis was made with.
     """
     deciding = stream or analysis.stream
     return plan.model_copy(update={"edits": [_with_damage(analysis, plan, edit, deciding) for edit in plan.edits]})
@@ -69,8 +86,7 @@ def _with_damage(analysis: Redundancy, plan: Plan, edit: Edit, stream: str) -> E
     damage: float | None = None
     for stack in (stack for stack in analysis.stacks if stack.path == edit.stack):
         inside = range(len(stack.blocks))
-        first = (edit.block if isinstance(edit, FfnEdit) else _start(edit)) - stack.first
-        last = first if isinstance(edit, FfnEdit) else edit.last - stack.first
+        first, last = (block - stack.first for block in span(edit))
         if first not in inside or last not in inside:
             continue
         if isinstance(edit, DepthEdit):
@@ -80,11 +96,7 @@ def _with_damage(analysis: Redundancy, plan: Plan, edit: Edit, stream: str) -> E
             text = not any(group.source < edit.block <= group.last for group in groups)
             damage = ffn_damage(stack, first, text=text)
         elif "text" in stack.streams:
-            removed = {i for depth in plan.depth(edit.stack) for i in range(depth.first + 1, depth.last + 1)}
-            lost = [i for i in range(first + 1, last + 1) if i + stack.first not in removed]
+            gone = removed_blocks(plan.edits, edit.stack)
+            lost = [i for i in range(first + 1, last + 1) if i + stack.first not in gone]
             damage = sum(text_damage(stack, first, block) for block in lost)
     return edit.model_copy(update={"damage": damage})
-
-
-def _start(edit: DepthEdit | TextStreamEdit) -> int:
-    return edit.first if isinstance(edit, DepthEdit) else edit.source

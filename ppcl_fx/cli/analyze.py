@@ -79,17 +79,11 @@ def analyze(
     if calls is not None and config.memory_limit is not None:
         recorded = open_calls(calls, terminal).calls
         checkpoint = open_checkpoint(model, terminal, {calls: recorded.model})
-        import torch
-
         from ppcl_fx.passes.analysis.analyze import calibration_on_disk, conclude
-        from ppcl_fx.passes.calibration.run_store import CalibrationSettings
+        from ppcl_fx.passes.calibration.run_store import MEMORY
 
-        settings = CalibrationSettings(samples=config.samples, ridge=config.ridge, refine_steps=config.refine_steps)
-        limit, device = config.memory_limit, torch.device(config.device)
         with terminal.step("analysing") as progress:
-            calibration = calibration_on_disk(
-                checkpoint, recorded, out / WORK, settings, config.stream, limit, device, progress
-            )
+            calibration = calibration_on_disk(checkpoint, recorded, out / WORK, config, MEMORY, progress)
             analysis = conclude(calibration.run(), recorded, config.stream)
     else:
         if calls is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -13,20 +13,14 @@ from ppcl_fx.io.shards import loaded_dtype
 from ppcl_fx.ir.meta import graph_info
 
 DtypeName = Literal["float64", "float32", "float16", "bfloat16"]
-NAMES: dict[DtypeName, torch.dtype] = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}
+NAMES: dict[DtypeName, torch.dtype] = {name: getattr(torch, name) for name in get_args(DtypeName)}
 """The dtypes of weights by name."""
 
 
 def kept_in_float32(model: Any) -> tuple[str, ...]:
     """Return the names of the parts that stay in float32 when diffusers loads a model in another dtype.
 
-    Args:
-        model: a model, its class, or a traced graph of it.
+    It may be given as its class, or as a traced graph.
     """
     if isinstance(model, torch.fx.GraphModule):
         return tuple(graph_info(model).get("kept", ()))
@@ -43,14 +37,10 @@ def main_dtype(model: nn.Module) -> torch.dtype:
 
 
 def other_dtypes(model: nn.Module, more: Mapping[str, Tensor]) -> dict[str, DtypeName]:
-    """Return the dtypes that loading a model in its main dtype would not give it.
+    """Return the dtypes that loading a model, or its traced graph, in its main dtype would not give it, by tensor.
 
-    Args:
-        model: a model, or a traced graph of it.
-        more: tensors of its state dict that a graph does not have.
-
-    Returns:
-        Tensor -> dtype: those of the state dict that differ from `loaded_dtype`, and all buffers that no file holds.
+    These are of the state dict, `more` that a graph does not have included, where they differ from `loaded_dtype`, and
+    of all buffers that no file holds.
     """
     main, kept, stored = main_dtype(model), kept_in_float32(model), {**model.state_dict(keep_vars=True), **more}
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
@@ -63,11 +53,7 @@ def other_dtypes(model: nn.Module, more: Mapping[str, Tensor]) -> dict[str, Dtyp
 
 
 def dtype_name(dtype: torch.dtype) -> DtypeName:
-    """Return the name of a dtype of weights.
-
-    Raises:
-        PpclError: no weights that are read here have it.
-    """
+    """Return the name of a dtype of weights. Raises `PpclError`: no weights that are read here have it."""
     for name, known in NAMES.items():
         if known == dtype:
             return name
@@ -75,12 +61,9 @@ def dtype_name(dtype: torch.dtype) -> DtypeName:
 
 
 def set_dtypes(model: nn.Module, dtypes: Mapping[str, torch.dtype], read: Any = None) -> None:
-    """Give some parameters and buffers of a model other dtypes; names that it does not have are passed over.
+    """Give some parameters and buffers of a model, by name, other dtypes; names that it does not have are passed over.
 
-    Args:
-        model: the model, with weights or on the meta device.
-        dtypes: tensor -> dtype.
-        read: gives a tensor of the state dict by name, in the dtype that it is stored in; None casts what is there.
+    `read` gives a tensor of the state dict by name, in the dtype that it is stored in; None casts what is there.
     """
     stored = model.state_dict(keep_vars=True)
     there = {**dict(model.named_buffers()), **stored}

@@ -63,7 +63,7 @@ class Executor:
     Values are freed after their last use in the graph and their last watch.
 
     Args:
-        gm: the graph module, its parameters perhaps on the meta device. A pluggable graph gives what its teacher does.
+        gm: the graph module. A pluggable graph gives what its teacher does.
         watches: gives what to look at in the graph of a kind of call.
         residency: where weights and values are; all in memory if left out.
         partial: run no more than what the watched values need.
@@ -98,17 +98,13 @@ class Executor:
         begin: Callable[[int], None] = lambda call: None,
         end: Callable[[int, Any], None] = lambda call, result: None,
     ) -> None:
-        """Run all calls through some segments; sweeps must be run in order.
+        """Run all calls, given by their keyword arguments, through some segments; sweeps must be run in order.
 
-        Args:
-            sweep: numbers of the segments.
-            calls: the calls' keyword arguments; they are looked at in the first sweep, or after a resume.
-            begin: told the position of each call before it runs.
-            end: told it afterwards, with what the model returns if the last segment ran, else None.
+        `begin` is told the position of each call before it runs, and `end` afterwards, with what the model returns if
+        the last segment ran.
 
         Raises:
-            PpclError: a call lacks an argument, or goes through other blocks; `GuardError` where the trace does not
-                cover it.
+            PpclError: a call lacks an argument, goes through other blocks, or lies outside of the trace.
         """
         known = list(self._kinds) if sweep.start else []
         self._kinds = []
@@ -140,8 +136,8 @@ class _Run(Interpreter):
         super().__init__(gm)
         self._gm = gm
         self._constants: dict[Node, Any] = {}
-        needed = closure(gm, [node for watch in watches for node in watch.nodes]) if partial else None
-        self.segments = cut(gm, watches, lambda node: needed is not None and node not in needed)
+        needed = closure(gm, [node for watch in watches for node in watch.nodes]) if partial else set(gm.graph.nodes)
+        self.segments = cut(gm, watches, lambda node: node not in needed)
 
     def open(self, sweep: range, residency: Residency, stack: ExitStack) -> None:
         """Load what the segments of a sweep need, until the stack is left."""
@@ -152,15 +148,14 @@ class _Run(Interpreter):
 
     def call(self, sweep: range, position: int, kwargs: Mapping[str, Any], residency: Residency) -> Any:
         """Run one call through the segments of a sweep, which are open."""
-        values, before = residency.values, sweep.start - 1
-        self.env = dict(self._constants)
-        if before < 0:
-            names = self._gm.graph.find_nodes(op="placeholder")
-            given = (moved_to(value, residency.device) for value in bound(self._gm, kwargs))
-            self.env.update(zip(names, given, strict=True))
+        values = residency.values
+        if sweep.start == 0:
+            nodes = tuple(self._gm.graph.find_nodes(op="placeholder"))
+            given = moved_to(bound(self._gm, kwargs), residency.device)
         else:
             assert values is not None
-            self.env.update(zip(self.segments[before].leaving, values.take(sweep.start, position), strict=True))
+            nodes, given = self.segments[sweep.start - 1].leaving, values.take(sweep.start, position)
+        self.env = {**self._constants, **dict(zip(nodes, given, strict=True))}
         result = None
         for number in sweep:
             result = self._segment(self.segments[number])
@@ -189,18 +184,14 @@ class _Run(Interpreter):
 
 def _weights(gm: nn.Module, names: Iterable[str], residency: Residency) -> dict[str, Tensor]:
     """Return tensors of a module on the device, from where its weights are."""
-    found = {}
-    for name in names:
-        own = attribute(gm, name)
-        if not isinstance(own, Tensor):
-            continue
+    found = {name: own for name in names if isinstance(own := attribute(gm, name), Tensor)}
+    for name, own in found.items():
         try:
-            tensor = own if residency.read is None else residency.read(name)
+            found[name] = (own if residency.read is None else residency.read(name)).to(residency.device)
         except KeyError:
             if own.is_meta:
                 raise RuntimeError(f"no file holds {name}") from None
-            tensor = own
-        found[name] = tensor.to(residency.device)
+            found[name] = own.to(residency.device)
     return found
 
 
@@ -226,12 +217,7 @@ def swapped(module: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
 
 @contextmanager
 def buffers_on_meta(module: nn.Module, wanted: bool) -> Iterator[None]:
-    """Let a module whose parameters are on the meta device run there: its buffers, which are real, join them.
-
-    Args:
-        module: the module; afterwards it has its own buffers again.
-        wanted: do nothing where this is false.
-    """
+    """Let a module whose parameters are on the meta device run there with its real buffers, where this is wanted."""
     own = {n: b for n, b in module.named_buffers(remove_duplicate=False) if not b.is_meta} if wanted else {}
     with swapped(module, {name: buffer.to("meta") for name, buffer in own.items()}):
         yield
@@ -243,10 +229,8 @@ def on_meta(values: Mapping[str, Any]) -> bool:
 
 
 def bound(gm: GraphModule, kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return the values of a graph's placeholders, in order, from a call's keyword arguments.
-
-    Raises:
-        PpclError: an argument is missing; `GuardError` where a traced model's fixed arguments differ from the call's.
+    """Return the values of a graph's placeholders, in order, from a call's keyword arguments. Raises `PpclError`: an
+    argument is missing; `GuardError` where a traced model's fixed arguments differ from the call's.
     """
     # A graph of our own tracer knows which arguments it baked in; any other takes what its placeholders name.
     values = bind(gm, kwargs) if "inputs" in graph_info(gm) else dict(kwargs)

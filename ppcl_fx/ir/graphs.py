@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -13,6 +13,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.graph import PythonCode
 
 _DYNAMO_PREFIX = re.compile(r"L\['self'\]\.?|__dict__\['_modules'\]|\._modules|_modules\['([^']*)'\]")
+LINEAR = (torch.ops.aten.linear.default, torch.ops.aten.addmm.default, torch.nn.functional.linear)
+"""The operations of a linear layer."""
 _Kind = TypeVar("_Kind", bound=GraphModule)
 _BRACKETS = re.compile(r"\['?([^'\]]*)'?\]")
 
@@ -34,53 +36,51 @@ def module_paths(node: Node) -> list[str]:
 
 def users(node: Node) -> list[Node]:
     """Return a node's users in graph order."""
-    order = {n: i for i, n in enumerate(node.graph.nodes)} if len(node.users) > 1 else {}
-    return sorted(node.users, key=lambda n: order.get(n, 0))
+    return sorted(node.users)
 
 
-def ancestors(nodes: Iterable[Node], stop: Iterable[Node] = (), within: set[Node] | None = None) -> set[Node]:
-    """Return everything the given nodes are computed from, themselves included.
+def reached(
+    nodes: Iterable[Node],
+    step: Callable[[Node], Iterable[Node]],
+    stop: Iterable[Node] = (),
+    within: set[Node] | None = None,
+) -> set[Node]:
+    """Return what a walk by `step` comes to from some nodes, themselves included.
 
-    Args:
-        nodes: where to start.
-        stop: nodes not to go beyond (they are part of the answer).
-        within: if given, nodes outside of it are neither entered nor returned.
+    It does not go beyond the nodes `stop`, and does not enter nodes outside of `within`, if that is given.
     """
-    barrier = set(stop)
-    seen: set[Node] = set()
-    todo = list(nodes)
+    barrier, seen, todo = set(stop), set[Node](), list(nodes)
     while todo:
         node = todo.pop()
         if node in seen or (within is not None and node not in within):
             continue
         seen.add(node)
         if node not in barrier:
-            todo.extend(node.all_input_nodes)
+            todo.extend(step(node))
     return seen
+
+
+def ancestors(nodes: Iterable[Node], stop: Iterable[Node] = (), within: set[Node] | None = None) -> set[Node]:
+    """Return everything the given nodes are computed from, themselves included (see `reached`)."""
+    return reached(nodes, lambda node: node.all_input_nodes, stop, within)
 
 
 def descendants(nodes: Iterable[Node], stop: Iterable[Node] = ()) -> set[Node]:
     """Return everything computed from the given nodes, themselves included."""
-    barrier = set(stop)
-    seen: set[Node] = set()
-    todo = list(nodes)
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node not in barrier:
-            todo.extend(node.users)
-    return seen
+    return reached(nodes, lambda node: node.users, stop)
+
+
+def is_item(node: Node) -> bool:
+    """Tell whether a node takes one item of a tuple, by its number."""
+    return getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[1], int)
 
 
 def is_add(node: Node) -> bool:
     """Tell whether a node is a two-operand addition of nodes, by whichever name."""
-    targets = (operator.add, operator.iadd, torch.add, torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
-    named = node.op == "call_function" and node.target in targets
-    return (named or (node.op == "call_method" and node.target in ("add", "add_"))) and (
-        len(node.args) == 2 and all(isinstance(arg, Node) for arg in node.args)
-    )
+    aten = torch.ops.aten
+    targets = (operator.add, operator.iadd, torch.add, aten.add.Tensor, aten.add_.Tensor, "add", "add_")
+    named = node.op != "call_module" and node.target in targets
+    return named and len(node.args) == 2 and all(isinstance(arg, Node) for arg in node.args)
 
 
 def parameter_count(gm: GraphModule) -> int:
@@ -110,9 +110,17 @@ def attribute(gm: torch.nn.Module, path: str) -> object:
     return value
 
 
-def example(node: Node) -> object:
-    """Return a node's example value, or ``None``."""
-    return node.meta.get("val")
+def container(module: torch.nn.Module, without: tuple[str, ...] = ()) -> torch.nn.Module:
+    """Return a plain module with what another holds, but buffers whose names begin as `without` says."""
+    made = torch.nn.Module()
+    for name, child in module.named_children():
+        made.add_module(name, child)
+    for name, parameter in module.named_parameters(recurse=False):
+        made.register_parameter(name, parameter)
+    for name, buffer in module.named_buffers(recurse=False):
+        if not name.startswith(without):
+            made.register_buffer(name, buffer)
+    return made
 
 
 class Draft(GraphModule):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from ppcl_fx.ir.graphs import ancestors, module_paths
+from ppcl_fx.ir.graphs import ancestors, is_item, module_paths, reached
 from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.tracing.guards import guards, is_guard
 
@@ -33,15 +33,8 @@ def mark(gm: GraphModule) -> None:
 
 def used_items(node: Node) -> frozenset[int]:
     """Return which items of a tuple-valued node are read; guards on its length do not count."""
-    return frozenset(int(user.args[1]) for user in node.users if _is_item(user) and _counts(user))  # type: ignore[arg-type]
-
-
-def _is_item(node: Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem" and isinstance(node.args[1], int)
-
-
-def _counts(node: Node) -> bool:
-    return bool(node.users) or bool(node.meta.get(SINK))
+    read = [user for user in node.users if is_item(user) and (user.users or user.meta.get(SINK))]
+    return frozenset(int(user.args[1]) for user in read)  # type: ignore[arg-type]
 
 
 def owner(node: Node) -> str:
@@ -59,24 +52,14 @@ def live(gm: GraphModule) -> set[Node]:
     stays as long as the block computes anything else that is live. A guard stays as long as the tensors it looks at
     are there; it never keeps one alive.
     """
-    seen: set[Node] = set()
-    waiting: dict[str, list[Node]] = {}
-    todo: list[Node] = []
+    waiting: dict[str, list[Node]] = {"": []}
     for node in gm.graph.nodes:
         if node.op in ("output", "placeholder"):
-            todo.append(node)
+            waiting[""].append(node)
         elif not is_guard(node) and (_has_effect(node) or node.meta.get(SINK)):
-            if owner(node):
-                waiting.setdefault(owner(node), []).append(node)
-            else:
-                todo.append(node)
-    while todo:
-        node = todo.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        todo.extend(node.all_input_nodes)
-        todo.extend(waiting.pop(owner(node), []))
+            waiting.setdefault(owner(node), []).append(node)
+    roots = waiting.pop("")
+    seen = reached(roots, lambda node: [*node.all_input_nodes, *waiting.pop(owner(node), [])])
     for guard in guards(gm):
         chain = ancestors([guard], stop=seen)
         if all(_is_scalar(node) or node in seen for node in chain):

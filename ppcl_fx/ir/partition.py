@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.passes.split_module import split_module
 
-from ppcl_fx.ir.graphs import attribute
+from ppcl_fx.ir.graphs import attribute, reached
 from ppcl_fx.ir.liveness import owner
 from ppcl_fx.ir.switches import is_switch
 from ppcl_fx.tracing.guards import guards
@@ -25,16 +26,11 @@ class Watch:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A run of nodes between two cuts.
+    """A run of nodes between two cuts, in order, and the names of the parameters and buffers that it needs.
 
-    Attributes:
-        label: the block that it begins with; empty for what comes before the first.
-        nodes: the nodes, in order, without attributes.
-        constants: the ``get_attr`` nodes that it reads; each segment reads them for itself.
-        tensors: names of the parameters and buffers that it needs.
-        leaving: values that later segments need.
-        drops: for each node the values that nobody needs after it.
-        due: for each node the watches whose last value it is.
+    `label` is the block that it begins with, if any. `constants` are the ``get_attr`` nodes that it reads, for itself;
+    `leaving` are the values that later segments need. For each node `drops` has the values that nobody needs after it,
+    and `due` the watches whose last value it is.
     """
 
     label: str
@@ -49,11 +45,8 @@ class Segment:
 def parts(nodes: Iterable[Node], between: bool = False) -> dict[Node, int]:
     """Return the number of the part that each node is in, from 0; `nodes` are in order.
 
-    Blocks are cut along the order of the nodes, since a projector may stand between a block's nodes.
-
-    Args:
-        nodes: the nodes.
-        between: let what stands between two blocks be a part of its own; else it goes with the first of them.
+    Blocks are cut along the order of the nodes, since a projector may stand between a block's nodes. What stands
+    between two blocks is a part of its own if `between`; else it goes with the first of them.
     """
     number, current = 0, None if between else ""
     part: dict[Node, int] = {}
@@ -74,8 +67,7 @@ def grouped(part: Mapping[Node, int]) -> list[list[Node]]:
 
 
 def segmented(gm: GraphModule) -> GraphModule:
-    """Return a graph whose parts are modules, over the same parameters: what gradient checkpointing and compilation
-    work on."""
+    """Return a graph whose parts are modules over the same parameters: for gradient checkpointing and compilation."""
     part = parts(gm.graph.nodes)
     return split_module(gm, gm, lambda node: part[node])
 
@@ -89,21 +81,16 @@ def regions(gm: GraphModule) -> dict[str, list[Node]]:
     return found
 
 
-@dataclass(frozen=True)
-class Carved:
-    """Copies of some nodes in a graph of their own, without an output.
-
-    Attributes:
-        graph: the graph.
-        values: node of the whole -> node of this graph.
-        inputs: the nodes of the whole whose values it takes, in the order of its placeholders.
-        outputs: those of the nodes that others use.
-    """
+class Carved(NamedTuple):
+    """Copies of some nodes in a graph of their own, without an output."""
 
     graph: Graph
     values: dict[Node, Node]
+    """Node of the whole -> node of this graph."""
     inputs: list[Node]
+    """The nodes of the whole whose values it takes, in the order of its placeholders."""
     outputs: list[Node]
+    """Those of the nodes that others use."""
 
 
 def carve(nodes: Sequence[Node]) -> Carved:
@@ -135,29 +122,14 @@ def closure(gm: GraphModule, nodes: Sequence[Node]) -> set[Node]:
 
     Guards that look at nothing else belong to it, and so does what writes into a value that does.
     """
-    needed: set[Node] = set()
-    todo = list(nodes)
     checks = set(guards(gm))
-    writers = [
-        node for node in gm.graph.nodes if node.op == "call_function" and node.is_impure() and node not in checks
-    ]
+    writers = [n for n in gm.graph.nodes if n.op == "call_function" and n.is_impure() and n not in checks]
+    needed, todo = set[Node](), list(nodes)
     while todo:
-        while todo:
-            node = todo.pop()
-            if node not in needed:
-                needed.add(node)
-                todo.extend(reads(node))
+        needed |= reached(todo, reads)
         todo = [n for n in writers if n not in needed and n.all_input_nodes and n.all_input_nodes[0] in needed]
-    needed |= {node for node in gm.graph.nodes if node.op == "placeholder"}
-    for check in checks:
-        if all(_settled(node, needed) for node in check.all_input_nodes):
-            todo.append(check)
-    while todo:
-        node = todo.pop()
-        if node not in needed:
-            needed.add(node)
-            todo.extend(reads(node))
-    return needed
+    needed.update(gm.graph.find_nodes(op="placeholder"))
+    return needed | reached([n for n in checks if all(_settled(s, needed) for s in n.all_input_nodes)], reads)
 
 
 def _settled(node: Node, needed: set[Node]) -> bool:
@@ -174,19 +146,18 @@ def cut(
 ) -> list[Segment]:
     """Cut a graph in segments.
 
-    Args:
-        gm: the graph module.
-        watches: what is looked at; their values live until they are served.
-        skip: nodes that are not run; nobody else may need their values.
+    Watched values live until their watches are served. Nodes to `skip` are not run; nobody else may need their values.
     """
     nodes = [node for node in gm.graph.nodes if not skip(node)]
     part = parts(nodes)
-    order = {node: i for i, node in enumerate(nodes)}
-    due = _due(watches, order)
+    due: dict[Node, tuple[Watch, ...]] = {}
+    for watch in watches:
+        at = max(watch.nodes)
+        due[at] = (*due.get(at, ()), watch)
     last: dict[Node, Node] = {}
     for node in nodes:
         for value in (node, *reads(node), *(n for watch in due.get(node, ()) for n in watch.nodes)):
-            last[value] = max(last.get(value, value), node, key=lambda n: order[n])
+            last[value] = node
     segments = []
     for number in range(max(part.values()) + 1):
         inside = [node for node in nodes if part[node] == number and node.op != "get_attr"]
@@ -194,10 +165,10 @@ def cut(
         read = [n for node in inside for n in reads(node)]
         constants = dict.fromkeys(n for n in (*read, *watched) if n.op == "get_attr")
         leaving = [n for n in nodes if n.op != "get_attr" and part[n] <= number < part[last[n]]]
-        drops: dict[Node, list[Node]] = {}
-        for value in last:
-            if value.op != "get_attr" and part[last[value]] == number:
-                drops.setdefault(last[value], []).append(value)
+        drops: dict[Node, tuple[Node, ...]] = {}
+        for value, end in last.items():
+            if value.op != "get_attr" and part[end] == number:
+                drops[end] = (*drops.get(end, ()), value)
         segments.append(
             Segment(
                 label=next((owner(node) for node in inside if owner(node)), ""),
@@ -205,29 +176,20 @@ def cut(
                 constants=tuple(constants),
                 tensors=tuple(_tensors(gm, [*inside, *constants])),
                 leaving=tuple(leaving),
-                drops={node: tuple(values) for node, values in drops.items()},
+                drops=drops,
                 due={node: due[node] for node in inside if node in due},
             )
         )
     return segments
 
 
-def _due(watches: Sequence[Watch], order: dict[Node, int]) -> dict[Node, tuple[Watch, ...]]:
-    due: dict[Node, tuple[Watch, ...]] = {}
-    for watch in watches:
-        at = max(watch.nodes, key=lambda node: order[node])
-        due[at] = (*due.get(at, ()), watch)
-    return due
-
-
 def _tensors(gm: GraphModule, nodes: Sequence[Node]) -> list[str]:
-    names: dict[str, None] = {}
+    names: list[str] = []
     for node in nodes:
         target = str(node.target)
         if node.op == "call_module":
             module = gm.get_submodule(target)
-            for own in (module.named_parameters(), module.named_buffers()):
-                names.update(dict.fromkeys(f"{target}.{name}" for name, _ in own))
+            names += [f"{target}.{name}" for name, _ in (*module.named_parameters(), *module.named_buffers())]
         elif node.op == "get_attr" and attribute(gm, target) is not None:
-            names[target] = None
-    return list(names)
+            names.append(target)
+    return list(dict.fromkeys(names))

@@ -9,52 +9,31 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.errors import Refusal
-from ppcl_fx.ir.graphs import ancestors, is_add
-from ppcl_fx.ir.stacks import Block
-from ppcl_fx.tracing.leaves import has_attention
+from ppcl_fx.ir.graphs import LINEAR, ancestors, is_add
+from ppcl_fx.ir.stacks import Block, is_attention
 
 
 @dataclass(frozen=True)
 class FfnSite:
-    """A gated feed-forward with its residual.
-
-    Attributes:
-        block: path of the block.
-        stream: the stream it works on.
-        before: the state after the gated attention residual, ``[batch, tokens, channels]``.
-        after: the state after the gated feed-forward residual, of the same shape.
-    """
+    """A gated feed-forward with its residual: the path of its block, and the stream that it works on."""
 
     block: str
     stream: str
     before: Node
+    """The state after the gated attention residual, ``[batch, tokens, channels]``."""
     after: Node
+    """The state after the gated feed-forward residual, of the same shape."""
 
 
 @dataclass(frozen=True)
 class TextSite:
-    """The text stream of a block.
-
-    Attributes:
-        block: path of the block.
-        attention: the attention's node.
-        z: the normed, modulated text state that feeds the text Q, K, V projections, ``[batch, tokens, channels]``.
-        entering: the text state that enters the block.
-        leaving: the text state that leaves it.
-    """
+    """The text stream of a block: the block's path, the attention's node, and the text state that leaves the block."""
 
     block: str
     attention: Node
     z: Node
-    entering: Node
+    """The normed, modulated text state that feeds the text Q, K, V projections, ``[batch, tokens, channels]``."""
     leaving: Node
-
-
-def is_attention(gm: GraphModule, node: Node) -> bool:
-    """Tell whether a node is an attention, whole or as an operation."""
-    if node.op == "call_module":
-        return has_attention(gm.get_submodule(str(node.target)))
-    return any(word in str(node.target) for word in ("scaled_dot_product", "flash_attention"))
 
 
 def ffn_sites(gm: GraphModule, block: Block) -> list[FfnSite]:
@@ -66,15 +45,14 @@ def ffn_sites(gm: GraphModule, block: Block) -> list[FfnSite]:
     found = []
     inside = set(block.nodes)
     for stream, leaving in block.outputs.items():
-        for after in _residual_sums(leaving, inside):
-            before = _state_before(gm, after, inside, set(block.inputs.values()))
-            if before is not None:
-                found.append(FfnSite(block.path, stream, before, after))
-                break
+        after = _residual_sum(leaving, inside)
+        before = None if after is None else _state_before(gm, after, inside, set(block.inputs.values()))
+        if after is not None and before is not None:
+            found.append(FfnSite(block.path, stream, before, after))
     return found
 
 
-def _residual_sums(node: Node, inside: set[Node]) -> list[Node]:
+def _residual_sum(node: Node, inside: set[Node]) -> Node | None:
     """Return the last residual sum on the way back from a block's output (a clip may come after it)."""
     while node in inside and not is_add(node):
         if len(casts := _casts(node)) > 1:
@@ -82,9 +60,9 @@ def _residual_sums(node: Node, inside: set[Node]) -> list[Node]:
             continue
         same = [n for n in node.all_input_nodes if n in inside and _shape(n) == _shape(node)]
         if len(same) != 1 or node.op == "call_module":
-            return []
+            return None
         node = same[0]
-    return [node] if node in inside else []
+    return node if node in inside else None
 
 
 def _casts(node: Node) -> list[Node]:
@@ -130,36 +108,29 @@ def _is_size(node: Node) -> bool:
 
 
 def _linears(gm: GraphModule, nodes: set[Node]) -> int:
-    count = 0
-    for node in nodes:
-        if node.op == "call_module":
-            modules = gm.get_submodule(str(node.target)).modules()
-            count += sum(isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d)) for module in modules)
-        elif node.target in (torch.ops.aten.linear.default, torch.ops.aten.addmm.default, nn.functional.linear):
-            count += 1
-    return count
+    called = [gm.get_submodule(str(node.target)) for node in nodes if node.op == "call_module"]
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d)
+    inside = sum(isinstance(module, kinds) for parent in called for module in parent.modules())
+    return inside + sum(node.target in LINEAR for node in nodes)
 
 
 def text_site(gm: GraphModule, block: Block) -> TextSite:
-    """Return the text stream of a block.
-
-    Raises:
-        Refusal: the block has one stream, or its attention takes the two streams in one tensor.
+    """Return the text stream of a block. Raises `Refusal`: the block has one stream, or its attention takes the two
+    streams in one tensor.
     """
     if "text" not in block.inputs or "text" not in block.outputs or len(block.outputs) < 2:
         raise Refusal(f"{block.path} has no text stream of its own, so it cannot lose one; choose another block")
     inside = set(block.nodes)
     streams = dict(block.inputs)
-    for node in block.nodes:
-        if not is_attention(gm, node):
-            continue
+    attentions = [node for node in block.nodes if is_attention(gm, node)]
+    for node in attentions:
         for argument in node.all_input_nodes:
             if argument not in inside or len(_shape(argument)) != 3:
                 continue
             sources = ancestors([argument], stop=streams.values(), within=inside | set(streams.values()))
             if {name for name, entering in streams.items() if entering in sources} == {"text"}:
-                return TextSite(block.path, node, argument, streams["text"], block.outputs["text"])
-    looked = ", ".join(node.name for node in block.nodes if is_attention(gm, node)) or "no attention node"
+                return TextSite(block.path, node, argument, block.outputs["text"])
+    looked = ", ".join(node.name for node in attentions) or "no attention node"
     raise Refusal(
         f"the attention of {block.path} takes no argument computed from the text stream alone ({looked}); "
         "choose another block"

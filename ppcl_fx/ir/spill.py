@@ -13,7 +13,7 @@ from ppcl_fx.ir.tensor_codec import Encoded, decode, encode
 
 
 class Spill:
-    """Keeps the values of every call at the cut that a run has come to.
+    """Keeps the values of every call at the cut that a run has come to, and hands them out on a device.
 
     Args:
         folder: where files go; made when the first is written.
@@ -32,11 +32,7 @@ class Spill:
         self._at_cut: dict[int, int] = {}
 
     def put(self, cut: int, call: int, values: Any) -> None:
-        """Keep a call's values at a cut.
-
-        Raises:
-            PpclError: they go to disk, and the disk is full.
-        """
+        """Keep a call's values at a cut; raises `PpclError` where they go to disk, and the disk is full."""
         encoded = encode(values)
         size = encoded.nbytes
         self._at_cut[cut] = self._at_cut.get(cut, 0) + size

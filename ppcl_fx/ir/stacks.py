@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.ir.graphs import ancestors, attribute, descendants, module_paths
@@ -16,20 +18,16 @@ from ppcl_fx.ir.switches import is_switch, under
 from ppcl_fx.tracing.guards import is_guard
 from ppcl_fx.tracing.leaves import has_attention
 
-_ATTENTION = ("scaled_dot_product", "softmax", "flash_attention")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block of a graph.
+    """One transformer block of a graph, ``transformer_blocks.3``: `stack` is its `ModuleList`, `index` its number
+    there.
 
-    Attributes:
-        path: its module path, ``transformer_blocks.3``.
-        stack: the path of the `ModuleList` it is in.
-        index: its number in that list.
-        nodes: its nodes, in graph order (guards included).
-        inputs: for each stream, the node that enters the block.
-        outputs: for each stream, the node that leaves it.
+    `nodes` are in graph order, guards included; `inputs` and `outputs` have for each stream the node that enters the
+    block and the one that leaves it.
     """
 
     path: str
@@ -42,12 +40,10 @@ class Block:
 
 @dataclass(frozen=True)
 class Stack:
-    """A maximal run of consecutive isomorphic blocks.
+    """A maximal run of consecutive isomorphic blocks, in order.
 
-    Attributes:
-        name: the path of the `ModuleList`, with ``:first-last`` where the list holds more than one stack.
-        blocks: the blocks, in order.
-        streams: the chained tensors: ``image`` is the one the model's output is read from, the next is ``text``.
+    Its name is the path of the `ModuleList`, with ``:first-last`` where the list holds more than one stack. Of its
+    streams, the chained tensors, ``image`` is the one that the model's output is read from, and the next is ``text``.
     """
 
     name: str
@@ -56,22 +52,16 @@ class Stack:
 
 
 def stacks(gm: GraphModule) -> list[Stack]:
-    """Find the stacks of a traced or exported graph, in the order of computation.
-
-    Raises:
-        PpclError: the graph holds no transformer blocks.
+    """Find the stacks of a traced or exported graph, in the order of computation. Raises `PpclError`: the graph holds
+    no transformer blocks.
     """
     regions = block_regions(gm)
     runs = _runs(gm, regions)
     if not runs:
         raise PpclError("the graph holds no transformer blocks; trace a diffusion transformer with ppcl_fx.trace")
     found: list[Stack] = []
-    # Backwards, because the image stream is known by the model's output.
-    following: list[Stack] = []
-    for run in reversed(runs):
-        stack = _stack(gm, run, regions, following, runs)
-        following.insert(0, stack)
-        found.insert(0, stack)
+    for run in reversed(runs):  # backwards, because the image stream is known by the model's output
+        found.insert(0, _stack(gm, run, regions, found, runs))
     return _settled(found)
 
 
@@ -109,13 +99,15 @@ def _with_weights(gm: GraphModule, regions: dict[str, list[Node]]) -> dict[str, 
     return {path: weights[path] + nodes for path, nodes in regions.items()}
 
 
+def is_attention(gm: GraphModule, node: Node) -> bool:
+    """Tell whether a node is an attention, whole or as an operation."""
+    if node.op == "call_module":
+        return has_attention(gm.get_submodule(str(node.target)))
+    return any(word in str(node.target) for word in ("scaled_dot_product", "flash_attention"))
+
+
 def _holds_attention(gm: GraphModule, nodes: Iterable[Node]) -> bool:
-    return any(
-        has_attention(gm.get_submodule(str(node.target)))
-        if node.op == "call_module"
-        else any(word in str(node.target) for word in _ATTENTION)
-        for node in nodes
-    )
+    return any(is_attention(gm, node) or (node.op != "call_module" and "softmax" in str(node.target)) for node in nodes)
 
 
 def shape_of_block(gm: GraphModule, path: str, nodes: Iterable[Node]) -> str:
@@ -139,28 +131,15 @@ def shape_of_block(gm: GraphModule, path: str, nodes: Iterable[Node]) -> str:
                 kind += str([type(module).__qualname__ for module in owner.modules()])
             elif isinstance(owner, torch.Tensor):
                 kind = str(tuple(owner.shape))
-        text = repr(_renamed((node.args, node.kwargs), name))
+        text = repr(map_arg((node.args, node.kwargs), name))
         leaves_at = [position for owner, position in node.meta.get("block_out", ()) if owner == path]
         local[node] = f"n{len(lines)}"
         lines.append(f"{node.op} {target} {kind} {text} {leaves_at}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def _renamed(argument: object, name: Callable[[Node], str]) -> object:
-    if isinstance(argument, Node):
-        return name(argument)
-    if isinstance(argument, (list, tuple)):
-        return [_renamed(item, name) for item in argument]
-    if isinstance(argument, dict):
-        return {key: _renamed(item, name) for key, item in argument.items()}
-    if isinstance(argument, slice):
-        return ["slice", *(_renamed(item, name) for item in (argument.start, argument.stop, argument.step))]
-    return str(argument)
-
-
 def _runs(gm: GraphModule, regions: dict[str, list[Node]]) -> list[list[str]]:
-    order = {node: i for i, node in enumerate(gm.graph.nodes)}
-    paths = sorted(regions, key=lambda path: order[next(n for n in regions[path] if n.op != "get_attr")])
+    paths = sorted(regions, key=lambda path: next(n for n in regions[path] if n.op != "get_attr"))
     runs: list[list[str]] = []
     last: tuple[str, int, str] | None = None
     for path in paths:
@@ -204,11 +183,7 @@ def _inputs(nodes: list[Node]) -> list[Node]:
 
 
 def _stack(
-    gm: GraphModule,
-    run: list[str],
-    regions: dict[str, list[Node]],
-    following: list[Stack],
-    runs: list[list[str]],
+    gm: GraphModule, run: list[str], regions: dict[str, list[Node]], following: list[Stack], runs: list[list[str]]
 ) -> Stack:
     outputs = {path: block_outputs(path, regions[path]) for path in run}
     names = _stream_names(gm, run, outputs, following)
@@ -234,25 +209,17 @@ def _stack(
 
 
 def _stream_names(
-    gm: GraphModule,
-    run: list[str],
-    outputs: dict[str, dict[int, Node]],
-    following: list[Stack],
+    gm: GraphModule, run: list[str], outputs: dict[str, dict[int, Node]], following: list[Stack]
 ) -> dict[int, str]:
     """Name the output positions of a run's blocks."""
-    last = run[-1]
-    found: dict[int, str] = {}
-    if following:
-        # Not always the next one: two stacks may run beside each other into a third.
-        for stack in following:
-            found = _names_after(outputs[last], stack.blocks[0])
-            if found:
-                break
-    else:
+    last = outputs[run[-1]]
+    # Not always the next one: two stacks may run beside each other into a third.
+    after = (_names_after(last, stack.blocks[0]) for stack in following)
+    found = next((names for names in after if names), {})
+    if not following:
         output = gm.graph.output_node()
-        read = [position for position, node in outputs[last].items() if output in descendants([node])]
-        if read:
-            found[max(read, key=lambda p: _tokens(outputs[last][p]))] = "image"
+        read = [position for position, node in last.items() if output in descendants([node])]
+        found = {max(read, key=lambda p: _tokens(last[p])): "image"} if read else {}
     free = iter(["text", "extra", *(f"extra{i}" for i in range(2, 9))])
     for position in sorted(outputs[run[0]]):
         if position not in found and isinstance(outputs[run[0]][position].meta.get("val"), torch.Tensor):
@@ -285,17 +252,14 @@ def _settled(found: list[Stack]) -> list[Stack]:
         rivals = [s.blocks[-1].outputs["image"] for s in found if "image" in s.streams and s is not stack]
         apart = [] if own is None else [r for r in rivals if r not in ancestors([own]) and own not in ancestors([r])]
         if own is not None and "text" not in stack.streams and any(_tokens(r) > _tokens(own) for r in apart):
-            stack = _renamed_stream(stack, "image", "text")
+            blocks = [replace(b, inputs=_as_text(b.inputs), outputs=_as_text(b.outputs)) for b in stack.blocks]
+            stack = replace(stack, blocks=tuple(blocks), streams=tuple(_as_text(dict.fromkeys(stack.streams))))
         settled.append(stack)
     return settled
 
 
-def _renamed_stream(stack: Stack, old: str, new: str) -> Stack:
-    def named(nodes: dict[str, Node]) -> dict[str, Node]:
-        return {new if name == old else name: node for name, node in nodes.items()}
-
-    blocks = [replace(b, inputs=named(b.inputs), outputs=named(b.outputs)) for b in stack.blocks]
-    return replace(stack, blocks=tuple(blocks), streams=tuple(new if n == old else n for n in stack.streams))
+def _as_text(streams: dict[str, _Value]) -> dict[str, _Value]:
+    return {"text" if name == "image" else name: value for name, value in streams.items()}
 
 
 def _tokens(node: Node) -> int:
@@ -309,10 +273,7 @@ def _numbered_paths(node: Node) -> set[str]:
 
 
 def _entry_indices(
-    run: list[str],
-    regions: dict[str, list[Node]],
-    outputs: dict[str, dict[int, Node]],
-    names: dict[int, str],
+    run: list[str], regions: dict[str, list[Node]], outputs: dict[str, dict[int, Node]], names: dict[int, str]
 ) -> dict[str, int]:
     """Say for each stream which of a block's outer inputs (numbered by first use) it enters by."""
     entry: dict[str, int] = {}
@@ -322,16 +283,10 @@ def _entry_indices(
     outer = _inputs(regions[after])
     for position, name in names.items():
         node = outputs[before].get(position)
-        if node is None:
-            continue
-        if node in outer:
-            entry[name] = outer.index(node)
-            continue
-        reached = descendants([node], stop=outer)
-        inside = set(regions[before])
-        between = [n for n in outer if n in reached and n not in inside]
-        if between:
-            entry[name] = outer.index(between[0])
+        reached = set() if node is None else descendants([node], stop=outer)
+        between = [n for n in outer if n in reached and n not in regions[before]]
+        if node in outer or between:
+            entry[name] = outer.index(node if node in outer else between[0])
     return entry
 
 

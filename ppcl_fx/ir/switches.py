@@ -32,19 +32,13 @@ def switches(gm: GraphModule | Graph, edit: str | None = None) -> list[Node]:
 def insert_switch(
     teacher: Node, student: Node, edit: str, block: str, stream: str, keep: Callable[[Node], bool] = lambda n: False
 ) -> Node:
-    """Put a switch between a teacher value and its users.
+    """Put a switch between a teacher value and its users, those left out that `keep` reading the teacher's value.
 
-    Args:
-        teacher: the value as it was.
-        student: what takes its place when the edit is plugged.
-        edit: the edit's id.
-        block: the path of the block that the student belongs to.
-        stream: which stream the value is, or ``z``.
-        keep: users that go on reading the teacher's value.
+    `student` takes its place when the edit of this id is plugged; it belongs to the block of this path. `stream` is the
+    stream that the value is, or ``z``.
     """
     graph = teacher.graph
-    order = {node: i for i, node in enumerate(graph.nodes)}
-    with graph.inserting_after(max(teacher, student, key=lambda n: order[n])):
+    with graph.inserting_after(max(teacher, student)):  # nodes are ordered as the graph is
         node = graph.call_function(switch, (teacher, student, edit))
     node.meta = {"val": teacher.meta.get("val"), SWITCH: {"edit": edit, "block": block, "stream": stream}}
     teacher.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and not keep(user))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,36 +14,24 @@ from torch.utils._pytree import tree_leaves
 
 from ppcl_fx.io.files import write_safetensors
 
-_SCALARS = (bool, int, float, str)
-
 
 @dataclass
 class Encoded:
-    """Nested values as bytes and a description.
-
-    Tensors that share memory share it again after unpacking, so that an operation in place reaches all of them.
-
-    Attributes:
-        spec: the values in terms of JSON; a tensor says which piece of memory it lies in, and how.
-        memory: the pieces, one-dimensional ``uint8`` tensors on the CPU.
-    """
+    """Nested values as bytes and a description; tensors that share memory share it again after unpacking."""
 
     spec: Any
-    memory: list[Tensor] = field(default_factory=list)
+    """The values in terms of JSON; a tensor says which piece of memory it lies in, and how."""
+    memory: list[Tensor]
+    """The pieces, one-dimensional ``uint8`` tensors on the CPU."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the pieces hold on to."""
-        return sum(
-            {piece.untyped_storage().data_ptr(): piece.untyped_storage().nbytes() for piece in self.memory}.values()
-        )
+        storages = [piece.untyped_storage() for piece in self.memory]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def write(self, path: Path) -> None:
-        """Write to a safetensors file: beside, flushed, renamed.
-
-        Raises:
-            PpclError: the place cannot be written.
-        """
+        """Write to a safetensors file; raises `PpclError` where that is not possible."""
         pieces = {str(number): piece for number, piece in enumerate(self.memory) if len(piece)}
         sizes = [len(piece) for piece in self.memory]
         write_safetensors(path, pieces, {"spec": json.dumps({"sizes": sizes, "value": self.spec})})
@@ -62,10 +50,8 @@ class Encoded:
 
 
 def encode(value: Any) -> Encoded:
-    """Take nested values apart. Tensors are copied only where they are on an accelerator.
-
-    Raises:
-        RuntimeError: a value of a kind that no traced graph hands on.
+    """Take nested values apart. Tensors are copied only where they are on an accelerator. Raises `RuntimeError`: a
+    value of a kind that no traced graph hands on.
     """
     found: dict[int, list[Tensor]] = {}
     for leaf in tree_leaves(value):
@@ -87,8 +73,7 @@ def encode(value: Any) -> Encoded:
 
 def decode(encoded: Encoded, device: torch.device) -> Any:
     """Put the values together again, their tensors on `device`."""
-    memory = [piece.to(device) for piece in encoded.memory]
-    return _value(encoded.spec, memory, device)
+    return _value(encoded.spec, [piece.to(device) for piece in encoded.memory], device)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -110,7 +95,7 @@ def _spec(value: Any, places: dict[int, tuple[int, int]]) -> Any:
         first = value.storage_offset() * value.element_size() - start
         bits = [value.is_conj(), value.is_neg()]
         return {"tensor": [number, first, str(value.dtype), list(value.shape), list(value.stride()), *bits]}
-    if value is None or isinstance(value, _SCALARS):
+    if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, torch.Size):
         return {"size": [int(item) for item in value]}
@@ -124,8 +109,6 @@ def _spec(value: Any, places: dict[int, tuple[int, int]]) -> Any:
         return {type(value).__name__: [_spec(item, places) for item in value]}
     if type(value) is dict:
         return {"dict": [[_spec(key, places), _spec(item, places)] for key, item in value.items()]}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        raise RuntimeError(f"a {type(value).__name__} crosses two blocks; give it a form of its own in tensor_codec.py")
     raise RuntimeError(f"a {type(value).__name__} crosses two blocks, and tensor_codec.py has no form for it")
 
 
@@ -133,18 +116,17 @@ def _value(spec: Any, memory: list[Tensor], device: torch.device) -> Any:
     if not isinstance(spec, dict):
         return spec
     ((kind, content),) = spec.items()
-    if kind == "tensor":
-        return _tensor(content, memory)
-    if kind == "size":
-        return torch.Size(content)
-    if kind == "dtype":
-        return _dtype(content)
-    if kind == "device":
-        return device
-    if kind == "dict":
-        return {_value(key, memory, device): _value(item, memory, device) for key, item in content}
+    match kind:
+        case "tensor":
+            return _tensor(content, memory)
+        case "dtype":
+            return _dtype(content)
+        case "device":
+            return device
+        case "dict":
+            return {_value(key, memory, device): _value(item, memory, device) for key, item in content}
     items = [_value(item, memory, device) for item in content]
-    return slice(*items) if kind == "slice" else tuple(items) if kind == "tuple" else items
+    return slice(*items) if kind == "slice" else {"size": torch.Size, "tuple": tuple, "list": list}[kind](items)
 
 
 def _tensor(content: list[Any], memory: list[Tensor]) -> Tensor:
@@ -153,12 +135,9 @@ def _tensor(content: list[Any], memory: list[Tensor]) -> Tensor:
     piece = memory[number]
     if piece.numel() == 0:
         return torch.empty(shape, dtype=dtype, device=piece.device)
-    storage = piece.untyped_storage()
-    offset = piece.storage_offset() + first
     tensor = torch.empty(0, dtype=dtype, device=piece.device)
-    tensor.set_(storage, offset // dtype.itemsize, shape, stride)
-    if conj:
-        tensor = torch._conj(tensor)
+    tensor.set_(piece.untyped_storage(), (piece.storage_offset() + first) // dtype.itemsize, shape, stride)
+    tensor = torch._conj(tensor) if conj else tensor
     return torch._neg_view(tensor) if neg else tensor
 
 

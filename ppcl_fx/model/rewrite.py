@@ -14,7 +14,7 @@ from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.model.retrace import over
 from ppcl_fx.passes.calibration.initialise import fit_projectors
-from ppcl_fx.passes.edits.insertion import edited
+from ppcl_fx.passes.edits.plug import edited
 from ppcl_fx.schema.plan import Plan
 
 

@@ -19,6 +19,7 @@ from ppcl_fx.errors import GuardError, PpclError, foreign, near
 from ppcl_fx.io.build_bounds import Room
 from ppcl_fx.io.fingerprint import fingerprint
 from ppcl_fx.ir.dtypes import kept_in_float32
+from ppcl_fx.ir.graphs import container
 from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.tracing.held import check_free
 from ppcl_fx.tracing.leaves import block_lists, inlined_modules
@@ -194,13 +195,7 @@ def _graph_module(
     for node in graph.nodes:
         node.meta.pop("kept", None)
         node.meta.pop("actual", None)
-    root = nn.Module()
-    for name, child in model.named_children():
-        root.add_module(name, child)
-    for name, parameter in model.named_parameters(recurse=False):
-        root.register_parameter(name, parameter)
-    for name, buffer in model.named_buffers(recurse=False):
-        root.register_buffer(name, buffer)
+    root = container(model)
     for name, tensor in tracer.constants.items():
         root.register_buffer(name, tensor, persistent=False)
     gm = GraphModule(root, graph, class_name=type(model).__name__)

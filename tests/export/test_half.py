@@ -23,7 +23,7 @@ from ppcl_fx.export.onnx.inputs import in_type
 from ppcl_fx.export.onnx.writer import floats_as
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.io.files import read_json
-from ppcl_fx.passes.lowering.clamp_half import ClampHalf
+from ppcl_fx.passes.lowering.lowering import ClampHalf
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.coverage.table import CASES

@@ -21,19 +21,16 @@ from ppcl_fx.ir.partition import Watch
 from ppcl_fx.ir.sites import ffn_sites
 from ppcl_fx.ir.stacks import stacks
 from ppcl_fx.passes.analysis.analyze import analyze
-from ppcl_fx.passes.analysis.ffn_fit import FfnFits
+from ppcl_fx.passes.analysis.annotate import FfnFits, LinearProbes, Similarity, TextSimilarity
 from ppcl_fx.passes.analysis.intervals import CandidateIntervals
-from ppcl_fx.passes.analysis.probes import LinearProbes
-from ppcl_fx.passes.analysis.similarity import Similarity, linear_cka
-from ppcl_fx.passes.analysis.text_similarity import TextSimilarity
+from ppcl_fx.passes.analysis.similarity import linear_cka
 from ppcl_fx.passes.calibration.calibration import calibrate
 from ppcl_fx.passes.calibration.held_out import SHARE
 from ppcl_fx.passes.calibration.reservoir import Reservoir
-from ppcl_fx.passes.calibration.run_store import CalibrationSettings
-from ppcl_fx.passes.edits.insertion import count
+from ppcl_fx.passes.edits.plug import count
 from ppcl_fx.passes.options import AnalyzeConfig
 from ppcl_fx.passes.selection.savings import saved
-from ppcl_fx.passes.selection.select import select, uniform
+from ppcl_fx.passes.selection.select import select
 from ppcl_fx.schema.analysis import Interval, Redundancy
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
@@ -143,7 +140,7 @@ def test_probe_fit_and_curves_are_those_of_the_eager_model(tiny_qwen: tuple[nn.M
     model, kwargs = tiny_qwen
     gm = trace(model, kwargs)
     calls = _calls(model, kwargs)
-    calibration = calibrate(gm, calls, CalibrationSettings(ridge=1e-5))
+    calibration = calibrate(gm, calls, AnalyzeConfig(ridge=1e-5))
     assert calibration.samples_used == 2 + 3 + 2 + 3
     LinearProbes(calibration)(gm)
     Similarity(calibration)(gm)
@@ -267,7 +264,7 @@ def test_analysis_has_every_stack_and_stream(name: str, tmp_path: Path) -> None:
 @NAMES
 def test_plans_have_the_exact_parameter_count(name: str) -> None:
     _, gm, _, found = _analysed(name)
-    for plan in (select(found, 0.6), select(found, 0.85), uniform(found, 0.7)):
+    for plan in (select(found, 0.6), select(found, 0.85), select(found, 0.7, select="uniform", width=False)):
         plan.check()
         assert plan.params == count(gm, plan) <= found.teacher_params
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ppcl_fx.passes.analysis.intervals import (
-    algorithm_1,
-    first_difference,
-    interval_end,
-    shifted,
-    threshold_intervals,
-)
+from ppcl_fx.passes.analysis.intervals import algorithm_1, first_difference, interval_end, shifted
 from ppcl_fx.schema.analysis import Interval, Matrix
 
 
@@ -64,18 +58,6 @@ def test_stacks_too_short_for_an_interval(size: int) -> None:
 
 def test_undefined_curves_have_no_candidates() -> None:
     assert algorithm_1([[None] * 4 for _ in range(4)]) == []
-
-
-def test_threshold_control_leaves_blocks_outside() -> None:
-    cka: Matrix = [
-        [1.0, 0.99, 0.96, 0.80],
-        [None, 1.0, 0.90, 0.99],
-        [None, None, 1.0, 0.94],
-        [None, None, None, 1.0],
-    ]
-    assert _pairs(threshold_intervals(cka, 0.95)) == [(0, 2, False)]
-    assert _pairs(threshold_intervals(cka, 0.97)) == [(0, 1, False)]
-    assert threshold_intervals(cka, 0.995) == []
 
 
 def test_positions_become_module_list_indices() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pytest
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.options import RewriteConfig
-from ppcl_fx.passes.selection.latency import in_time, milliseconds, time_frontier
+from ppcl_fx.passes.selection.frontier import frontier
+from ppcl_fx.passes.selection.latency import TICKS, in_time
 from ppcl_fx.passes.selection.savings import saved
 from ppcl_fx.passes.selection.select import Options, select
 from ppcl_fx.passes.selection.sensitivity import predicted
@@ -41,6 +43,12 @@ def random_costs(analysis: Redundancy, seed: int, alike: bool = False) -> Costs:
         return StackCost(path=own.path, first=own.first, blocks=blocks)
 
     return Costs(model="m", repeats=1, rest=3.5, stacks=[stack(own) for own in analysis.stacks])
+
+
+def milliseconds(analysis: Redundancy, costs: Costs, edits: Iterable[Edit]) -> float:
+    """What the package predicts of a model with these edits."""
+    timed = in_time(analysis, costs)
+    return (timed.teacher_params - saved(timed, edits)) / TICKS
 
 
 def added_up(costs: Costs, edits: list[Edit]) -> float:
@@ -95,15 +103,15 @@ def brute_force(analysis: Redundancy, costs: Costs, most_ffn: int) -> list[tuple
 )
 def test_the_frontier_over_time_is_that_of_all_plans(analysis: Redundancy) -> None:
     costs = random_costs(analysis, 1)
-    points = time_frontier(analysis, costs, Options(budget=0, ffn=2))
+    points = frontier(in_time(analysis, costs), Options(budget=0, ffn=2))
     expected = brute_force(analysis, costs, 2)
-    assert [point.milliseconds for point in points] == pytest.approx([spent for spent, _ in expected], abs=1e-4)
+    assert [point.params / TICKS for point in points] == pytest.approx([spent for spent, _ in expected], abs=1e-4)
     assert [point.damage for point in points] == pytest.approx([damage for _, damage in expected])
     for point in points:
         edits = list(point.edits)
         Plan(edits=edits).check()
-        assert point.params == analysis.teacher_params - saved(analysis, edits)
-        assert milliseconds(analysis, costs, edits) == point.milliseconds == pytest.approx(added_up(costs, edits))
+        spent = milliseconds(analysis, costs, edits)
+        assert spent == point.params / TICKS == pytest.approx(added_up(costs, edits))
 
 
 @pytest.mark.parametrize("share", [1.0, 0.8, 0.6, 0.4])
@@ -113,9 +121,9 @@ def test_a_plan_for_a_latency_does_the_least_damage_within_it(share: float) -> N
     plan = select(analysis, config=RewriteConfig(latency=share), costs=costs)
     spent = milliseconds(analysis, costs, plan.edits)
     assert spent <= share * costs.total + 1e-6
-    points = time_frontier(analysis, costs, Options(budget=0))
+    points = frontier(in_time(analysis, costs), Options(budget=0))
     damage = sum(edit.damage or 0.0 for edit in plan.edits)
-    assert damage == pytest.approx(min(p.damage for p in points if p.milliseconds <= share * costs.total + 1e-6))
+    assert damage == pytest.approx(min(p.damage for p in points if p.params / TICKS <= share * costs.total + 1e-6))
     assert plan.params == analysis.teacher_params - saved(analysis, plan.edits)
     assert "rule budget: at most " in plan.reason[0] and " ms may stay; " in plan.reason[0]
     assert any(line.startswith("the next ") and " ms, predicted damage " in line for line in plan.reason)
@@ -136,7 +144,7 @@ def test_time_is_counted_in_whole_nanoseconds() -> None:
 def test_a_deep_model_with_alike_blocks_has_its_frontier_in_seconds() -> None:
     analysis = analysis_of(random_stack(9, 40, grows=True))
     started = time.process_time()
-    assert len(time_frontier(analysis, random_costs(analysis, 3, alike=True), Options(budget=0))) > 50
+    assert len(frontier(in_time(analysis, random_costs(analysis, 3, alike=True)), Options(budget=0))) > 50
     assert time.process_time() - started < 60
 
 
@@ -144,7 +152,7 @@ def test_refusals() -> None:
     analysis = analysis_of(random_stack(8, 6))
     costs = random_costs(analysis, 4)
     (stack,) = costs.stacks
-    quickest = time_frontier(analysis, costs, Options(budget=0))[-1].milliseconds
+    quickest = frontier(in_time(analysis, costs), Options(budget=0))[-1].params / TICKS
     cases: list[tuple[Costs | None, dict[str, Any], str]] = [
         (costs, {"latency": 0.001}, rf"no plan runs in .* ms: the quickest takes {quickest:.4g} ms; ask for more time"),
         (costs, {"latency": 1.5}, "latency 1.5: neither a share of the teacher's time"),

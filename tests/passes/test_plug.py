@@ -14,8 +14,7 @@ from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.ir.graphs import copy_graph_module, parameter_count
 from ppcl_fx.ir.switches import switches
 from ppcl_fx.model.rewrite import insert_edits, rewrite
-from ppcl_fx.passes.edits.insertion import count
-from ppcl_fx.passes.edits.plug import plugged
+from ppcl_fx.passes.edits.plug import count, plugged
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind, trace
 from tests import models

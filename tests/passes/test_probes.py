@@ -11,7 +11,6 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.passes.analysis import probes
 from ppcl_fx.passes.analysis.probes import NormalEquations, Projector
 from ppcl_fx.passes.calibration import normal_sums
-from ppcl_fx.passes.lowering import precision
 
 
 def _data(
@@ -144,10 +143,10 @@ def test_wide_sums_of_bfloat16_values_lose_nothing(bias: bool, monkeypatch: pyte
 
 def test_products_are_as_precise_as_before_afterwards() -> None:
     before = torch.backends.mkldnn.matmul.fp32_precision
-    with precision.products_of(torch.bfloat16, torch.device("cpu")):
+    with normal_sums.products_of(torch.bfloat16, torch.device("cpu")):
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     assert torch.backends.mkldnn.matmul.fp32_precision == before
-    with precision.products_of(torch.float32, torch.device("cpu")):
+    with normal_sums.products_of(torch.float32, torch.device("cpu")):
         assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 

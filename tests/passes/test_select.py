@@ -11,7 +11,7 @@ from ppcl_fx.passes.analysis.intervals import first_difference
 from ppcl_fx.passes.options import RewriteConfig
 from ppcl_fx.passes.selection.rules import cheapest_covers, within
 from ppcl_fx.passes.selection.savings import saved
-from ppcl_fx.passes.selection.select import RULES, rule, select, uniform
+from ppcl_fx.passes.selection.select import RULES, rule, select
 from ppcl_fx.passes.selection.sensitivity import LEARNED
 from ppcl_fx.schema.analysis import (
     BlockSavings,
@@ -189,7 +189,7 @@ def test_text_streams_go_deeper_first_and_around_intervals() -> None:
 
 
 def test_a_text_group_neither_starts_nor_ends_inside_an_interval() -> None:
-    from ppcl_fx.passes.edits.width_rules import text_edits
+    from ppcl_fx.passes.selection.rules import text_edits
     from ppcl_fx.passes.selection.select import Options
 
     text = [0.1, 0.9, 0.9, 0.9995, 0.9995, 0.9995, 0.9995, 0.9]
@@ -240,12 +240,16 @@ def test_two_stacks_of_one_module_list_keep_their_indices() -> None:
     assert plan.params == 5000
 
 
+def uniform(keep: float) -> Plan:
+    return select(_eight(), keep, select="uniform", width=False)
+
+
 def test_uniform_removes_evenly_spaced_blocks_at_the_same_budget() -> None:
-    plan = uniform(_eight(), 0.5)
+    plan = uniform(0.5)
     assert plan.ids == [f"depth:blocks.{i}-{i + 1}" for i in (0, 2, 4, 6)]
     assert plan.params == 4000
-    assert uniform(_eight(), 0.75).params == 6000
-    third = uniform(_eight(), 0.375)
+    assert uniform(0.75).params == 6000
+    third = uniform(0.375)
     assert third.params == 3000
     assert all(isinstance(edit, DepthEdit) for edit in third.edits)
     third.check()
@@ -266,7 +270,7 @@ def test_covers_are_the_best_of_all_covers() -> None:
                 best[removed] = min(best.get(removed, 99.0), sum(damage[s] for s in chosen))
     covers = cheapest_covers(size, lambda span: True, damage.__getitem__)
     assert {r: c.damage for r, c in enumerate(covers) if c is not None} == pytest.approx(best)
-    assert all(c is None or c.removed == r for r, c in enumerate(covers))
+    assert all(c is None or sum(last - first for first, last in c.spans) == r for r, c in enumerate(covers))
 
 
 def test_within_merges_neighbours_only() -> None:

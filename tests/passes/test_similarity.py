@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ppcl_fx.passes.analysis import comparers, similarity
 from ppcl_fx.passes.analysis import curves as curve_sums
-from ppcl_fx.passes.analysis.comparers import Features, Kernels
+from ppcl_fx.passes.analysis import similarity
 from ppcl_fx.passes.analysis.curves import CurveSums
 from ppcl_fx.passes.analysis.probes import Projector
-from ppcl_fx.passes.analysis.similarity import Average, directional_gap, linear_cka
+from ppcl_fx.passes.analysis.similarity import Average, Features, Kernels, directional_gap, linear_cka
 
 
 def _hsic_cka(x: Tensor, y: Tensor) -> float:
@@ -68,8 +67,8 @@ def test_curves_are_equation_3_for_every_pair(
     tokens: int, width: int, small: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if small:  # every loop takes several rounds
-        monkeypatch.setattr(comparers, "TILE", 5)
-        monkeypatch.setattr(comparers, "SUMMED", 7)
+        monkeypatch.setattr(similarity, "TILE", 5)
+        monkeypatch.setattr(similarity, "SUMMED", 7)
         monkeypatch.setattr(curve_sums, "CHUNK_BYTES", 2 * 3 * tokens * width * 4)
         monkeypatch.setattr(curve_sums, "CACHED_BYTES", 1)
         monkeypatch.setattr(curve_sums, "ROWS", 3)
@@ -110,7 +109,7 @@ def test_gap_is_the_squared_distance_of_directions() -> None:
 
 @pytest.mark.parametrize("tile", [3, 512])
 def test_both_ways_to_compare_agree(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparers, "TILE", tile)
+    monkeypatch.setattr(similarity, "TILE", tile)
     generator = torch.Generator().manual_seed(4)
     states = [torch.randn(2, 10, 8, generator=generator) + 1.0 for _ in range(4)]
     states[2][1] = states[2][1, :1]  # a sample whose tokens are all alike

@@ -11,14 +11,12 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.ir.graphs import descendants, example, module_paths, users
+from ppcl_fx.ir.graphs import descendants, module_paths, users
 from ppcl_fx.ir.meta import graph_info
-from ppcl_fx.ir.sites import is_attention
-from ppcl_fx.ir.stacks import block_regions
+from ppcl_fx.ir.stacks import block_regions, is_attention
 from ppcl_fx.ir.switches import SWITCH, is_depth, is_switch, student_end, surface, switches
 from ppcl_fx.passes.edits.depth import student_path
 from ppcl_fx.passes.edits.ffn import projector_path
-from ppcl_fx.passes.lowering.expand import map_values
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, known
 from ppcl_fx.tracing.guards import is_guard
 
@@ -163,7 +161,7 @@ def _attention_outputs(gm: GraphModule, nodes: Iterable[Node]) -> dict[tuple[int
     """Return (number of the attention, number of the output) -> the output's node, for outputs that are used."""
     found: dict[tuple[int, int], Node] = {}
     for number, node in enumerate(node for node in nodes if is_attention(gm, node)):
-        if not isinstance(example(node), tuple | list):
+        if not isinstance(node.meta.get("val"), tuple | list):
             found[number, 0] = node
             continue
         for user in users(node):
@@ -269,14 +267,7 @@ class _Builder:
 
     def _copy(self, node: Node, values: dict[Node, Any], teachers: bool = True) -> Node:
         """Copy a node. `teachers`: no switch before it is at its student, so the pluggable graph has the same value."""
-        copy = self.graph.create_node(
-            node.op,
-            node.target,
-            map_values(tuple(node.args), values),
-            map_values(dict(node.kwargs), values),
-            name=node.name,
-        )
-        copy.meta = dict(node.meta)
+        copy = self.graph.node_copy(node, values.__getitem__)
         if teachers:
             copy.meta[ORIGIN] = node.name
         return copy

@@ -23,7 +23,6 @@ from ppcl_fx.passes.analysis.analyze import analyze, analyze_streamed
 from ppcl_fx.passes.calibration import calibration
 from ppcl_fx.passes.calibration.calibration import Calibration, silent
 from ppcl_fx.passes.calibration.reservoir import Reservoir, ranks
-from ppcl_fx.passes.calibration.run_store import CalibrationSettings
 from ppcl_fx.passes.options import AnalyzeConfig
 from ppcl_fx.schema.analysis import Redundancy
 from ppcl_fx.tracing import trace
@@ -65,8 +64,7 @@ def checkpoint(folder: Path, dtype: torch.dtype | None = None) -> Checkpoint:
 
 
 def begun(teacher: Checkpoint, calls: Calls, work: Path, samples: int) -> Calibration:
-    settings = CalibrationSettings(samples=samples, memory=2**32)
-    return analysis.calibration_on_disk(teacher, calls, work, settings, "image", None, CPU, silent)
+    return analysis.calibration_on_disk(teacher, calls, work, AnalyzeConfig(samples=samples), 2**32, silent)
 
 
 def numbers(value: Any) -> list[float]:
@@ -110,8 +108,7 @@ def test_the_streamed_analysis_gives_the_same_numbers(
 ) -> None:
     model, calls = teacher(name)
     plain = analyze(trace(model, calls.examples()), calls, AnalyzeConfig(refine_steps=3), memory=memory)
-    settings = CalibrationSettings(memory=memory, refine_steps=3)
-    found = analyze_streamed(checkpoint(folders[name]), calls, tmp_path / "work", settings=settings)
+    found = analyze_streamed(checkpoint(folders[name]), calls, tmp_path / "work", memory=memory, refine_steps=3)
     assert found == plain  # to the bit
     assert found.samples_used == plain.samples_used == (10 if memory == 2**32 else plain.samples_used) >= 1
     assert (found.model, found.calls) == (plain.model, plain.calls)
@@ -150,11 +147,11 @@ def test_a_killed_run_goes_on_where_it_was(
         checkpoint(folders["qwen"]),
         calls,
         tmp_path / "work",
-        settings=CalibrationSettings(samples=5, memory=2**32),
+        samples=5,
+        memory=2**32,
         report=lambda done, total, label="": steps.append(done),
     )
-    settings = CalibrationSettings(samples=5, memory=2**32)
-    whole = analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "other", settings=settings)
+    whole = analyze_streamed(checkpoint(folders["qwen"]), calls, tmp_path / "other", samples=5, memory=2**32)
     assert found == whole
     assert found.samples_used == 5
 
