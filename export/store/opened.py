@@ -13,8 +13,8 @@ from ppcl_fx.io.byte_ranges import byte_ranges
 from ppcl_fx.io.long_files import form_bytes
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.io.shards import Shards
-from ppcl_fx.model.finetuned import FinetunedFolder
 from ppcl_fx.model.pluggable import PluggableModel, load
+from ppcl_fx.model.student_folder import FinetunedFolder
 from ppcl_fx.schema.measured_effects import EFFECTS, load_effects
 
 COPIES = 3
