@@ -26,9 +26,8 @@ from benchmarks.clock import apart, parser, write
 from benchmarks.streaming import Peak, calls, config, plan
 from ppcl_fx.io.files import write_json
 from ppcl_fx.io.shards import INDEX, Form, form_bytes
-from ppcl_fx.model.pluggable import STUDENTS, TEACHER, PluggableModel
+from ppcl_fx.model.pluggable import STUDENTS, TEACHER, PluggableModel, student_forms
 from ppcl_fx.model.rewrite import insert_edits
-from ppcl_fx.model.streamed_rewrite import student_forms
 from ppcl_fx.tracing import trace
 from ppcl_fx.tracing.meta_model import skeleton
 

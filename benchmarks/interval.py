@@ -30,7 +30,7 @@ from benchmarks.streaming import PACKAGES, Peak, calls, config, described, make,
 from benchmarks.trace import STACK
 from ppcl_fx.calls.store import Calls
 from ppcl_fx.io.files import need_room
-from ppcl_fx.model.streamed_rewrite import rewrite_streamed
+from ppcl_fx.model.rewrite import rewrite_streamed
 from ppcl_fx.model.student_folder import StudentFolder
 from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.train.bounded.trainer import BoundedTraining

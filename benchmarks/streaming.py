@@ -41,7 +41,7 @@ from ppcl_fx.io.shards import Shards, Stored
 from ppcl_fx.ir.executor import Executor, Residency
 from ppcl_fx.ir.spill import Spill
 from ppcl_fx.model.paper_plans import named
-from ppcl_fx.model.streamed_rewrite import rewrite_streamed
+from ppcl_fx.model.rewrite import rewrite_streamed
 from ppcl_fx.passes.analysis.analyze import analyze_streamed
 from ppcl_fx.passes.analysis.probes import NormalEquations
 from ppcl_fx.passes.analysis.stream_sites import stream_sites

@@ -30,8 +30,8 @@ from ppcl_fx.export.tensorrt.trtexec import write_script
 from ppcl_fx.export.verify.sizes import refused
 from ppcl_fx.io import owned_folders as owned
 from ppcl_fx.io.files import new_folder, read_json
-from ppcl_fx.model.finetuned import FinetunedFolder
 from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.student_folder import FinetunedFolder
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls

@@ -213,7 +213,7 @@ def _train(
     settings: DemoSettings, clock: Clock, model: PluggableModel, calls: Calls
 ) -> tuple[list[StageCurves], GraphModule]:
     """Distil depth and width, fine-tune the smallest mixture, save both; return the curves and the fine-tuned model."""
-    from ppcl_fx.model.finetuned import NAME as FINETUNED
+    from ppcl_fx.model.student_folder import NAME as FINETUNED
     from ppcl_fx.train import train
     from ppcl_fx.train.config import Weights
 

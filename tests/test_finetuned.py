@@ -13,8 +13,8 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 import ppcl_fx
-from ppcl_fx.model.finetuned import save_finetuned
 from ppcl_fx.model.mixtures import mixture
+from ppcl_fx.model.student_folder import save_finetuned
 from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.tracing import trace

@@ -17,8 +17,8 @@ from ppcl_fx.export import check_artefacts
 from ppcl_fx.io.files import inside
 from ppcl_fx.io.shards import Shards
 from ppcl_fx.lora.keys import read_lora
-from ppcl_fx.model.finetuned import FinetunedFolder, load_finetuned
 from ppcl_fx.model.sources import open_source
+from ppcl_fx.model.student_folder import FinetunedFolder, load_finetuned
 from ppcl_fx.train.core import checkpoints
 from tests.cli_place import Place
 from tests.lora import loras

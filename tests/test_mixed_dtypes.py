@@ -15,11 +15,10 @@ from torch import nn
 
 import ppcl_fx
 from ppcl_fx.ir.stacks import stacks
-from ppcl_fx.model.finetuned import load_finetuned, save_finetuned
 from ppcl_fx.model.pluggable import CARD, PluggableModel
 from ppcl_fx.model.rewrite import rewrite
 from ppcl_fx.model.sources import open_source
-from ppcl_fx.model.student_folder import StudentFolder
+from ppcl_fx.model.student_folder import StudentFolder, load_finetuned, save_finetuned
 from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
 from tests.coverage.case import Case, Kwargs

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 import ppcl_fx
 from ppcl_fx.errors import GuardError, PpclError
-from ppcl_fx.model.offload import Pieces
+from ppcl_fx.model.face import Pieces
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.model.rewrite import rewrite
 from ppcl_fx.model.sources import open_source

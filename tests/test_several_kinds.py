@@ -18,8 +18,8 @@ from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.export import ExportConfig, export
 from ppcl_fx.io.fingerprint import fingerprint
 from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.rewrite import rewrite_streamed
 from ppcl_fx.model.sources import open_source
-from ppcl_fx.model.streamed_rewrite import rewrite_streamed
 from ppcl_fx.passes.analysis.analyze import analyze_streamed
 from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind, graph_for, trace, with_rows

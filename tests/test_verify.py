@@ -21,11 +21,10 @@ from ppcl_fx.formats.released import save_released
 from ppcl_fx.formats.stock import save_stock
 from ppcl_fx.io.files import write_safetensors
 from ppcl_fx.io.shards import DIGESTS, Shards, is_finite
-from ppcl_fx.model.finetuned import FinetunedFolder, load_finetuned, save_finetuned
 from ppcl_fx.model.mixtures import mixture
 from ppcl_fx.model.rewrite import rewrite
 from ppcl_fx.model.sources import open_source
-from ppcl_fx.model.student_folder import StudentFolder
+from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder, load_finetuned, save_finetuned
 from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.tracing import trace
 from tests import models

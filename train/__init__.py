@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from ppcl_fx._names import lazy
 
 if TYPE_CHECKING:
-    from ppcl_fx.model.finetuned import load_finetuned
+    from ppcl_fx.model.student_folder import load_finetuned
     from ppcl_fx.schema.curves import Losses, StageCurves
     from ppcl_fx.train.config import STAGES, Limits, TrainConfig, Weights
     from ppcl_fx.train.metrics.effects import measure_effects, predicted_and_measured
@@ -27,7 +27,7 @@ _HOME = {
     "TrainConfig": "ppcl_fx.train.config",
     "TrainResult": "ppcl_fx.train.run",
     "Weights": "ppcl_fx.train.config",
-    "load_finetuned": "ppcl_fx.model.finetuned",
+    "load_finetuned": "ppcl_fx.model.student_folder",
     "measure_effects": "ppcl_fx.train.metrics.effects",
     "predicted_and_measured": "ppcl_fx.train.metrics.effects",
     "train": "ppcl_fx.train.run",

@@ -16,8 +16,9 @@ import torch
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.model.finetuned import plan_digest, save_finetuned
+from ppcl_fx.model.student_folder import save_finetuned
 from ppcl_fx.schema.curves import LOSSES, Losses, StageCurves
+from ppcl_fx.schema.plan import plan_digest
 from ppcl_fx.train.checks import CHECKPOINTS, LOGS, check_here, check_places
 from ppcl_fx.train.config import CONFIG, TrainConfig, resolve
 from ppcl_fx.train.config import save as save_config

@@ -11,8 +11,8 @@ from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.store.weight_source import WeightFolder, WeightSource
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.io.shards import Shards, form_bytes
-from ppcl_fx.model.finetuned import FinetunedFolder
 from ppcl_fx.model.pluggable import PluggableModel, load
+from ppcl_fx.model.student_folder import FinetunedFolder
 from ppcl_fx.schema.measured_effects import EFFECTS, load_effects
 
 COPIES = 3

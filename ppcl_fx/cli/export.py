@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ppcl_fx.export.store.weight_source import WeightFolder
     from ppcl_fx.export.tensorrt.folder import Built
     from ppcl_fx.export.verify.sampling import SamplingRun
-    from ppcl_fx.model.finetuned import FinetunedFolder
     from ppcl_fx.model.pluggable import PluggableModel
+    from ppcl_fx.model.student_folder import FinetunedFolder
 
 SAMPLES = 2
 """Pictures of a sampling run, if nothing else is said."""
@@ -90,8 +90,8 @@ def export(
 
     from ppcl_fx.export.exporting import export as run
     from ppcl_fx.export.store.opened import stays_on_disk
-    from ppcl_fx.model.finetuned import FinetunedFolder
     from ppcl_fx.model.pluggable import PluggableModel
+    from ppcl_fx.model.student_folder import FinetunedFolder
 
     recorded = open_calls(calls, terminal) if calls is not None else None
     model = _opened(student, config, terminal, recorded)
@@ -163,9 +163,8 @@ def _opened(
     student: Path, config: ExportConfig, terminal: Terminal, recorded: Recorded | None
 ) -> PluggableModel | WeightFolder | FinetunedFolder:
     """Return a fine-tuned model or a student with its weights on disk; in memory for folders, and released ones."""
-    from ppcl_fx.model.finetuned import FinetunedFolder, is_finetuned
     from ppcl_fx.model.pluggable import CARD
-    from ppcl_fx.model.student_folder import StudentFolder
+    from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder, is_finetuned
 
     if is_finetuned(student):
         with terminal.step("opening the fine-tuned model"):

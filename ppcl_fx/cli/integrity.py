@@ -93,7 +93,7 @@ def _student(folder: Path) -> Iterator[Checked]:
 
 
 def _finetuned(folder: Path) -> Iterator[Checked]:
-    from ppcl_fx.model.finetuned import FinetunedFolder
+    from ppcl_fx.model.student_folder import FinetunedFolder
 
     yield _weights(folder, "fine-tuned model", Shards.one_file(FinetunedFolder.open(folder).file))
 

@@ -104,7 +104,7 @@ def rewrite(
     if config.memory_limit is not None:
         import torch
 
-        from ppcl_fx.model.streamed_rewrite import ProjectorFit, rewrite_streamed
+        from ppcl_fx.model.rewrite import ProjectorFit, rewrite_streamed
 
         assert chosen is not None
         checkpoint = open_checkpoint(model, terminal, fingerprints)

@@ -25,8 +25,7 @@ from ppcl_fx.formats.rejoin import with_teacher
 from ppcl_fx.io.shards import Shards
 from ppcl_fx.ir.dtypes import kept_in_float32, main_dtype
 from ppcl_fx.ir.meta import graph_info
-from ppcl_fx.model.face import PipelineFace
-from ppcl_fx.model.offload import GroupOffload
+from ppcl_fx.model.face import GroupOffload, PipelineFace
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.model.retrace import dtypes_of, take_dtypes
 from ppcl_fx.model.rewrite import insert_edits

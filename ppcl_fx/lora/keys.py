@@ -1,14 +1,21 @@
-"""Reading a LoRA: its file, its names, which of its tensors are for the transformer; safetensors only."""
+"""Reading a LoRA, safetensors only: its file, its names, which of its tensors are for the transformer.
+
+Other trainers' key layouts are read by diffusers' own converters, found through the pipelines of the model's class.
+"""
 
 from __future__ import annotations
 
+import difflib
+import functools
+import inspect
 import logging
 import math
 import re
+import typing
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -16,7 +23,6 @@ from pydantic import BaseModel, ConfigDict
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io.files import inside, read_json, read_safetensors, safetensors_metadata
 from ppcl_fx.io.reading import parse_json
-from ppcl_fx.lora.convert import converted
 from ppcl_fx.lora.settings import of_layers, settings
 
 log = logging.getLogger("ppcl_fx.lora")
@@ -44,14 +50,18 @@ DROPPED = ".dora_scale"
 LAYOUT = "convert it to diffusers' layout (MODULE.lora_A.weight, MODULE.lora_B.weight)"
 
 
-@dataclass(frozen=True)
-class Model:
-    """What is known of the model that a LoRA is read for.
+FAULTS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What diffusers and PEFT raise, without a plan, where names, shapes or settings are not what they expect."""
 
-    Attributes:
-        modules: the paths of its modules.
-        kind: the name of the transformer's class.
-    """
+
+def line(error: Exception) -> str:
+    """Return what a library's error says, in one line."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= 200 else f"{words[:200]}..."
+
+
+class Model(NamedTuple):
+    """The model that a LoRA is read for: the paths of its modules, and the name of the transformer's class."""
 
     modules: Collection[str]
     kind: str
@@ -125,13 +135,12 @@ def read_lora(
     if dropped:
         raise PpclError(f"{where}: it is a DoRA in a layout that diffusers does not read ({dropped[0]!r}); {LAYOUT}")
     _check_values(where, tensors, alphas or {})
-    names, made = _sorted(tensors, prefix), None
+    names, note = _sorted(tensors, prefix), ""
     if model is not None and (names.renamed or not names.fit(model.modules)):
-        made = converted(model.kind, tensors)
-        theirs = _sorted(made.tensors, prefix) if made is not None else names
-        if made is not None and theirs.modules and theirs.fit(model.modules):
-            names, alphas = theirs, made.alphas
-    note = f"{made.by} of diffusers does not convert it{made.fault}" if made is not None else ""
+        made, beside, note = converted(model.kind, tensors)
+        theirs = _sorted(made, prefix)
+        if theirs.modules and theirs.fit(model.modules):
+            names, alphas = theirs, beside
     if names.unknown:
         because = f" ({note})" if note else ""
         raise PpclError(f"{where}: {names.unknown[0]!r} is no part of a LoRA that is known here{because}; {LAYOUT}")
@@ -142,10 +151,12 @@ def read_lora(
         return Lora(where)
     _check(where, names.tensors, names.modules)
     mine = settings(where, metadata if metadata is not None else found, prefix)
-    given = _beside(alphas, prefix)
+    start = f"{prefix}." if prefix else ""
+    given = {name.removeprefix(start): value for name, value in (alphas or {}).items() if name.startswith(start)}
     if mine is not None and (names.alphas or given):
         raise PpclError(f"{where}: it has alphas and PEFT's settings, which may differ; remove one of them")
-    of_none = {*names.alphas, *map(_module, given)} - names.modules.keys()
+    of = {*names.alphas, *(name.split(".lora_")[0].removesuffix(".alpha") for name in given)}
+    of_none = of - names.modules.keys()
     if of_none:
         log.warning("%s: %d of its alphas are of no layer of it, the first of %r", where, len(of_none), min(of_none))
     other = [path for path in names.alphas if path in names.modules and f"{path}.lora_A.weight" not in names.tensors]
@@ -161,8 +172,12 @@ def _sorted(tensors: Mapping[str, torch.Tensor], prefix: str | None) -> _Names:
     """Sort names into parts of layers, alphas, and those that say nothing here."""
     from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 
-    mine, others = _component(tensors, prefix)
-    names = _Names(others=others)
+    start = next((s for s in (f"{prefix or ''}.", *PREFIXES) if any(name.startswith(s) for name in tensors)), "")
+    mine = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+    # Only other components: a LoRA of a text encoder, for example.
+    if prefix and not start and all(name.startswith("text_encoder") for name in tensors):
+        mine = {}
+    names = _Names(others=[name for name in tensors if not mine or not name.startswith(start)])
     if not any(".lora_A" in name for name in mine):
         before = mine.keys()
         mine = convert_unet_state_dict_to_peft(mine)
@@ -184,30 +199,6 @@ def _sorted(tensors: Mapping[str, torch.Tensor], prefix: str | None) -> _Names:
         names.tensors[own] = tensor
     names.renamed |= bool(names.alphas)
     return names
-
-
-def _component(tensors: Mapping[str, torch.Tensor], prefix: str | None) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Return the tensors of the wanted component with their prefix cut off, and the names of all others."""
-    starts = dict.fromkeys(([f"{prefix}."] if prefix else []) + list(PREFIXES))
-    for start in starts:
-        mine = {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
-        if mine:
-            return mine, [name for name in tensors if not name.startswith(start)]
-    others = {name.split(".")[0] for name in tensors}
-    # Only other components: a LoRA of a text encoder, for example.
-    if prefix and others and all(other.startswith("text_encoder") for other in others):
-        return {}, list(tensors)
-    return dict(tensors), []
-
-
-def _beside(alphas: Mapping[str, Any] | None, prefix: str | None) -> dict[str, Any]:
-    """Return the alphas that diffusers gives for this component, the prefix cut off."""
-    start = f"{prefix}." if prefix else ""
-    return {name.removeprefix(start): value for name, value in (alphas or {}).items() if name.startswith(start)}
-
-
-def _module(alpha: str) -> str:
-    return alpha.split(".lora_")[0].removesuffix(".alpha")
 
 
 def _check_values(where: str, tensors: Mapping[str, torch.Tensor], alphas: Mapping[str, Any]) -> None:
@@ -236,7 +227,6 @@ def _check(where: str, tensors: Mapping[str, torch.Tensor], modules: Iterable[st
 def _open(
     source: str | Path | Mapping[str, torch.Tensor], weight_name: str | None
 ) -> tuple[str, dict[str, torch.Tensor], dict[str, Any] | None]:
-    """Return how to name the source in a message, its tensors, and the settings that came with it."""
     if isinstance(source, Mapping):
         return "the LoRA", dict(source), None
     path = Path(source)
@@ -244,7 +234,12 @@ def _open(
         raise PpclError(f"{path}: no such LoRA; give a safetensors file or a folder (the hub is the pipeline's matter)")
     config = None
     if path.is_dir():
-        path = _file_in(path, weight_name)
+        there = sorted(file.name for file in path.glob("*.safetensors"))
+        named = next((name for name in FILES if name in there), there[0] if len(there) == 1 else None)
+        if weight_name is None and named is None:
+            have = ", ".join(there) or "none"
+            raise PpclError(f"{path}: which of its safetensors files is the LoRA ({have})? give the file itself")
+        path = inside(path, weight_name or str(named))
         if (path.parent / CONFIG).is_file():
             config = read_json(inside(path.parent, CONFIG), _Any).model_dump()
     if path.suffix != ".safetensors":
@@ -257,19 +252,6 @@ class _Any(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def _file_in(folder: Path, name: str | None) -> Path:
-    if name is not None:
-        return inside(folder, name)
-    there = sorted(p.name for p in folder.glob("*.safetensors"))
-    for name in FILES:
-        if name in there:
-            return inside(folder, name)
-    if len(there) != 1:
-        have = ", ".join(there) or "none"
-        raise PpclError(f"{folder}: which of its safetensors files is the LoRA ({have})? give the file itself")
-    return inside(folder, there[0])
-
-
 def _header(path: Path) -> dict[str, Any] | None:
     text = safetensors_metadata(path).get(METADATA)
     if text is None:
@@ -279,3 +261,56 @@ def _header(path: Path) -> dict[str, Any] | None:
     except ValueError as error:
         raise PpclError(f"{path}: its {METADATA} is no JSON ({error}); save the LoRA again") from None
     return values if isinstance(values, dict) else None
+
+
+@functools.cache
+def loader_of(transformer: str) -> Any:
+    """Return the LoRA mixin of a pipeline of diffusers that takes a transformer of this class, or ``None``.
+
+    Pipelines are imported one by one, those first whose names resemble the transformer's.
+    """
+    from diffusers import pipelines
+    from diffusers.loaders.lora_base import LoraBaseMixin
+
+    def unlike(name: str) -> float:
+        return -difflib.SequenceMatcher(None, name.lower(), transformer.lower()).ratio()
+
+    for name in sorted((name for name in dir(pipelines) if name.endswith("Pipeline")), key=unlike):
+        pipeline = getattr(pipelines, name)
+        if not (inspect.isclass(pipeline) and issubclass(pipeline, LoraBaseMixin)):
+            continue
+        parameters = inspect.signature(pipeline.__init__).parameters
+        component = parameters.get(getattr(pipeline, "transformer_name", ""))
+        if component is not None and transformer in _classes(component.annotation):
+            return next(base for base in pipeline.__mro__ if "lora_state_dict" in vars(base))
+    return None
+
+
+def _classes(annotation: Any) -> set[str]:
+    """The names of the classes in an annotation: a class, a union, or the text of one."""
+    if isinstance(annotation, str):
+        return {part.strip() for part in annotation.split("|")}
+    return {getattr(kind, "__name__", "") for kind in typing.get_args(annotation) or (annotation,)}
+
+
+def converted(
+    transformer: str, tensors: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, torch.Tensor], dict[str, Any], str]:
+    """Read a LoRA for a class of transformers as ``pipe.load_lora_weights`` of its pipeline does.
+
+    Returns:
+        The tensors by diffusers' names, the component before them, and the alphas that it gives beside them; both are
+        empty where the converter could not. Then what to say where that does not help, empty where there is none.
+    """
+    loader = loader_of(transformer)
+    if loader is None:
+        return {}, {}, ""
+    note = f"{loader.__name__} of diffusers does not convert it"
+    options = {"return_lora_metadata": True}
+    if "return_alphas" in inspect.signature(loader.lora_state_dict).parameters:
+        options["return_alphas"] = True
+    try:
+        found = loader.lora_state_dict(dict(tensors), **options)
+    except FAULTS as error:
+        return {}, {}, f"{note} ({line(error)})"
+    return found[0], (found[1] if len(found) == 3 else None) or {}, note

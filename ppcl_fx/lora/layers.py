@@ -1,8 +1,7 @@
 """The changes of a LoRA as PEFT's own layers: matched, scaled and merged by PEFT, each into the weights it is given.
 
-PEFT wraps a layer and keeps the adapter beside it. Here it wraps stand-ins, of the right kind and shape but without
-weights, so that diffusers and PEFT read a LoRA as they do for any model: its layout, ranks, alphas, variants. The real
-weights are put under PEFT's layer when it merges.
+PEFT wraps stand-ins of the right kind and shape but without weights, so that diffusers and PEFT read a LoRA as they do
+for any model: its layout, ranks, alphas, variants. The real weights are put under PEFT's layer when it merges.
 """
 
 from __future__ import annotations
@@ -11,31 +10,22 @@ import copy
 import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.lora.convert import FAULTS, line
-from ppcl_fx.lora.keys import LAYOUT, Lora
+from ppcl_fx.lora.keys import FAULTS, LAYOUT, Lora, line
 
 PREFIX = "transformer"
 KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 """What a LoRA may change."""
 
 
-@dataclass(frozen=True)
-class Layer:
-    """The change of one layer.
-
-    Attributes:
-        tuner: PEFT's layer, over a stand-in.
-        name: the adapter's name in it.
-    """
+class Layer(NamedTuple):
+    """The change of one layer: PEFT's layer, over a stand-in, and the adapter's name in it."""
 
     tuner: Any
     name: str
@@ -44,13 +34,6 @@ class Layer:
     def changes(self) -> tuple[str, ...]:
         """The names of the parameters that it changes."""
         return ("weight", "bias") if getattr(self.tuner, "lora_bias", {}).get(self.name) else ("weight",)
-
-    def scaling(self, strength: float) -> float:
-        """Return the factor of ``B A``, as PEFT computes it from alpha and rank."""
-        tuner = copy.copy(self.tuner)
-        tuner.scaling = dict(tuner.scaling)
-        tuner.set_scale(self.name, strength)
-        return float(tuner.scaling[self.name])
 
 
 def need_peft() -> None:
@@ -62,39 +45,26 @@ def need_peft() -> None:
 
 
 def misfits(lora: Lora, modules: Mapping[str, nn.Module]) -> str:
-    """Say in words why a LoRA is not for a model, or return an empty string.
-
-    Args:
-        lora: the LoRA.
-        modules: the model's modules by path.
-    """
+    """Say in words why a LoRA is not for a model, by its modules; an empty string where it is."""
+    of = f"of its {len(lora.modules)} layers"
     missing = [path for path in lora.modules if not isinstance(modules.get(path), KINDS)]
     if missing:
-        first = missing[0]
-        kind = ", which is no layer that a LoRA changes" if first in modules else ""
+        kind = ", which is no layer that a LoRA changes" if missing[0] in modules else ""
         note = f"; {lora.note}" if lora.note else ""
-        return f"{len(missing)} of its {len(lora.modules)} layers do not exist here, the first is {first!r}{kind}{note}"
-    wrong = [path for path in lora.modules if _misshapen(lora, path, modules[path])]
-    if wrong:
-        down, up = (lora.tensors[f"{wrong[0]}.{factor}.weight"] for factor in ("lora_A", "lora_B"))
-        return (
-            f"{len(wrong)} of its {len(lora.modules)} layers have another shape, the first is {wrong[0]!r}: the LoRA's "
-            f"is {_size((up.shape[0], *down.shape[1:]))}, the model's {_size(_weight(modules[wrong[0]]).shape)}"
-        )
+        return f"{len(missing)} {of} do not exist here, the first is {missing[0]!r}{kind}{note}"
+    wrong = {}
+    for path in lora.modules:
+        parts = ("lora_A.weight", "lora_B.weight", "lora_B.bias")
+        down, up, bias = (lora.tensors.get(f"{path}.{part}") for part in parts)
+        if down is None or up is None:
+            continue  # of another kind than LoRA: PEFT compares
+        there, here = (up.shape[0], *down.shape[1:]), tuple(modules[path].get_parameter("weight").shape)
+        if there != here or (bias is not None and tuple(bias.shape) != here[:1]):
+            wrong[path] = f"the LoRA's is {_size(there)}, the model's {_size(here)}"
+    for path, shapes in wrong.items():
+        return f"{len(wrong)} {of} have another shape, the first is {path!r}: {shapes}"
     bare = [path for path in lora.modules if f"{path}.lora_B.bias" in lora.tensors and modules[path].bias is None]
     return f"it changes the bias of {bare[0]!r}, which has none" if bare else ""
-
-
-def _misshapen(lora: Lora, path: str, module: nn.Module) -> bool:
-    down, up, bias = (lora.tensors.get(f"{path}.{part}") for part in ("lora_A.weight", "lora_B.weight", "lora_B.bias"))
-    if down is None or up is None:
-        return False  # of another kind than LoRA: PEFT compares
-    shape = tuple(_weight(module).shape)
-    return (up.shape[0], *down.shape[1:]) != shape or (bias is not None and tuple(bias.shape) != (shape[0],))
-
-
-def _weight(module: nn.Module) -> torch.Tensor:
-    return module.get_parameter("weight")
 
 
 def _size(shape: Iterable[int]) -> str:
@@ -102,25 +72,21 @@ def _size(shape: Iterable[int]) -> str:
 
 
 def attach(lora: Lora, modules: Mapping[str, nn.Module], name: str) -> dict[str, Layer]:
-    """Let diffusers and PEFT read a LoRA for the layers that it changes.
-
-    Args:
-        lora: the LoRA; it fits the modules.
-        modules: the model's modules by path; they stay as they are.
-        name: the adapter's name in PEFT's layers, one of its own.
-
-    Returns:
-        Module path -> its change.
-
-    Raises:
-        PpclError: they refuse it, or its settings and its tensors differ.
-    """
+    """Let diffusers and PEFT read a LoRA for the layers that it changes, which stay as they are: path -> change."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import get_peft_model_state_dict
+    from peft.utils.other import get_pattern_key
 
     host = _host(lora, modules)
-    if lora.settings is not None:
-        _check_ranks(lora, lora.settings)
+    settings: Mapping[str, Any] = lora.settings or {"rank_pattern": {}}
+    patterns = settings["rank_pattern"]
+    for path in lora.modules if lora.settings else ():
+        down = lora.tensors.get(f"{path}.lora_A.weight")
+        rank = patterns.get(get_pattern_key(patterns.keys(), path), settings["r"])
+        if down is not None and down.shape[0] != rank:
+            raise PpclError(
+                f"{lora.where}: {path} has rank {rank} by its settings, {down.shape[0]} by its tensors; save it again"
+            )
     try:
         with _quiet():
             host.load_lora_adapter(
@@ -139,26 +105,28 @@ def attach(lora: Lora, modules: Mapping[str, nn.Module], name: str) -> dict[str,
     idle = sorted(lora.tensors.keys() - taken.keys())
     if idle:
         raise PpclError(f"{lora.where}: its settings or its other tensors leave no place for {idle[0]}; save it again")
-    found = {path: module for path, module in host.named_modules() if isinstance(module, BaseTunerLayer)}
+    found: dict[str, Any] = {path: one for path, one in host.named_modules() if isinstance(one, BaseTunerLayer)}
     for path, tuner in found.items():
-        _complete(lora.where, path, tuner, name)
+        for key, _ in [(key, param) for key, param in tuner.named_parameters() if param.is_meta]:
+            if not key.endswith(".bias"):
+                raise PpclError(f"{lora.where}: {path} lacks {key.replace(f'.{name}', '')}; save it again")
+            # A bias may be missing, and is none then.
+            tuner.lora_B[name].bias = None
+            tuner.lora_bias[name] = False
     return {path: Layer(tuner, name) for path, tuner in found.items()}
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep back what is no news here: `target_modules` that match by their ends, and what is raised anyway."""
-    logs = [logging.getLogger(name) for name in ("diffusers.loaders.peft", "diffusers.utils.peft_utils")]
-    before = [log.disabled for log in logs]
-    try:
-        for log in logs:
+    with ExitStack() as stack:
+        for name in ("diffusers.loaders.peft", "diffusers.utils.peft_utils"):
+            log = logging.getLogger(name)
+            stack.callback(setattr, log, "disabled", log.disabled)
             log.disabled = True
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="While injecting the PEFT adapters", category=RuntimeWarning)
-            yield
-    finally:
-        for log, was in zip(logs, before, strict=True):
-            log.disabled = was
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", message="While injecting the PEFT adapters", category=RuntimeWarning)
+        yield
 
 
 def _behind(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -180,13 +148,11 @@ def _host(lora: Lora, modules: Mapping[str, nn.Module]) -> Any:
             if part not in parent._modules:
                 parent.add_module(part, nn.Module())
             parent = parent.get_submodule(part)
-        parent.add_module(last, _stand_in(modules[path], _hollow(modules[path])))
+        # Without memory of their own, and in float32: PEFT casts an adapter to their dtype.
+        shapes = {name: tensor.shape for name, tensor in modules[path].named_parameters(recurse=False)}
+        hollow = {name: torch.zeros(()).expand(shape) for name, shape in shapes.items()}
+        parent.add_module(last, _stand_in(modules[path], hollow))
     return host.requires_grad_(False)
-
-
-def _hollow(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters of a module's shapes without memory of their own, in float32: PEFT casts an adapter to their dtype."""
-    return {name: torch.zeros(()).expand(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
 
 
 def _stand_in(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
@@ -198,69 +164,20 @@ def _stand_in(module: nn.Module, tensors: Mapping[str, torch.Tensor]) -> nn.Modu
     return made
 
 
-def _check_ranks(lora: Lora, settings: Mapping[str, Any]) -> None:
-    """Raise where the settings, matched as PEFT matches them, give a layer another rank than its tensors have."""
-    from peft.utils.other import get_pattern_key
-
-    for path in lora.modules:
-        down = lora.tensors.get(f"{path}.lora_A.weight")
-        pattern = get_pattern_key(settings["rank_pattern"].keys(), path)
-        rank = settings["rank_pattern"].get(pattern, settings["r"])
-        if down is not None and down.shape[0] != rank:
-            raise PpclError(
-                f"{lora.where}: {path} has rank {rank} by its settings, {down.shape[0]} by its tensors; save it again"
-            )
-
-
-def _complete(where: str, path: str, tuner: Any, name: str) -> None:
-    """Check that PEFT has got every tensor that its layer needs; a bias may be missing, and is none then."""
-    for key, parameter in tuner.named_parameters():
-        if not parameter.is_meta:
-            continue
-        if not key.endswith(".bias"):
-            raise PpclError(f"{where}: {path} lacks {key.replace(f'.{name}', '')}; save it again")
-        tuner.lora_B[name].bias = None
-        tuner.lora_bias[name] = False
-
-
 def merged(
     module: nn.Module, tensors: Mapping[str, torch.Tensor], changes: Iterable[tuple[Layer, float]]
 ) -> dict[str, torch.Tensor]:
-    """Merge changes into weights, in their order, as ``fuse_lora`` of diffusers does.
+    """Merge changes with their strengths into weights, in their order, as ``fuse_lora`` of diffusers does.
 
-    Args:
-        module: the layer; it stays as it is.
-        tensors: its parameters without the changes, on the device where to compute; they are overwritten.
-        changes: each with its strength.
-
-    Returns:
-        The parameters with the changes.
-
-    Raises:
-        PpclError: PEFT refuses: it cannot merge a change, or the result is not finite.
+    `tensors` are the module's parameters without the changes, on the device where to compute; they are overwritten.
     """
     base = _stand_in(module, tensors)
-    for _, run in groupby(changes, key=lambda change: type(change[0].tuner)):
-        together = list(run)
-        tuner = _joined([layer for layer, _ in together], base)
-        for layer, strength in together:
-            tuner._move_adapter_to_device_of_base_layer(layer.name)
-            tuner.set_scale(layer.name, strength)
+    for layer, strength in changes:
+        tuner = copy.deepcopy(layer.tuner, {id(layer.tuner.base_layer): base})
+        tuner._move_adapter_to_device_of_base_layer(layer.name)
+        tuner.set_scale(layer.name, strength)
         try:
-            tuner.merge(safe_merge=True, adapter_names=[layer.name for layer, _ in together])
+            tuner.merge(safe_merge=True, adapter_names=[layer.name])
         except FAULTS as error:
             raise PpclError(f"PEFT cannot merge the LoRA ({line(error)}); merge it into the teacher instead") from error
     return {name: parameter.detach() for name, parameter in base.named_parameters(recurse=False)}
-
-
-def _joined(layers: list[Layer], base: nn.Module) -> Any:
-    """Return one layer of PEFT's over `base` that has all adapters: what one of them does may depend on the weight."""
-    tuners = [copy.deepcopy(layer.tuner, {id(layer.tuner.base_layer): base}) for layer in layers]
-    first = tuners[0]
-    for layer, tuner in zip(layers[1:], tuners[1:], strict=True):
-        first.adapter_layer_names = tuple(dict.fromkeys(first.adapter_layer_names + tuner.adapter_layer_names))
-        for name in (*tuner.adapter_layer_names, *tuner.other_param_names, "lora_variant"):
-            mine, theirs = getattr(first, name, None), getattr(tuner, name, None)
-            if mine is not None and theirs is not None and layer.name in theirs:
-                mine[layer.name] = theirs[layer.name]
-    return first

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ from torch import nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.ir.meta import graph_info
-from ppcl_fx.lora.adapters import Adapters, LoraReport, strengths
+from ppcl_fx.lora.adapters import Adapters, LoraReport
 from ppcl_fx.lora.keys import Model, read_lora
 from ppcl_fx.lora.layers import need_peft
 
@@ -37,6 +39,9 @@ class LoraModel(nn.Module):
     graph: GraphModule
     students: tuple[str, ...]
     _plan: Plan
+    _weights_written: Callable[[], None]
+    """Follows what was written into weights: a mixture may hold copies of rows of them."""
+    _view: Callable[[frozenset[str], GraphModule], GraphModule]
     lora_on_students: bool = True
     """Whether a student block takes the LoRA layers of the block that it started from; read when a LoRA is loaded."""
 
@@ -80,7 +85,7 @@ class LoraModel(nn.Module):
             network_alphas: alpha by layer, as pipelines give them.
             metadata: PEFT's settings, as pipelines give them.
             on_students: whether student blocks take the layers of the block that they started from; by default
-                `lora_on_students`, which is true.
+                `lora_on_students`.
             ignored: what pipelines say about downloads and memory.
 
         Returns:
@@ -115,43 +120,51 @@ class LoraModel(nn.Module):
         name = adapter_name if adapter_name is not None else f"default_{len(self._adapters.loaded)}"
         onto = self.lora_on_students if on_students is None else on_students
         self._adapters.load(name, lora, onto, swap=hotswap)
-        _mark(self)
         self._weights_written()
+        self._mark()
         report = self.lora_report(name)
         log.log(logging.WARNING if report.removed + report.projectors else logging.INFO, "%s", report)
         return report
 
     def lora_report(self, name: str | None = None) -> LoraReport:
-        """Return what becomes of a LoRA (the last active one by default) in the present mixture.
-
-        Raises:
-            PpclError: there is no such LoRA.
-        """
+        """Return what becomes of a LoRA (the last active one by default) in the present mixture."""
         if name is None:
             name = next(iter(reversed(self.active_adapters())), "")
         return self._adapters.report(name, self._view(frozenset(self.students), self.graph), self.students)
 
     def set_adapters(self, adapter_names: str | Sequence[str], weights: Any = None) -> None:
         """Choose which LoRAs count and how strongly, 1 if not said; all others count for nothing."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._adapters.activate(names, strengths(names, weights))
-        self._weights_written()
+        names = _listed(adapter_names)
+        given = list(weights) if isinstance(weights, (list, tuple)) else [weights] * len(names)
+        if len(given) != len(names):
+            raise PpclError(f"{len(names)} LoRAs and {len(given)} weights; give one weight for each")
+        chosen = {name: 1.0 if weight is None else weight for name, weight in zip(names, given, strict=True)}
+        for name, weight in chosen.items():
+            if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+                raise PpclError(f"the weight of LoRA {name!r} is {weight!r}; give one number for the whole transformer")
+        self._adapters.check_known(*names)
+        with self._changed() as adapters:
+            adapters.active = names
+            adapters.loaded |= {n: replace(adapters.loaded[n], strength=float(w)) for n, w in chosen.items()}
 
     def set_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Choose which LoRAs count."""
         self.set_adapters(adapter_name)
 
     def delete_adapters(self, adapter_names: str | Sequence[str]) -> None:
-        """Forget LoRAs; the weights are what they were without them, to the bit."""
-        self._adapters.delete([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
-        _mark(self)
-        self._weights_written()
+        """Forget LoRAs; weights that no other one changes are again what they were, to the bit."""
+        names = _listed(adapter_names)
+        self._adapters.check_known(*names)
+        with self._changed() as adapters:
+            adapters.loaded = {name: lora for name, lora in adapters.loaded.items() if name not in names}
+            adapters.active = [name for name in adapters.active if name not in names]
+        self._mark()
 
     def unload_lora(self) -> None:
         """Forget every LoRA; the weights are what they were, to the bit. Where they were fused they stay so."""
         self._adapters.unload()
-        _mark(self)
         self._weights_written()
+        self._mark()
 
     def active_adapters(self) -> list[str]:
         """Return the names of the LoRAs that count, in the order in which they are added."""
@@ -172,11 +185,13 @@ class LoraModel(nn.Module):
 
     def enable_lora(self) -> None:
         """Let the active LoRAs count again after `disable_lora`."""
-        self._enable(True)
+        with self._changed() as adapters:
+            adapters.enabled = True
 
     def disable_lora(self) -> None:
         """Let no LoRA count, and forget none."""
-        self._enable(False)
+        with self._changed() as adapters:
+            adapters.enabled = False
 
     enable_adapters, disable_adapters = enable_lora, disable_lora
 
@@ -189,9 +204,6 @@ class LoraModel(nn.Module):
             lora_scale: a factor of all of them.
             safe_fusing: refuse weights that are not finite.
             adapter_names: which; the active ones by default.
-
-        Raises:
-            PpclError: a name is unknown, or `safe_fusing` found a weight that is not finite.
         """
         if adapter_names is not None:
             loaded = self._adapters.loaded
@@ -207,16 +219,16 @@ class LoraModel(nn.Module):
         self._adapters.fused = False
         self._scale_lora(1.0)
 
-    def _enable(self, enabled: bool) -> None:
-        with self._adapters.change():
-            self._adapters.enabled = enabled
-        self._weights_written()
-
     def _scale_lora(self, scale: float) -> None:
         if self._adapters.scale != scale:
-            with self._adapters.change():
-                self._adapters.scale = scale
-            self._weights_written()
+            with self._changed() as adapters:
+                adapters.scale = scale
+
+    @contextmanager
+    def _changed(self) -> Iterator[Adapters]:
+        with self._adapters.change():
+            yield self._adapters
+        self._weights_written()
 
     def _take_scale(self, given: dict[str, Any]) -> dict[str, Any]:
         """Take ``scale`` out of a call's ``attention_kwargs``, whatever they are called, as diffusers' models do."""
@@ -231,23 +243,22 @@ class LoraModel(nn.Module):
         }
         return given | rest
 
-    def _weights_written(self) -> None:
-        """Follow what was written into weights: a mixture may hold copies of rows of them."""
-        raise NotImplementedError
+    def _mark(self) -> None:
+        """Put a sign on a model that has LoRAs, and take it off one that has none: pipelines look for PEFT's layers.
 
-    def _view(self, students: frozenset[str], graph: GraphModule) -> GraphModule:
-        raise NotImplementedError
+        It is a module without weights, of PEFT's class. Through it ``pipe.get_active_adapters``, ``pipe.unfuse_lora``
+        and ``pipe.fused_loras`` find what they look for.
+        """
+        self._modules.pop(MARK, None)
+        if self._adapters.loaded:
+            self.add_module(MARK, _lora_mark(self))
 
 
-def _mark(model: LoraModel) -> None:
-    """Put a sign on a model that has LoRAs, and take it off one that has none: pipelines look for PEFT's layers.
+def _listed(names: str | Sequence[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
 
-    It is a module without weights, of PEFT's class. Through it ``pipe.get_active_adapters``, ``pipe.unfuse_lora`` and
-    ``pipe.fused_loras`` find what they look for.
-    """
-    model._modules.pop(MARK, None)
-    if not model.peft_config:
-        return
+
+def _lora_mark(model: LoraModel) -> nn.Module:
     from peft.tuners import tuners_utils
 
     base: Any = tuners_utils.BaseTunerLayer
@@ -276,4 +287,4 @@ def _mark(model: LoraModel) -> None:
             """Refuse: adapters are loaded with ``load_lora_adapter``."""
             raise NotImplementedError
 
-    model.add_module(MARK, LoraMark())
+    return LoraMark()

@@ -50,24 +50,20 @@ class LoraSettings(BaseModel):
     decompose_both: bool = False
     decompose_factor: int = -1
 
-    def kept(self) -> dict[str, Any]:
-        """Return the fields that PEFT's class of this kind takes."""
-        own = ("r", "rank_pattern", "alpha_pattern")
-        plain = ("lora_alpha", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out")
-        kinds = {"LORA": plain, "LOKR": ("alpha", "decompose_both", "decompose_factor")}
-        return {name: getattr(self, name) for name in own + kinds[self.peft_type]}
+
+KEPT = ("r", "rank_pattern", "alpha_pattern")
+OF_KIND = {
+    "LORA": (*KEPT, "lora_alpha", "use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"),
+    "LOKR": (*KEPT, "alpha", "decompose_both", "decompose_factor"),
+}
+"""The fields that PEFT's class of each kind takes."""
 
 
 def settings(where: str, values: Mapping[str, Any] | None, prefix: str | None) -> dict[str, Any] | None:
     """Return the settings for one component, as PEFT's class takes them; ``None`` where there are none for it.
 
-    Args:
-        where: what to name in a message.
-        values: the settings, of one component or, each name behind the component's, of several.
-        prefix: the component.
-
-    Raises:
-        PpclError: a setting has another type or range, or it makes of the LoRA what cannot be fused.
+    `values` are those of one component or, each name behind the component's, of several. PpclError where one has
+    another type or range, or makes of the LoRA what cannot be fused.
     """
     given = {name: value for name, value in (values or {}).items() if value is not None}
     if any("." in name for name in given):
@@ -81,31 +77,25 @@ def settings(where: str, values: Mapping[str, Any] | None, prefix: str | None) -
         fault = error.errors(include_url=False)[0]
         place = ".".join(map(str, fault["loc"]))
         raise PpclError(f"{where}: its setting {place!r}: {fault['msg'].lower()}; save it again") from None
-    if read.peft_type not in ("LORA", "LOKR"):
+    if read.peft_type not in OF_KIND:
         raise PpclError(f"{where}: {read.peft_type} is not supported, only LoRA and LoKr are; {ADVICE}")
-    _check_variants(where, read)
-    return read.kept()
-
-
-def _check_variants(where: str, read: LoraSettings) -> None:
-    from peft import LoraConfig
-
     if isinstance(read.init_lora_weights, str) and read.init_lora_weights not in FACTORS_ONLY:
         raise PpclError(
             f"{where}: it began with init_lora_weights={read.init_lora_weights!r}, which changes the teacher's weights "
             "too, and they are not in it; save it with PEFT's path_initial_model_for_weight_conversion"
         )
+    from peft import LoraConfig
+
     for field in dataclasses.fields(LoraConfig):
         if field.metadata.get("is_lora_variant") and (read.model_extra or {}).get(field.name):
             raise PpclError(f"{where}: its setting {field.name!r} is not supported: it cannot be fused; {ADVICE}")
+    return read.model_dump(include=set(OF_KIND[read.peft_type]))
 
 
 def of_layers(ranks: Mapping[str, int], alphas: Mapping[str, float]) -> dict[str, Any]:
-    """Return settings that give each layer its own rank and alpha: the commonest as such, the others by name.
+    """Return settings that give each module its rank and alpha, by its path: the commonest as such, others by name.
 
-    Args:
-        ranks: module path -> rank.
-        alphas: module path -> alpha; the rank where there is none.
+    Where there is no alpha it is the rank.
     """
     full = {path: alphas.get(path, float(rank)) for path, rank in ranks.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, full))

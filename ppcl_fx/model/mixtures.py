@@ -33,27 +33,25 @@ def choose(model: PluggableModel, keep: float) -> tuple[str, ...]:
     Raises:
         PpclError: `keep` is not in (0, 1], or all students together save too little.
     """
-    check_keep(keep)
-    least = model.param_count(model.edits)
-    if least > keep * model.teacher_params:
+    if not 0.0 < keep <= 1.0:
+        raise PpclError(
+            f"keep is the share of parameters that stays, in (0, 1]; {keep:g} is outside, give for example 0.5"
+        )
+    least, budget = model.param_count(model.edits), keep * model.teacher_params
+    if least > budget:
         raise PpclError(
             f"keep={keep:g} is out of reach: with all {len(model.edits)} edits of the plan "
             f"{least / model.teacher_params:.3f} of the parameters stay; select a plan for a smaller share"
         )
-    budget = keep * model.teacher_params
     if model.effects is None:
         return swapped_back(model, budget)
-    return _measured(model, math.floor(budget), model.effects.errors)
-
-
-def _measured(model: PluggableModel, budget: int, errors: Mapping[str, float]) -> tuple[str, ...]:
-    """Return the edits with the least summed error that leave at most `budget` parameters."""
-    found = least_within(touching(model.plan.edits), model.param_count, errors, budget)
+    errors, whole = model.effects.errors, math.floor(budget)
+    found = least_within(touching(model.plan.edits), model.param_count, errors, whole)
     if found is not None:
         return tuple(edit for edit in model.edits if edit in found)
     # All students together meet the budget, so this is about savings that depend on each other over a distance.
     _log.warning("the edits' savings depend on each other in an unknown way; students are swapped back one by one")
-    return swapped_back(model, budget, errors)
+    return swapped_back(model, whole, errors)
 
 
 def swapped_back(
@@ -61,12 +59,11 @@ def swapped_back(
 ) -> tuple[str, ...]:
     """Return the edits that stay plugged when as many as fit into `budget` parameters go back to the teacher.
 
-    See `choose`. Where all students together save too little, all stay. `damage` is each edit's; by default what the
-    plan predicts.
+    See `choose`. Where all students together save too little, all stay. `damage` is each edit's, by default predicted.
     """
     if damage is None:
         damage = {edit.id: edit.damage or 0.0 for edit in model.plan.edits}
-    summed = _Summed(model)
+    summed = _summed(model)
     found = _swapped(model, budget, damage, summed)
     if model.param_count(found) == summed(found):
         return found
@@ -77,45 +74,30 @@ def _swapped(
     model: PluggableModel, budget: float, damage: Mapping[str, float], params: Callable[[Sequence[str]], int]
 ) -> tuple[str, ...]:
     plugged = list(model.edits)
-    worst = [damage[edit] for edit in plugged]
-    order = sorted(range(len(plugged)), key=lambda i: (-worst[i], -i))
-    for edit in [model.edits[i] for i in order]:
+    for edit in sorted(plugged, key=lambda edit: damage[edit])[::-1]:
         without = [other for other in plugged if other != edit]
         if params(without) <= budget:
             plugged = without
     return tuple(plugged)
 
 
-class _Summed:
-    """Parameters of mixtures, from what each group of edits that touch saves alone: fewer mixtures are counted."""
+def _summed(model: PluggableModel) -> Callable[[Sequence[str]], int]:
+    """Count mixtures by what each group of edits that touch saves alone: fewer mixtures are made."""
+    graph = nx.Graph(touching(model.plan.edits))
+    groups = [frozenset(group) for group in nx.connected_components(graph)]
+    whole = model.param_count(())
 
-    def __init__(self, model: PluggableModel) -> None:
-        touch = touching(model.plan.edits)
-        graph = nx.Graph([(edit, other) for edit, others in touch.items() for other in others])
-        graph.add_nodes_from(touch)
-        self.groups = [frozenset(group) for group in nx.connected_components(graph)]
-        self.model = model
+    def params(students: Sequence[str]) -> int:
+        inside = (group.intersection(students) for group in groups)
+        return whole - sum(whole - model.param_count(tuple(part)) for part in inside if part)
 
-    def __call__(self, students: Sequence[str]) -> int:
-        whole = self.model.param_count(())
-        parts = (group.intersection(students) for group in self.groups)
-        return whole - sum(whole - self.model.param_count(tuple(part)) for part in parts if part)
-
-
-def check_keep(keep: float) -> None:
-    """Raise `PpclError` unless a share of parameters lies in (0, 1]."""
-    if not 0.0 < keep <= 1.0:
-        raise PpclError(
-            f"keep is the share of parameters that stays, in (0, 1]; {keep:g} is outside, give for example 0.5"
-        )
+    return params
 
 
 def mixture(model: PluggableModel, students: Sequence[str]) -> GraphModule:
-    """Return the plain graph of `model` with `students` plugged in, its parameters shared, and plug back what
-    was.
-    """
-    before = tuple(model.students)
+    """Return the plain graph of `model` with `students` plugged in, parameters shared, and plug back what was."""
+    before = model.students
     try:
-        return model.plug(students=list(students)).graph_module()
+        return model.plug(students=students).graph_module()
     finally:
-        model.plug(students=list(before))
+        model.plug(students=before)

@@ -28,29 +28,10 @@ Spans = dict[str, list[tuple[int, int]]]
 """Block list -> pairs of blocks, from 0 and inclusive."""
 
 
-class _Entry(Record):
-    """One plan as the file has it."""
-
-    extends: str = ""
-    blocks: dict[str, int] = Field(default_factory=dict)
-    depth: Spans = Field(default_factory=dict)
-    text_stream: Spans = Field(default_factory=dict)
-    ffn: dict[str, list[int]] = Field(default_factory=dict)
-    params: int = 0
-    budget: int | None = None
-    says: str
-
-
-class _File(Record):
-    source: str
-    plans: dict[str, _Entry]
-
-
 class NamedPlan(Record):
-    """A plan of the paper.
+    """A plan of the paper, as the file has it; `named` gives it its name, and what it has from the plan it extends.
 
     Attributes:
-        name: ``paper:...``.
         blocks: block list -> how many blocks the model has that it was made for.
         edits: the edits, depth first, in the paper's order. They need not be a plan: see `plan`.
         params: parameters that the paper's model has with every edit plugged; 0 where the edits are no plan.
@@ -59,21 +40,21 @@ class NamedPlan(Record):
         says: what it is, and what the paper leaves open.
     """
 
-    name: str
-    blocks: dict[str, int]
-    edits: list[Edit]
-    params: int
-    budget: int | None
+    name: str = ""
+    extends: str = ""
+    blocks: dict[str, int] = Field(default_factory=dict)
+    depth: Spans = Field(default_factory=dict)
+    text_stream: Spans = Field(default_factory=dict)
+    ffn: dict[str, list[int]] = Field(default_factory=dict)
+    edits: list[Edit] = Field(default_factory=list)
+    params: int = 0
+    budget: int | None = None
     says: str
 
     def plan(self, init: Literal["first", "middle"] = "first") -> Plan:
-        """Return the edits as a plan.
+        """Return the edits as a plan; a student starts from the `init` block of its interval.
 
-        Args:
-            init: the block of an interval that its student starts from.
-
-        Raises:
-            PpclError: the edits contradict each other; the paper's LP-b does, and is kept as data only.
+        Raises PpclError where the edits contradict each other; the paper's LP-b does, and is kept as data only.
         """
         edits: list[Edit] = [
             edit.model_copy(update={"init": init}) if isinstance(edit, DepthEdit) else edit for edit in self.edits
@@ -99,14 +80,7 @@ class NamedPlan(Record):
                 )
 
     def students(self, model: PluggableModel) -> list[str]:
-        """Return the ids of the edits to plug: all, or with a `budget` those that stay within it.
-
-        Students go back to their teacher by predicted damage, the highest first; where the plan predicts none, the
-        plan's later edits first (`ppcl_fx.model.mixtures.choose`).
-
-        Raises:
-            Refusal: the whole teacher is smaller than the budget.
-        """
+        """Return the ids of the edits to plug: all, or with a `budget` those that `mixtures.swapped_back` leaves."""
         from ppcl_fx.model.mixtures import swapped_back
 
         if self.budget is not None and self.budget >= model.teacher_params:
@@ -117,41 +91,36 @@ class NamedPlan(Record):
         return model.edits if self.budget is None else list(swapped_back(model, self.budget))
 
 
+class _File(Record):
+    source: str
+    plans: dict[str, NamedPlan]
+
+
+@cache
+def _plans() -> dict[str, NamedPlan]:
+    return read_json(FILE, _File).plans
+
+
 def names() -> list[str]:
-    """Return the names of all plans."""
-    return list(_file().plans)
+    return list(_plans())
 
 
 def named(name: str) -> NamedPlan:
     """Return the plan called `name`. Raises PpclError where there is none; the message has a near match."""
-    entries = _file().plans
+    entries = _plans()
     if name not in entries:
         raise PpclError(f"no plan {name!r}{near(name, entries)}; the plans by name are {', '.join(entries)}")
-    entry = entries[name]
-    base = named(entry.extends) if entry.extends else None
-    return NamedPlan(
-        name=name,
-        blocks=entry.blocks or (base.blocks if base else {}),
-        edits=[*(base.edits if base else []), *_edits(entry)],
-        params=entry.params,
-        budget=entry.budget,
-        says=entry.says,
-    )
+    own = entries[name]
+    base = named(own.extends) if own.extends else own
+    edits = [
+        *base.edits,
+        *(DepthEdit(stack=s, first=a, last=b) for s, spans in own.depth.items() for a, b in spans),
+        *(TextStreamEdit(stack=s, source=a, last=b) for s, spans in own.text_stream.items() for a, b in spans),
+        *(FfnEdit(stack=s, block=block) for s, blocks in own.ffn.items() for block in blocks),
+    ]
+    return own.model_copy(update={"name": name, "blocks": own.blocks or base.blocks, "edits": edits})
 
 
 def is_name(text: str) -> bool:
     """Tell whether what a user gave as a plan is meant as a name and not as a file."""
     return text.startswith(PREFIX) or (":" in text and not Path(text).exists())
-
-
-def _edits(entry: _Entry) -> list[Edit]:
-    return [
-        *(DepthEdit(stack=s, first=a, last=b) for s, spans in entry.depth.items() for a, b in spans),
-        *(TextStreamEdit(stack=s, source=a, last=b) for s, spans in entry.text_stream.items() for a, b in spans),
-        *(FfnEdit(stack=s, block=block) for s, blocks in entry.ffn.items() for block in blocks),
-    ]
-
-
-@cache
-def _file() -> _File:
-    return read_json(FILE, _File)

@@ -12,33 +12,28 @@ from torch import nn
 from torch.fx import GraphModule
 
 from ppcl_fx._version import __version__
-from ppcl_fx.calls.examples import build_call, describe
+from ppcl_fx.calls.examples import build_call
 from ppcl_fx.errors import PpclError
 from ppcl_fx.formats.model_card import NAME as MODEL_CARD
 from ppcl_fx.formats.model_card import model_card
 from ppcl_fx.io import owned_folders as owned
-from ppcl_fx.io.files import (
-    inside,
-    new_folder,
-    read_json,
-    read_safetensors,
-    write_json,
-    write_safetensors,
-    write_text,
-)
-from ppcl_fx.io.shards import ONE_FILE, Shards, check_kind, check_weight
+from ppcl_fx.io.files import inside, new_folder, read_json, write_json, write_safetensors, write_text
+from ppcl_fx.io.shards import ONE_FILE, Form, Shards, check_kind
 from ppcl_fx.ir.dtypes import NAMES, DtypeName, dtype_name, kept_in_float32, other_dtypes, set_dtypes
 from ppcl_fx.ir.graphs import parameter_count
 from ppcl_fx.ir.meta import graph_info
+from ppcl_fx.model.face import PipelineModel
 from ppcl_fx.model.mixtures import choose
-from ppcl_fx.model.pipeline_model import PipelineModel
+from ppcl_fx.model.retrace import insert_edits
+from ppcl_fx.model.sources import Source, is_released, open_source, transformer_class
+from ppcl_fx.passes.edits.plug import mixture_draft, plugged
+from ppcl_fx.passes.lowering.narrow import copy_again, is_copied, is_outdated
 from ppcl_fx.schema.measured_effects import EFFECTS, Effects, load_effects
 from ppcl_fx.schema.plan import Plan, known
 from ppcl_fx.tracing import trace_saved
 
 if TYPE_CHECKING:
     from ppcl_fx.formats.released import ReleasedModel
-    from ppcl_fx.tracing.meta_model import Checkpoint
 
 CARD = "ppcl.json"
 PLAN = "plan.json"
@@ -131,31 +126,22 @@ class PluggableModel(PipelineModel):
         return self.param_count(())
 
     def param_count(self, students: Sequence[str] | None = None) -> int:
-        """Return the exact number of parameters of a mixture.
-
-        Args:
-            students: the edits plugged; by default those that are plugged now.
-        """
+        """Return the exact number of parameters of a mixture, by default of the one plugged now."""
         wanted = frozenset(self.students if students is None else students)
         if wanted not in self._counts:
-            from ppcl_fx.passes.edits.plug import mixture_draft
-
             self._counts[wanted] = parameter_count(mixture_draft(self.graph, wanted))
         return self._counts[wanted]
 
     # ---- plugging ----------------------------------------------------------------------------------------------
 
     def plug(self, keep: float | None = None, *, students: Sequence[str] | None = None) -> PluggableModel:
-        """Choose a mixture of teacher and student parts.
+        """Choose a mixture of teacher and student parts, and return the model itself.
 
         Args:
             keep: share of the teacher's parameters that may stay, in (0, 1]. With measured `effects`, plugs the
                 edits with the least sum of them that meets the budget. Without, starts from all students and swaps
                 those back to their teacher that the plan predicts to do most damage, as long as the budget holds.
             students: the ids of the edits to plug; all others go back to the teacher.
-
-        Returns:
-            The model itself.
 
         Raises:
             PpclError: neither or both are given, an id is unknown, or the plan cannot reach the share.
@@ -178,11 +164,7 @@ class PluggableModel(PipelineModel):
         return self._view(frozenset(self.students), self.graph)
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        """Run the current mixture on the transformer's own arguments.
-
-        Raises:
-            GuardError: the call lies outside of what was traced, and the model cannot be traced again for it.
-        """
+        """Run the current mixture on the transformer's arguments; GuardError where it cannot be traced for them."""
         self._check_class()
         given = self._take_scale(dict(zip(graph_info(self.graph)["signature"], args, strict=False)) | kwargs)
         graph, bound = self._bound(given)
@@ -194,9 +176,6 @@ class PluggableModel(PipelineModel):
         return Transformer2DModelOutput(sample=result[0])
 
     def _view(self, students: frozenset[str], graph: GraphModule) -> GraphModule:
-        from ppcl_fx.passes.edits.plug import plugged
-        from ppcl_fx.passes.lowering.narrow import copy_again, is_copied, is_outdated
-
         if (students, graph) not in self._views:
             # One mixture at a time: narrowed layers are views of weights that a move may replace.
             for key in [key for key in self._views if key[0] != students]:
@@ -217,8 +196,6 @@ class PluggableModel(PipelineModel):
         self.graph_module()
 
     def _weights_written(self) -> None:
-        from ppcl_fx.passes.lowering.narrow import copy_again
-
         if self._offload is not None:  # diffusers' hooks may hold weights of their own
             self.weights_changed()
         for tensor in self._copied:
@@ -249,9 +226,16 @@ class PluggableModel(PipelineModel):
         """
         return self._save(Path(folder), owned.STUDENT if overwrite else None, scores)
 
-    def _save(self, folder: Path, replaces: owned.Kind | None, scores: Mapping[str, float] | None = None) -> Path:
-        from ppcl_fx.model.sources import open_source
+    def save_pretrained(self, save_directory: str | Path, **ignored: Any) -> None:
+        """Write the model as `save` does, for ``pipeline.save_pretrained``; only a saved model is replaced."""
+        self._save(Path(save_directory), owned.SAVED)
 
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
+        """Load what `save` wrote; as `ppcl_fx.load`. Of the options only ``dtype`` and ``torch_dtype`` count."""
+        return load(folder, dtype=options.get("dtype", options.get("torch_dtype")))
+
+    def _save(self, folder: Path, replaces: owned.Kind | None, scores: Mapping[str, float] | None = None) -> Path:
         with new_folder(folder, replaces=replaces) as beside:
             self.save_head(beside, scores)
             teacher, students = self._split()
@@ -264,11 +248,7 @@ class PluggableModel(PipelineModel):
         return folder
 
     def save_head(self, folder: Path, scores: Mapping[str, float] | None = None) -> None:
-        """Write what a saved model has beside its weights into an empty folder: cards, plan, the teacher's config.
-
-        Raises:
-            PpclError: the teacher is not a diffusers model.
-        """
+        """Write what a saved model has beside its weights into an empty folder: cards, plan, the teacher's config."""
         import diffusers
 
         info = graph_info(self.graph)
@@ -284,7 +264,7 @@ class PluggableModel(PipelineModel):
             example=info["example"],
             made={"version": __version__, "passes": info.get("passes", [])},
             dtype=dtype_name(self.dtype),
-            dtypes={n: dtype for n, dtype in other_dtypes(self.graph, info["unused"]).items() if not _is_students(n)},
+            dtypes={n: dtype for n, dtype in other_dtypes(self.graph, info["unused"]).items() if not is_students(n)},
         )
         write_json(folder / CARD, card)
         write_json(folder / PLAN, self.plan)
@@ -308,9 +288,8 @@ class PluggableModel(PipelineModel):
     def _split(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         self.require_no_lora("saving")
         state = self.graph.state_dict()
-        mine = {name: tensor for name, tensor in state.items() if _is_students(name)}
-        teacher = {name: tensor for name, tensor in state.items() if name not in mine}
-        return {**teacher, **graph_info(self.graph)["unused"]}, mine
+        mine = {name: state.pop(name) for name in list(state) if is_students(name)}
+        return {**state, **graph_info(self.graph)["unused"]}, mine
 
 
 def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableModel | ReleasedModel:
@@ -330,9 +309,6 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
     Raises:
         PpclError: a file is missing, damaged, or does not fit the others.
     """
-    from ppcl_fx.model.rewrite import insert_edits
-    from ppcl_fx.model.sources import is_released, open_source
-
     folder = Path(folder)
     if not (folder / CARD).exists() and is_released(folder):
         from ppcl_fx.formats import released
@@ -340,40 +316,24 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None) -> PluggableMo
         return released.load(folder, dtype=dtype)
     if (folder / FINETUNED).is_file():
         return _finetuned(folder, dtype)
-    card = read_json(inside(folder, CARD), StudentManifest)
-    plan = read_json(inside(folder, PLAN), Plan)
-    weights = read_safetensors(inside(folder, STUDENTS))
-    saved = saved_dtype(folder, card)
-    source = open_source(str(inside(folder, TEACHER)))
-    check_teacher(folder, source.checkpoint(), card, plan)
+    card, plan, students = open_head(folder)
+    source, saved = open_teacher(folder, card, plan)
     teacher = source.transformer(dtype=dtype or saved)
     if dtype is None and card.dtypes:
         set_dtypes(teacher, card.teacher_dtypes(), Shards.open(inside(folder, TEACHER)).tensor)
     example = build_call(card.example, {saved: dtype or saved}, str(folder / CARD))
-    graph = insert_edits(trace_saved(teacher, example, folder / CARD), plan)
-    model = PluggableModel(graph, plan)
-    wanted = dict(model.students_module.state_dict())
-    for name, tensor in wanted.items():
-        if name not in weights or weights[name].shape != tensor.shape:
-            raise PpclError(
-                f"{folder / STUDENTS} does not fit the plan: {name} is missing or of another shape; save again"
-            )
-        check_kind(weights[name].dtype, tensor, name, folder / STUDENTS)
-        check_weight(weights[name], name, folder / STUDENTS)
-    extra = sorted(set(weights) - set(wanted))
-    if extra:
-        raise PpclError(
-            f"{folder / STUDENTS} does not fit the plan: it holds {extra[0]}, which no edit has; save again"
-        )
+    model = PluggableModel(insert_edits(trace_saved(teacher, example, folder / CARD), plan), plan)
+    check_students(folder, students, model.graph)
+    weights = students.tensors()
     if dtype is None:
         set_dtypes(model.students_module, {name: tensor.dtype for name, tensor in weights.items()})
     model.students_module.load_state_dict(weights)
-    model.effects = load_effects(folder, model.plan, weights) if (folder / EFFECTS).exists() else None
+    model.effects = load_effects(folder, model.plan, weights)
     return model.plug(students=card.plugged).eval()
 
 
 def _finetuned(folder: Path, dtype: torch.dtype | None) -> PluggableModel:
-    from ppcl_fx.model.finetuned import load_finetuned
+    from ppcl_fx.model.student_folder import load_finetuned
 
     student = load(folder.absolute().parent, dtype=dtype)
     if not isinstance(student, PluggableModel):
@@ -383,33 +343,46 @@ def _finetuned(folder: Path, dtype: torch.dtype | None) -> PluggableModel:
     return PluggableModel(graph, Plan()).eval()
 
 
-def check_teacher(folder: Path, teacher: Checkpoint, card: StudentManifest, plan: Plan) -> None:
-    """Refuse a teacher that is not the one that a saved model's plan was made for.
+def open_head(folder: Path) -> tuple[StudentManifest, Plan, Shards]:
+    """Read what a saved model says about itself, and open its students' weights."""
+    card = read_json(inside(folder, CARD), StudentManifest)
+    return card, read_json(inside(folder, PLAN), Plan), Shards.one_file(inside(folder, STUDENTS))
 
-    Raises:
-        PpclError: its weights or its configuration are others.
-    """
+
+def open_teacher(folder: Path, card: StudentManifest, plan: Plan) -> tuple[Source, torch.dtype]:
+    """Return the teacher of a saved model, and the model's main dtype; PpclError where it is not the plan's."""
+    source = open_source(str(inside(folder, TEACHER)))
     wanted = card.teacher or plan.model
-    if wanted and teacher.known_as(wanted) is None:
+    if wanted and source.checkpoint().known_as(wanted) is None:
         raise PpclError(
             f"{folder / TEACHER}: not the model that {PLAN} was made for (its fingerprint is {wanted[:12]}): "
             "weights or config.json were exchanged; copy the whole folder again"
         )
-
-
-def saved_dtype(folder: Path, card: StudentManifest) -> torch.dtype:
-    """Return the main dtype of a saved model; older versions did not write it down, and it is that of the students."""
-    from ppcl_fx.model.sources import transformer_class
-
     if card.dtype:
-        return NAMES[card.dtype]
-    kept = kept_in_float32(transformer_class(inside(folder, TEACHER) / "config.json"))
+        return source, NAMES[card.dtype]
+    # Older versions did not write it down: it is that of the students.
     students = Shards.one_file(inside(folder, STUDENTS))
-    return (students if students.stored else Shards.open(inside(folder, TEACHER))).dtype(kept)
+    kept = kept_in_float32(transformer_class(source.folder / "config.json"))
+    return source, (students if students.stored else Shards.open(source.folder)).dtype(kept)
 
 
-def _is_students(name: str) -> bool:
+def check_students(folder: Path, students: Shards, graph: GraphModule) -> None:
+    """Raise `PpclError` unless a saved model's students' file has the plan's tensors and no others."""
+    path, wanted = folder / STUDENTS, student_forms(graph)
+    for name, (dtype, shape) in wanted.items():
+        if name not in students.stored or students.stored[name].shape != shape:
+            raise PpclError(f"{path} does not fit the plan: {name} is missing or of another shape; save again")
+        check_kind(students.stored[name].dtype, torch.empty(0, dtype=dtype), name, path)
+    extra = sorted(set(students.stored) - set(wanted))
+    if extra:
+        raise PpclError(f"{path} does not fit the plan: it holds {extra[0]}, which no edit has; save again")
+
+
+def student_forms(graph: GraphModule) -> dict[str, Form]:
+    """Return dtype and shape of each tensor of a pluggable graph's students and projectors."""
+    return {n: (tensor.dtype, tuple(tensor.shape)) for n, tensor in graph.state_dict().items() if is_students(n)}
+
+
+def is_students(name: str) -> bool:
+    """Tell whether a tensor or a module of a pluggable graph is of its students or projectors, by its name."""
     return name.split(".")[0] in ("students", "projectors")
-
-
-__all__ = ["PluggableModel", "StudentManifest", "describe", "load"]

@@ -45,12 +45,8 @@ class _Index(BaseModel):
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was found and may be loaded.
-
-    Attributes:
-        name: what the user typed.
-        kind: "pipeline", or "transformer" for a folder that holds nothing else.
-        folder: where the files lie.
+    """A model that was found and may be loaded: what the user typed, where its files lie, and whether they are a whole
+    pipeline or a transformer alone.
     """
 
     name: str
@@ -58,35 +54,26 @@ class Source:
     folder: Path
 
     def pipeline(self, dtype: torch.dtype | None = None) -> Any:
-        """Load the pipeline with its weights in `dtype` (float32 when None).
+        """Load the pipeline with its weights in `dtype` (float32 when None)."""
+        from ppcl_fx.formats.components import check_component, is_model, load_model
 
-        Raises:
-            PpclError: this is a bare transformer, or a file is missing or damaged.
-        """
         if self.kind != "pipeline":
             raise PpclError(f"{self.name}: a transformer without its pipeline; name the pipeline's folder")
-        found = _pipeline_class(_read(self.folder / "model_index.json"), self.folder / "model_index.json")
+        found = _pipeline_class(self.folder / "model_index.json")
         transformer = self.transformer(dtype)
         released = is_released(self.folder)
         # diffusers wants a class of its own here, and takes any module afterwards.
-        parts = {"transformer": None if released else transformer} | self._parts(dtype)
+        loaded = {"transformer": None if released else transformer}
+        for name, kind in self.parts().items():
+            if is_model(kind):
+                loaded[name] = load_model(kind, self.folder / name, _options(dtype))
+            else:
+                check_component(kind, self.folder / name)
         with foreign(f"{self.name}: cannot be loaded", AGAIN):
-            pipeline = found.from_pretrained(self.folder, **parts, **_options(dtype))
+            pipeline = found.from_pretrained(self.folder, **loaded, **_options(dtype))
         if released:
             pipeline.register_modules(transformer=transformer)
         return pipeline
-
-    def _parts(self, dtype: torch.dtype | None) -> dict[str, Any]:
-        """Load the other models of a pipeline, and check what its parts without weights are configured by."""
-        from ppcl_fx.formats.components import check_component, is_model, load_model
-
-        found = {}
-        for name, kind in self.parts().items():
-            if is_model(kind):
-                found[name] = load_model(kind, self.folder / name, _options(dtype))
-            else:
-                check_component(kind, self.folder / name)
-        return found
 
     def parts(self) -> dict[str, type[Any]]:
         """Return the parts of a pipeline beside its transformer, with their classes; nothing is loaded."""
@@ -95,12 +82,8 @@ class Source:
         return {name: _class(*place, path) for name, place in named.items() if name != "transformer"}
 
     def transformer(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """Load the transformer alone, with its weights in `dtype` (float32 when None), in evaluation mode.
-
-        Raises:
-            PpclError: a file is missing or damaged, or the weights do not fit the class.
-        """
-        folder = self.folder / "transformer" if self.kind == "pipeline" else self.folder
+        """Load the transformer alone, with its weights in `dtype` (float32 when None), in evaluation mode."""
+        folder = transformer_folder(self.folder)
         if is_released(folder):
             import torch
 
@@ -113,52 +96,36 @@ class Source:
         return load_model(transformer_class(folder / "config.json"), folder, _options(dtype))
 
     def checkpoint(self, dtype: torch.dtype | None = None) -> Checkpoint:
-        """Open the transformer without loading it: its weights are read from disk piece by piece.
-
-        Args:
-            dtype: what the weights are used in; as they are stored when None.
-
-        Raises:
-            PpclError: a file is missing or damaged, or the weights do not fit the class.
-        """
+        """Open the transformer without loading it: weights are read one by one, and used in `dtype` or as stored."""
         from ppcl_fx.io.build_bounds import Room
         from ppcl_fx.io.shards import Shards
         from ppcl_fx.ir.dtypes import kept_in_float32
         from ppcl_fx.tracing.meta_model import Checkpoint, skeleton
 
-        folder = self.folder / "transformer" if self.kind == "pipeline" else self.folder
-        path = folder / "config.json"
-        found = transformer_class(path)
-        shards = Shards.open(folder)
-        room = Room.of(shards.shapes)
+        path = transformer_folder(self.folder) / "config.json"
+        found, shards = transformer_class(path), Shards.open(path.parent)
         wanted = dtype or shards.dtype(kept_in_float32(found))
-        model = skeleton(found, _read(path), wanted, room=room, where=str(path))
+        model = skeleton(found, _read(path), wanted, room=Room.of(shards.shapes), where=str(path))
         shards.check(model)
         return Checkpoint(model, shards)
 
 
 def open_source(name: str) -> Source:
-    """Find the model `name` and check everything its files name, without loading weights.
-
-    Args:
-        name: a diffusers folder, a hub repository ``organisation/name``, or ``shapes``.
-
-    Raises:
-        PpclError: there is no such model, it cannot be downloaded, or it asks for code of its own.
-    """
+    """Find a model (a folder, a hub repository, ``shapes``) and check what its files name, or raise PpclError."""
     check_source(name)
-    if name == SHAPES:
-        return _open_folder(name, _shapes_folder())
     folder = Path(name)
-    return _open_folder(name, folder if folder.is_dir() else _download(name))
+    if name != SHAPES:
+        return _open_folder(name, folder if folder.is_dir() else _download(name))
+    from ppcl_fx.shapes import weights_folder
+
+    folder = weights_folder()
+    if not (folder / "model_index.json").is_file():
+        raise PpclError(f"{SHAPES}: its weights are not in {folder}; install the package again")
+    return _open_folder(name, folder)
 
 
 def check_source(name: str) -> None:
-    """Check that a model may be there, by its name alone and without importing anything: a folder, or a hub id.
-
-    Raises:
-        PpclError: there is no such model.
-    """
+    """Raise `PpclError` unless a model may be there, by its name alone and with no import: a folder, or a hub id."""
     folder = Path(name)
     if name == SHAPES or folder.is_dir():
         return
@@ -169,9 +136,7 @@ def check_source(name: str) -> None:
         return
     beside = [str(folder.parent / p.name) for p in folder.parent.iterdir()] if folder.parent.is_dir() else []
     guess = near(str(folder), [*beside, SHAPES])
-    raise PpclError(
-        f"{name}: no such model{guess}; give a diffusers folder, a hub id (org/name) or {SHAPES!r}"
-    )
+    raise PpclError(f"{name}: no such model{guess}; give a diffusers folder, a hub id (org/name) or {SHAPES!r}")
 
 
 def holds_config(folder: Path) -> bool:
@@ -191,22 +156,24 @@ def transformer_folder(folder: Path) -> Path:
     return folder / "transformer" if (folder / "model_index.json").is_file() else folder
 
 
-def _shapes_folder() -> Path:
-    from ppcl_fx.shapes import weights_folder
-
-    folder = weights_folder()
-    if not (folder / "model_index.json").is_file():
-        raise PpclError(f"{SHAPES}: its weights are not in {folder}; install the package again")
-    return folder
-
-
 def _open_folder(name: str, folder: Path) -> Source:
-    for student in STUDENT_FILES:
-        if (folder / student).is_file():
-            raise PpclError(f"{name}: a model that ppcl-fx saved, not a teacher; open it with ppcl_fx.load")
+    if any((folder / student).is_file() for student in STUDENT_FILES):
+        raise PpclError(f"{name}: a model that ppcl-fx saved, not a teacher; open it with ppcl_fx.load")
     check_model_folder(folder)
-    if (folder / "model_index.json").is_file():
-        _check_pipeline(folder)
+    index = folder / "model_index.json"
+    if index.is_file():
+        _pipeline_class(index)
+        _refuse_code(folder)
+        components = _components(index)
+        for part, place in components.items():
+            _refuse_code(inside(folder, part))
+            check_links(folder / part)
+            if part == "transformer":
+                transformer_class(folder / part / "config.json")
+            else:
+                _class(*place, index)
+        if "transformer" not in components:
+            raise PpclError(f"{index}: this pipeline has no transformer; give one of a diffusion transformer")
         return Source(name, "pipeline", folder)
     if (folder / "config.json").is_file():
         _refuse_code(folder)
@@ -214,23 +181,6 @@ def _open_folder(name: str, folder: Path) -> Source:
         transformer_class(folder / "config.json")
         return Source(name, "transformer", folder)
     raise PpclError(f"{name}: holds neither model_index.json nor config.json; give a diffusers folder")
-
-
-def _check_pipeline(folder: Path) -> None:
-    path = folder / "model_index.json"
-    index = _read(path)
-    _pipeline_class(index, path)
-    _refuse_code(folder)
-    components = _components(path)
-    for name, (library, class_name) in components.items():
-        _refuse_code(inside(folder, name))
-        check_links(folder / name)
-        if name == "transformer":
-            transformer_class(folder / name / "config.json")
-        else:
-            _class(library, class_name, path)
-    if "transformer" not in components:
-        raise PpclError(f"{path}: this pipeline has no transformer; give one of a diffusion transformer")
 
 
 def _components(path: Path) -> dict[str, tuple[str, str]]:
@@ -249,23 +199,18 @@ def _components(path: Path) -> dict[str, tuple[str, str]]:
                     raise PpclError(f"{path}: {name!r} is no name of a folder beside it; download it again")
                 found[name] = (library, class_name)
             case _:
-                raise PpclError(
-                    f"{path}: {name!r} is {value!r}, not a library and a class; download it again"
-                )
+                raise PpclError(f"{path}: {name!r} is {value!r}, not a library and a class; download it again")
     return found
 
 
 def _refuse_code(folder: Path) -> None:
-    if folder.is_dir():
-        for path in sorted(folder.glob("*.py")):
-            raise _code(path, "a Python file in a model folder")
+    for path in sorted(folder.glob("*.py")):
+        raise _code(path, "a Python file in a model folder")
 
 
 def _code(path: Path, what: str) -> PpclError:
     allowed = ", ".join(LIBRARIES)
-    return PpclError(
-        f"{path}: {what}; code from a model is never run, take a model that needs only {allowed}"
-    )
+    return PpclError(f"{path}: {what}; code from a model is never run, take a model that needs only {allowed}")
 
 
 def _read(path: Path) -> dict[str, JsonValue]:
@@ -276,24 +221,17 @@ def _read(path: Path) -> dict[str, JsonValue]:
     return values
 
 
-def _pipeline_class(index: dict[str, JsonValue], path: Path) -> Any:
-    name = index.get("_class_name")
+def _pipeline_class(path: Path) -> Any:
+    name = _read(path).get("_class_name")
     if isinstance(name, list):
         raise _code(path, f"the pipeline is code of its own, {name!r}")
     if name == "ShapesPipeline":
-        return _import("ppcl_fx.shapes.pipeline", "ShapesPipeline")
-    found = _class("diffusers", name, path)
-    if not issubclass(found, _import("diffusers", "DiffusionPipeline")):
-        raise PpclError(f"{path}: {name} is not a pipeline; give a pipeline's folder")
-    return found
+        return _class("ppcl_fx.shapes.pipeline", name, path)
+    return _of_kind("DiffusionPipeline", name, path, "a pipeline; give a pipeline's folder")
 
 
 def transformer_class(path: Path) -> Any:
-    """Return the class that a transformer's ``config.json`` names: one of diffusers' models.
-
-    Raises:
-        PpclError: the file is damaged, asks for code, or says that the weights are quantised; there is no such class.
-    """
+    """Return the class of diffusers that a transformer's ``config.json`` names; its weights must not be quantised."""
     values = _read(path)
     for entry in ("quantization_config", "compression_config"):
         if values.get(entry):
@@ -303,11 +241,7 @@ def transformer_class(path: Path) -> Any:
                 f"{path}: {entry} says that the weights are quantised ({method or 'unknown method'}), and only plain "
                 "weights can be pruned; give the model that it was quantised from"
             )
-    name = values.get("_class_name")
-    found = _class("diffusers", name, path)
-    if not issubclass(found, _import("diffusers", "ModelMixin")):
-        raise PpclError(f"{path}: {name} is not a model; give a transformer's folder")
-    return found
+    return _of_kind("ModelMixin", values.get("_class_name"), path, "a model; give a transformer's folder")
 
 
 def diffusers_class(name: str) -> Any:
@@ -315,22 +249,23 @@ def diffusers_class(name: str) -> Any:
     return _class("diffusers", name, Path("config.json"))
 
 
+def _of_kind(base: str, name: JsonValue, path: Path, wanted: str) -> Any:
+    found = _class("diffusers", name, path)
+    if not issubclass(found, _class("diffusers", base, path)):
+        raise PpclError(f"{path}: {name} is not {wanted}")
+    return found
+
+
 def _class(library: str, name: JsonValue, path: Path) -> Any:
-    """The class `name` of an installed library; the name comes from a file, the library does not."""
+    """Return a class of an installed library; its name comes from a file, the library does not."""
     if not isinstance(name, str):
         raise PpclError(f"{path}: has no _class_name; give a diffusers folder")
     module = importlib.import_module(library)
     found = getattr(module, name, None)
     if not isinstance(found, type):
-        known = dir(module)
-        raise PpclError(
-            f"{path}: {library} has no class {name!r}{near(name, known)}; update it, or mend the name"
-        )
+        guess = near(name, dir(module))
+        raise PpclError(f"{path}: {library} has no class {name!r}{guess}; update it, or mend the name")
     return found
-
-
-def _import(module: str, name: str) -> Any:
-    return getattr(importlib.import_module(module), name)
 
 
 def _options(dtype: torch.dtype | None) -> dict[str, Any]:
@@ -346,13 +281,13 @@ def _download(name: str) -> Path:
 
     try:
         folder = Path(snapshot_download(name, allow_patterns=["*.json"]))
-        source = _open_folder(name, folder)
         # A pipeline's weights are in its components' folders; what lies beside them is the same once more.
         parts = [f"{part.name}/*" for part in folder.iterdir() if part.is_dir()]
-        wanted = parts if source.kind == "pipeline" else ["*.safetensors"]
+        wanted = parts if _open_folder(name, folder).kind == "pipeline" else ["*.safetensors"]
         ignore = ["*.py", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.onnx*", "*.msgpack", "*.h5"]
         return Path(snapshot_download(name, allow_patterns=["*.json", *wanted], ignore_patterns=ignore))
     except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
-        advice = "check the name and the network, or give a folder"
-        raise PpclError(f"{name}: cannot be downloaded from the hub ({reason}); {advice}") from error
+        raise PpclError(
+            f"{name}: cannot be downloaded from the hub ({reason}); check the name and the network, or give a folder"
+        ) from error

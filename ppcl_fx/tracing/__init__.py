@@ -21,9 +21,8 @@ from ppcl_fx.io.fingerprint import fingerprint
 from ppcl_fx.ir.dtypes import kept_in_float32
 from ppcl_fx.ir.graphs import container
 from ppcl_fx.ir.meta import graph_info
-from ppcl_fx.tracing.held import check_free
+from ppcl_fx.tracing.held import check_free, check_loadable
 from ppcl_fx.tracing.leaves import block_lists, inlined_modules
-from ppcl_fx.tracing.loadable import check_loadable
 from ppcl_fx.tracing.tracer import ExampleTracer
 
 __all__ = ["Unused", "bind", "graph_for", "trace", "trace_inside", "trace_saved", "with_rows"]
@@ -37,7 +36,7 @@ class Unused(dict[str, Tensor]):
 
 
 def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
-    """Trace a diffusion transformer.
+    """Trace a diffusion transformer, in evaluation mode, on any device, the meta device included.
 
     Blocks are inlined; the modules inside them (attention, feed-forward, norms, linears) stay ``call_module`` nodes.
     The parameters are the model's own, shared. Tensors of the example are only looked at for shape and dtype, and
@@ -50,13 +49,13 @@ def trace(model: nn.Module, example_kwargs: Mapping[str, Any]) -> GraphModule:
     (weights that such a call does not need) and ``model`` (its fingerprint).
 
     Args:
-        model: the transformer, in evaluation mode, on any device, the meta device included.
+        model: the transformer.
         example_kwargs: the keyword arguments of one call, or what `ppcl_fx.Calls.examples` returns. Those that are
             neither ``None`` nor a boolean, a string or an empty dict become placeholders.
 
     Returns:
-        A graph module with the model's weights. Call it with the placeholders' names; it returns what the model
-        returns with ``return_dict=False``.
+        A graph module that is called with the placeholders' names, and returns what the model returns with
+        ``return_dict=False``.
 
     Raises:
         PpclError: something holds the model (hooks, a wrapper, quantisation), it could not be loaded again
@@ -141,16 +140,7 @@ def _completed(
 
 
 def trace_saved(model: nn.Module, example_kwargs: Mapping[str, Any], where: Path) -> GraphModule:
-    """Trace a model by a call that a file describes: whatever the model has against it is told in one line.
-
-    Args:
-        model: the transformer.
-        example_kwargs: what `ppcl_fx.calls.examples.build_call` made.
-        where: the file, for messages.
-
-    Raises:
-        PpclError: the model does not take the call, or needs more memory for it than a model of its size can.
-    """
+    """Trace a model by a call that the file `where` describes; what it has against it is told in one line."""
     room = Room.of({name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     try:
         with room.kept(str(where)):
@@ -161,11 +151,8 @@ def trace_saved(model: nn.Module, example_kwargs: Mapping[str, Any], where: Path
 
 
 def trace_inside(module: nn.Module, args: Mapping[str, Any]) -> GraphModule:
-    """Trace one module down to `torch.nn` modules: what a leaf of `trace` looks like inside.
-
-    Args:
-        module: for example an attention module or an adaptive norm.
-        args: its arguments by name; ``None``, booleans and strings are part of the trace.
+    """Trace one module (an attention, an adaptive norm) by its arguments, down to `torch.nn` modules: what a leaf of
+    `trace` looks like inside. ``None``, booleans and strings are part of the trace.
     """
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     inlined = {
@@ -204,13 +191,10 @@ def _graph_module(
 
 
 def bind(gm: GraphModule, kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn a call's keyword arguments into those of a traced graph.
+    """Turn a call's keyword arguments into those of a traced graph; GuardError where they lie outside of the trace.
 
     Drops what is ``None`` and what equals the trace's fixed arguments. Puts ones in the place of a missing mask, where
     that is the same (``ones`` of the trace).
-
-    Raises:
-        GuardError: an argument that the trace did not have, one that differs from a fixed one, or one missing.
     """
     info = graph_info(gm)
     bound: dict[str, Any] = {}

@@ -12,13 +12,7 @@ from ppcl_fx.errors import GuardError
 
 
 def expect(value: Any, expected: Any, words: str) -> None:
-    """Raise `GuardError` when `value` is not what the trace saw.
-
-    Args:
-        value: what this call computed: a Python scalar, a string, a dtype, or a one-element tensor.
-        expected: what it was in the traced call.
-        words: where the decision was taken, for the message.
-    """
+    """Raise `GuardError` when a scalar, a string, a dtype or a one-element tensor is not what the trace saw."""
     seen = value.item() if isinstance(value, torch.Tensor) else value
     if seen != expected:
         raise GuardError(

@@ -21,12 +21,10 @@ from ppcl_fx.ir.dtypes import kept_in_float32, main_dtype, set_dtypes
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A transformer that is read piece by piece.
+    """A transformer that is read piece by piece from its shards.
 
-    Attributes:
-        model: the transformer; its parameters are on the meta device, in the dtypes that they are to be used in.
-            Buffers and plain tensors are real: no file holds most of them.
-        shards: its weights.
+    The model's parameters are on the meta device, in the dtypes that they are to be used in. Its buffers and plain
+    tensors are real: no file holds most of them.
     """
 
     model: nn.Module
@@ -40,17 +38,12 @@ class Checkpoint:
         finally:
             self.shards.close()
 
-    def used_in(self, dtype: torch.dtype) -> Checkpoint:
-        """Return the same checkpoint with its weights used in another dtype."""
-        if dtype == self.dtype:
-            return self
-        config: Mapping[str, Any] = self.model.config  # type: ignore[assignment]
-        return Checkpoint(skeleton(type(self.model), config, dtype), self.shards)
-
     def known_as(self, fingerprint: str) -> Checkpoint | None:
         """Return the checkpoint in the dtype in which the model has this fingerprint; None where it has in none."""
+        kind: Any = type(self.model)
+        config: Any = self.model.config
         for dtype in dict.fromkeys((self.dtype, torch.float32, torch.bfloat16, torch.float16)):
-            one = self.used_in(dtype)
+            one = self if dtype == self.dtype else Checkpoint(skeleton(kind, config, dtype), self.shards)
             if one.fingerprint == fingerprint:
                 return one
         return None
@@ -94,10 +87,9 @@ def skeleton(
     refused = foreign(f"{where}: {kind.__name__} refuses this configuration", "mend config.json")
     with refused, room.kept(where) if room is not None else nullcontext(), _weightless(dtype):
         model: nn.Module = kind.from_config(dict(config))
-    kept = kept_in_float32(kind)
-    stored = model.state_dict(keep_vars=True)
-    floating = [name for name, tensor in stored.items() if tensor.is_floating_point()]
     # Buffers that no file holds stay as the class made them.
+    floating = [name for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
+    kept = kept_in_float32(kind)
     set_dtypes(model, {name: loaded_dtype(name, dtype, kept) for name in floating})
     return model.eval()
 

@@ -39,21 +39,14 @@ class _IntType(type):
         return issubclass(subclass, int)
 
 
-def _recorded_len(tracer: ExampleTracer) -> Callable[[Any], Any]:
-    def recorded(value: Any) -> Any:
-        if tracer.is_proxy(value):
-            return tracer.create_proxy("call_function", len, (value,), {})
-        return len(value)
-
-    return recorded
-
-
 def _recorded(tracer: ExampleTracer, function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:
-        if tracer.recording:
-            return tracer.create_proxy("call_function", function, args, kwargs)
-        return function(*args, **kwargs)
+        if not tracer.recording:
+            return function(*args, **kwargs)
+        if function.__name__ == "vmap":
+            tracer.refuse_vmap()
+        return tracer.create_proxy("call_function", function, args, kwargs)
 
     return recorded
 
@@ -78,16 +71,6 @@ def _autocast_entered(tracer: ExampleTracer, original: Callable[..., Any]) -> Ca
         return original(context)
 
     return enter
-
-
-def _without_vmap(tracer: ExampleTracer, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def mapped(*args: Any, **kwargs: Any) -> Any:
-        if tracer.recording:
-            tracer.refuse_vmap()
-        return original(*args, **kwargs)
-
-    return mapped
 
 
 def _model_namespaces(root: nn.Module) -> list[dict[str, Any]]:
@@ -140,18 +123,18 @@ def patched(tracer: ExampleTracer, root: nn.Module) -> Iterator[None]:
             return tracer.read_tensor(value)
         return value
 
+    def length(value: Any) -> Any:
+        return tracer.create_proxy("call_function", len, (value,), {}) if tracer.is_proxy(value) else len(value)
+
     int_type = _IntType("int", (), {})
     int_type.tracer = tracer
-    length = _recorded_len(tracer)
     try:
         replace(nn.Module, "__call__", call)
         replace(nn.Module, "__getattr__", read)
-        for name in CONSTRUCTORS:
-            replace(torch, name, _recorded(tracer, getattr(torch, name)))
+        for owner, name in [*((torch, name) for name in CONSTRUCTORS), (torch, "vmap"), (torch.func, "vmap")]:
+            replace(owner, name, _recorded(tracer, getattr(owner, name)))
         replace(torch.autocast, "__init__", _autocast_made(tracer, torch.autocast.__init__))
         replace(torch.autocast, "__enter__", _autocast_entered(tracer, torch.autocast.__enter__))
-        for owner in (torch, torch.func):
-            replace(owner, "vmap", _without_vmap(tracer, owner.vmap))
         for names in _model_namespaces(root):
             for name, stand_in in (("len", length), ("int", int_type)):
                 if names.get(name, getattr(builtins, name)) is getattr(builtins, name):

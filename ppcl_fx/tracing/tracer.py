@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 import operator
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch
@@ -16,20 +17,27 @@ from torch.fx.proxy import Scope, TracerBase
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.ir.graphs import attribute
-from ppcl_fx.tracing.examples import META, examples, map_tensors, shadow, signature, to_meta
+from ppcl_fx.tracing.examples import (
+    META,
+    UnknownValue,
+    Values,
+    examples,
+    function_of,
+    map_tensors,
+    shadow,
+    signature,
+    to_meta,
+)
 from ppcl_fx.tracing.guards import autocast_enabled, expect, expect_tensor
 from ppcl_fx.tracing.patches import patched
 from ppcl_fx.tracing.proxies import ExampleProxy
-from ppcl_fx.tracing.values import UnknownValue, Values
 
 
 class ExampleTracer(TracerBase):
-    """Records a model into a graph, deciding branches by example values and guarding each decision.
+    """Records a module into a graph, deciding branches by example values and guarding each decision.
 
-    Args:
-        root: the module to trace. It is not run; a copy on the meta device is.
-        inlined: paths of the modules to look into; every other module becomes one ``call_module`` node.
-        blocks: paths of the blocks, whose inputs and outputs are noted on the nodes.
+    The module is not run; a copy of it on the meta device is. Modules at the paths `inlined` are looked into; every
+    other one becomes one ``call_module`` node. Inputs and outputs of those at the paths `blocks` are noted on nodes.
     """
 
     def __init__(self, root: nn.Module, inlined: set[str], blocks: set[str]) -> None:
@@ -63,13 +71,19 @@ class ExampleTracer(TracerBase):
     def trace(self, symbolic: Mapping[str, Any], fixed: Mapping[str, Any]) -> Graph:
         """Trace ``root.forward(**symbolic, **fixed)``; the symbolic arguments become placeholders.
 
-        Args:
-            symbolic: example values; tensors are taken to the meta device, and looked at only where the model reads
-                a mask or a length in Python.
-            fixed: arguments that are part of the trace as they are (``None``, booleans, strings).
+        Their tensors are taken to the meta device, and looked at only where the model reads a mask or a length in
+        Python. The fixed ones (``None``, booleans, strings) are part of the trace as they are.
         """
         self.values = Values(self.model, symbolic)
-        proxies = {name: self._placeholder(name, to_meta(value)) for name, value in symbolic.items()}
+        proxies = {}
+        for name, value in symbolic.items():
+            node = self.create_node("placeholder", name, (), {})
+            node.meta["val"] = to_meta(value)
+            if isinstance(value, torch.Tensor):
+                self._guard_dims(node, f"the input {name!r}")
+            else:
+                self._containers.add(node)
+            proxies[name] = ExampleProxy(node, self)
         with torch.no_grad(), patched(self, self.root):
             self.recording = True
             try:
@@ -81,37 +95,25 @@ class ExampleTracer(TracerBase):
         output.meta["val"] = map_arg(output.args[0], lambda node: node.meta["val"])
         return self.graph
 
-    def _placeholder(self, name: str, example: Any) -> ExampleProxy:
-        node = self.create_node("placeholder", name, (), {})
-        node.meta["val"] = example
-        if isinstance(example, torch.Tensor):
-            self._guard_dims(node, f"the input {name!r}")
-        else:
-            self._containers.add(node)
-        return ExampleProxy(node, self)
-
     def call_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Record a module's call as one node, or look into it."""
         path = self.paths[id(module)]
         self.module_stack[path] = (path, type(module))
         try:
             if path not in self.inlined:
                 return self.create_proxy("call_module", path, args, kwargs)
-            if path not in self.blocks:
-                return self._forward(module, path, args, kwargs)
-            return self._call_block(module, path, args, kwargs)
+            if path in self.blocks:
+                code = module.forward.__code__
+                names = code.co_varnames[1 : code.co_argcount]
+                for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+                    _note(value, "block_in", (path, name))
+            result = self._forward(module, path, args, kwargs)
+            if path in self.blocks:
+                parts = result if isinstance(result, (tuple, list)) and not self.is_proxy(result) else (result,)
+                for position, value in enumerate(parts):
+                    _note(value, "block_out", (path, position))
+            return result
         finally:
             self.module_stack.popitem()
-
-    def _call_block(self, block: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        names = list(block.forward.__code__.co_varnames[1 : block.forward.__code__.co_argcount])
-        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
-            _note(value, "block_in", (path, name))
-        result = self._forward(block, path, args, kwargs)
-        parts = result if isinstance(result, (tuple, list)) and not self.is_proxy(result) else (result,)
-        for position, value in enumerate(parts):
-            _note(value, "block_out", (path, position))
-        return result
 
     @staticmethod
     def _forward(module: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -119,6 +121,14 @@ class ExampleTracer(TracerBase):
             where = f"module {path!r}" if path else "the model"
             raise PpclError(f"{where} has forward hooks, which a trace cannot see; remove them before tracing")
         return module.forward(*args, **kwargs)
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        was, self.recording = self.recording, False
+        try:
+            yield
+        finally:
+            self.recording = was
 
     # ---- values ------------------------------------------------------------------------------------------------
 
@@ -138,22 +148,12 @@ class ExampleTracer(TracerBase):
             self._tensors[id(tensor)] = name
         node = self.create_node("get_attr", name, (), {})
         node.meta["val"] = to_meta(tensor)
-        node.meta["actual"] = self._actual(name)
+        with self._paused():
+            # A constant stands nowhere in the model yet.
+            node.meta["actual"] = self.constants[name] if name in self.constants else attribute(self.model, name)
         node.meta["kept"] = tensor  # ids are keys above: the tensor must stay alive while tracing
-        proxy = ExampleProxy(node, self)
-        self._read[id(tensor)] = proxy
+        self._read[id(tensor)] = proxy = ExampleProxy(node, self)
         return proxy
-
-    def _actual(self, name: str) -> torch.Tensor:
-        if name in self.constants:
-            return self.constants[name]
-        was, self.recording = self.recording, False
-        try:
-            tensor = attribute(self.model, name)
-        finally:
-            self.recording = was
-        assert isinstance(tensor, torch.Tensor)
-        return tensor
 
     def create_arg(self, a: Any) -> Any:
         """Turn a value into a graph argument; stray tensors become attributes of the graph module."""
@@ -161,18 +161,9 @@ class ExampleTracer(TracerBase):
             return self.read_tensor(a).node
         return super().create_arg(a)
 
-    def create_proxy(
-        self,
-        kind: str,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        name: str | None = None,
-        type_expr: Any = None,
-        proxy_factory_fn: Callable[[Node], Any] | None = None,
-    ) -> Any:
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **others: Any) -> Any:
         """Record one operation and compute its example. An operation whose result is ``None`` returns ``None``."""
-        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), name, type_expr)
+        node = self.create_node(kind, target, self.create_arg(args), self.create_arg(kwargs), *more, **others)
         node.meta["val"] = value = self._evaluate(node)
         if value is None and not node.is_impure():
             self.graph.erase_node(node)
@@ -181,8 +172,7 @@ class ExampleTracer(TracerBase):
         return ExampleProxy(node, self)
 
     def _evaluate(self, node: Node) -> Any:
-        args: Any = examples(tuple(node.args))
-        kwargs: Any = examples(dict(node.kwargs))
+        args, kwargs = examples(tuple(node.args)), examples(dict(node.kwargs))
         if node.target is getattr and args[1] == "device":
             return self.device
         if node.target is getattr and isinstance(args[0], torch.device):
@@ -192,24 +182,14 @@ class ExampleTracer(TracerBase):
         # Look-alike blocks ask the same questions again and again.
         if key is not None and key in self._known:
             return map_tensors(self._known[key], torch.Tensor.detach)  # an object of its own
-        was, self.recording = self.recording, False
         try:
-            with META:
-                if module is not None:
-                    value = module(*args, **kwargs)
-                elif node.op == "call_method":
-                    value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                else:
-                    assert callable(node.target)
-                    value = node.target(*args, **kwargs)
-        except (NotImplementedError, RuntimeError) as error:
-            return self._evaluate_by_value(node, module, error)
-        except ValueError as error:
-            if not _for_want_of_values(error):
+            with self._paused(), META:
+                value = (function_of(node) if module is None else module)(*args, **kwargs)
+        except (NotImplementedError, RuntimeError, ValueError) as error:
+            if isinstance(error, ValueError) and not _for_want_of_values(error):
                 raise
-            return self._evaluate_by_value(node, module, error)
-        finally:
-            self.recording = was
+            with self._paused():
+                return self._evaluate_by_value(node, module, error)
         if key is not None:
             self._known[key] = map_tensors(value, torch.Tensor.detach)
         return value
@@ -265,23 +245,17 @@ class ExampleTracer(TracerBase):
         return value
 
     def _value(self, node: Node, why: Exception) -> Any:
-        was, self.recording = self.recording, False
         try:
-            return self.values.of(node)
+            with self._paused():
+                return self.values.of(node)
         except UnknownValue as unknown:
             raise PpclError(
                 f"{self._where()} decides by the values of a tensor ({node.name}), and {unknown.name} has none; "
                 "trace with actual inputs and weights, not on the meta device"
             ) from why
-        finally:
-            self.recording = was
 
     def leave_autocast(self, device_type: Any, enabled: bool) -> None:
-        """Note that a part of the model runs without autocast; a graph cannot switch it, so later calls must be so.
-
-        Raises:
-            PpclError: the part switches autocast on.
-        """
+        """Note that a part of the model runs without autocast; a graph cannot switch it, so later calls must be so."""
         if enabled:
             raise PpclError(
                 f"{self._where()} switches autocast on for a part of the model, which a trace cannot keep; "
@@ -296,7 +270,7 @@ class ExampleTracer(TracerBase):
         self.guard(on.node, False, f"autocast at {self._where()}")
 
     def refuse_vmap(self) -> NoReturn:
-        """Say that a trace cannot follow `torch.vmap`, whose C++ side knows nothing of proxies."""
+        """Raise `PpclError`: a trace cannot follow `torch.vmap`, whose C++ side knows nothing of proxies."""
         raise PpclError(
             f"{self._where()} maps a function over proxies by torch.vmap (flex attention makes its block masks so), "
             "which a trace cannot follow; call the model in a way that needs no such mask"

@@ -16,8 +16,8 @@ import ppcl_fx
 from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, check_artefacts, export
-from ppcl_fx.model.finetuned import FinetunedFolder, save_finetuned
 from ppcl_fx.model.mixtures import mixture
+from ppcl_fx.model.student_folder import FinetunedFolder, save_finetuned
 from ppcl_fx.tracing import bind
 from ppcl_fx.train import load_finetuned
 from tests.cli_place import Place

@@ -24,10 +24,10 @@ from ppcl_fx.formats.released import save_released
 from ppcl_fx.formats.stock import save_stock
 from ppcl_fx.io.files import read_json
 from ppcl_fx.io.fingerprint import tensor_digest
-from ppcl_fx.model.finetuned import load_finetuned, save_finetuned
 from ppcl_fx.model.mixtures import mixture
 from ppcl_fx.model.rewrite import insert_edits, rewrite
 from ppcl_fx.model.sources import open_source
+from ppcl_fx.model.student_folder import load_finetuned, save_finetuned
 from ppcl_fx.schema.analysis import Redundancy
 from ppcl_fx.schema.costs import Costs
 from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan

@@ -11,7 +11,7 @@ import torch
 from diffusers.loaders import FluxLoraLoaderMixin, QwenImageLoraLoaderMixin, SD3LoraLoaderMixin
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.lora.convert import loader_of
+from ppcl_fx.lora.keys import loader_of
 from tests import models
 from tests.lora.loras import Tensors, answer, check, factors, write
 

@@ -33,7 +33,8 @@ def test_a_caret_means_the_start_of_a_path(any_model: Any, tmp_path: Path) -> No
     }
     check(name, model, write(tmp_path, tensors, settings))
     layers = model._adapters.loaded["default_0"].layers
-    assert {path: layer.scaling(1) for path, layer in layers.items() if layer.scaling(1) != 1} == {"proj_out": 4.0}
+    scaling = {path: layer.tuner.scaling[layer.name] for path, layer in layers.items()}
+    assert {path: factor for path, factor in scaling.items() if factor != 1} == {"proj_out": 4.0}
 
 
 def test_patterns_are_matched_by_peft(any_model: Any, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.io import owned_folders as owned
 from ppcl_fx.io.files import ROOM, inside, read_json, write_json
 from ppcl_fx.io.memory import anonymous
-from ppcl_fx.model.finetuned import plan_digest
 from ppcl_fx.model.student_folder import StudentFolder
 from ppcl_fx.schema.curves import LOSSES, Losses, StageCurves
+from ppcl_fx.schema.plan import plan_digest
 from ppcl_fx.tracing import bind, with_rows
 from ppcl_fx.train.bounded.costs import Speeds, measure_speeds
 from ppcl_fx.train.bounded.schedule import Capacity, StageSchedule

@@ -20,12 +20,11 @@ from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.io import files
 from ppcl_fx.io.fingerprint import fingerprint
 from ppcl_fx.io.shards import ONE_FILE, write_long
-from ppcl_fx.model import streamed_rewrite as stream_rewrite
+from ppcl_fx.model import rewrite as stream_rewrite
 from ppcl_fx.model.paper_plans import NamedPlan
 from ppcl_fx.model.pluggable import PLAN, STUDENTS, TEACHER
-from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.model.rewrite import rewrite, rewrite_streamed
 from ppcl_fx.model.sources import open_source
-from ppcl_fx.model.streamed_rewrite import rewrite_streamed
 from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
 from tests import models
