@@ -9,7 +9,7 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import Port
-from ppcl_fx.export.tensorrt import Range
+from ppcl_fx.export.tensorrt.profiles import Range
 
 TYPES: dict[str, torch.dtype] = {
     "float": torch.float32,

@@ -14,11 +14,12 @@ import torch
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.runtime.folder import Artefact
-from ppcl_fx.export.runtime.head import Front
+from ppcl_fx.export.runtime.input_adapter import InputAdapter
 from ppcl_fx.export.runtime.limits import TYPES
-from ppcl_fx.export.store.manifest import Port
-from ppcl_fx.export.tensorrt import Hashes, Range
+from ppcl_fx.export.store.manifest import FileManifest
+from ppcl_fx.export.tensorrt.manifest import EngineManifest
 from ppcl_fx.export.tensorrt.places import rebuild_command
+from ppcl_fx.export.tensorrt.profiles import Range
 from ppcl_fx.export.verify.integrity import check_artefacts
 
 AUTO = "auto"
@@ -41,13 +42,7 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class SessionChoice:
-    """A ratio and what is to run it.
-
-    Attributes:
-        backend: one of `BACKENDS`, never ``auto``.
-        artefact: the ratio.
-        device: where it runs.
-    """
+    """A ratio, the device, and what is to run it: one of `BACKENDS`, never ``auto``."""
 
     backend: str
     artefact: Artefact
@@ -60,25 +55,22 @@ class SessionChoice:
         return engine if self.backend == TENSORRT and engine is not None else self.artefact.graph
 
     @property
-    def inputs(self) -> list[Port]:
-        """What it takes."""
-        card = self.artefact.card
-        return card.inputs if self.backend == TENSORRT and card is not None else self.artefact.manifest.inputs
+    def manifest(self) -> FileManifest:
+        """The manifest of that file."""
+        engine = self.artefact.engine_manifest
+        return engine if self.backend == TENSORRT and engine is not None else self.artefact.manifest
 
     @property
     def profiles(self) -> list[Mapping[str, Range]]:
         """The sizes that each of its profiles takes; an ONNX file has none and is open."""
-        card = self.artefact.card
-        return [p.sizes for p in card.profiles] if self.backend == TENSORRT and card is not None else []
+        return [one.sizes for one in self.manifest.profiles] if isinstance(self.manifest, EngineManifest) else []
 
     @property
     def dtype(self) -> torch.dtype:
         """The type that it computes in."""
-        card = self.artefact.card
-        name = card.dtype if self.backend == TENSORRT and card is not None else self.artefact.manifest.dtype
-        found = getattr(torch, name, None)
+        found = getattr(torch, self.manifest.dtype, None)
         if found not in TYPES.values():
-            raise PpclError(f"{self.file}: its manifest names the unknown type {name!r}; export again")
+            raise PpclError(f"{self.file}: its manifest names the unknown type {self.manifest.dtype!r}; export again")
         assert isinstance(found, torch.dtype)
         return found
 
@@ -121,11 +113,6 @@ def choose(artefact: Artefact, backend: str, device: torch.device) -> SessionCho
     onnxruntime where it has a provider for the device, and for a CPU where the file is not in half precision, for which
     it has few kernels there; else PyTorch.
 
-    Args:
-        artefact: the ratio.
-        backend: a name of `BACKENDS`.
-        device: where to run.
-
     Raises:
         PpclError: the name is unknown, its library or its file is missing, or it does not run on the device.
     """
@@ -148,22 +135,16 @@ def choose(artefact: Artefact, backend: str, device: torch.device) -> SessionCho
 
 
 def _best(artefact: Artefact, device: torch.device) -> str:
-    if device.type == "cuda" and artefact.engine is not None and _there("tensorrt"):
+    here = {name for name in ("tensorrt", "onnxruntime", "onnx_ir") if importlib.util.find_spec(name) is not None}
+    if device.type == "cuda" and artefact.engine is not None and "tensorrt" in here:
         return TENSORRT
     kernels = device.type != "cpu" or artefact.manifest.dtype not in ("bfloat16", "float16")
-    if kernels and _there("onnxruntime") and _PROVIDERS.get((ONNXRUNTIME, device.type)) in _available():
+    providers = need("onnxruntime").get_available_providers() if kernels and "onnxruntime" in here else []
+    if _PROVIDERS.get((ONNXRUNTIME, device.type)) in providers:
         return ONNXRUNTIME
-    if not _there("onnx_ir"):
+    if "onnx_ir" not in here:
         need("onnxruntime", left="nothing here can run the exported files without it")
     return TORCH
-
-
-def _there(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-def _available() -> list[str]:
-    return list(need("onnxruntime").get_available_providers())
 
 
 _PROVIDERS = {
@@ -179,7 +160,7 @@ def provider(backend: str, device: torch.device) -> str:
     Raises:
         PpclError: onnxruntime is not installed, or the installed one has no such provider.
     """
-    available = _available()
+    available = need("onnxruntime").get_available_providers()
     wanted = _PROVIDERS.get((backend, device.type))
     if wanted is None:
         raise PpclError(f"{backend} does not run on {device} here; use backend='torch', or device='cpu'")
@@ -199,9 +180,8 @@ class Sessions:
 
     opened: dict[float, Any] = field(default_factory=dict)
     shared: dict[Any, torch.Tensor] = field(default_factory=dict)
-    hashes: Hashes = field(default_factory=Hashes)
 
-    def get(self, choice: SessionChoice, front: Front) -> Session:
+    def get(self, choice: SessionChoice, adapter: InputAdapter) -> Session:
         """Return the session of a ratio; open it at its first use.
 
         Raises:
@@ -209,32 +189,29 @@ class Sessions:
         """
         keep = choice.artefact.keep
         if keep not in self.opened:
-            if choice.device.type != "cpu" and any(one != TORCH for one in (choice.backend, *self._running())):
+            backends = {choice.backend, *(session.choice.backend for session in self.opened.values())}
+            if choice.device.type != "cpu" and backends != {TORCH}:
                 self.close()
-            self.opened[keep] = self._open(choice, front)
+            self.opened[keep] = self._open(choice, adapter)
         session: Session = self.opened[keep]
         return session
 
-    def _running(self) -> list[str]:
-        return [session.choice.backend for session in self.opened.values()]
-
-    def _open(self, choice: SessionChoice, front: Front) -> Session:
-        if choice.backend != TENSORRT:  # an engine's own manifest says what it was built from
-            check_artefacts(choice.file, hashes=False)
-        if choice.backend == TENSORRT:
+    def _open(self, choice: SessionChoice, adapter: InputAdapter) -> Session:
+        if choice.backend == TENSORRT:  # an engine's own manifest says what it was built from
             from ppcl_fx.export.runtime.tensorrt_session import TensorRTSession
 
-            return TensorRTSession(choice, self.hashes)
+            return TensorRTSession(choice)
+        check_artefacts(choice.file, hashes=False)
         if choice.backend == TORCH:
             from ppcl_fx.export.runtime.torch_session import TorchSession
 
-            return TorchSession(choice, front, self.shared)
+            return TorchSession(choice, adapter, self.shared)
         from ppcl_fx.export.runtime.onnx_session import OnnxSession
 
         return OnnxSession(choice)
 
     def close(self) -> None:
-        """Forget every session and its weights; what was read of files stays known."""
+        """Forget every session and its weights."""
         for session in self.opened.values():
             if session.choice.device.type == "cuda":
                 torch.cuda.synchronize(session.choice.device)  # what it still computes reads its memory

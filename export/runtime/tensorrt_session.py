@@ -12,7 +12,7 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.runtime.sessions import SessionChoice
-from ppcl_fx.export.tensorrt import Hashes, load_engine
+from ppcl_fx.export.tensorrt.loading import load_engine
 from ppcl_fx.export.tensorrt_api import Api
 
 LOG = logging.getLogger(__name__)
@@ -37,10 +37,6 @@ class _Captured:
 class TensorRTSession:
     """An engine, open.
 
-    Args:
-        choice: the engine and its GPU.
-        hashes: known hashes of files, so that ratios over one weight store read it once.
-
     Attributes:
         without_graphs: why no CUDA graphs are made any more; None where they are.
 
@@ -48,26 +44,22 @@ class TensorRTSession:
         PpclError: there is no TensorRT or no GPU, the engine is another GPU's or version's, or it is damaged.
     """
 
-    def __init__(self, choice: SessionChoice, hashes: Hashes | None = None) -> None:
+    def __init__(self, choice: SessionChoice) -> None:
         self.choice, self.device = choice, choice.device
         self.without_graphs: str | None = None
         with torch.cuda.device(self.device):  # TensorRT works on CUDA's current GPU
             # Whole, because the engine needs what it keeps alive.
-            self._loaded = load_engine(choice.file, gpu_index=self.device.index or 0, hashes=hashes)
+            self._loaded = load_engine(choice.file, gpu_index=self.device.index or 0)
             self.api, self.engine = self._loaded.api, self._loaded.engine
             self.context = self._context()
             self._stream = torch.cuda.Stream(self.device)
         self.outputs = _outputs(self.api, self.engine, choice)
+        self._first = choice.manifest.outputs[0].name
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
 
     def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
-        """Run the engine on the current stream.
-
-        Raises:
-            PpclError: TensorRT refuses the call.
-        """
-        del sizes
+        """Run the engine on the current stream; `PpclError` where TensorRT refuses the call."""
         key = tuple((name, tuple(tensor.shape)) for name, tensor in feeds.items())
         self._seen[key] += 1
         with torch.cuda.device(self.device):
@@ -75,13 +67,14 @@ class TensorRTSession:
                 self._keep(key, feeds, profile)
             if key not in self._captured:
                 self._take(self.context, profile)
-                return self._first(self._execute(self.context, {n: t.contiguous() for n, t in feeds.items()}))
+                results = self._execute(self.context, {name: tensor.contiguous() for name, tensor in feeds.items()})
+                return results[self._first]
             self._captured.move_to_end(key)
             kept = self._captured[key]
             for name, tensor in feeds.items():
                 kept.inputs[name].copy_(tensor)
             kept.graph.replay()
-            return self._first(kept.outputs).clone()  # the next replay writes there again
+            return kept.outputs[self._first].clone()  # the next replay writes there again
 
     def _context(self) -> Any:
         context = self.api.call("ICudaEngine.create_execution_context", self.engine)
@@ -161,10 +154,6 @@ class TensorRTSession:
         with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
             self._execute(context, inputs, outputs)
         return _Captured(graph, context, inputs, outputs)
-
-    def _first(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        wanted = self.choice.artefact.manifest.outputs[0].name
-        return outputs[wanted]
 
 
 def _outputs(api: Api, engine: Any, choice: SessionChoice) -> dict[str, torch.dtype]:

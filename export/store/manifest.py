@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 
 from ppcl_fx.export.verify.metrics import Gate
-from ppcl_fx.io.files import Sealed
+from ppcl_fx.io.files import Record, Sealed
 from ppcl_fx.schema.plan import Plan
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Port(_Strict):
+class Port(Record):
     """An input or an output: name, type, and sizes, where a name stands for a size that may change."""
 
     name: str
@@ -23,7 +19,7 @@ class Port(_Strict):
     shape: list[int | str]
 
 
-class WeightFile(_Strict):
+class WeightFile(Record):
     """A file that holds weights of a graph: its path within the graph's folder, its content, its size in bytes.
 
     ``sample`` is what `ppcl_fx.export.verify.integrity.sample_of` said of it; older manifests have none.
@@ -35,7 +31,7 @@ class WeightFile(_Strict):
     sample: str | None = None
 
 
-class HalfPrecision(_Strict):
+class HalfPrecision(Record):
     """What is known of a file in bfloat16 or float16 that was compared to PyTorch.
 
     Attributes:
@@ -49,21 +45,40 @@ class HalfPrecision(_Strict):
     largest_value: float | None
 
 
-class Manifest(_Strict, Sealed):
-    """The JSON beside an ONNX file: its manifest.
+class FileManifest(Record):
+    """What the manifests of graphs and of engines have in common.
 
     Attributes:
-        file: name of the ONNX file in the same folder.
+        file: name of the ONNX file or the engine, in the same folder.
+        dtype: type of most weights.
+        keep: the share of the teacher's parameters asked for.
+        students: ids of the edits that are plugged.
+        plan: the plan they come from.
+        inputs: what it takes.
+        outputs: what it gives.
+    """
+
+    version: int
+    kind: str
+    file: str
+    dtype: str
+    keep: float | None
+    students: list[str]
+    plan: Plan | None
+    inputs: list[Port]
+    outputs: list[Port]
+
+
+class Manifest(FileManifest, Sealed):
+    """The JSON beside an ONNX file.
+
+    Attributes:
         sha256: of the ONNX file.
         size: of the ONNX file, in bytes.
         weights: the files that hold its weights; other graphs may use them too.
-        dtype: type of the weights.
-        keep: the share of the teacher's parameters asked for.
         params: parameters of this mixture, as the plan counts them.
         params_in_file: parameters in the file: those of them that have an effect on the output.
-        students: ids of the edits that are plugged.
         finetuned: whether all of its weights were trained as one, and none is the teacher's.
-        plan: the plan they come from.
         opset: version of the ONNX operators.
         positions: inputs that hold position tables, computed from the call's Python arguments.
         parity: for each shape the largest difference between onnxruntime and PyTorch; empty where unchecked.
@@ -79,20 +94,14 @@ class Manifest(_Strict, Sealed):
 
     version: Literal[2, 3] = 3
     kind: Literal["onnx"] = "onnx"
-    file: str
     sha256: str
     size: int
     weights: list[WeightFile]
-    dtype: str
     keep: float
     params: int
     params_in_file: int
-    students: list[str]
     finetuned: bool = False
-    plan: Plan | None
     opset: int
-    inputs: list[Port]
-    outputs: list[Port]
     positions: list[str]
     parity: dict[str, float]
     parity_max_abs: float | None

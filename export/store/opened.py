@@ -8,13 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_fx.export.config import ExportConfig
-from ppcl_fx.export.store.weight_source import WeightFolder, WeightSource
+from ppcl_fx.export.store.weight_source import WeightSource
 from ppcl_fx.io.byte_ranges import byte_ranges
 from ppcl_fx.io.long_files import form_bytes
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.io.shards import Shards
 from ppcl_fx.model.finetuned import FinetunedFolder
 from ppcl_fx.model.pluggable import PluggableModel, load
+from ppcl_fx.model.student_folder import StudentFolder
 from ppcl_fx.schema.measured_effects import EFFECTS, load_effects
 
 COPIES = 3
@@ -22,7 +23,7 @@ COPIES = 3
 compared in float32, so all three are."""
 
 
-def stays_on_disk(model: PluggableModel | WeightFolder, config: ExportConfig) -> bool:
+def stays_on_disk(model: PluggableModel | StudentFolder, config: ExportConfig) -> bool:
     """Tell whether a model, in memory or a student folder, is too large to be loaded for the checks of an export."""
     if isinstance(model, PluggableModel):
         return False
@@ -44,7 +45,7 @@ class Opened:
     unchecked: str | None
 
     @classmethod
-    def of(cls, model: PluggableModel | WeightFolder | FinetunedFolder, config: ExportConfig) -> Opened:
+    def of(cls, model: PluggableModel | StudentFolder | FinetunedFolder, config: ExportConfig) -> Opened:
         """Take a model from memory, or from a folder: loaded where checking it stays within the limit of memory.
 
         A fine-tuned model's weights go into its own graph.

@@ -7,31 +7,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ppcl_fx.io.byte_ranges import ByteRange, byte_ranges
-from ppcl_fx.io.shards import Shards
-from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.student_folder import StudentFolder
 from ppcl_fx.passes.lowering.narrow import rows_of
-from ppcl_fx.tracing.meta_model import Checkpoint
-
-
-class WeightFolder(Protocol):
-    """A student folder with its weights left on disk, as `ppcl_fx.model.student_folder.StudentFolder` opens it."""
-
-    folder: Path
-    model: PluggableModel
-    teacher: Checkpoint
-    students: Shards
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor by name."""
-
-    def release(self) -> None:
-        """Let go of the files."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +55,7 @@ class WeightSource:
         return cls(root, root.state_dict().__getitem__)
 
     @classmethod
-    def files(cls, opened: WeightFolder, root: nn.Module) -> WeightSource:
+    def files(cls, opened: StudentFolder, root: nn.Module) -> WeightSource:
         """Return the weights of a student folder.
 
         Args:

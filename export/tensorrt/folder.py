@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.store.names import TIMINGS, manifest_path
-from ppcl_fx.export.tensorrt.build import build_engine, load_tensorrt
-from ppcl_fx.export.tensorrt.manifest import EngineManifest, Hashes, check_card, read_card
-from ppcl_fx.export.tensorrt.options import check_version
-from ppcl_fx.export.tensorrt.places import GraphPlace, find_graphs, read_graph, read_origin
+from ppcl_fx.export.store.names import TIMINGS, engine_path, manifest_path
+from ppcl_fx.export.tensorrt.build import build_engine
+from ppcl_fx.export.tensorrt.manifest import EngineManifest, check_engine, mark_of, read_engine_manifest
+from ppcl_fx.export.tensorrt.monitor import Report
+from ppcl_fx.export.tensorrt.options import BuildOptions, check_version
+from ppcl_fx.export.tensorrt.places import Origin, find_graphs
 from ppcl_fx.export.tensorrt.profiles import Profile
 from ppcl_fx.export.tensorrt.request import BuildConfig, read_request
-from ppcl_fx.export.tensorrt_api import Api, Gpu
+from ppcl_fx.export.tensorrt_api import Api, load_tensorrt
 from ppcl_fx.export.verify.integrity import check_artefacts
-
-Report = Callable[[int, int, str], None]
+from ppcl_fx.io.files import own_file, read_json
 
 
 @dataclass(frozen=True)
@@ -28,27 +27,27 @@ class Built:
     Attributes:
         name: the ratio, ``keep-0.7``.
         engine: the engine.
-        card: its manifest.
+        manifest: what is written beside it.
         kept: whether it was there already, and fits.
     """
 
     name: str
     engine: Path
-    card: EngineManifest
+    manifest: EngineManifest
     kept: bool
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON knows them."""
-        card = self.card.model_dump(mode="json", exclude={"plan"})
+        card = self.manifest.model_dump(mode="json", exclude={"plan"})
         return {"name": self.name, "engine": str(self.engine), "kept": self.kept, "card": card}
 
 
 def build_folder(
-    folder: str | Path,
-    request: BuildConfig | None = None,
+    folder: Path,
+    config: BuildConfig | None = None,
     *,
     overwrite: bool = False,
-    tensorrt: tuple[Api, Gpu] | None = None,
+    api: Api | None = None,
     report: Report | None = None,
 ) -> list[Built]:
     """Build an engine for each graph of an exported folder.
@@ -58,9 +57,9 @@ def build_folder(
 
     Args:
         folder: the folder.
-        request: what to build; by default what ``build.json`` in the folder says.
+        config: what to build; by default what ``build.json`` in the folder says.
         overwrite: replace engines that are there.
-        tensorrt: TensorRT and the GPU; found if left out.
+        api: TensorRT and the GPU; found if left out.
         report: told the share that is done of all builds in percent, 100, and what is being done.
 
     Raises:
@@ -68,52 +67,51 @@ def build_folder(
             there is no TensorRT or no GPU, an engine is there already and is another, or a build fails. Engines that
             were built before stay.
     """
-    root = Path(folder)
-    places = find_graphs(root)
-    request = request or read_request(root)
-    profiles = [request.profiles(read_graph(place.onnx), str(place.onnx)) for place in places]
-    api, gpu = tensorrt or load_tensorrt(f"the ONNX files stay in {root}")
-    check_version(str(api.value("__version__")), request.options)
-    hashes = Hashes()
-    for place in places:
-        if manifest_path(place.onnx).is_file():
-            check_artefacts(place.onnx, sha256=lambda path: hashes.mark(path).sha256)
-    kept = [
-        None if overwrite else _there(place, wanted, request, api, gpu, hashes)
-        for place, wanted in zip(places, profiles, strict=True)
-    ]
+    graphs = find_graphs(folder)
+    config = config or read_request(folder)
+    profiles = {name: config.profiles(onnx) for name, onnx in graphs.items()}
+    api = api or load_tensorrt(f"the ONNX files stay in {folder}")
+    check_version(api.version, config.options)
+    for onnx in graphs.values():
+        if manifest_path(onnx).is_file():
+            check_artefacts(onnx, sha256=lambda path: mark_of(path).sha256)
+    engines = {name: engine_path(onnx) for name, onnx in graphs.items()}
+    kept = {
+        name: _wanted(engine, profiles[name], config.options, api)
+        for name, engine in engines.items()
+        if engine.exists() and not overwrite
+    }
     results = []
-    for index, (place, wanted, card) in enumerate(zip(places, profiles, kept, strict=True)):
-        made = card or build_engine(
-            place.onnx,
-            place.engine,
-            wanted,
-            request.options,
+    for index, (name, onnx) in enumerate(graphs.items()):
+        manifest = kept.get(name) or build_engine(
+            onnx,
+            engines[name],
+            profiles[name],
+            config.options,
             api=api,
-            gpu=gpu,
-            cache=root / TIMINGS,
-            origin=read_origin(place),
-            hashes=hashes,
-            report=_part(report, index, len(places), place.name),
+            cache=folder / TIMINGS,
+            origin=read_origin(folder / f"{name}.json"),
+            report=_part(report, index, len(graphs), name),
         )
-        results.append(Built(place.name, place.engine, made, kept=card is not None))
+        results.append(Built(name, engines[name], manifest, kept=name in kept))
     return results
 
 
-def _there(
-    place: GraphPlace, profiles: list[Profile], request: BuildConfig, api: Api, gpu: Gpu, hashes: Hashes
-) -> EngineManifest | None:
-    """Return the manifest of an engine that is there and is the one wanted."""
-    if not place.engine.exists():
-        return None
+def read_origin(manifest: Path) -> Origin:
+    """Return where a graph comes from; nothing is known without its manifest."""
+    return read_json(own_file(manifest), Origin) if manifest.is_file() else Origin()
+
+
+def _wanted(engine: Path, profiles: list[Profile], options: BuildOptions, api: Api) -> EngineManifest:
+    """Return the manifest of an engine that is there, and refuse one that is not the one wanted."""
     try:
-        card = read_card(place.engine)
-        check_card(card, place.engine, gpu=gpu, tensorrt=str(api.value("__version__")), hashes=hashes, weights=True)
+        manifest = read_engine_manifest(engine)
+        check_engine(manifest, engine, api, read_weights=True)
     except PpclError as error:
-        raise PpclError(f"{place.engine}: is there already and does not fit; replace it with --overwrite") from error
-    if card.profiles != profiles or card.options != request.options:
-        raise PpclError(f"{place.engine}: is there already with other profiles or options; replace it with --overwrite")
-    return card
+        raise PpclError(f"{engine}: is there already and does not fit; replace it with --overwrite") from error
+    if manifest.profiles != profiles or manifest.options != options:
+        raise PpclError(f"{engine}: is there already with other profiles or options; replace it with --overwrite")
+    return manifest
 
 
 def _part(report: Report | None, index: int, count: int, name: str) -> Report | None:

@@ -43,11 +43,7 @@ class BuildOptions(Config):
 
 
 def check_version(version: str, options: BuildOptions) -> None:
-    """Refuse a version of TensorRT that is too old, or that does an option wrong.
-
-    Raises:
-        PpclError: it is one.
-    """
+    """Raise `PpclError` for a version of TensorRT that is too old, or that does an option wrong."""
     numbers = version_numbers(version)
     if numbers < OLDEST:
         oldest = ".".join(map(str, OLDEST))

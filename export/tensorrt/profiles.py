@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.io.files import Record
 from ppcl_fx.io.options import Config, Flag
 
 if TYPE_CHECKING:
@@ -20,11 +21,7 @@ Kind = Literal["min", "opt", "max"]
 KINDS: tuple[Kind, Kind, Kind] = ("min", "opt", "max")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Range(_Strict):
+class Range(Record):
     """The sizes an engine takes for one open size: smallest, the one it is tuned for, largest."""
 
     min: int = Field(ge=1)
@@ -38,12 +35,9 @@ class Range(_Strict):
         return self
 
 
-class Profile(_Strict):
-    """One optimisation profile of an engine.
-
-    Attributes:
-        name: what a person calls it, ``1024x1024``.
-        sizes: for each open size of the ONNX file, by its name, the range.
+class Profile(Record):
+    """One optimisation profile of an engine: what a person calls it (``1024x1024``), and the range for each open size
+    of the ONNX file, by its name.
     """
 
     name: str = ""
@@ -92,8 +86,10 @@ class Roles:
 
 def roles(inputs: Sequence[Port], outputs: Sequence[Port]) -> Roles:
     """Tell which open sizes are the batch, the picture and the text: the picture's come out again, text's do not."""
-    names = list(dict.fromkeys(str(s) for port in inputs for s in port.shape if isinstance(s, str)))
-    leaving = list(dict.fromkeys(str(s) for port in outputs for s in port.shape if isinstance(s, str)))
+    names, leaving = (
+        list(dict.fromkeys(size for port in ports for size in port.shape if isinstance(size, str)))
+        for ports in (inputs, outputs)
+    )
     return Roles(
         BATCH if BATCH in names else None,
         tuple(name for name in leaving if name in names and name != BATCH),
@@ -122,6 +118,10 @@ def _range(option: str, text: str, numbers: list[int]) -> Range:
     return Range(min=low, opt=best, max=high)
 
 
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text else []
+
+
 def check_spec(spec: Spec) -> None:
     """Refuse a spec that fits no graph, before any graph is there.
 
@@ -135,15 +135,12 @@ def check_spec(spec: Spec) -> None:
             "--shapes: how many pixels make a token is not known; give --pixels-per-token 16, for example, or "
             "--tokens 4096 instead"
         )
-    for part in spec.shapes.split(",") if spec.shapes else ():
-        _resolution(part.strip(), spec.pixels or 1, ("tokens",))
-    for part in spec.tokens.split(",") if spec.tokens else ():
-        parse_range("--tokens", part)
-    for option, text in (("--batch", spec.batch), ("--text", spec.text)):
-        if text:
-            parse_range(option, text)
-    for name, text in spec.sizes.items():
-        parse_range(f"--size {name}", text)
+    for part in _parts(spec.shapes):
+        _resolution(part, spec.pixels or 1, ("tokens",))
+    ranges = [("--tokens", part) for part in _parts(spec.tokens)]
+    ranges += [(option, text) for option, text in (("--batch", spec.batch), ("--text", spec.text)) if text]
+    for option, text in [*ranges, *((f"--size {name}", text) for name, text in spec.sizes.items())]:
+        parse_range(option, text)
 
 
 def resolve(spec: Spec, inputs: Sequence[Port], outputs: Sequence[Port], file: str) -> list[Profile]:
@@ -161,10 +158,7 @@ def resolve(spec: Spec, inputs: Sequence[Port], outputs: Sequence[Port], file: s
     """
     check_spec(spec)
     known = roles(inputs, outputs)
-    given = _by_name(spec, known, file)
-    ranges: dict[str, Range] = {}
-    for name, (option, text) in given.items():
-        ranges[name] = parse_range(option, text)
+    ranges = _named(spec, known, file)
     profiles = [Profile(name=name, sizes=ranges | sizes) for name, sizes in _pictures(spec, known, file)]
     missing = _missing(known, profiles[0])
     if missing is not None:
@@ -179,29 +173,29 @@ def resolve(spec: Spec, inputs: Sequence[Port], outputs: Sequence[Port], file: s
     return profiles
 
 
-def _by_name(spec: Spec, known: Roles, file: str) -> dict[str, tuple[str, str]]:
-    """Return the option and the text for each size that is not the picture's."""
+def _named(spec: Spec, known: Roles, file: str) -> dict[str, Range]:
+    """Return the ranges of the sizes that are given by name, and of the batch and the text."""
     names = [*((known.batch,) if known.batch else ()), *known.image, *known.text]
-    given: dict[str, tuple[str, str]] = {}
+    found: dict[str, Range] = {}
     for name, text in spec.sizes.items():
         if name not in names:
             raise PpclError(
                 f"{file}: no open size {name!r}{near(name, names)}; open are {', '.join(names) or 'none'}, and every "
                 "other size is fixed in the file"
             )
-        given[name] = (f"--size {name}", text)
+        found[name] = parse_range(f"--size {name}", text)
     if spec.batch:
         if known.batch is None:
             raise PpclError(f"{file}: the batch is fixed in the file; leave --batch out")
-        given.setdefault(known.batch, ("--batch", spec.batch))
+        found.setdefault(known.batch, parse_range("--batch", spec.batch))
     if spec.text:
         open_text = [name for name in known.text if name not in spec.sizes]
         if len(open_text) != 1:
             several = f"{len(open_text)} sizes may be text ({', '.join(open_text)})"
             why = several if open_text else "the size of the text is fixed in the file"
             raise PpclError(f"{file}: {why}; give each range by its name with --size NAME=1-512, or leave --text out")
-        given[open_text[0]] = ("--text", spec.text)
-    return given
+        found[open_text[0]] = parse_range("--text", spec.text)
+    return found
 
 
 def _missing(known: Roles, profile: Profile) -> str | None:
@@ -223,8 +217,8 @@ def _pictures(spec: Spec, known: Roles, file: str) -> list[tuple[str, dict[str, 
     open_sizes = [name for name in known.image if name not in spec.sizes]
     if not spec.shapes and not spec.tokens:
         return [("", {})]
-    option = "--shapes" if spec.shapes else "--tokens"
     if not open_sizes:
+        option = "--shapes" if spec.shapes else "--tokens"
         raise PpclError(f"{file}: the size of the picture is fixed in the file; leave {option} out")
     if spec.tokens:
         if len(open_sizes) != 1:
@@ -232,43 +226,37 @@ def _pictures(spec: Spec, known: Roles, file: str) -> list[tuple[str, dict[str, 
                 f"{file}: takes latents with the sizes {', '.join(open_sizes)}, not tokens; give --shapes, or each by "
                 "its name with --size"
             )
-        parts = [part.strip() for part in spec.tokens.split(",")]
-        return [(f"{part} tokens", {open_sizes[0]: parse_range("--tokens", part)}) for part in parts]
+        return [(f"{part} tokens", {open_sizes[0]: parse_range("--tokens", part)}) for part in _parts(spec.tokens)]
     if len(open_sizes) > 2:
         raise PpclError(f"{file}: takes {', '.join(open_sizes)}, more than a width and a height; give each with --size")
-    parts = [part.strip() for part in spec.shapes.split(",")]
-    return [(part, _resolution(part, spec.pixels or 1, open_sizes)) for part in parts]
+    return [(part, _resolution(part, spec.pixels or 1, open_sizes)) for part in _parts(spec.shapes)]
 
 
 def _resolution(text: str, pixels: int, open_sizes: Sequence[str]) -> dict[str, Range]:
     parts = text.split("-")
     found = [re.fullmatch(r"\s*([0-9]{1,6})[x×]([0-9]{1,6})\s*", part) for part in parts]
-    if not 1 <= len(parts) <= 3 or not all(found):
-        raise PpclError(f"--shapes {text}: not WIDTHxHEIGHT, nor MIN-MAX of two; give for example 1024x1024")
     pairs = [(int(match[1]), int(match[2])) for match in found if match]
+    if not 1 <= len(parts) <= 3 or len(pairs) < len(parts):
+        raise PpclError(f"--shapes {text}: not WIDTHxHEIGHT, nor MIN-MAX of two; give for example 1024x1024")
     for side in {side for pair in pairs for side in pair}:
         if side < 1 or side % pixels:
             raise PpclError(
                 f"--shapes {text}: {side} pixels is not a multiple of {pixels}, the side of one token; give one that is"
             )
-    cells = [(width // pixels, height // pixels) for width, height in pairs]
+    widths, heights = ([side // pixels for side in sides] for sides in zip(*pairs, strict=True))
     if len(open_sizes) == 1:
-        return {open_sizes[0]: _range("--shapes", text, [width * height for width, height in cells])}
+        tokens = [width * height for width, height in zip(widths, heights, strict=True)]
+        return {open_sizes[0]: _range("--shapes", text, tokens)}
     # An output [..., height, width] names the height first.
     return {
-        open_sizes[0]: _range("--shapes", text, [height for _, height in cells]),
-        open_sizes[1]: _range("--shapes", text, [width for width, _ in cells]),
+        name: _range("--shapes", text, sides)
+        for name, sides in zip(open_sizes, (heights, widths), strict=True)
     }
 
 
 def default_profile(inputs: Sequence[Port], sizes: Mapping[str, int]) -> Profile:
-    """Return a profile around an example.
-
-    Args:
-        inputs: the inputs of the ONNX file.
-        sizes: the example's size for each open size by name.
-    """
-    names = {str(size) for port in inputs for size in port.shape if isinstance(size, str)}
+    """Return a profile around an example, whose open sizes are given by name."""
+    names = {size for port in inputs for size in port.shape}
     open_sizes = {name: size for name, size in sizes.items() if name in names}
     return Profile(
         name="default",

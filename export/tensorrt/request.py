@@ -10,10 +10,12 @@ from pydantic import Field
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.tensorrt.options import BuildOptions
-from ppcl_fx.export.tensorrt.places import REQUEST, GraphFile
+from ppcl_fx.export.tensorrt.places import read_graph
 from ppcl_fx.export.tensorrt.profiles import Profile, Spec, check_spec, default_profile, resolve
 from ppcl_fx.io.files import inside, read_json, write_json
 from ppcl_fx.io.options import Config, Flag
+
+REQUEST = "build.json"
 
 
 class BuildConfig(Config):
@@ -50,28 +52,20 @@ class BuildConfig(Config):
             raise PpclError("--stripped --refit none: weights must come back somehow; leave --refit out")
         return made
 
-    def profiles(self, graph: GraphFile, file: str) -> list[Profile]:
+    def profiles(self, onnx: Path) -> list[Profile]:
         """Return the profiles for one graph: those asked for, or one around the example.
 
-        Args:
-            graph: the graph.
-            file: its name, for messages.
-
         Raises:
-            PpclError: as `ppcl_fx.export.tensorrt.resolve`.
+            PpclError: as `read_graph`, and as `ppcl_fx.export.tensorrt.profiles.resolve`.
         """
-        spec = self.spec
+        spec, graph = self.spec, read_graph(onnx)
         if spec.shapes or spec.tokens or spec.batch or spec.text or spec.sizes or not self.example:
-            return resolve(spec, graph.inputs, graph.outputs, file)
+            return resolve(spec, graph.inputs, graph.outputs, str(onnx))
         return [default_profile(graph.inputs, self.example)]
 
 
 def write_request(folder: Path, config: BuildConfig) -> None:
-    """Write what is to be built into an exported folder.
-
-    Raises:
-        PpclError: the place cannot be written.
-    """
+    """Write what is to be built into an exported folder."""
     write_json(folder / REQUEST, config)
 
 
