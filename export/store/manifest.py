@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
 from pydantic import JsonValue
 
 from ppcl_fx.export.verify.metrics import Gate
-from ppcl_fx.io.files import Record, Sealed
+from ppcl_fx.io.files import Record, Sealed, sha256_of
 from ppcl_fx.schema.plan import Plan
 
 
@@ -17,6 +19,24 @@ class Port(Record):
     name: str
     dtype: str
     shape: list[int | str]
+
+
+class FileMark(Record):
+    """A file by its size in bytes and its hash."""
+
+    bytes: int
+    sha256: str
+
+
+def mark_of(path: Path) -> FileMark:
+    """Return the size and hash of a file; one that many graphs share is read once, as long as it does not change."""
+    stat = path.stat()
+    return _mark(path.resolve(), stat.st_size, (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns))
+
+
+@lru_cache(1024)
+def _mark(path: Path, size: int, state: tuple[int, ...]) -> FileMark:
+    return FileMark(bytes=size, sha256=sha256_of(path))
 
 
 class WeightFile(Record):

@@ -32,13 +32,7 @@ def stays_on_disk(model: PluggableModel | StudentFolder, config: ExportConfig) -
 
 @dataclass(frozen=True)
 class Opened:
-    """A model and its weights.
-
-    Attributes:
-        model: the pluggable model, with its weights or without.
-        weights: where they are.
-        unchecked: why graphs cannot be compared to PyTorch; None where they can.
-    """
+    """A pluggable model, with its weights or without; where they are; and why graphs cannot be compared to PyTorch."""
 
     model: PluggableModel
     weights: WeightSource
@@ -47,8 +41,6 @@ class Opened:
     @classmethod
     def of(cls, model: PluggableModel | StudentFolder | FinetunedFolder, config: ExportConfig) -> Opened:
         """Take a model from memory, or from a folder: loaded where checking it stays within the limit of memory.
-
-        A fine-tuned model's weights go into its own graph.
 
         Raises:
             PpclError: a file of the folder is damaged, or they do not fit each other.

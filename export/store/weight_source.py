@@ -12,19 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ppcl_fx.io.byte_ranges import ByteRange, byte_ranges
+from ppcl_fx.io.long_files import Form
 from ppcl_fx.model.student_folder import StudentFolder
 from ppcl_fx.passes.lowering.narrow import rows_of
 
 
 @dataclass(frozen=True)
 class WeightPiece:
-    """A run of elements of one tensor of a source: all of it, or some of its rows.
-
-    Attributes:
-        name: the tensor.
-        first: its first element.
-        shape: what the elements are shaped to.
-    """
+    """A run of elements of one tensor of a source, from its element `first` on: all of it, or some of its rows."""
 
     name: str
     first: int
@@ -56,11 +51,7 @@ class WeightSource:
 
     @classmethod
     def files(cls, opened: StudentFolder, root: nn.Module) -> WeightSource:
-        """Return the weights of a student folder.
-
-        Args:
-            opened: the folder.
-            root: the pluggable graph, with its weights or without.
+        """Return the weights of a student folder, for its pluggable graph, with its weights or without.
 
         Raises:
             PpclError: a file is damaged.
@@ -71,7 +62,7 @@ class WeightSource:
             ranges |= {name: headers[entry.file][entry.name] for name, entry in shards.stored.items()}
         return cls(root, opened.read, opened.release, ranges, opened.folder)
 
-    def forms(self, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def forms(self, dtype: torch.dtype | None) -> dict[str, Form]:
         """Return dtype and shape of each tensor, floating-point ones in `dtype` where it is given."""
         return {
             name: (dtype if dtype is not None and t.is_floating_point() else t.dtype, tuple(t.shape))
@@ -86,12 +77,13 @@ class WeightSource:
         """
         homes: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
         for name, tensor in self.root.state_dict().items():
-            homes[_storage(tensor)].append((*_span(tensor), name))
+            storage, first, last = _span(tensor)
+            homes[storage].append((first, last, name))
         for spans in homes.values():
             spans.sort()
         found: dict[str, tuple[WeightPiece, ...]] = {}
         for path, tensor in state(graph).items():
-            parts = [_piece(part, homes.get(_storage(part), [])) for part in rows_of(tensor)]
+            parts = [_piece(part, homes) for part in rows_of(tensor)]
             if all(parts):
                 found[path] = tuple(part for part in parts if part is not None)
         return found
@@ -110,18 +102,15 @@ def weightless(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte and the byte after the last, within the storage."""
+def _span(tensor: Tensor) -> tuple[int, int, int]:
+    """Return a tensor's storage, and within that its first byte and the byte after the last."""
     first = int(tensor.storage_offset()) * tensor.element_size()
-    return first, first + int(tensor.nbytes)
+    return int(tensor.untyped_storage()._cdata), first, first + int(tensor.nbytes)
 
 
-def _piece(part: Tensor, spans: list[tuple[int, int, str]]) -> WeightPiece | None:
-    first, last = _span(part)
+def _piece(part: Tensor, homes: Mapping[int, list[tuple[int, int, str]]]) -> WeightPiece | None:
+    storage, first, last = _span(part)
+    spans = homes.get(storage, [])
     at = bisect_right(spans, first, key=lambda span: span[0]) - 1
     while at > 0 and spans[at - 1][0] == spans[at][0]:
         at -= 1  # tensors that share everything: the first by name

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.store.manifest import mark_of
 from ppcl_fx.export.store.names import engine_manifest_path
-from ppcl_fx.export.tensorrt.manifest import EngineManifest, mark_of
+from ppcl_fx.export.tensorrt.manifest import EngineManifest
 from ppcl_fx.export.tensorrt.monitor import Messages, Monitor, Report, stoppable
 from ppcl_fx.export.tensorrt.options import BuildOptions, check_version, configure, network_flags
 from ppcl_fx.export.tensorrt.places import Origin, read_graph

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.store.manifest import mark_of
 from ppcl_fx.export.store.names import TIMINGS, engine_path, manifest_path
 from ppcl_fx.export.tensorrt.build import build_engine
-from ppcl_fx.export.tensorrt.manifest import EngineManifest, check_engine, mark_of, read_engine_manifest
+from ppcl_fx.export.tensorrt.manifest import EngineManifest, check_engine, read_engine_manifest
 from ppcl_fx.export.tensorrt.monitor import Report
 from ppcl_fx.export.tensorrt.options import BuildOptions, check_version
 from ppcl_fx.export.tensorrt.places import Origin, find_graphs

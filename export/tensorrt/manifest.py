@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -10,22 +9,15 @@ from pydantic import Field, JsonValue
 
 from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.store.manifest import FileManifest
+from ppcl_fx.export.store.manifest import FileManifest, FileMark, mark_of
 from ppcl_fx.export.store.names import engine_manifest_path
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.places import rebuild_command
 from ppcl_fx.export.tensorrt.profiles import Profile
 from ppcl_fx.export.tensorrt_api import Api
-from ppcl_fx.io.files import Record, inside, own_file, read_json, sha256_of
+from ppcl_fx.io.files import inside, own_file, read_json
 
 NOT_COMPARED = "the engine was not compared with PyTorch: the build does not run it"
-
-
-class FileMark(Record):
-    """A file by its size in bytes and its hash."""
-
-    bytes: int
-    sha256: str
 
 
 class EngineManifest(FileManifest):
@@ -68,17 +60,6 @@ class EngineManifest(FileManifest):
     not_checked: list[str] = Field([NOT_COMPARED])
     seconds: float
     made_by: str = __version__
-
-
-def mark_of(path: Path) -> FileMark:
-    """Return the size and hash of a file; one that many graphs share is read once, as long as it does not change."""
-    stat = path.stat()
-    return _mark(path.resolve(), stat.st_size, (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns))
-
-
-@lru_cache(1024)
-def _mark(path: Path, size: int, state: tuple[int, ...]) -> FileMark:
-    return FileMark(bytes=size, sha256=sha256_of(path))
 
 
 def read_engine_manifest(engine: Path) -> EngineManifest:

@@ -21,8 +21,8 @@ from ppcl_fx.export.runtime import sessions
 from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.sessions import choose
-from ppcl_fx.export.store.manifest import Port
-from ppcl_fx.export.tensorrt.manifest import EngineManifest, FileMark
+from ppcl_fx.export.store.manifest import FileMark, Port
+from ppcl_fx.export.tensorrt.manifest import EngineManifest
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.profiles import Profile, Range
 from ppcl_fx.model.pluggable import PluggableModel

@@ -19,9 +19,9 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.runtime.folder import Artefact
 from ppcl_fx.export.runtime.sessions import TENSORRT, SessionChoice, Sessions
 from ppcl_fx.export.runtime.tensorrt_session import GRAPHS, TensorRTSession
+from ppcl_fx.export.store import manifest as manifests
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.tensorrt import loading
-from ppcl_fx.export.tensorrt import manifest as manifests
 from ppcl_fx.export.tensorrt.build import build_engine
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from tests.export.fake_trt import FakeApi, Thing, working
