@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from ppcl_fx.export.tensorrt.build import build_engine
     from ppcl_fx.export.tensorrt.loading import load_engine, refit
     from ppcl_fx.export.tensorrt.manifest import EngineManifest
-    from ppcl_fx.export.tensorrt.options import BuildOptions
-    from ppcl_fx.export.tensorrt.places import Origin
     from ppcl_fx.export.tensorrt.profiles import Profile
-    from ppcl_fx.export.tensorrt.request import BuildConfig
+    from ppcl_fx.export.tensorrt.request import BuildConfig, BuildOptions, Origin
     from ppcl_fx.export.verify.gate import compare_artefacts
     from ppcl_fx.export.verify.integrity import check_artefacts
     from ppcl_fx.export.verify.metrics import Agreement, Gate, SamplingAgreement
@@ -31,7 +29,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Agreement": "ppcl_fx.export.verify.metrics",
-    "BuildOptions": "ppcl_fx.export.tensorrt.options",
+    "BuildOptions": "ppcl_fx.export.tensorrt.request",
     "ComplexToReal": "ppcl_fx.passes.lowering.complex_to_real",
     "DropGuards": "ppcl_fx.passes.lowering.lowering",
     "EngineManifest": "ppcl_fx.export.tensorrt.manifest",
@@ -42,7 +40,7 @@ _HOME = {
     "Exported": "ppcl_fx.export.one_graph",
     "Gate": "ppcl_fx.export.verify.metrics",
     "Lowered": "ppcl_fx.passes.lowering.lowering",
-    "Origin": "ppcl_fx.export.tensorrt.places",
+    "Origin": "ppcl_fx.export.tensorrt.request",
     "PositionsAsInputs": "ppcl_fx.passes.lowering.positions",
     "Profile": "ppcl_fx.export.tensorrt.profiles",
     "SamplingAgreement": "ppcl_fx.export.verify.metrics",

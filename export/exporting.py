@@ -19,13 +19,11 @@ from ppcl_fx.export.onnx.writer import Prepared, prepare
 from ppcl_fx.export.runtime.model_spec import write_model_spec
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.store.names import graph_path, manifest_path, ratio_name, typed_graph_path
-from ppcl_fx.export.store.opened import Opened
 from ppcl_fx.export.store.publish import check_free, claimed, writing
-from ppcl_fx.export.store.weight_source import WeightSource
+from ppcl_fx.export.store.weight_source import Opened, WeightSource
 from ppcl_fx.export.tensorrt.folder import Built, build_folder
 from ppcl_fx.export.tensorrt.manifest import NOT_COMPARED
-from ppcl_fx.export.tensorrt.places import Origin, find_graphs
-from ppcl_fx.export.tensorrt.request import BuildConfig, write_request
+from ppcl_fx.export.tensorrt.request import BuildConfig, Origin, find_graphs
 from ppcl_fx.export.tensorrt.trtexec import write_script
 from ppcl_fx.export.verify.sizes import refused
 from ppcl_fx.io import owned_folders as owned
@@ -184,13 +182,13 @@ def _engines(
     config = job.config.build.model_copy(update={"example": example})
     for onnx in find_graphs(done.folder).values():
         config.profiles(onnx)
-    write_request(done.folder, config)
+    config.save(done.folder)
     if job.config.format == "trtexec":
         return replace(done, script=write_script(done.folder, config))
     if job.config.onnx_only:
         return done
     built = build_folder(done.folder, config, overwrite=True, report=progress)
-    write_request(done.folder, config)
+    config.save(done.folder)
     job.note(NOT_COMPARED)
     engines = {one.name: one.engine for one in built}
     ratios = tuple(replace(ratio, engine=engines.get(ratio.onnx.stem)) for ratio in done.ratios)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 from ppcl_fx.errors import PpclError
@@ -29,12 +30,7 @@ class Gpu:
 
 
 class Api:
-    """TensorRT and the GPU that it builds for and runs on.
-
-    Args:
-        module: the module ``tensorrt``.
-        gpu: the GPU.
-    """
+    """TensorRT (the module ``tensorrt``), and the GPU that it builds for and runs on."""
 
     def __init__(self, module: Any, gpu: Gpu) -> None:
         self.module = module
@@ -47,17 +43,14 @@ class Api:
 
     def value(self, path: str) -> Any:
         """Return an enumeration member or a constant."""
-        found = self.module
-        for part in path.split("."):
-            found = getattr(found, part)
-        return found
+        return attrgetter(path)(self.module)
 
     def has(self, path: str) -> bool:
         """Tell whether this version has a class, method or member. The newest version that is supported must."""
-        found = self.module
-        for part in path.split("."):
-            found = getattr(found, part, None)
-        return found is not None
+        try:
+            return self.value(path) is not None
+        except AttributeError:
+            return False
 
     def make(self, name: str, **keywords: Any) -> Any:
         """Create an object of a class."""
@@ -117,10 +110,6 @@ def version_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
-_MAJOR, _MINOR = 75, 76
-"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of the driver's interface."""
-
-
 def find_gpu(index: int = 0) -> Gpu | None:
     """Return an NVIDIA GPU as the driver tells it, by its index in CUDA and PyTorch; None where there is none."""
     try:
@@ -134,8 +123,8 @@ def find_gpu(index: int = 0) -> Gpu | None:
     asked = (
         driver.cuDeviceGet(ctypes.byref(device), index),
         driver.cuDeviceGetName(name, len(name), device),
-        driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device),
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device),
+        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device),  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),
         driver.cuDriverGetVersion(ctypes.byref(version)),
     )
     if any(asked):

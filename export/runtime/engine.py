@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.input_adapter import InputAdapter
-from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
 from ppcl_fx.export.runtime.model_spec import MODEL_SPEC, check_model_spec, pluggable_graph, read_model_spec
-from ppcl_fx.export.runtime.sessions import AUTO, SessionChoice, Sessions, choose, device_of, export_command
+from ppcl_fx.export.runtime.sessions import (
+    AUTO,
+    SessionChoice,
+    Sessions,
+    choose,
+    device_of,
+    export_command,
+    profile_of,
+    sizes_of,
+    typed,
+)
 from ppcl_fx.model.face import PipelineFace
-
-if TYPE_CHECKING:
-    from torch.fx import GraphModule
 
 
 class EngineTransformer(PipelineFace):
@@ -55,9 +61,9 @@ class EngineTransformer(PipelineFace):
         self._backend = backend
         self._device = device_of(device)
         self._sessions = Sessions()
-        # Plain dictionaries, so that torch does not take graphs without weights for submodules.
-        self.__dict__["_graphs"] = {}
-        self.__dict__["_adapters"] = {}
+        # A plain dictionary, so that torch does not take graphs without weights for submodules: type -> graph, and
+        # (type, students) -> input adapter.
+        self.__dict__["_made"] = {}
         self._choice = self._chosen(self.keeps[0] if keep is None else keep, self._device)
         self.eval()
 
@@ -125,7 +131,7 @@ class EngineTransformer(PipelineFace):
     @property
     def keep(self) -> float:
         """The ratio that runs."""
-        return self._choice.artefact.keep
+        return self._choice.artefact.manifest.keep
 
     @property
     def backend(self) -> str:
@@ -142,12 +148,9 @@ class EngineTransformer(PipelineFace):
         return self._choice.artefact.manifest.params
 
     def plug(self, keep: float) -> EngineTransformer:
-        """Go on with another ratio, and return the transformer itself.
+        """Go on with another ratio, and return the transformer itself; `PpclError` where there is no such ratio.
 
         Its file is opened at its first call and stays open where weights are shared.
-
-        Raises:
-            PpclError: there is no such ratio, or nothing here can run it.
         """
         self._choice = self._chosen(keep, self._device)
         return self
@@ -199,12 +202,12 @@ class EngineTransformer(PipelineFace):
         return Transformer2DModelOutput(sample=result)
 
     def _adapter(self) -> InputAdapter:
-        adapters: dict[Any, InputAdapter] = self.__dict__["_adapters"]
-        graphs: dict[torch.dtype, GraphModule] = self.__dict__["_graphs"]
+        made: dict[Any, Any] = self.__dict__["_made"]
         key = (self.dtype, self.students)
-        if key not in adapters:
-            if self.dtype not in graphs:
+        if key not in made:
+            if self.dtype not in made:
                 manifests = [one.manifest for one in self._found.values()]
-                graphs[self.dtype] = pluggable_graph(self._spec, self.dtype, self.folder, manifests)
-            adapters[key] = InputAdapter(graphs[self.dtype], self.students)
-        return adapters[key]
+                made[self.dtype] = pluggable_graph(self._spec, self.dtype, self.folder, manifests)
+            made[key] = InputAdapter(made[self.dtype], self.students)
+        adapter: InputAdapter = made[key]
+        return adapter

@@ -9,28 +9,17 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.store.names import engine_manifest_path, engine_path, manifest_path, ratio_of
 from ppcl_fx.export.tensorrt.manifest import EngineManifest
-from ppcl_fx.export.tensorrt.places import find_graphs
+from ppcl_fx.export.tensorrt.request import find_graphs
 from ppcl_fx.io.files import inside, own_file, read_json
 
 
 @dataclass(frozen=True)
 class Artefact:
-    """The files of one ratio.
-
-    Attributes:
-        graph: the ONNX file.
-        manifest: what is written beside it.
-        engine_manifest: what is written beside the TensorRT engine; None too where that is of an older export.
-    """
+    """The files of one ratio: the ONNX file and its manifest, and that of the engine, where one fits the graph."""
 
     graph: Path
     manifest: Manifest
     engine_manifest: EngineManifest | None = None
-
-    @property
-    def keep(self) -> float:
-        """The share of the teacher's parameters."""
-        return self.manifest.keep
 
     @property
     def engine(self) -> Path | None:
@@ -41,8 +30,7 @@ class Artefact:
 def artefacts(folder: str | Path) -> dict[float, Artefact]:
     """Find the ratios in a folder that ``ppcl-fx export`` wrote: ``keep-0.7.json`` names ``keep-0.7.onnx``.
 
-    Returns:
-        The artefacts by their share, the largest first.
+    The largest share comes first.
 
     Raises:
         PpclError: there are none, one is damaged, or names a file that is not there, is cut, or not in the folder.

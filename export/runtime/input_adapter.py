@@ -25,15 +25,7 @@ REMEMBERED = 8
 
 
 class InputAdapter:
-    """Takes a pipeline's call and gives an exported graph's inputs.
-
-    Args:
-        graph: what `ppcl_fx.export.runtime.model_spec.pluggable_graph` made.
-        students: the edits plugged.
-
-    Attributes:
-        gm: the mixture, on the meta device.
-    """
+    """Takes a pipeline's call and gives an exported graph's inputs; `gm` is the mixture, on the meta device."""
 
     def __init__(self, graph: GraphModule, students: Sequence[str]) -> None:
         self.gm = plugged(graph, frozenset(students))
@@ -45,11 +37,7 @@ class InputAdapter:
         self._known: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
 
     def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a call's arguments by the names of the graph's inputs.
-
-        Raises:
-            GuardError: the call has an argument that the exported graph does not know, or lacks one.
-        """
+        """Return a call's arguments by the names of the graph's inputs; `GuardError` where it has others."""
         named = dict(zip(graph_info(self.gm)["signature"], args, strict=False))
         try:
             return bind(self.gm, with_rows(self.gm, named | dict(kwargs)))
@@ -60,12 +48,9 @@ class InputAdapter:
             ) from error
 
     def tables(self, bound: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Return the position tables of a call by name, on the CPU.
+        """Return the position tables of a call by name, on the CPU; `GuardError` where it is of another kind.
 
         They follow from numbers and sizes alone, so they are remembered for calls of the same kind.
-
-        Raises:
-            GuardError: the positions were traced for another kind of call.
         """
         if self._maker is None:
             return {}
@@ -83,9 +68,6 @@ class SizesOnly(Interpreter):
 
     A table may ask for the length or the device of a tensor that the model computed, an embedded text for example.
     Such a tensor is computed on the meta device, and what goes on is a tensor of its size that takes no memory.
-
-    Args:
-        parted: a graph after `ppcl_fx.passes.lowering.positions.PositionsAsInputs`, with tables.
     """
 
     def __init__(self, parted: GraphModule) -> None:

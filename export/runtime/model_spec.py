@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
-from pydantic import ConfigDict, JsonValue
+from pydantic import JsonValue
 from torch.fx import GraphModule
 
 from ppcl_fx.calls.examples import build_call
@@ -15,23 +15,21 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.onnx.writer import floats_as
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.io.build_bounds import Room
-from ppcl_fx.io.files import Sealed, inside, read_json, write_json
+from ppcl_fx.io.files import Record, Sealed, inside, read_json, write_json
 from ppcl_fx.ir.meta import graph_info
+from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.model.rewrite import insert_edits
 from ppcl_fx.model.sources import diffusers_class
 from ppcl_fx.schema.plan import Plan, plan_digest
 from ppcl_fx.tracing import trace_saved
 from ppcl_fx.tracing.meta_model import skeleton
 
-if TYPE_CHECKING:
-    from ppcl_fx.model.pluggable import PluggableModel
-
 MODEL_SPEC = "head.json"
 WHOLE, MOST_TENSORS = 64, 10**6
 """Parameters of the teacher for each byte of an exported ratio, at most; and how many tensors they may be."""
 
 
-class ModelSpec(Sealed):
+class ModelSpec(Record, Sealed):
     """The model without its weights, as ``head.json`` has it.
 
     Attributes:
@@ -40,8 +38,6 @@ class ModelSpec(Sealed):
         plan: the plan of all its edits.
     """
 
-    model_config = ConfigDict(extra="forbid")
-
     version: Literal[1] = 1
     kind: Literal["head"] = "head"
     config: dict[str, JsonValue]
@@ -49,15 +45,11 @@ class ModelSpec(Sealed):
     plan: Plan
 
 
-def write_model_spec(model: PluggableModel, folder: Path) -> bool:
-    """Write ``head.json`` beside a model's exported files, and return whether it was written: a model of no class of
-    diffusers cannot be built again from its configuration.
-    """
+def write_model_spec(model: PluggableModel, folder: Path) -> None:
+    """Write ``head.json`` to an exported folder; a model of no class of diffusers, which nobody can build, has none."""
     info = graph_info(model.graph)
-    if not info.get("config", {}).get("_class_name"):
-        return False
-    write_json(folder / MODEL_SPEC, ModelSpec(config=info["config"], example=info["example"], plan=model.plan))
-    return True
+    if info.get("config", {}).get("_class_name"):
+        write_json(folder / MODEL_SPEC, ModelSpec(config=info["config"], example=info["example"], plan=model.plan))
 
 
 def read_model_spec(folder: Path) -> ModelSpec:
@@ -80,16 +72,9 @@ def check_model_spec(spec: ModelSpec, manifest: Manifest, folder: Path) -> None:
 
 
 def pluggable_graph(spec: ModelSpec, dtype: torch.dtype, folder: Path, manifests: Iterable[Manifest]) -> GraphModule:
-    """Trace the model again, on the meta device, with all its edits.
+    """Trace the model again, on the meta device, with all its edits; weights and floating-point inputs are of `dtype`.
 
-    Args:
-        spec: what `read_model_spec` read.
-        dtype: of weights and floating-point inputs.
-        folder: where it was read.
-        manifests: of the graphs there; the files of their weights bound the model's size.
-
-    Raises:
-        PpclError: the class is unknown or refuses the configuration, or the plan does not fit it.
+    The files that the manifests in its folder name bound the model's size.
     """
     sizes: dict[str, int] = {}
     for manifest in manifests:

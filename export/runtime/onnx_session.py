@@ -8,20 +8,14 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.runtime.limits import TYPES, sized
-from ppcl_fx.export.runtime.sessions import ONNXRUNTIME_TENSORRT, SessionChoice, provider
+from ppcl_fx.export.runtime.sessions import ONNXRUNTIME_TENSORRT, TYPES, SessionChoice, provider
 from ppcl_fx.export.verify.onnx_runner import one_line, runtime_errors
 
-ELEMENTS = {
-    torch.float32: 1,
-    torch.int32: 6,
-    torch.int64: 7,
-    torch.bool: 9,
-    torch.float16: 10,
-    torch.float64: 11,
-    torch.bfloat16: 16,
-}
-"""ONNX's numbers of types (``TensorProto.DataType``)."""
+
+def element_types() -> dict[torch.dtype, int]:
+    """Return ONNX's numbers of types."""
+    number = need("onnx").TensorProto.DataType.Value
+    return {dtype: number(name.upper()) for name, dtype in TYPES.items()}
 
 
 class OnnxSession:
@@ -29,9 +23,6 @@ class OnnxSession:
 
     Weights that lie beside the file are mapped, not read, and onnxruntime is told not to copy them into an order of its
     own: the ratios of a folder then share one copy in memory.
-
-    Raises:
-        PpclError: onnxruntime does not take the file, or has no kernels for it on this device.
     """
 
     def __init__(self, choice: SessionChoice) -> None:
@@ -62,18 +53,18 @@ class OnnxSession:
 
     def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
         """Run the file; `PpclError` where onnxruntime refuses the call."""
-        binding = self.session.io_binding()
+        binding, elements = self.session.io_binding(), element_types()
 
         def bind(how: str, name: str, tensor: torch.Tensor) -> None:
-            place = (self.device.type, self._index, ELEMENTS[tensor.dtype], list(tensor.shape), tensor.data_ptr())
-            getattr(binding, how)(name, *place)
+            kind, shape = elements[tensor.dtype], list(tensor.shape)
+            getattr(binding, how)(name, self.device.type, self._index, kind, shape, tensor.data_ptr())
 
         # The binding holds addresses only.
         inputs = {name: tensor.contiguous() for name, tensor in feeds.items()}
-        outputs = {
-            port.name: torch.empty(sized(port, sizes), dtype=TYPES[port.dtype], device=self.device)
-            for port in self.choice.manifest.outputs
-        }
+        outputs = {}
+        for port in self.choice.manifest.outputs:
+            shape = [size if isinstance(size, int) else sizes[size] for size in port.shape]
+            outputs[port.name] = torch.empty(shape, dtype=TYPES[port.dtype], device=self.device)
         for name, tensor in inputs.items():
             bind("bind_input", name, tensor)
         for name, tensor in outputs.items():

@@ -35,14 +35,7 @@ class _Captured:
 
 
 class TensorRTSession:
-    """An engine, open.
-
-    Attributes:
-        without_graphs: why no CUDA graphs are made any more; None where they are.
-
-    Raises:
-        PpclError: there is no TensorRT or no GPU, the engine is another GPU's or version's, or it is damaged.
-    """
+    """An engine, open; `without_graphs` says why no CUDA graphs are made any more, and is None where they are."""
 
     def __init__(self, choice: SessionChoice) -> None:
         self.choice, self.device = choice, choice.device
@@ -67,8 +60,8 @@ class TensorRTSession:
                 self._keep(key, feeds, profile)
             if key not in self._captured:
                 self._take(self.context, profile)
-                results = self._execute(self.context, {name: tensor.contiguous() for name, tensor in feeds.items()})
-                return results[self._first]
+                inputs = {name: tensor.contiguous() for name, tensor in feeds.items()}
+                return self._execute(self.context, inputs)[self._first]
             self._captured.move_to_end(key)
             kept = self._captured[key]
             for name, tensor in feeds.items():
@@ -119,9 +112,8 @@ class TensorRTSession:
         return results
 
     def _place(self, context: Any, name: str, tensor: torch.Tensor) -> bool:
-        return bool(
-            self.api.call("IExecutionContext.set_tensor_address", context, name=name, memory=tensor.data_ptr())
-        )
+        address = tensor.data_ptr()
+        return bool(self.api.call("IExecutionContext.set_tensor_address", context, name=name, memory=address))
 
     def _keep(self, key: tuple[Any, ...], feeds: Mapping[str, torch.Tensor], profile: int) -> None:
         """Make a CUDA graph for calls of these shapes. Where that fails, runs go on without graphs for good."""
@@ -157,7 +149,6 @@ class TensorRTSession:
 
 
 def _outputs(api: Api, engine: Any, choice: SessionChoice) -> dict[str, torch.dtype]:
-    """Return the type of each output by name."""
     types = {
         api.value("DataType.FLOAT"): torch.float32,
         api.value("DataType.HALF"): torch.float16,

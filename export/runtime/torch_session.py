@@ -15,10 +15,9 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.onnx.assemble import ROWS
 from ppcl_fx.export.runtime.input_adapter import InputAdapter
-from ppcl_fx.export.runtime.limits import TYPES
-from ppcl_fx.export.runtime.sessions import SessionChoice
+from ppcl_fx.export.runtime.sessions import TYPES, SessionChoice
 from ppcl_fx.export.store.weight_source import state
-from ppcl_fx.export.tensorrt.places import load_onnx
+from ppcl_fx.export.tensorrt.request import load_onnx
 from ppcl_fx.export.verify.onnx_runner import one_line
 from ppcl_fx.io.files import inside
 from ppcl_fx.ir.graphs import copy_graph_module
@@ -26,16 +25,10 @@ from ppcl_fx.passes.lowering.lowering import lower
 
 
 class TorchSession:
-    """The lowered graph with the weights of an ONNX file.
+    """The lowered graph of an input adapter with the weights of an ONNX file.
 
-    Args:
-        choice: the file and the device.
-        adapter: has the ratio's mixture on the meta device.
-        shared: what other ratios have already: mapped files by their path, and on a GPU their parts; what is made here
-            is added.
-
-    Raises:
-        PpclError: the file is damaged, or its weights are not those of the model spec.
+    ``shared`` is what other ratios have already: mapped files by their path, and on a GPU their parts. What is made
+    here is added.
     """
 
     def __init__(self, choice: SessionChoice, adapter: InputAdapter, shared: dict[Any, torch.Tensor]) -> None:

@@ -40,9 +40,8 @@ def _mark(path: Path, size: int, state: tuple[int, ...]) -> FileMark:
 
 
 class WeightFile(Record):
-    """A file that holds weights of a graph: its path within the graph's folder, its content, its size in bytes.
-
-    ``sample`` is what `ppcl_fx.export.verify.integrity.sample_of` said of it; older manifests have none.
+    """A file that holds weights of a graph: its path within the graph's folder, its content, its size in bytes, and
+    what `ppcl_fx.export.verify.integrity.sample_of` said of it; older manifests have no such sample.
     """
 
     file: str
@@ -66,16 +65,8 @@ class HalfPrecision(Record):
 
 
 class FileManifest(Record):
-    """What the manifests of graphs and of engines have in common.
-
-    Attributes:
-        file: name of the ONNX file or the engine, in the same folder.
-        dtype: type of most weights.
-        keep: the share of the teacher's parameters asked for.
-        students: ids of the edits that are plugged.
-        plan: the plan they come from.
-        inputs: what it takes.
-        outputs: what it gives.
+    """What the manifests of graphs and of engines have in common: the name of the file, the type of most weights, the
+    share of the teacher's parameters asked for, the ids of the edits that are plugged, and the plan they come from.
     """
 
     version: int
@@ -93,18 +84,15 @@ class Manifest(FileManifest, Sealed):
     """The JSON beside an ONNX file.
 
     Attributes:
-        sha256: of the ONNX file.
-        size: of the ONNX file, in bytes.
+        sha256: of the ONNX file; `size` is its own, in bytes.
         weights: the files that hold its weights; other graphs may use them too.
         params: parameters of this mixture, as the plan counts them.
         params_in_file: parameters in the file: those of them that have an effect on the output.
         finetuned: whether all of its weights were trained as one, and none is the teacher's.
-        opset: version of the ONNX operators.
         positions: inputs that hold position tables, computed from the call's Python arguments.
-        parity: for each shape the largest difference between onnxruntime and PyTorch; empty where unchecked.
-        parity_max_abs: the largest of them.
+        parity: for each shape the largest difference between onnxruntime and PyTorch; empty where unchecked. The
+            largest of them is `parity_max_abs`, and `tolerance` was allowed.
         unchecked: what was not checked, and why; None where all was.
-        tolerance: the largest difference that was allowed.
         latency_ms: median time of a run in onnxruntime, on the CPU, at the traced shape; None where unchecked or in
             half precision, for which onnxruntime has few kernels there.
         half: what is known of the rounding; None where the file is in float32 or unchecked.

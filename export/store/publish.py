@@ -42,9 +42,6 @@ def claimed(folder: Path, graphs: Collection[Path]) -> Iterator[None]:
 
     Until the block ends well the graphs that it adds are marked as unfinished, so that the same command replaces them
     without being told to.
-
-    Raises:
-        PpclError: another export holds the folder, or it cannot be written.
     """
     names = {graph.name for graph in graphs}
     with _locked(folder) as file:
@@ -133,10 +130,8 @@ def _write(file: int, names: Collection[str]) -> None:
 def beside(graph: Path, *, embed: bool) -> Iterator[Path]:
     """Yield where to write a graph before it has its name; what is left there afterwards vanishes.
 
-    Args:
-        graph: where it will lie.
-        embed: its weights come with it, so it is written in a folder of its own, under its own name. Else it lies in
-            the same folder as in the end: the places of its weights are relative to that.
+    Where its weights come with it (`embed`) that is a folder of its own. Else it lies in the same folder as in the end:
+    the places of its weights are relative to that.
     """
     place = graph.with_name(f".{graph.stem}.partial-{uuid.uuid4().hex[:8]}{'' if embed else '.onnx'}")
     try:
@@ -151,11 +146,7 @@ def beside(graph: Path, *, embed: bool) -> Iterator[Path]:
 
 @contextmanager
 def writing(final: Path) -> Iterator[None]:
-    """Let an error of the system name the file that was to be made, and not the one written in its place.
-
-    Raises:
-        PpclError: the block raised an `OSError`, or a `PpclError` that came from one.
-    """
+    """Let an error of the system name the file that was to be made, and not the one written in its place."""
     try:
         yield
     except (OSError, PpclError) as error:
@@ -172,20 +163,15 @@ def publish(written: Path, data: Path | None, manifest: Manifest, final: Path) -
     All of them are whole and on disk before the first has its name. What is about the files that are replaced goes
     first, and the new manifest comes last: whoever reads in between, or after a kill, finds no manifest, and never one
     of other files.
-
-    Args:
-        written: the graph, where `beside` said.
-        data: the weights that were written with it.
-        manifest: the manifest.
-        final: the graph's name.
     """
     described = manifest_path(written)
     write_json(described, manifest)
     for path in (written, data):
         if path is not None:
             sync(path)
-    withdraw(typed_graph_path(final))  # made from what is replaced
-    manifest_path(final).unlink(missing_ok=True)
+    typed = typed_graph_path(final)  # made from what is replaced
+    for old in (manifest_path(typed), typed, manifest_path(final)):
+        old.unlink(missing_ok=True)
     sync(final.parent)
     if data is not None:
         os.replace(data, data_path(final))
@@ -193,12 +179,6 @@ def publish(written: Path, data: Path | None, manifest: Manifest, final: Path) -
     sync(final.parent)
     os.replace(described, manifest_path(final))
     sync(final.parent)
-
-
-def withdraw(graph: Path) -> None:
-    """Remove a graph and its manifest, where they are: what they were made from is no more."""
-    manifest_path(graph).unlink(missing_ok=True)
-    graph.unlink(missing_ok=True)
 
 
 def check_free(graphs: Sequence[Path], overwrite: bool) -> None:

@@ -35,12 +35,8 @@ from ppcl_fx.io.reading import open_regular
 class Store:
     """Where each tensor lies, in files within the folder of the graphs.
 
-    Attributes:
-        folder: the folder of the graphs.
-        replaced: manifests that are about to be replaced: what they name need not stay in the end.
-        ranges: tensor -> its bytes, in a file of this folder or of one in it.
-        created: files that this export made.
-        reading: digests in the making, by name within the folder.
+    What the manifests in `replaced` name need not stay in the end. `created` are files that this export made, and
+    `reading` are digests in the making, by name within the folder.
     """
 
     folder: Path
@@ -76,11 +72,7 @@ class Store:
             pool.shutdown(cancel_futures=True)
 
     def home(self, target: Path, sha256: str) -> Path:
-        """Return where content lies already, or else where it may go: never over what a graph uses.
-
-        Raises:
-            PpclError: a graph that is not about to be replaced uses other weights of that name.
-        """
+        """Return where content lies already, or else where it may go: never over what a graph uses."""
         aside = target.with_name(f"{target.stem}-{sha256[:8]}{target.suffix}")
         for path in (target, aside):
             if _holds(path, sha256):
@@ -94,23 +86,15 @@ class Store:
             )
         return aside if used_by_others(self.folder, self.name(target), ()) else target
 
-    def publish(self, target: Path, write: Callable[[Path], None], known: str | None = None) -> Path:
-        """Write a file beside its name and rename it; one of the same content stays as it is. Return where it lies.
-
-        Args:
-            target: its name, if that is free.
-            write: writes it.
-            known: its digest, where that is known before it is written.
-        """
-        if known is not None and _holds(home := self.home(target, known), known):
-            return home
+    def publish(self, target: Path, write: Callable[[Path], None]) -> Path:
+        """Write a file beside its name, rename it, and return where it lies; one of the same content stays as it is."""
         beside = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
         try:
             with writing(target):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 write(beside)
                 sync(beside)
-                content = known or (sha256_of(beside) if _taken(target) else None)
+                content = sha256_of(beside) if _taken(target) else None
                 home = target if content is None else self.home(target, content)
                 if content is None or not _holds(home, content):
                     if not home.exists():
@@ -139,20 +123,16 @@ def stored(
     weights that a graph to be replaced still uses gets another name: that graph stays whole until it is replaced.
 
     Args:
-        source: the weights.
         needed: names of the tensors that some graph uses.
         folder: the folder of the graphs; exists.
         dtype: of floating-point weights; None for as they are used.
-        replaced: see `Store`.
+        replaced: manifests that are about to be replaced.
         note: told in one line what was copied, and why.
-
-    Raises:
-        PpclError: there is no room, or graphs of another model in the folder use the same names.
     """
     root = folder.resolve()
     forms = source.forms(dtype)
-    there = {n: place for n, place in source.ranges.items() if n in forms and (place.dtype, place.shape) == forms[n]}
-    targets = {place.file: _target(place.file, source.folder, root) for n, place in there.items() if n in needed}
+    there = {name: at for name, at in source.ranges.items() if forms.get(name) == (at.dtype, at.shape)}
+    targets = {at.file: _target(at.file, source.folder, root) for name, at in there.items() if name in needed}
     others = {name: form for name, form in forms.items() if name not in there}
     if others.keys().isdisjoint(needed):
         others = {}
@@ -161,16 +141,22 @@ def stored(
         raise PpclError(f"{root / WEIGHTS}: holds other files than weights of exports; choose another folder")
     made = Store(root, replaced)
     digests = {file: sha256_of(file) for file, target in copied.items() if _taken(target)}
-    lying = {file for file, digest in digests.items() if _holds(made.home(copied[file], digest), digest)}
-    need_room(root, form_bytes(others) + sum(file.stat().st_size for file in copied.keys() - lying))
+    homes = {file: made.home(copied[file], digest) for file, digest in digests.items()}
+    lacking = [file for file in copied if file not in homes or not _holds(homes[file], digests[file])]
+    need_room(root, form_bytes(others) + sum(file.stat().st_size for file in lacking))
+    targets |= homes
     try:
-        for file, target in copied.items():
-            targets[file] = made.publish(target, partial(_clone, file.resolve()), digests.get(file))
+        for file in lacking:
+            targets[file] = made.publish(copied[file], partial(_clone, file.resolve()))
         if others:
-            target = root / WEIGHTS / f"{str(dtype or _main(others)).removeprefix('torch.')}.safetensors"
+            sizes: Counter[torch.dtype] = Counter()
+            for name, form in others.items():
+                sizes[form[0]] += form_bytes({name: form})
+            main = dtype or sizes.most_common(1)[0][0]  # the dtype of most bytes
+            target = root / WEIGHTS / f"{str(main).removeprefix('torch.')}.safetensors"
             made.ranges.update(byte_ranges(made.publish(target, partial(_convert, source, others))))
         made.ranges.update(
-            (name, replace(place, file=targets[place.file])) for name, place in there.items() if place.file in targets
+            {name: replace(at, file=targets[at.file]) for name, at in there.items() if at.file in targets}
         )
         _say(source, copied, others, root, note)
         with made.digesting():
@@ -247,18 +233,9 @@ def _say(
         note(f"{len(others)} weights were converted, once for all ratios, into {root / WEIGHTS}")
 
 
-def _main(forms: dict[str, Form]) -> torch.dtype:
-    """Return the dtype of most bytes."""
-    sizes: Counter[torch.dtype] = Counter()
-    for name, (dtype, _) in forms.items():
-        sizes[dtype] += form_bytes({name: forms[name]})
-    return sizes.most_common(1)[0][0]
-
-
 def weights_of(folder: Path, manifests: Collection[str]) -> set[str]:
     """Return the weight files that manifests of a folder name."""
-    cards = cards_in(folder)
-    return {weight.file for name in manifests if name in cards for weight in cards[name].weights}
+    return {one.file for name, found in cards_in(folder).items() if name in manifests for one in found.weights}
 
 
 def drop_unused(folder: Path, names: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""Build an engine from an ONNX file."""
+"""Build an engine from an ONNX file: what its options need of a TensorRT version, and how they reach the builder."""
 
 from __future__ import annotations
 
@@ -12,16 +12,23 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import mark_of
 from ppcl_fx.export.store.names import engine_manifest_path
 from ppcl_fx.export.tensorrt.manifest import EngineManifest
-from ppcl_fx.export.tensorrt.monitor import Messages, Monitor, Report, stoppable
-from ppcl_fx.export.tensorrt.options import BuildOptions, check_version, configure, network_flags
-from ppcl_fx.export.tensorrt.places import Origin, read_graph
+from ppcl_fx.export.tensorrt.monitor import Messages, Monitor, Report, silent, stoppable
 from ppcl_fx.export.tensorrt.profiles import Profile, shapes_of
-from ppcl_fx.export.tensorrt_api import Api, errors_of
+from ppcl_fx.export.tensorrt.request import BuildOptions, Origin, read_graph
+from ppcl_fx.export.tensorrt_api import Api, errors_of, version_numbers
 from ppcl_fx.io.files import inside, need_room, new_file, write_json
 from ppcl_fx.io.reading import read_bytes
 
 TIMINGS_BYTES = 2**30
 """A cache of kernel timings may be this large."""
+
+OLDEST = (10, 15)
+"""The oldest version that is supported: its parser knows Attention (from 10.14 on), RotaryEmbedding and
+RMSNormalization (from 10.15 on)."""
+
+REFIT_DROPS_BIAS = ((11, 3), (11, 4))
+"""From the first version up to the second, not included, REFIT can lose the bias of a matrix product, even if no weight
+is ever exchanged (NVIDIA's release notes of 11.3, known issues). REFIT_IDENTICAL does not."""
 
 
 def build_engine(
@@ -33,7 +40,7 @@ def build_engine(
     api: Api,
     cache: Path | None = None,
     origin: Origin | None = None,
-    report: Report | None = None,
+    report: Report = silent,
 ) -> EngineManifest:
     """Build an engine and write it, its manifest, and the timing cache.
 
@@ -41,8 +48,6 @@ def build_engine(
         onnx: the ONNX file; its types are the engine's types.
         engine: where the engine goes, in the same folder; the manifest beside it gets the suffix ``.json``.
         profiles: ranges for its open sizes, one set of them or several.
-        options: how to build.
-        api: TensorRT and the GPU.
         cache: the timing cache; read if it exists, then replaced, also after a build that was stopped.
         origin: where the graph comes from, for the manifest.
         report: told how far the build is.
@@ -62,7 +67,7 @@ def build_engine(
     need_room(engine.parent, 0 if options.stripped else sum(mark.bytes for mark in weights.values()))
     monitor = Monitor(report)
     with new_file(engine) as beside:
-        stoppable(lambda: _build(api, onnx, beside, shapes, options, cache, monitor), monitor.stop)
+        stoppable(lambda: _build(api, onnx, beside, shapes, options, cache, monitor), monitor.stop.set)
         engine_manifest_path(engine).unlink(missing_ok=True)  # of the engine that is replaced: never beside this one
     manifest = EngineManifest(
         file=engine.name,
@@ -88,6 +93,44 @@ def build_engine(
     )
     write_json(engine_manifest_path(engine), manifest)
     return manifest
+
+
+def check_version(version: str, options: BuildOptions) -> None:
+    """Raise `PpclError` for a version of TensorRT that is too old, or that does an option wrong."""
+    numbers = version_numbers(version)
+    if numbers < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise PpclError(f"TensorRT {version} is too old; install {oldest} or newer: pip install -U tensorrt")
+    first, mended = REFIT_DROPS_BIAS
+    if options.refitting == "any" and first <= numbers < mended:
+        raise PpclError(
+            f"TensorRT {version} can lose biases in an engine that takes other weights; give --refit identical, or "
+            f"install {'.'.join(map(str, mended))}"
+        )
+
+
+def network_flags(api: Api) -> int:
+    """Return the flags of a network whose types are those of the ONNX file, as from version 11 on all networks' are."""
+    if not api.has("NetworkDefinitionCreationFlag.STRONGLY_TYPED"):
+        return 0
+    return 1 << int(api.value("NetworkDefinitionCreationFlag.STRONGLY_TYPED"))
+
+
+def configure(api: Api, config: Any, options: BuildOptions) -> None:
+    """Set a builder's options."""
+    if options.workspace is not None:
+        pool = api.value("MemoryPoolType.WORKSPACE")
+        api.call("IBuilderConfig.set_memory_pool_limit", config, pool=pool, pool_size=options.workspace)
+    if options.level is not None:
+        api.set("IBuilderConfig.builder_optimization_level", config, options.level)
+    if options.refitting == "identical":
+        api.call("IBuilderConfig.set_flag", config, flag=api.value("BuilderFlag.REFIT_IDENTICAL"))
+    if options.refitting == "any":
+        api.call("IBuilderConfig.set_flag", config, flag=api.value("BuilderFlag.REFIT"))
+    if options.stripped:
+        api.call("IBuilderConfig.set_flag", config, flag=api.value("BuilderFlag.STRIP_PLAN"))
+    if options.weight_streaming is not None:
+        api.call("IBuilderConfig.set_flag", config, flag=api.value("BuilderFlag.WEIGHT_STREAMING"))
 
 
 def _build(
@@ -128,7 +171,7 @@ def _build(
             with new_file(cache) as beside:
                 beside.write_bytes(memoryview(api.call("ITimingCache.serialize", timings)))
     if not done:
-        what = "the build was stopped" if monitor.stopped else "TensorRT could not build an engine"
+        what = "the build was stopped" if monitor.stop.is_set() else "TensorRT could not build an engine"
         raise PpclError(f"{onnx}: {what}{messages.why()}; the ONNX file stays")
     del callback, parser  # TensorRT may hold no reference to them, and needs them until here
 

@@ -9,13 +9,11 @@ from typing import Any
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import mark_of
 from ppcl_fx.export.store.names import TIMINGS, engine_path, manifest_path
-from ppcl_fx.export.tensorrt.build import build_engine
+from ppcl_fx.export.tensorrt.build import build_engine, check_version
 from ppcl_fx.export.tensorrt.manifest import EngineManifest, check_engine, read_engine_manifest
-from ppcl_fx.export.tensorrt.monitor import Report
-from ppcl_fx.export.tensorrt.options import BuildOptions, check_version
-from ppcl_fx.export.tensorrt.places import Origin, find_graphs
+from ppcl_fx.export.tensorrt.monitor import Report, silent
 from ppcl_fx.export.tensorrt.profiles import Profile
-from ppcl_fx.export.tensorrt.request import BuildConfig, read_request
+from ppcl_fx.export.tensorrt.request import BuildConfig, BuildOptions, Origin, find_graphs, read_request
 from ppcl_fx.export.tensorrt_api import Api, load_tensorrt
 from ppcl_fx.export.verify.integrity import check_artefacts
 from ppcl_fx.io.files import own_file, read_json
@@ -23,14 +21,7 @@ from ppcl_fx.io.files import own_file, read_json
 
 @dataclass(frozen=True)
 class Built:
-    """One engine of a folder.
-
-    Attributes:
-        name: the ratio, ``keep-0.7``.
-        engine: the engine.
-        manifest: what is written beside it.
-        kept: whether it was there already, and fits.
-    """
+    """One engine of a folder: the ratio's name (``keep-0.7``), the file, and whether it was there already, and fits."""
 
     name: str
     engine: Path
@@ -49,7 +40,7 @@ def build_folder(
     *,
     overwrite: bool = False,
     api: Api | None = None,
-    report: Report | None = None,
+    report: Report = silent,
 ) -> list[Built]:
     """Build an engine for each graph of an exported folder.
 
@@ -57,16 +48,13 @@ def build_folder(
     version, graph, profiles and options, is kept: a build that was stopped goes on where it was.
 
     Args:
-        folder: the folder.
         config: what to build; by default what ``build.json`` in the folder says.
-        overwrite: replace engines that are there.
         api: TensorRT and the GPU; found if left out.
         report: told the share that is done of all builds in percent, 100, and what is being done.
 
     Raises:
-        PpclError: the folder holds no graph, a graph or its weights are not what was exported, the profiles do not fit,
-            there is no TensorRT or no GPU, an engine is there already and is another, or a build fails. Engines that
-            were built before stay.
+        PpclError: a graph or its weights are not what was exported, the profiles do not fit, an engine is there already
+            and is another, or a build fails. Engines that were built before stay.
     """
     graphs = find_graphs(folder)
     config = config or read_request(folder)
@@ -84,6 +72,7 @@ def build_folder(
     }
     results = []
     for index, (name, onnx) in enumerate(graphs.items()):
+        told = folder / f"{name}.json"
         manifest = kept.get(name) or build_engine(
             onnx,
             engines[name],
@@ -91,16 +80,11 @@ def build_folder(
             config.options,
             api=api,
             cache=folder / TIMINGS,
-            origin=read_origin(folder / f"{name}.json"),
+            origin=read_json(own_file(told), Origin) if told.is_file() else None,
             report=_part(report, index, len(graphs), name),
         )
         results.append(Built(name, engines[name], manifest, kept=name in kept))
     return results
-
-
-def read_origin(manifest: Path) -> Origin:
-    """Return where a graph comes from; nothing is known without its manifest."""
-    return read_json(own_file(manifest), Origin) if manifest.is_file() else Origin()
 
 
 def _wanted(engine: Path, profiles: list[Profile], options: BuildOptions, api: Api) -> EngineManifest:
@@ -115,12 +99,5 @@ def _wanted(engine: Path, profiles: list[Profile], options: BuildOptions, api: A
     return manifest
 
 
-def _part(report: Report | None, index: int, count: int, name: str) -> Report | None:
-    """Report one build as a part of all."""
-    if report is None:
-        return None
-
-    def show(done: int, total: int, phase: str) -> None:
-        report((100 * index + 100 * done // total) // count, 100, f"{name}: {phase}")
-
-    return show
+def _part(report: Report, index: int, count: int, name: str) -> Report:
+    return lambda done, total, phase: report((100 * index + 100 * done // total) // count, 100, f"{name}: {phase}")

@@ -8,9 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.tensorrt.manifest import EngineManifest, check_engine, read_engine_manifest
+from ppcl_fx.export.tensorrt.manifest import (
+    EngineManifest,
+    check_engine,
+    read_engine_manifest,
+    rebuild_command,
+)
 from ppcl_fx.export.tensorrt.monitor import Messages
-from ppcl_fx.export.tensorrt.places import rebuild_command
 from ppcl_fx.export.tensorrt_api import Api, errors_of, load_tensorrt
 from ppcl_fx.io.files import inside
 from ppcl_fx.io.reading import open_regular
@@ -18,14 +22,7 @@ from ppcl_fx.io.reading import open_regular
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """An engine that can run.
-
-    Attributes:
-        engine: TensorRT's ``ICudaEngine``, weights and all.
-        manifest: what is written beside it.
-        api: TensorRT.
-        keepalive: what the engine needs as long as it lives.
-    """
+    """TensorRT's ``ICudaEngine``, weights and all, its manifest, and what it needs as long as it lives."""
 
     engine: Any
     manifest: EngineManifest
@@ -39,7 +36,6 @@ def load_engine(
     """Load an engine that `build_engine` wrote.
 
     Args:
-        engine: the engine.
         api: TensorRT and the GPU; found if left out.
         gpu_index: which GPU, as CUDA counts them; it has to be CUDA's current one.
         read_weights: compare the weight files with the manifest by their hashes, not by their sizes alone. By default
@@ -88,7 +84,6 @@ def refit(engine: Any, onnx: Path, *, api: Api, messages: Messages | None = None
     Args:
         engine: TensorRT's ``ICudaEngine``, built with a kind of refit.
         onnx: the ONNX file it was built from. For ``identical`` these must be the very weights it was built with.
-        api: TensorRT.
         messages: what TensorRT said when it was loaded.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Literal
 
@@ -11,9 +12,8 @@ from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import FileManifest, FileMark, mark_of
 from ppcl_fx.export.store.names import engine_manifest_path
-from ppcl_fx.export.tensorrt.options import BuildOptions
-from ppcl_fx.export.tensorrt.places import rebuild_command
 from ppcl_fx.export.tensorrt.profiles import Profile
+from ppcl_fx.export.tensorrt.request import BuildOptions
 from ppcl_fx.export.tensorrt_api import Api
 from ppcl_fx.io.files import inside, own_file, read_json
 
@@ -24,22 +24,15 @@ class EngineManifest(FileManifest):
     """The JSON beside an engine.
 
     Attributes:
-        engine: size and hash of the engine.
-        onnx: name of the ONNX file it was built from, in the same folder.
-        graph: size and hash of that file.
+        onnx: name of the ONNX file it was built from, in the same folder; `graph` is its size and hash.
         weights: size and hash of each file with weights, by its path from that folder.
-        tensorrt: version of TensorRT.
         cuda: the newest version of CUDA that the driver took.
         gpu: the GPU it was built on, and for.
-        capability: that GPU's compute capability.
         profiles: the shapes it takes, in the order of TensorRT's profile indices.
-        options: how it was built.
         timing_cache: path of the timing cache from that folder; ``None`` where there was none.
         parity: the engine's difference to PyTorch for each call it was compared on; ``None`` if it was not.
         graph_parity: what the ONNX file's own manifest says of its difference to PyTorch.
-        not_checked: what was not checked, and why.
         seconds: what the build took.
-        made_by: version of this package.
     """
 
     version: Literal[2] = 2
@@ -62,12 +55,13 @@ class EngineManifest(FileManifest):
     made_by: str = __version__
 
 
-def read_engine_manifest(engine: Path) -> EngineManifest:
-    """Return an engine's manifest.
+def rebuild_command(engine: Path) -> str:
+    """Return the command line that builds an engine again."""
+    return f"ppcl-fx build {shlex.quote(str(engine.parent))} --overwrite"
 
-    Raises:
-        PpclError: the engine or the manifest is missing or damaged.
-    """
+
+def read_engine_manifest(engine: Path) -> EngineManifest:
+    """Return an engine's manifest; `PpclError` where it or the engine is missing or damaged."""
     if not engine.is_file():
         raise PpclError(f"{engine}: no such engine; build it: {rebuild_command(engine)}")
     path = engine_manifest_path(engine)
@@ -80,38 +74,26 @@ def read_engine_manifest(engine: Path) -> EngineManifest:
 
 
 def check_engine(manifest: EngineManifest, engine: Path, api: Api, read_weights: bool) -> None:
-    """Refuse an engine that does not belong here.
+    """Raise `PpclError` for an engine that does not belong here, with the command that builds it again.
 
-    Args:
-        manifest: the engine's manifest.
-        engine: the engine.
-        api: what is to run it.
-        read_weights: read the files with weights through, too; without that only their sizes are compared. The graph's
-            file is always read.
-
-    Raises:
-        PpclError: the engine is truncated, or was built for another GPU, with another version of TensorRT, or from
-            another graph or other weights. The line has the command that builds it again.
+    The graph's file is always read through, those with weights if `read_weights` says so; else their sizes count.
     """
-    reason = _misfit(manifest, engine, api) or _changed(manifest, engine.parent, read_weights)
+    reason = _fault(manifest, engine, api, read_weights)
     if reason:
         raise PpclError(f"{engine}: {reason}; build it here: {rebuild_command(engine)}")
 
 
-def _misfit(manifest: EngineManifest, engine: Path, api: Api) -> str | None:
+def _fault(manifest: EngineManifest, engine: Path, api: Api, read_weights: bool) -> str | None:
     size, wanted = engine.stat().st_size, manifest.engine.bytes
     if size != wanted:
         return f"has {size} bytes and {wanted} are expected: truncated or replaced"
-    if (manifest.gpu, manifest.capability) != (api.gpu.name, api.gpu.capability):
-        here = f"{api.gpu.name} ({api.gpu.capability})"
-        return f"built for {manifest.gpu} ({manifest.capability}), and this is {here}"
-    same = manifest.tensorrt == api.version
-    return None if same else f"built with TensorRT {manifest.tensorrt}, and this is {api.version}"
-
-
-def _changed(manifest: EngineManifest, folder: Path, read_weights: bool) -> str | None:
+    gpu = f"{api.gpu.name} ({api.gpu.capability})"
+    if gpu != f"{manifest.gpu} ({manifest.capability})":
+        return f"built for {manifest.gpu} ({manifest.capability}), and this is {gpu}"
+    if manifest.tensorrt != api.version:
+        return f"built with TensorRT {manifest.tensorrt}, and this is {api.version}"
     for name, mark in {manifest.onnx: manifest.graph, **manifest.weights}.items():
-        path = inside(folder, name)
+        path = inside(engine.parent, name)
         if not path.is_file():
             return f"{name}, which it was built from, is missing"
         read = read_weights or name == manifest.onnx

@@ -17,27 +17,22 @@ Report = Callable[[int, int, str], None]
 """Called with the share that is done in percent, with 100, and with the name of the phase."""
 
 
+def silent(done: int, total: int, phase: str) -> None:
+    """Report nothing."""
+
+
 class Monitor:
-    """Turns TensorRT's nested phases into one share from 0 to 100, and tells TensorRT when to stop.
+    """Turns TensorRT's nested phases into one share from 0 to 100, and ends a build soon after `stop` is set.
 
     TensorRT calls it from several threads at once.
     """
 
-    def __init__(self, report: Report | None = None) -> None:
+    def __init__(self, report: Report = silent) -> None:
         self._report = report
+        self.stop = threading.Event()
         self._lock = threading.Lock()
         self._phases: dict[str, tuple[int, int]] = {}  # steps done and all steps, the outermost phase first
-        self._stop = threading.Event()
         self._shown = (-1, "")
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the build is to end early."""
-        return self._stop.is_set()
-
-    def stop(self) -> None:
-        """Let the build end at its next step."""
-        self._stop.set()
 
     def attach(self, api: Api, config: Any) -> Any:
         """Let a builder's configuration report here; the object returned must live as long as the build."""
@@ -63,7 +58,7 @@ class Monitor:
                 done, steps = self._phases[name]
                 self._phases[name] = (max(done, min(step + 1, steps)), steps)
                 self._show(name)
-        return not self.stopped
+        return not self.stop.is_set()
 
     def phase_finish(self, name: str) -> None:
         """A phase ends, early perhaps."""
@@ -82,16 +77,11 @@ class Monitor:
         percent = max(self._shown[0], min(100, int(100 * share + 1e-9)))  # a bar does not run backwards
         if (percent, name) != self._shown:
             self._shown = (percent, name)
-            if self._report is not None:
-                self._report(percent, 100, name)
+            self._report(percent, 100, name)
 
 
 class Messages:
-    """Keeps what TensorRT says is wrong, so that the one line of an error can say why.
-
-    Attributes:
-        logger: a logger for TensorRT that reports here.
-    """
+    """Keeps what TensorRT tells its `logger` that is wrong, so that the one line of an error can say why."""
 
     def __init__(self, api: Api) -> None:
         self.errors: list[str] = []

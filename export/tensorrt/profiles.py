@@ -71,12 +71,8 @@ class Spec(Config):
 
 @dataclass(frozen=True)
 class Roles:
-    """What the open sizes of a graph mean, by where they appear.
-
-    Attributes:
-        batch: the batch's name, or ``None`` where it is fixed.
-        image: sizes that the output has too: one for a sequence of tokens, height and width for latents.
-        text: all others.
+    """What the open sizes of a graph mean, by where they appear: the picture's are in the output too, one for a
+    sequence of tokens, height and width for latents. The batch is None where it is fixed; all others are text.
     """
 
     batch: str | None
@@ -85,7 +81,7 @@ class Roles:
 
 
 def roles(inputs: Sequence[Port], outputs: Sequence[Port]) -> Roles:
-    """Tell which open sizes are the batch, the picture and the text: the picture's come out again, text's do not."""
+    """Tell which open sizes are the batch, the picture and the text."""
     names, leaving = (
         list(dict.fromkeys(size for port in ports for size in port.shape if isinstance(size, str)))
         for ports in (inputs, outputs)
@@ -98,10 +94,8 @@ def roles(inputs: Sequence[Port], outputs: Sequence[Port]) -> Roles:
 
 
 def parse_range(option: str, text: str) -> Range:
-    """Return the range that ``4``, ``1-4`` (tuned for the largest) or ``1-2-4`` stands for.
-
-    Raises:
-        PpclError: it is none, holds a zero, or is not in order.
+    """Return the range that ``4``, ``1-4`` (tuned for the largest) or ``1-2-4`` stands for; `PpclError` where it is
+    none, holds a zero, or is not in order.
     """
     parts = text.strip().split("-")
     if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"[0-9]{1,9}", part.strip()) for part in parts):
@@ -123,11 +117,7 @@ def _parts(text: str) -> list[str]:
 
 
 def check_spec(spec: Spec) -> None:
-    """Refuse a spec that fits no graph, before any graph is there.
-
-    Raises:
-        PpclError: it has a range or a resolution that is none, or resolutions without the pixels of a token.
-    """
+    """Raise `PpclError` for a spec that fits no graph: a range that is none, pictures without pixels of a token."""
     if spec.shapes and spec.tokens:
         raise PpclError("--shapes and --tokens both say how large pictures are; give one of them")
     if spec.shapes and spec.pixels is None:
@@ -144,25 +134,16 @@ def check_spec(spec: Spec) -> None:
 
 
 def resolve(spec: Spec, inputs: Sequence[Port], outputs: Sequence[Port], file: str) -> list[Profile]:
-    """Return the profiles that a spec asks for.
-
-    Args:
-        spec: what was asked for.
-        inputs: the inputs of the ONNX file.
-        outputs: its outputs.
-        file: its name, for messages.
-
-    Raises:
-        PpclError: the spec is no spec, leaves an open size out, or asks for what the model cannot serve: a size that
-            is fixed in the file, one above the model's limit, zero.
+    """Return the profiles that a spec asks for, of an ONNX file with these inputs and outputs; `PpclError` where it
+    leaves an open size out, or asks for what the model cannot serve.
     """
     check_spec(spec)
     known = roles(inputs, outputs)
     ranges = _named(spec, known, file)
     profiles = [Profile(name=name, sizes=ranges | sizes) for name, sizes in _pictures(spec, known, file)]
-    missing = _missing(known, profiles[0])
-    if missing is not None:
-        raise PpclError(f"{file}: no range for {missing}")
+    for name, hint in _hints(known).items():
+        if name not in profiles[0].sizes:
+            raise PpclError(f"{file}: no range for {hint}, for example")
     for profile in profiles:
         for name, size in profile.sizes.items():
             if name in spec.limits and size.max > spec.limits[name]:
@@ -198,18 +179,13 @@ def _named(spec: Spec, known: Roles, file: str) -> dict[str, Range]:
     return found
 
 
-def _missing(known: Roles, profile: Profile) -> str | None:
-    """Name an open size without a range, with the option that gives one."""
-    if known.batch and known.batch not in profile.sizes:
-        return "the batch; give --batch 1-4, for example"
-    for name in known.image:
-        if name not in profile.sizes:
-            return f"the picture ({name}); give --shapes 1024x1024 or --tokens 4096, for example"
+def _hints(known: Roles) -> dict[str, str]:
+    """Return for each open size the option that gives its range."""
+    hints = {known.batch: "the batch; give --batch 1-4"} if known.batch else {}
+    hints |= {name: f"the picture ({name}); give --shapes 1024x1024 or --tokens 4096" for name in known.image}
     for name in known.text:
-        if name not in profile.sizes:
-            option = "--text 1-512" if len(known.text) == 1 else f"--size {name}=1-512"
-            return f"{name!r}; give {option}, for example"
-    return None
+        hints[name] = f"{name!r}; give " + ("--text 1-512" if len(known.text) == 1 else f"--size {name}=1-512")
+    return hints
 
 
 def _pictures(spec: Spec, known: Roles, file: str) -> list[tuple[str, dict[str, Range]]]:
@@ -265,11 +241,7 @@ def default_profile(inputs: Sequence[Port], sizes: Mapping[str, int]) -> Profile
 
 
 def shapes_of(port: Port, profile: Profile) -> dict[Kind, tuple[int, ...]]:
-    """Return an input's smallest, best and largest shape.
-
-    Raises:
-        PpclError: the profile has no range for one of its open sizes.
-    """
+    """Return an input's smallest, best and largest shape; `PpclError` where an open size has no range."""
     for size in port.shape:
         if isinstance(size, str) and size not in profile.sizes:
             raise PpclError(

@@ -7,10 +7,8 @@ from pathlib import Path
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.names import TIMINGS, engine_path
-from ppcl_fx.export.tensorrt.options import BuildOptions
-from ppcl_fx.export.tensorrt.places import find_graphs, read_graph
 from ppcl_fx.export.tensorrt.profiles import KINDS, shapes_of
-from ppcl_fx.export.tensorrt.request import BuildConfig
+from ppcl_fx.export.tensorrt.request import BuildConfig, BuildOptions, find_graphs, read_graph
 from ppcl_fx.io.files import write_text
 
 SCRIPT = "build.sh"
@@ -24,11 +22,7 @@ cd "$(dirname "$0")"
 
 
 def write_script(folder: Path, config: BuildConfig) -> Path:
-    """Write ``build.sh``, which builds the engines of a folder with ``trtexec``, and return its path.
-
-    Raises:
-        PpclError: a profile does not fit a graph, or ``trtexec`` has no argument for an option.
-    """
+    """Write ``build.sh``, which builds the engines of a folder with ``trtexec``, and return its path."""
     built_how = _options(config.options)
     blocks = []
     for onnx in find_graphs(folder).values():

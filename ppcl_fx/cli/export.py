@@ -89,7 +89,7 @@ def export(
     check_folder(calls, "recorded calls", "index.json")
 
     from ppcl_fx.export.exporting import export as run
-    from ppcl_fx.export.store.opened import stays_on_disk
+    from ppcl_fx.export.store.weight_source import stays_on_disk
     from ppcl_fx.model.finetuned import FinetunedFolder
     from ppcl_fx.model.pluggable import PluggableModel
 
@@ -130,7 +130,7 @@ def build(
     What is not said here is taken from ENGINES/build.json, which 'ppcl-fx export --onnx-only' wrote.
     """
     check_folder(folder, "what 'ppcl-fx export' wrote")
-    from ppcl_fx.export.tensorrt.request import read_request, write_request
+    from ppcl_fx.export.tensorrt.request import read_request
 
     config = read_request(folder).over(given)
 
@@ -138,7 +138,7 @@ def build(
 
     with terminal.step("building engines") as report:
         engines = build_folder(folder, config, overwrite=overwrite, report=report)
-    write_request(folder, config)
+    config.save(folder)
     lines = _engine_lines(engines)
     lines += [f"not checked: {what}" for what in dict.fromkeys(w for one in engines for w in one.manifest.not_checked)]
     return CommandResult({"folder": str(folder), "engines": [one.to_json() for one in engines]}, lines)

@@ -12,10 +12,8 @@ from ppcl_fx.cli.app import main
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.tensorrt.folder import build_folder
 from ppcl_fx.export.tensorrt.manifest import read_engine_manifest
-from ppcl_fx.export.tensorrt.options import BuildOptions
-from ppcl_fx.export.tensorrt.places import find_graphs
 from ppcl_fx.export.tensorrt.profiles import Spec
-from ppcl_fx.export.tensorrt.request import BuildConfig, read_request, write_request
+from ppcl_fx.export.tensorrt.request import BuildConfig, BuildOptions, find_graphs, read_request
 from ppcl_fx.export.tensorrt.trtexec import write_script
 from ppcl_fx.export.tensorrt_api import Gpu
 from ppcl_fx.io.owned_folders import ENGINES, foreign
@@ -38,7 +36,7 @@ def test_graphs_are_found_largest_first_in_the_type_of_their_engine(tmp_path: Pa
 def test_a_folder_is_built_from_its_request_and_goes_on_after_a_stop(tmp_path: Path) -> None:
     for name in ("keep-1.onnx", "keep-0.5.onnx"):
         write_graph(tmp_path / name)
-    write_request(tmp_path, BuildConfig(spec=SPEC, options=BuildOptions(stripped=True)))
+    BuildConfig(spec=SPEC, options=BuildOptions(stripped=True)).save(tmp_path)
     seen: list[tuple[int, str]] = []
     first = build_folder(tmp_path, api=working(), report=lambda d, t, w: seen.append((d, w)))
     assert [(one.name, one.kept, one.manifest.options.stripped) for one in first] == [

@@ -15,9 +15,8 @@ from ppcl_fx.export.runtime.sessions import SessionChoice, Sessions, choose, dev
 from ppcl_fx.export.store.manifest import Manifest, Port, WeightFile
 from ppcl_fx.export.store.names import engine_path, manifest_path
 from ppcl_fx.export.tensorrt.build import build_engine
-from ppcl_fx.export.tensorrt.folder import read_origin
-from ppcl_fx.export.tensorrt.places import find_graphs
-from ppcl_fx.io.files import sha256_of, write_json
+from ppcl_fx.export.tensorrt.request import Origin, find_graphs
+from ppcl_fx.io.files import read_json, sha256_of, write_json
 from ppcl_fx.schema.plan import DepthEdit, Plan
 from tests.export.fake_trt import working
 from tests.export.test_tensorrt import PROFILE, write_graph
@@ -45,7 +44,8 @@ def write_ratio(folder: Path, name: str = "keep-0.7", **fields: Any) -> Path:
 def build(folder: Path) -> Path:
     """An engine for the one ratio of a folder."""
     ((name, onnx),) = find_graphs(folder).items()
-    build_engine(onnx, engine_path(onnx), [PROFILE], api=working(), origin=read_origin(folder / f"{name}.json"))
+    origin = read_json(folder / f"{name}.json", Origin)
+    build_engine(onnx, engine_path(onnx), [PROFILE], api=working(), origin=origin)
     return engine_path(onnx)
 
 
@@ -125,7 +125,8 @@ def test_on_a_gpu_only_pytorch_shares(monkeypatch: pytest.MonkeyPatch) -> None:
             return SimpleNamespace(choice=choice)
 
     def chosen(keep: float, backend: str, device: torch.device = CUDA) -> Any:
-        return SimpleNamespace(artefact=SimpleNamespace(keep=keep), backend=backend, device=device)
+        artefact = SimpleNamespace(manifest=SimpleNamespace(keep=keep))
+        return SimpleNamespace(artefact=artefact, backend=backend, device=device)
 
     def after(*choices: Any) -> list[float]:
         running = Opening()

@@ -23,13 +23,12 @@ from onnx import TensorProto, helper
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.tensorrt.build import build_engine
+from ppcl_fx.export.tensorrt.build import build_engine, check_version
 from ppcl_fx.export.tensorrt.loading import load_engine
 from ppcl_fx.export.tensorrt.manifest import EngineManifest, read_engine_manifest
 from ppcl_fx.export.tensorrt.monitor import Monitor
-from ppcl_fx.export.tensorrt.options import BuildOptions, check_version
-from ppcl_fx.export.tensorrt.places import read_graph
 from ppcl_fx.export.tensorrt.profiles import Profile, Range, Spec
+from ppcl_fx.export.tensorrt.request import BuildOptions, read_graph
 from ppcl_fx.export.tensorrt_api import Gpu, find_gpu, load_tensorrt
 from tests.export.fake_trt import FakeApi, Thing, working
 
@@ -257,7 +256,7 @@ def test_nested_phases_are_one_share_that_never_falls() -> None:
     monitor.phase_finish("outer")
     assert seen == [0, 25, 25, 35, 50, 100]
     assert monitor.step_complete("unknown", 3)
-    monitor.stop()
+    monitor.stop.set()
     assert not monitor.step_complete("unknown", 4)
 
 

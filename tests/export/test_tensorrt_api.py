@@ -98,9 +98,8 @@ def test_callbacks_exist(use: Use) -> None:
 REAL = """
 import io, json
 import tensorrt_bindings as trt
-from ppcl_fx.export.tensorrt.build import _Sink
+from ppcl_fx.export.tensorrt.build import _Sink, network_flags
 from ppcl_fx.export.tensorrt.monitor import Messages, Monitor
-from ppcl_fx.export.tensorrt.options import network_flags
 from ppcl_fx.export.tensorrt_api import Api, Gpu, version_numbers
 
 api, seen, found = Api(trt, Gpu("none", "0.0", "0.0")), [], {}
@@ -111,7 +110,7 @@ monitor = Monitor(lambda done, total, phase: seen.append((done, phase)))
 callback = monitor.attach(api, config)
 callback.phase_start("all", None, 2)
 going = callback.step_complete("all", 0)
-monitor.stop()
+monitor.stop.set()
 found["monitor"] = [isinstance(callback, trt.IProgressMonitor), config.progress_monitor is callback, going,
                     callback.step_complete("all", 1), seen]
 messages = Messages(api)

@@ -23,7 +23,7 @@ from ppcl_fx.export.store import manifest as manifests
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.tensorrt import loading
 from ppcl_fx.export.tensorrt.build import build_engine
-from ppcl_fx.export.tensorrt.options import BuildOptions
+from ppcl_fx.export.tensorrt.request import BuildOptions
 from tests.export.fake_trt import FakeApi, Thing, working
 from tests.export.test_tensorrt import PROFILE, write_graph
 
