@@ -63,7 +63,7 @@ class EngineTransformer(PipelineFace):
         self._sessions = Sessions()
         # A plain dictionary, so that torch does not take graphs without weights for submodules: type -> graph, and
         # (type, students) -> input adapter.
-        self.__dict__["_made"] = {}
+        self.__dict__["_traced"] = {}
         self._choice = self._chosen(self.keeps[0] if keep is None else keep, self._device)
         self.eval()
 
@@ -202,7 +202,7 @@ class EngineTransformer(PipelineFace):
         return Transformer2DModelOutput(sample=result)
 
     def _adapter(self) -> InputAdapter:
-        made: dict[Any, Any] = self.__dict__["_made"]
+        made: dict[Any, Any] = self.__dict__["_traced"]
         key = (self.dtype, self.students)
         if key not in made:
             if self.dtype not in made:

@@ -44,6 +44,8 @@ TYPES: dict[str, torch.dtype] = {
 class Session(Protocol):
     """An open file."""
 
+    choice: SessionChoice
+
     def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
         """Run it on checked inputs that lie on its device; ``sizes`` are the call's open sizes, for which an engine has
         a profile of the index ``profile``.
@@ -178,7 +180,7 @@ class Sessions:
     has its own copy of the weights, so the last one closes before the next one opens.
     """
 
-    opened: dict[float, Any] = field(default_factory=dict)
+    opened: dict[float, Session] = field(default_factory=dict)
     shared: dict[Any, torch.Tensor] = field(default_factory=dict)
 
     def get(self, choice: SessionChoice, adapter: InputAdapter) -> Session:
@@ -189,8 +191,7 @@ class Sessions:
             if choice.device.type != "cpu" and backends != {TORCH}:
                 self.close()
             self.opened[keep] = self._open(choice, adapter)
-        session: Session = self.opened[keep]
-        return session
+        return self.opened[keep]
 
     def _open(self, choice: SessionChoice, adapter: InputAdapter) -> Session:
         if choice.backend == TENSORRT:  # an engine's own manifest says what it was built from
