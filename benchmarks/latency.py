@@ -107,7 +107,7 @@ def check_runtime(runtime: str, subject: Subject, device: torch.device, folder: 
         return
     from ppcl_fx.export.extras import check_export
     from ppcl_fx.export.runtime.sessions import provider
-    from ppcl_fx.export.tensorrt import load_tensorrt
+    from ppcl_fx.export.tensorrt_api import load_tensorrt
 
     check_export()
     if runtime == ONNXRUNTIME:

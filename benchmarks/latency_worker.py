@@ -310,7 +310,7 @@ def _session(
 ) -> Callable[[], Any]:
     """Open a file as the runtime opens that of a whole model, with inputs and outputs in place."""
     from ppcl_fx.export.extras import need
-    from ppcl_fx.export.runtime.onnx_session import ELEMENTS
+    from ppcl_fx.export.runtime.onnx_session import element_types
     from ppcl_fx.export.runtime.sessions import provider
 
     runtime = need("onnxruntime")
@@ -322,7 +322,7 @@ def _session(
 
     def place(tensor: torch.Tensor) -> tuple[Any, ...]:
         shape, index = list(tensor.shape), device.index or 0
-        return device.type, index, ELEMENTS[tensor.dtype], shape, tensor.data_ptr()
+        return device.type, index, element_types()[tensor.dtype], shape, tensor.data_ptr()
 
     results = [torch.empty(tensor.shape, dtype=tensor.dtype, device=device) for tensor in outputs]
     for name, tensor in inputs.items():

@@ -16,22 +16,20 @@ from ppcl_fx.export.extras import check_export
 from ppcl_fx.export.one_graph import STEPS, Exported, ExportedMixture, GraphExport, Job, write_graphs
 from ppcl_fx.export.onnx.inputs import in_type
 from ppcl_fx.export.onnx.writer import Prepared, prepare
-from ppcl_fx.export.runtime.head import write_head
+from ppcl_fx.export.runtime.model_spec import write_model_spec
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.store.names import graph_path, manifest_path, ratio_name, typed_graph_path
-from ppcl_fx.export.store.opened import Opened
 from ppcl_fx.export.store.publish import check_free, claimed, writing
-from ppcl_fx.export.store.weight_source import WeightFolder, WeightSource
+from ppcl_fx.export.store.weight_source import Opened, WeightSource
 from ppcl_fx.export.tensorrt.folder import Built, build_folder
 from ppcl_fx.export.tensorrt.manifest import NOT_COMPARED
-from ppcl_fx.export.tensorrt.places import Origin, find_graphs, read_graph
-from ppcl_fx.export.tensorrt.request import BuildConfig, write_request
+from ppcl_fx.export.tensorrt.request import BuildConfig, Origin, find_graphs
 from ppcl_fx.export.tensorrt.trtexec import write_script
 from ppcl_fx.export.verify.sizes import refused
 from ppcl_fx.io import owned_folders as owned
 from ppcl_fx.io.files import new_folder, read_json
 from ppcl_fx.model.pluggable import PluggableModel
-from ppcl_fx.model.student_folder import FinetunedFolder
+from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
@@ -86,7 +84,7 @@ class ExportResult:
 
 
 def export(
-    model: PluggableModel | WeightFolder | FinetunedFolder,
+    model: PluggableModel | StudentFolder | FinetunedFolder,
     out: str | Path,
     config: ExportConfig | None = None,
     *,
@@ -175,22 +173,21 @@ def _check_tuned(tuned: FinetunedFolder, config: ExportConfig) -> None:
 
 
 def _engines(
-    model: PluggableModel | WeightFolder, done: ExportResult, job: Job, calls: Calls | None, progress: Progress
+    model: PluggableModel | StudentFolder, done: ExportResult, job: Job, calls: Calls | None, progress: Progress
 ) -> ExportResult:
     """Write the graphs in the engines' type and what to build from them; then build, where that is wanted."""
     progress(0, 1, "writing bfloat16 graphs")
     example = write_typed(model, done.ratios, job, calls)
     config = job.config.build.model_copy(update={"example": example})
-    places = find_graphs(done.folder)
-    for place in places:
-        config.profiles(read_graph(place.onnx), str(place.onnx))
-    write_request(done.folder, config)
+    for onnx in find_graphs(done.folder).values():
+        config.profiles(onnx)
+    config.save(done.folder)
     if job.config.format == "trtexec":
-        return replace(done, script=write_script(places, config))
+        return replace(done, script=write_script(done.folder, config))
     if job.config.onnx_only:
         return done
     built = build_folder(done.folder, config, overwrite=True, report=progress)
-    write_request(done.folder, config)
+    config.save(done.folder)
     job.note(NOT_COMPARED)
     engines = {one.name: one.engine for one in built}
     ratios = tuple(replace(ratio, engine=engines.get(ratio.onnx.stem)) for ratio in done.ratios)
@@ -198,7 +195,7 @@ def _engines(
 
 
 def _model_folders(
-    model: PluggableModel | WeightFolder | FinetunedFolder, out: Path, config: ExportConfig, progress: Progress
+    model: PluggableModel | StudentFolder | FinetunedFolder, out: Path, config: ExportConfig, progress: Progress
 ) -> ExportResult:
     """Write a model folder for each share: OUT/keep-0.5 and so on, all or none."""
     from ppcl_fx.formats.released import save_released
@@ -237,9 +234,9 @@ def _write_folder(
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
         with claimed(folder, [mixture.path for mixture in mixtures]):
-            # The head with the first of them: later ratios may fail, and this one stays.
-            head = functools.partial(write_head, opened.model, folder)
-            results = write_graphs(opened, mixtures, folder, replace(job, step=step), written=head)
+            # The model spec with the first of them: later ratios may fail, and this one stays.
+            spec = functools.partial(write_model_spec, opened.model, folder)
+            results = write_graphs(opened, mixtures, folder, replace(job, step=step), written=spec)
     finally:
         if new and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
@@ -287,7 +284,7 @@ def export_graph(
 
 
 def write_typed(
-    model: PluggableModel | WeightFolder, exported: Sequence[Exported], job: Job, calls: Calls | None
+    model: PluggableModel | StudentFolder, exported: Sequence[Exported], job: Job, calls: Calls | None
 ) -> dict[str, int]:
     """Export each ratio that is in float32 once more in bfloat16, for TensorRT, over one converted copy of the weights.
 
@@ -327,7 +324,7 @@ def write_typed(
 
 def _check_served(prepared: Prepared, request: BuildConfig, onnx: Path) -> None:
     """Refuse a profile whose largest or smallest sizes the model does not take."""
-    for profile in request.profiles(read_graph(onnx), str(onnx)):
+    for profile in request.profiles(onnx):
         for sizes in (
             {name: size.max for name, size in profile.sizes.items()},
             {name: size.min for name, size in profile.sizes.items()},

@@ -22,9 +22,8 @@ from ppcl_fx.export.onnx.inputs import in_type
 from ppcl_fx.export.onnx.writer import Prepared, compare, parameters_in, ports, prepare, save, translated
 from ppcl_fx.export.store.manifest import HalfPrecision, Manifest, WeightFile
 from ppcl_fx.export.store.names import manifest_path, typed_graph_path
-from ppcl_fx.export.store.opened import Opened
 from ppcl_fx.export.store.publish import beside, publish
-from ppcl_fx.export.store.weight_source import WeightSource, weightless
+from ppcl_fx.export.store.weight_source import Opened, WeightSource, weightless
 from ppcl_fx.export.store.weight_store import Store, drop_unused, stored, weights_of
 from ppcl_fx.export.verify.gate import gated
 from ppcl_fx.export.verify.integrity import sample_of

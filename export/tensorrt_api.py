@@ -8,39 +8,49 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
+from operator import attrgetter
 from typing import Any
+
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export.extras import need
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What an engine is built for: its name and compute capability (``9.0``), and the newest CUDA that the driver takes
+    (``13.0``).
+    """
+
+    name: str
+    capability: str
+    cuda: str
 
 
 class Api:
-    """TensorRT.
+    """TensorRT (the module ``tensorrt``), and the GPU that it builds for and runs on."""
 
-    Args:
-        module: the module ``tensorrt``.
-    """
-
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, gpu: Gpu) -> None:
         self.module = module
+        self.gpu = gpu
 
     @property
-    def version(self) -> tuple[int, ...]:
-        """The version as numbers, ``(11, 4, 0)``."""
-        return version_numbers(str(self.value("__version__")))
+    def version(self) -> str:
+        """TensorRT's version, ``11.4.0.106``."""
+        return str(self.value("__version__"))
 
     def value(self, path: str) -> Any:
         """Return an enumeration member or a constant."""
-        found = self.module
-        for part in path.split("."):
-            found = getattr(found, part)
-        return found
+        return attrgetter(path)(self.module)
 
     def has(self, path: str) -> bool:
         """Tell whether this version has a class, method or member. The newest version that is supported must."""
-        found = self.module
-        for part in path.split("."):
-            found = getattr(found, part, None)
-        return found is not None
+        try:
+            return self.value(path) is not None
+        except AttributeError:
+            return False
 
     def make(self, name: str, **keywords: Any) -> Any:
         """Create an object of a class."""
@@ -59,27 +69,40 @@ class Api:
         setattr(owner, path.rpartition(".")[2], value)
 
     def implement(self, name: str, **methods: Callable[..., Any]) -> Any:
-        """Return an object of a class that TensorRT calls back.
+        """Return an object of a class that TensorRT calls back, with functions for the methods that are overridden.
 
-        Args:
-            name: the class.
-            methods: a function for each method that is overridden, without ``self``. It must not raise: TensorRT
-                prints what it catches and goes on.
+        They take no ``self``, and must not raise: TensorRT prints what it catches and goes on.
         """
         base = self.value(name)
-
-        def begin(instance: Any) -> None:
-            base.__init__(instance)  # NVIDIA's classes want their own, not super()'s
-
-        body = {"__init__": begin, **{method: _bound(function) for method, function in methods.items()}}
+        # NVIDIA's classes want their own __init__, not super()'s.
+        body = {"__init__": lambda instance: base.__init__(instance)}
+        body |= {method: staticmethod(function) for method, function in methods.items()}
         return type(f"Our{name}", (base,), body)()
 
 
-def _bound(function: Callable[..., Any]) -> Callable[..., Any]:
-    def method(_: Any, *args: Any) -> Any:
-        return function(*args)
+def errors_of(api: Api, errors: Iterable[Any]) -> str:
+    """Return the first of a parser's errors in one line."""
+    return "; ".join(str(api.call("ParserError.desc", error)) for error in islice(errors, 3))
 
-    return method
+
+def load_tensorrt(left: str, index: int = 0) -> Api:
+    """Return TensorRT on the GPU that CUDA counts as `index`.
+
+    Args:
+        left: what stays without them, for the message: "the ONNX files stay in ENGINES".
+
+    Raises:
+        PpclError: TensorRT is not installed, or there is no NVIDIA GPU.
+    """
+    module = need("tensorrt", extra="tensorrt", left=left)
+    gpu = find_gpu(index)
+    if gpu is None:
+        which = f" {index}" if index else ""
+        raise PpclError(
+            f"there is no NVIDIA GPU{which} (or no driver) here, and TensorRT builds for the GPU it runs on: pip "
+            f'install "ppcl-fx[tensorrt]" on a machine with one and export there; {left}'
+        )
+    return Api(module, gpu)
 
 
 def version_numbers(text: str) -> tuple[int, ...]:
@@ -87,31 +110,8 @@ def version_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """What an engine is built for.
-
-    Attributes:
-        name: as the driver tells it.
-        capability: the compute capability, ``9.0``.
-        cuda: the newest version of CUDA that the driver takes, ``13.0``.
-    """
-
-    name: str
-    capability: str
-    cuda: str
-
-
-_MAJOR, _MINOR = 75, 76
-"""CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR of the driver's interface."""
-
-
 def find_gpu(index: int = 0) -> Gpu | None:
-    """Return an NVIDIA GPU as the driver tells it, or ``None`` where there is none.
-
-    Args:
-        index: which, in the order of CUDA and PyTorch: ``CUDA_VISIBLE_DEVICES`` counts.
-    """
+    """Return an NVIDIA GPU as the driver tells it, by its index in CUDA and PyTorch; None where there is none."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -123,17 +123,11 @@ def find_gpu(index: int = 0) -> Gpu | None:
     asked = (
         driver.cuDeviceGet(ctypes.byref(device), index),
         driver.cuDeviceGetName(name, len(name), device),
-        driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device),
-        driver.cuDeviceGetAttribute(ctypes.byref(minor), _MINOR, device),
+        driver.cuDeviceGetAttribute(ctypes.byref(major), 75, device),  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+        driver.cuDeviceGetAttribute(ctypes.byref(minor), 76, device),
         driver.cuDriverGetVersion(ctypes.byref(version)),
     )
     if any(asked):
         return None
     cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
     return Gpu(name.value.decode(), f"{major.value}.{minor.value}", cuda)
-
-
-def gpu_name() -> str | None:
-    """Return the name of the first NVIDIA GPU, or ``None`` where there is none."""
-    gpu = find_gpu()
-    return None if gpu is None else gpu.name

@@ -27,7 +27,7 @@ from ppcl_fx.errors import GuardError, PpclError, Refusal
 if TYPE_CHECKING:
     from ppcl_fx.calls.record import record
     from ppcl_fx.calls.store import Calls
-    from ppcl_fx.export.runtime import EngineTransformer
+    from ppcl_fx.export.runtime.engine import EngineTransformer
     from ppcl_fx.ir.stacks import Stack, stacks
     from ppcl_fx.model.pluggable import PluggableModel, load
     from ppcl_fx.model.rewrite import rewrite
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Calls": "ppcl_fx.calls",
-    "EngineTransformer": "ppcl_fx.export.runtime",
+    "EngineTransformer": "ppcl_fx.export.runtime.engine",
     "Plan": "ppcl_fx.schema.plan",
     "PluggableModel": "ppcl_fx.model",
     "Redundancy": "ppcl_fx.schema.analysis",

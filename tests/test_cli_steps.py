@@ -273,7 +273,7 @@ def test_export_writes_a_checked_file_for_a_share(place: Place) -> None:
 def test_what_engines_are_built_from_is_exported_for_another_machine(place: Place) -> None:
     pytest.importorskip("onnxruntime")
     from ppcl_fx.export import check_artefacts
-    from ppcl_fx.export.runtime import artefacts
+    from ppcl_fx.export.runtime.folder import artefacts
     from ppcl_fx.export.tensorrt.request import read_request
 
     out = place.folder / "engines"

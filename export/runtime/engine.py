@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.runtime.folder import artefacts
-from ppcl_fx.export.runtime.head import Front, check_head, pluggable_graph, read_head
-from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
-from ppcl_fx.export.runtime.sessions import AUTO, SessionChoice, Sessions, choose, device_of, export_command
+from ppcl_fx.export.runtime.input_adapter import InputAdapter
+from ppcl_fx.export.runtime.model_spec import MODEL_SPEC, check_model_spec, pluggable_graph, read_model_spec
+from ppcl_fx.export.runtime.sessions import (
+    AUTO,
+    SessionChoice,
+    Sessions,
+    choose,
+    device_of,
+    export_command,
+    profile_of,
+    sizes_of,
+    typed,
+)
 from ppcl_fx.model.face import PipelineFace
-
-if TYPE_CHECKING:
-    from torch.fx import GraphModule
 
 
 class EngineTransformer(PipelineFace):
@@ -50,15 +57,14 @@ class EngineTransformer(PipelineFace):
         super().__init__()
         self.folder = Path(folder)
         self._found = artefacts(self.folder)
-        self._head = read_head(self.folder)
+        self._spec = read_model_spec(self.folder)
         self._backend = backend
         self._device = device_of(device)
         self._sessions = Sessions()
-        # Plain dictionaries, so that torch does not take graphs without weights for submodules.
-        self.__dict__["_graphs"] = {}
-        self.__dict__["_fronts"] = {}
-        self._keep = next(iter(self._found))
-        self._choice = self._chosen(self._keep if keep is None else keep, self._device)
+        # A plain dictionary, so that torch does not take graphs without weights for submodules: type -> graph, and
+        # (type, students) -> input adapter.
+        self.__dict__["_traced"] = {}
+        self._choice = self._chosen(self.keeps[0] if keep is None else keep, self._device)
         self.eval()
 
     # ---- what pipelines ask ------------------------------------------------------------------------------------
@@ -68,10 +74,10 @@ class EngineTransformer(PipelineFace):
         """The transformer's configuration, as diffusers pipelines read it."""
         from diffusers.configuration_utils import FrozenDict
 
-        return FrozenDict(self._head.config)
+        return FrozenDict(self._spec.config)
 
     def _class_config(self) -> Any:
-        return self._head.config if "_head" in self.__dict__ else None
+        return self._spec.config if "_spec" in self.__dict__ else None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,9 +101,10 @@ class EngineTransformer(PipelineFace):
             reason = str(error).splitlines()[0]
             raise PpclError(f"to(): {reason}; give cpu, cuda or cuda:1, for example") from error
         if dtype is not None and dtype != self.dtype:
+            own, other = (str(one).removeprefix("torch.") for one in (self.dtype, dtype))
             raise PpclError(
-                f"{self._choice.file.name} computes in {_name(self.dtype)}, and its type cannot be changed to "
-                f"{_name(dtype)}; export another one, and move the pipeline without a type"
+                f"{self._choice.file.name} computes in {own}, and its type cannot be changed to {other}; export "
+                "another one, and move the pipeline without a type"
             )
         place = self._device if device is None else device_of(device)
         if place != self._device:
@@ -124,7 +131,7 @@ class EngineTransformer(PipelineFace):
     @property
     def keep(self) -> float:
         """The ratio that runs."""
-        return self._choice.artefact.keep
+        return self._choice.artefact.manifest.keep
 
     @property
     def backend(self) -> str:
@@ -141,16 +148,9 @@ class EngineTransformer(PipelineFace):
         return self._choice.artefact.manifest.params
 
     def plug(self, keep: float) -> EngineTransformer:
-        """Go on with another ratio; its file is opened at its first call and stays open where weights are shared.
+        """Go on with another ratio, and return the transformer itself; `PpclError` where there is no such ratio.
 
-        Args:
-            keep: a ratio of `keeps`.
-
-        Returns:
-            The transformer itself.
-
-        Raises:
-            PpclError: there is no such ratio, or nothing here can run it.
+        Its file is opened at its first call and stays open where weights are shared.
         """
         self._choice = self._chosen(keep, self._device)
         return self
@@ -162,7 +162,7 @@ class EngineTransformer(PipelineFace):
                 f"{self.folder}: no ratio {keep:g}{near(f'{keep:g}', names)}; it has {', '.join(names)}; for another: "
                 f"{export_command(keep, self.folder)}"
             )
-        check_head(self._head, self._found[keep].manifest, self.folder)
+        check_model_spec(self._spec, self._found[keep].manifest, self.folder)
         return choose(self._found[keep], self._backend, device)
 
     # ---- running -----------------------------------------------------------------------------------------------
@@ -175,24 +175,24 @@ class EngineTransformer(PipelineFace):
             PpclError: a shape is outside of what the file takes, or the file cannot be opened or run.
         """
         self._check_class()
-        choice, front = self._choice, self._front()
-        ports = {port.name: port for port in choice.inputs}
+        choice, adapter = self._choice, self._adapter()
+        ports = {port.name: port for port in choice.manifest.inputs}
         bound = {
             name: typed(ports[name], value) if name in ports and isinstance(value, torch.Tensor) else value
-            for name, value in front.bound(args, kwargs).items()
+            for name, value in adapter.bound(args, kwargs).items()
         }
-        given = [port for port in choice.inputs if port.name in bound]
+        given = [port for name, port in ports.items() if name in bound]
         sizes_of(choice.file.name, given, bound)  # before the tables are made for them
-        known = {**bound, **front.tables(bound)}
+        known = {**bound, **adapter.tables(bound)}
         lost = [name for name in ports if name not in known]
         if lost:
-            raise PpclError(f"{choice.file} takes {lost[0]!r}, which head.json does not give; export again")
+            raise PpclError(f"{choice.file} takes {lost[0]!r}, which {MODEL_SPEC} does not give; export again")
         feeds = {name: typed(port, known[name]) for name, port in ports.items()}
-        sizes = sizes_of(choice.file.name, choice.inputs, feeds)
+        sizes = sizes_of(choice.file.name, choice.manifest.inputs, feeds)
         wider = f"give wider ranges to: {choice.again}"
         profile = profile_of(choice.file.name, sizes, choice.profiles, wider)
         came_from = next(value.device for value in bound.values() if isinstance(value, torch.Tensor))
-        session = self._sessions.get(choice, front)
+        session = self._sessions.get(choice, adapter)
         there = {name: tensor.to(self._device) for name, tensor in feeds.items()}
         result = session.run(there, sizes, profile).to(came_from)
         if not return_dict:
@@ -201,17 +201,13 @@ class EngineTransformer(PipelineFace):
 
         return Transformer2DModelOutput(sample=result)
 
-    def _front(self) -> Front:
-        fronts: dict[Any, Front] = self.__dict__["_fronts"]
-        graphs: dict[torch.dtype, GraphModule] = self.__dict__["_graphs"]
+    def _adapter(self) -> InputAdapter:
+        made: dict[Any, Any] = self.__dict__["_traced"]
         key = (self.dtype, self.students)
-        if key not in fronts:
-            if self.dtype not in graphs:
+        if key not in made:
+            if self.dtype not in made:
                 manifests = [one.manifest for one in self._found.values()]
-                graphs[self.dtype] = pluggable_graph(self._head, self.dtype, self.folder, manifests)
-            fronts[key] = Front(graphs[self.dtype], self.students)
-        return fronts[key]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+                made[self.dtype] = pluggable_graph(self._spec, self.dtype, self.folder, manifests)
+            made[key] = InputAdapter(made[self.dtype], self.students)
+        adapter: InputAdapter = made[key]
+        return adapter

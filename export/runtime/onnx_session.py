@@ -8,20 +8,14 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.runtime.limits import TYPES, sized
-from ppcl_fx.export.runtime.sessions import ONNXRUNTIME_TENSORRT, SessionChoice, provider
+from ppcl_fx.export.runtime.sessions import ONNXRUNTIME_TENSORRT, TYPES, SessionChoice, provider
 from ppcl_fx.export.verify.onnx_runner import one_line, runtime_errors
 
-ELEMENTS = {
-    torch.float32: 1,
-    torch.int32: 6,
-    torch.int64: 7,
-    torch.bool: 9,
-    torch.float16: 10,
-    torch.float64: 11,
-    torch.bfloat16: 16,
-}
-"""ONNX's numbers of types (``TensorProto.DataType``)."""
+
+def element_types() -> dict[torch.dtype, int]:
+    """Return ONNX's numbers of types."""
+    number = need("onnx").TensorProto.DataType.Value
+    return {dtype: number(name.upper()) for name, dtype in TYPES.items()}
 
 
 class OnnxSession:
@@ -29,19 +23,11 @@ class OnnxSession:
 
     Weights that lie beside the file are mapped, not read, and onnxruntime is told not to copy them into an order of its
     own: the ratios of a folder then share one copy in memory.
-
-    Args:
-        choice: the file and the device.
-
-    Raises:
-        PpclError: onnxruntime does not take the file, or has no kernels for it on this device.
     """
 
     def __init__(self, choice: SessionChoice) -> None:
         runtime = need("onnxruntime")
-        self.choice = choice
-        self.device = choice.device
-        self.outputs = choice.artefact.manifest.outputs
+        self.choice, self.device, self._index = choice, choice.device, choice.device.index or 0
         wanted = provider(choice.backend, choice.device)
         options = runtime.SessionOptions()
         options.log_severity_level = 4  # what goes wrong comes as an exception
@@ -65,40 +51,33 @@ class OnnxSession:
                 "use backend='torch', or device='cpu'"
             )
 
-    @property
-    def _index(self) -> int:
-        return self.device.index or 0
-
     def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
-        """Run the file.
+        """Run the file; `PpclError` where onnxruntime refuses the call."""
+        binding, elements = self.session.io_binding(), element_types()
 
-        Raises:
-            PpclError: onnxruntime refuses the call.
-        """
-        del profile
-        kept = {name: tensor.contiguous() for name, tensor in feeds.items()}  # the binding holds addresses only
-        binding = self.session.io_binding()
-        for name, tensor in kept.items():
-            binding.bind_input(
-                name, self.device.type, self._index, ELEMENTS[tensor.dtype], list(tensor.shape), tensor.data_ptr()
-            )
-        result: torch.Tensor | None = None
-        for port in self.outputs:
-            out = torch.empty(sized(port, sizes), dtype=TYPES[port.dtype], device=self.device)
-            binding.bind_output(
-                port.name, self.device.type, self._index, ELEMENTS[out.dtype], list(out.shape), out.data_ptr()
-            )
-            result = out if result is None else result
-        assert result is not None
+        def bind(how: str, name: str, tensor: torch.Tensor) -> None:
+            kind, shape = elements[tensor.dtype], list(tensor.shape)
+            getattr(binding, how)(name, self.device.type, self._index, kind, shape, tensor.data_ptr())
+
+        # The binding holds addresses only.
+        inputs = {name: tensor.contiguous() for name, tensor in feeds.items()}
+        outputs = {}
+        for port in self.choice.manifest.outputs:
+            shape = [size if isinstance(size, int) else sizes[size] for size in port.shape]
+            outputs[port.name] = torch.empty(shape, dtype=TYPES[port.dtype], device=self.device)
+        for name, tensor in inputs.items():
+            bind("bind_input", name, tensor)
+        for name, tensor in outputs.items():
+            bind("bind_output", name, tensor)
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()  # the inputs come from PyTorch's stream
         try:
             self.session.run_with_iobinding(binding)
         except runtime_errors() as error:
-            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in kept.items())
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
             raise PpclError(
                 f"{self.choice.file.name}: the model does not take this call ({shapes}): {one_line(error)}; "
                 "call it as PyTorch's would be called"
             ) from error
         binding.synchronize_outputs()
-        return result
+        return next(iter(outputs.values()))

@@ -1,11 +1,12 @@
-"""Which runtime runs an exported ratio: chosen by what is there, or named."""
+"""What runtimes share: which one runs an exported ratio, what is open, and whether a call is one that a file takes."""
 
 from __future__ import annotations
 
-import importlib.util
+import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,11 +15,10 @@ import torch
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.runtime.folder import Artefact
-from ppcl_fx.export.runtime.head import Front
-from ppcl_fx.export.runtime.limits import TYPES
-from ppcl_fx.export.store.manifest import Port
-from ppcl_fx.export.tensorrt import Hashes, Range
-from ppcl_fx.export.tensorrt.places import rebuild_command
+from ppcl_fx.export.runtime.input_adapter import InputAdapter
+from ppcl_fx.export.store.manifest import FileManifest, Port
+from ppcl_fx.export.tensorrt.manifest import EngineManifest, rebuild_command
+from ppcl_fx.export.tensorrt.profiles import Range
 from ppcl_fx.export.verify.integrity import check_artefacts
 
 AUTO = "auto"
@@ -29,25 +29,32 @@ TORCH = "torch"
 BACKENDS = (AUTO, TENSORRT, ONNXRUNTIME, ONNXRUNTIME_TENSORRT, TORCH)
 
 
+TYPES: dict[str, torch.dtype] = {
+    "float": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "double": torch.float64,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "bool": torch.bool,
+}
+"""ONNX's names of types, as manifests have them."""
+
+
 class Session(Protocol):
     """An open file."""
+
+    choice: SessionChoice
 
     def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
         """Run it on checked inputs that lie on its device; ``sizes`` are the call's open sizes, for which an engine has
         a profile of the index ``profile``.
         """
-        ...
 
 
 @dataclass(frozen=True)
 class SessionChoice:
-    """A ratio and what is to run it.
-
-    Attributes:
-        backend: one of `BACKENDS`, never ``auto``.
-        artefact: the ratio.
-        device: where it runs.
-    """
+    """A ratio, the device, and what is to run it: one of `BACKENDS`, never ``auto``."""
 
     backend: str
     artefact: Artefact
@@ -60,25 +67,23 @@ class SessionChoice:
         return engine if self.backend == TENSORRT and engine is not None else self.artefact.graph
 
     @property
-    def inputs(self) -> list[Port]:
-        """What it takes."""
-        card = self.artefact.card
-        return card.inputs if self.backend == TENSORRT and card is not None else self.artefact.manifest.inputs
+    def manifest(self) -> FileManifest:
+        """The manifest of that file."""
+        engine = self.artefact.engine_manifest
+        return engine if self.backend == TENSORRT and engine is not None else self.artefact.manifest
 
     @property
     def profiles(self) -> list[Mapping[str, Range]]:
         """The sizes that each of its profiles takes; an ONNX file has none and is open."""
-        card = self.artefact.card
-        return [p.sizes for p in card.profiles] if self.backend == TENSORRT and card is not None else []
+        manifest = self.manifest
+        return [one.sizes for one in manifest.profiles] if isinstance(manifest, EngineManifest) else []
 
     @property
     def dtype(self) -> torch.dtype:
         """The type that it computes in."""
-        card = self.artefact.card
-        name = card.dtype if self.backend == TENSORRT and card is not None else self.artefact.manifest.dtype
-        found = getattr(torch, name, None)
+        found = getattr(torch, self.manifest.dtype, None)
         if found not in TYPES.values():
-            raise PpclError(f"{self.file}: its manifest names the unknown type {name!r}; export again")
+            raise PpclError(f"{self.file}: its manifest names the unknown type {self.manifest.dtype!r}; export again")
         assert isinstance(found, torch.dtype)
         return found
 
@@ -87,7 +92,7 @@ class SessionChoice:
         """The command that makes this file anew."""
         if self.backend == TENSORRT:
             return rebuild_command(self.file)
-        return f"{export_command(self.artefact.keep, self.artefact.graph.parent)} --overwrite"
+        return f"{export_command(self.artefact.manifest.keep, self.artefact.graph.parent)} --overwrite"
 
 
 def export_command(keep: float, folder: Path) -> str:
@@ -96,11 +101,7 @@ def export_command(keep: float, folder: Path) -> str:
 
 
 def device_of(wanted: str | torch.device | None) -> torch.device:
-    """Return a device with its index, ``cuda:0`` for ``cuda``; without a name the first GPU, else the CPU.
-
-    Raises:
-        PpclError: there is no such device.
-    """
+    """Return a device with its index, ``cuda:0`` for ``cuda``; without a name the first GPU, else the CPU."""
     try:
         found = torch.device(wanted or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:
@@ -119,15 +120,7 @@ def choose(artefact: Artefact, backend: str, device: torch.device) -> SessionCho
 
     Without a name: TensorRT where the ratio has an engine, the device is a GPU and TensorRT is installed; else
     onnxruntime where it has a provider for the device, and for a CPU where the file is not in half precision, for which
-    it has few kernels there; else PyTorch.
-
-    Args:
-        artefact: the ratio.
-        backend: a name of `BACKENDS`.
-        device: where to run.
-
-    Raises:
-        PpclError: the name is unknown, its library or its file is missing, or it does not run on the device.
+    it has few kernels there; else PyTorch. `PpclError` where a name is unknown, or what it needs is not there.
     """
     if backend not in BACKENDS:
         raise PpclError(f"no backend {backend!r}{near(backend, BACKENDS)}; it is one of {', '.join(BACKENDS)}")
@@ -138,7 +131,8 @@ def choose(artefact: Artefact, backend: str, device: torch.device) -> SessionCho
         raise PpclError(f"TensorRT runs on NVIDIA GPUs, not on {device}; use backend='onnxruntime' there")
     if backend == TENSORRT:
         if artefact.engine is None:
-            raise PpclError(f"{artefact.graph.parent}: no engine for the ratio {artefact.keep:g}; run: {choice.again}")
+            keep = f"{artefact.manifest.keep:g}"
+            raise PpclError(f"{artefact.graph.parent}: no engine for the ratio {keep}; run: {choice.again}")
         need("tensorrt", extra="tensorrt", left="backend='onnxruntime' runs the ONNX file")
     elif backend == TORCH:
         need("onnx_ir")
@@ -148,22 +142,15 @@ def choose(artefact: Artefact, backend: str, device: torch.device) -> SessionCho
 
 
 def _best(artefact: Artefact, device: torch.device) -> str:
-    if device.type == "cuda" and artefact.engine is not None and _there("tensorrt"):
+    if device.type == "cuda" and artefact.engine is not None and find_spec("tensorrt"):
         return TENSORRT
     kernels = device.type != "cpu" or artefact.manifest.dtype not in ("bfloat16", "float16")
-    if kernels and _there("onnxruntime") and _PROVIDERS.get((ONNXRUNTIME, device.type)) in _available():
+    providers = need("onnxruntime").get_available_providers() if kernels and find_spec("onnxruntime") else []
+    if _PROVIDERS.get((ONNXRUNTIME, device.type)) in providers:
         return ONNXRUNTIME
-    if not _there("onnx_ir"):
+    if not find_spec("onnx_ir"):
         need("onnxruntime", left="nothing here can run the exported files without it")
     return TORCH
-
-
-def _there(name: str) -> bool:
-    return importlib.util.find_spec(name) is not None
-
-
-def _available() -> list[str]:
-    return list(need("onnxruntime").get_available_providers())
 
 
 _PROVIDERS = {
@@ -174,12 +161,8 @@ _PROVIDERS = {
 
 
 def provider(backend: str, device: torch.device) -> str:
-    """Return the name of onnxruntime's provider for a device.
-
-    Raises:
-        PpclError: onnxruntime is not installed, or the installed one has no such provider.
-    """
-    available = _available()
+    """Return the name of onnxruntime's provider for a device; `PpclError` where there is none."""
+    available = need("onnxruntime").get_available_providers()
     wanted = _PROVIDERS.get((backend, device.type))
     if wanted is None:
         raise PpclError(f"{backend} does not run on {device} here; use backend='torch', or device='cpu'")
@@ -197,46 +180,94 @@ class Sessions:
     has its own copy of the weights, so the last one closes before the next one opens.
     """
 
-    opened: dict[float, Any] = field(default_factory=dict)
+    opened: dict[float, Session] = field(default_factory=dict)
     shared: dict[Any, torch.Tensor] = field(default_factory=dict)
-    hashes: Hashes = field(default_factory=Hashes)
 
-    def get(self, choice: SessionChoice, front: Front) -> Session:
-        """Return the session of a ratio; open it at its first use.
-
-        Raises:
-            PpclError: the file is not what was exported, its weights are others, or it cannot be opened.
-        """
-        keep = choice.artefact.keep
+    def get(self, choice: SessionChoice, adapter: InputAdapter) -> Session:
+        """Return the session of a ratio; open it at its first use, `PpclError` where that cannot be."""
+        keep = choice.artefact.manifest.keep
         if keep not in self.opened:
-            if choice.device.type != "cpu" and any(one != TORCH for one in (choice.backend, *self._running())):
+            backends = {choice.backend, *(session.choice.backend for session in self.opened.values())}
+            if choice.device.type != "cpu" and backends != {TORCH}:
                 self.close()
-            self.opened[keep] = self._open(choice, front)
-        session: Session = self.opened[keep]
-        return session
+            self.opened[keep] = self._open(choice, adapter)
+        return self.opened[keep]
 
-    def _running(self) -> list[str]:
-        return [session.choice.backend for session in self.opened.values()]
-
-    def _open(self, choice: SessionChoice, front: Front) -> Session:
-        if choice.backend != TENSORRT:  # an engine's own manifest says what it was built from
-            check_artefacts(choice.file, hashes=False)
-        if choice.backend == TENSORRT:
+    def _open(self, choice: SessionChoice, adapter: InputAdapter) -> Session:
+        if choice.backend == TENSORRT:  # an engine's own manifest says what it was built from
             from ppcl_fx.export.runtime.tensorrt_session import TensorRTSession
 
-            return TensorRTSession(choice, self.hashes)
+            return TensorRTSession(choice)
+        check_artefacts(choice.file, hashes=False)
         if choice.backend == TORCH:
             from ppcl_fx.export.runtime.torch_session import TorchSession
 
-            return TorchSession(choice, front, self.shared)
+            return TorchSession(choice, adapter, self.shared)
         from ppcl_fx.export.runtime.onnx_session import OnnxSession
 
         return OnnxSession(choice)
 
     def close(self) -> None:
-        """Forget every session and its weights; what was read of files stays known."""
+        """Forget every session and its weights."""
         for session in self.opened.values():
             if session.choice.device.type == "cuda":
                 torch.cuda.synchronize(session.choice.device)  # what it still computes reads its memory
         self.opened.clear()
         self.shared.clear()
+
+
+# ---- what a file takes -----------------------------------------------------------------------------------------
+
+
+def typed(port: Port, tensor: torch.Tensor) -> torch.Tensor:
+    """Return an input in the type that a file takes: floats become other floats, nothing else is converted."""
+    wanted = TYPES.get(port.dtype)
+    if wanted is None:
+        raise PpclError(f"the input {port.name!r} is of the type {port.dtype!r}, which PyTorch has no name for")
+    if tensor.dtype == wanted:
+        return tensor
+    if not (tensor.is_floating_point() and wanted.is_floating_point):
+        raise PpclError(f"the input {port.name!r} is {tensor.dtype}, and the exported file takes {wanted}; convert it")
+    return tensor.to(wanted)
+
+
+def sizes_of(file: str, ports: Sequence[Port], feeds: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Check a tensor for each of a file's inputs, and return the call's open sizes by name."""
+    sizes: dict[str, int] = {}
+    first: dict[str, str] = {}
+    for port in ports:
+        shape, here = list(feeds[port.name].shape), f"{file} takes {port.name} [{', '.join(map(str, port.shape))}]"
+        if len(shape) != len(port.shape):
+            raise PpclError(f"{here}, and this call has {shape}; the other sizes are part of the model")
+        for dim, (size, wanted) in enumerate(zip(shape, port.shape, strict=True)):
+            if isinstance(wanted, int):
+                if size != wanted:
+                    raise PpclError(f"{here}, and dimension {dim} of this call is {size}; it is part of the model")
+                continue
+            known = sizes.setdefault(wanted, size)
+            first.setdefault(wanted, port.name)
+            if known != size:
+                raise PpclError(f"{here}, and {wanted} is {size} here but {known} in {first[wanted]}; make them equal")
+            if size < 1:
+                raise PpclError(f"{here}, and {wanted} of this call is {size}; give at least one")
+    return sizes
+
+
+def profile_of(file: str, sizes: Mapping[str, int], profiles: Sequence[Mapping[str, Range]], wider: str) -> int:
+    """Return the tightest profile of an engine that takes a call, by its index; 0 for a file without profiles.
+
+    Kernels are tuned for a profile, so of two that fit the one with fewer other sizes is better; of equals the first.
+    A size that a profile does not name is open. Where none fits, the error says how to get a file that takes more
+    (`wider`).
+    """
+    outside = [
+        [n for n, size in sizes.items() if n in profile and not profile[n].min <= size <= profile[n].max]
+        for profile in profiles
+    ]
+    fitting = [index for index, faults in enumerate(outside) if not faults]
+    if fitting or not profiles:
+        rooms = [[one[n].max - one[n].min + 1 for n in sizes if n in one] for one in profiles]
+        return min(fitting, key=lambda index: math.prod(rooms[index]), default=0)
+    names, nearest = min(zip(outside, profiles, strict=True), key=lambda pair: len(pair[0]))
+    faults = [f"{name} {sizes[name]} (it takes {nearest[name].min} to {nearest[name].max})" for name in names]
+    raise PpclError(f"{file} is not for {', '.join(faults)}; {wider}")

@@ -12,7 +12,7 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.runtime.sessions import SessionChoice
-from ppcl_fx.export.tensorrt import Hashes, load_engine
+from ppcl_fx.export.tensorrt.loading import load_engine
 from ppcl_fx.export.tensorrt_api import Api
 
 LOG = logging.getLogger(__name__)
@@ -35,39 +35,24 @@ class _Captured:
 
 
 class TensorRTSession:
-    """An engine, open.
+    """An engine, open; `without_graphs` says why no CUDA graphs are made any more, and is None where they are."""
 
-    Args:
-        choice: the engine and its GPU.
-        hashes: known hashes of files, so that ratios over one weight store read it once.
-
-    Attributes:
-        without_graphs: why no CUDA graphs are made any more; None where they are.
-
-    Raises:
-        PpclError: there is no TensorRT or no GPU, the engine is another GPU's or version's, or it is damaged.
-    """
-
-    def __init__(self, choice: SessionChoice, hashes: Hashes | None = None) -> None:
+    def __init__(self, choice: SessionChoice) -> None:
         self.choice, self.device = choice, choice.device
         self.without_graphs: str | None = None
         with torch.cuda.device(self.device):  # TensorRT works on CUDA's current GPU
             # Whole, because the engine needs what it keeps alive.
-            self._loaded = load_engine(choice.file, gpu_index=self.device.index or 0, hashes=hashes)
+            self._loaded = load_engine(choice.file, gpu_index=self.device.index or 0)
             self.api, self.engine = self._loaded.api, self._loaded.engine
             self.context = self._context()
             self._stream = torch.cuda.Stream(self.device)
         self.outputs = _outputs(self.api, self.engine, choice)
+        self._first = choice.manifest.outputs[0].name
         self._seen: Counter[tuple[Any, ...]] = Counter()
         self._captured: OrderedDict[tuple[Any, ...], _Captured] = OrderedDict()
 
     def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
-        """Run the engine on the current stream.
-
-        Raises:
-            PpclError: TensorRT refuses the call.
-        """
-        del sizes
+        """Run the engine on the current stream; `PpclError` where TensorRT refuses the call."""
         key = tuple((name, tuple(tensor.shape)) for name, tensor in feeds.items())
         self._seen[key] += 1
         with torch.cuda.device(self.device):
@@ -75,13 +60,14 @@ class TensorRTSession:
                 self._keep(key, feeds, profile)
             if key not in self._captured:
                 self._take(self.context, profile)
-                return self._first(self._execute(self.context, {n: t.contiguous() for n, t in feeds.items()}))
+                inputs = {name: tensor.contiguous() for name, tensor in feeds.items()}
+                return self._execute(self.context, inputs)[self._first]
             self._captured.move_to_end(key)
             kept = self._captured[key]
             for name, tensor in feeds.items():
                 kept.inputs[name].copy_(tensor)
             kept.graph.replay()
-            return self._first(kept.outputs).clone()  # the next replay writes there again
+            return kept.outputs[self._first].clone()  # the next replay writes there again
 
     def _context(self) -> Any:
         context = self.api.call("ICudaEngine.create_execution_context", self.engine)
@@ -126,9 +112,8 @@ class TensorRTSession:
         return results
 
     def _place(self, context: Any, name: str, tensor: torch.Tensor) -> bool:
-        return bool(
-            self.api.call("IExecutionContext.set_tensor_address", context, name=name, memory=tensor.data_ptr())
-        )
+        address = tensor.data_ptr()
+        return bool(self.api.call("IExecutionContext.set_tensor_address", context, name=name, memory=address))
 
     def _keep(self, key: tuple[Any, ...], feeds: Mapping[str, torch.Tensor], profile: int) -> None:
         """Make a CUDA graph for calls of these shapes. Where that fails, runs go on without graphs for good."""
@@ -162,13 +147,8 @@ class TensorRTSession:
             self._execute(context, inputs, outputs)
         return _Captured(graph, context, inputs, outputs)
 
-    def _first(self, outputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        wanted = self.choice.artefact.manifest.outputs[0].name
-        return outputs[wanted]
-
 
 def _outputs(api: Api, engine: Any, choice: SessionChoice) -> dict[str, torch.dtype]:
-    """Return the type of each output by name."""
     types = {
         api.value("DataType.FLOAT"): torch.float32,
         api.value("DataType.HALF"): torch.float16,

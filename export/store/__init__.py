@@ -1,3 +1,1 @@
 """Where exports keep weights and manifests."""
-
-from __future__ import annotations

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, JsonValue
+from pydantic import JsonValue
 
 from ppcl_fx.export.verify.metrics import Gate
-from ppcl_fx.io.files import Sealed
+from ppcl_fx.io.files import Record, Sealed, sha256_of
 from ppcl_fx.schema.plan import Plan
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Port(_Strict):
+class Port(Record):
     """An input or an output: name, type, and sizes, where a name stands for a size that may change."""
 
     name: str
@@ -23,10 +21,27 @@ class Port(_Strict):
     shape: list[int | str]
 
 
-class WeightFile(_Strict):
-    """A file that holds weights of a graph: its path within the graph's folder, its content, its size in bytes.
+class FileMark(Record):
+    """A file by its size in bytes and its hash."""
 
-    ``sample`` is what `ppcl_fx.export.verify.integrity.sample_of` said of it; older manifests have none.
+    bytes: int
+    sha256: str
+
+
+def mark_of(path: Path) -> FileMark:
+    """Return the size and hash of a file; one that many graphs share is read once, as long as it does not change."""
+    stat = path.stat()
+    return _mark(path.resolve(), stat.st_size, (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns))
+
+
+@lru_cache(1024)
+def _mark(path: Path, size: int, state: tuple[int, ...]) -> FileMark:
+    return FileMark(bytes=size, sha256=sha256_of(path))
+
+
+class WeightFile(Record):
+    """A file that holds weights of a graph: its path within the graph's folder, its content, its size in bytes, and
+    what `ppcl_fx.export.verify.integrity.sample_of` said of it; older manifests have no such sample.
     """
 
     file: str
@@ -35,7 +50,7 @@ class WeightFile(_Strict):
     sample: str | None = None
 
 
-class HalfPrecision(_Strict):
+class HalfPrecision(Record):
     """What is known of a file in bfloat16 or float16 that was compared to PyTorch.
 
     Attributes:
@@ -49,27 +64,35 @@ class HalfPrecision(_Strict):
     largest_value: float | None
 
 
-class Manifest(_Strict, Sealed):
-    """The JSON beside an ONNX file: its manifest.
+class FileManifest(Record):
+    """What the manifests of graphs and of engines have in common: the name of the file, the type of most weights, the
+    share of the teacher's parameters asked for, the ids of the edits that are plugged, and the plan they come from.
+    """
+
+    version: int
+    kind: str
+    file: str
+    dtype: str
+    keep: float | None
+    students: list[str]
+    plan: Plan | None
+    inputs: list[Port]
+    outputs: list[Port]
+
+
+class Manifest(FileManifest, Sealed):
+    """The JSON beside an ONNX file.
 
     Attributes:
-        file: name of the ONNX file in the same folder.
-        sha256: of the ONNX file.
-        size: of the ONNX file, in bytes.
+        sha256: of the ONNX file; `size` is its own, in bytes.
         weights: the files that hold its weights; other graphs may use them too.
-        dtype: type of the weights.
-        keep: the share of the teacher's parameters asked for.
         params: parameters of this mixture, as the plan counts them.
         params_in_file: parameters in the file: those of them that have an effect on the output.
-        students: ids of the edits that are plugged.
         finetuned: whether all of its weights were trained as one, and none is the teacher's.
-        plan: the plan they come from.
-        opset: version of the ONNX operators.
         positions: inputs that hold position tables, computed from the call's Python arguments.
-        parity: for each shape the largest difference between onnxruntime and PyTorch; empty where unchecked.
-        parity_max_abs: the largest of them.
+        parity: for each shape the largest difference between onnxruntime and PyTorch; empty where unchecked. The
+            largest of them is `parity_max_abs`, and `tolerance` was allowed.
         unchecked: what was not checked, and why; None where all was.
-        tolerance: the largest difference that was allowed.
         latency_ms: median time of a run in onnxruntime, on the CPU, at the traced shape; None where unchecked or in
             half precision, for which onnxruntime has few kernels there.
         half: what is known of the rounding; None where the file is in float32 or unchecked.
@@ -79,20 +102,14 @@ class Manifest(_Strict, Sealed):
 
     version: Literal[2, 3] = 3
     kind: Literal["onnx"] = "onnx"
-    file: str
     sha256: str
     size: int
     weights: list[WeightFile]
-    dtype: str
     keep: float
     params: int
     params_in_file: int
-    students: list[str]
     finetuned: bool = False
-    plan: Plan | None
     opset: int
-    inputs: list[Port]
-    outputs: list[Port]
     positions: list[str]
     parity: dict[str, float]
     parity_max_abs: float | None

@@ -38,17 +38,10 @@ def unfinished(folder: Path) -> frozenset[str]:
 
 @contextmanager
 def claimed(folder: Path, graphs: Collection[Path]) -> Iterator[None]:
-    """Hold a folder while graphs are written to it, and remove what a killed export left half-written.
+    """Hold a folder, which exists, while graphs are written to it, and remove what a killed export left half-written.
 
     Until the block ends well the graphs that it adds are marked as unfinished, so that the same command replaces them
     without being told to.
-
-    Args:
-        folder: the folder; exists.
-        graphs: what is to be written.
-
-    Raises:
-        PpclError: another export holds the folder, or it cannot be written.
     """
     names = {graph.name for graph in graphs}
     with _locked(folder) as file:
@@ -77,14 +70,12 @@ def is_store(folder: Path) -> bool:
 
 def _sweep(folder: Path, stems: Collection[str]) -> None:
     """Remove files without a name; nobody writes them any more, since the folder is held."""
-    for path in list(folder.iterdir()):
-        found = _PARTIAL.fullmatch(path.name)
-        if found and (found[1] in stems or _OURS.fullmatch(found[1])):
-            _remove(path)
+    left = [(path, _PARTIAL.fullmatch(path.name)) for path in folder.iterdir()]
+    partial = [path for path, found in left if found and (found[1] in stems or _OURS.fullmatch(found[1]))]
     if is_store(folder / WEIGHTS):
-        for path in list((folder / WEIGHTS).rglob(".*")):
-            if _PARTIAL.fullmatch(path.name):
-                _remove(path)
+        partial += [path for path in (folder / WEIGHTS).rglob(".*") if _PARTIAL.fullmatch(path.name)]
+    for path in partial:
+        _remove(path)
 
 
 def _remove(path: Path) -> None:
@@ -99,11 +90,8 @@ def _locked(folder: Path) -> Iterator[int]:
     """Yield the marking file, open and locked; a process that is killed lets go of it."""
     mark = folder / MARK
     while True:
-        try:
+        with writing(folder):
             file = os.open(mark, os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise PpclError(f"{folder}: cannot be written ({reason}); choose a writable place with room") from error
         try:
             _lock(file, folder)
             # Whoever held it before may have removed it since: then this file is nobody's.
@@ -131,47 +119,34 @@ def _lock(file: int, folder: Path) -> None:
 def _write(file: int, names: Collection[str]) -> None:
     """Write the list anew, where it is another; a name that is cut off by a kill is the name of no graph."""
     text = "".join(f"{name}\n" for name in sorted(names)).encode()
-    try:
-        if os.pread(file, len(text) + 1, 0) == text:
-            return
-        os.pwrite(file, text, 0)
-        os.ftruncate(file, len(text))
-        os.fsync(file)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise PpclError(f"{MARK}: cannot be written ({reason}); choose a writable place with room") from error
+    with writing(Path(MARK)):
+        if os.pread(file, len(text) + 1, 0) != text:
+            os.pwrite(file, text, 0)
+            os.ftruncate(file, len(text))
+            os.fsync(file)
 
 
 @contextmanager
 def beside(graph: Path, *, embed: bool) -> Iterator[Path]:
     """Yield where to write a graph before it has its name; what is left there afterwards vanishes.
 
-    Args:
-        graph: where it will lie.
-        embed: its weights come with it, so it is written in a folder of its own, under its own name. Else it lies in
-            the same folder as in the end: the places of its weights are relative to that.
+    Where its weights come with it (`embed`) that is a folder of its own. Else it lies in the same folder as in the end:
+    the places of its weights are relative to that.
     """
-    mark = f"partial-{uuid.uuid4().hex[:8]}"
-    place = graph.with_name(f".{graph.stem}.{mark}" if embed else f".{graph.stem}.{mark}.onnx")
+    place = graph.with_name(f".{graph.stem}.partial-{uuid.uuid4().hex[:8]}{'' if embed else '.onnx'}")
     try:
         with writing(graph):
             if embed:
                 place.mkdir()
             yield place / graph.name if embed else place
     finally:
-        if place.is_dir():
-            shutil.rmtree(place)
-        place.unlink(missing_ok=True)
-        _card(place).unlink(missing_ok=True)
+        _remove(place)
+        manifest_path(place).unlink(missing_ok=True)
 
 
 @contextmanager
 def writing(final: Path) -> Iterator[None]:
-    """Let an error of the system name the file that was to be made, and not the one written in its place.
-
-    Raises:
-        PpclError: the block raised an `OSError`, or a `PpclError` that came from one.
-    """
+    """Let an error of the system name the file that was to be made, and not the one written in its place."""
     try:
         yield
     except (OSError, PpclError) as error:
@@ -182,39 +157,28 @@ def writing(final: Path) -> Iterator[None]:
         raise PpclError(f"{final}: cannot be written ({reason}); make room, or choose another place") from cause
 
 
-def publish(written: Path, data: Path | None, card: Manifest, final: Path) -> None:
+def publish(written: Path, data: Path | None, manifest: Manifest, final: Path) -> None:
     """Give a graph, the file of its own weights and its manifest their names.
 
     All of them are whole and on disk before the first has its name. What is about the files that are replaced goes
     first, and the new manifest comes last: whoever reads in between, or after a kill, finds no manifest, and never one
     of other files.
-
-    Args:
-        written: the graph, where `beside` said.
-        data: the weights that were written with it.
-        card: the manifest.
-        final: the graph's name.
     """
-    manifest = _card(written)
-    write_json(manifest, card)
+    described = manifest_path(written)
+    write_json(described, manifest)
     for path in (written, data):
         if path is not None:
             sync(path)
-    withdraw(typed_graph_path(final))  # made from what is replaced
-    manifest_path(final).unlink(missing_ok=True)
+    typed = typed_graph_path(final)  # made from what is replaced
+    for old in (manifest_path(typed), typed, manifest_path(final)):
+        old.unlink(missing_ok=True)
     sync(final.parent)
     if data is not None:
         os.replace(data, data_path(final))
     os.replace(written, final)
     sync(final.parent)
-    os.replace(manifest, manifest_path(final))
+    os.replace(described, manifest_path(final))
     sync(final.parent)
-
-
-def withdraw(graph: Path) -> None:
-    """Remove a graph and its manifest, where they are: what they were made from is no more."""
-    manifest_path(graph).unlink(missing_ok=True)
-    graph.unlink(missing_ok=True)
 
 
 def check_free(graphs: Sequence[Path], overwrite: bool) -> None:
@@ -225,8 +189,3 @@ def check_free(graphs: Sequence[Path], overwrite: bool) -> None:
         if graph.exists() and not overwrite and graph.name not in unfinished(graph.parent):
             raise PpclError(f"{graph}: already exists; choose another output, or replace it with --overwrite")
         owned.check_file(graph, mark=owned.GRAPH_MARK)
-
-
-def _card(written: Path) -> Path:
-    """Where the manifest of a graph lies before it has its name."""
-    return written.with_suffix(".json")

@@ -1,4 +1,4 @@
-"""The weights of a model by name, in memory or on disk, and which of them a mixture's parameters are."""
+"""A model that is to be exported: its weights by name, in memory or on disk, and which of them a mixture's are."""
 
 from __future__ import annotations
 
@@ -7,41 +7,22 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ppcl_fx.io.shards import Shards, Stored
-from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.export.config import ExportConfig
+from ppcl_fx.io.memory import size_words
+from ppcl_fx.io.shards import Form, Shards, Stored, form_bytes, stored_tensors
+from ppcl_fx.model.pluggable import PluggableModel, load
+from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder
 from ppcl_fx.passes.lowering.narrow import rows_of
-from ppcl_fx.tracing.meta_model import Checkpoint
-
-
-class WeightFolder(Protocol):
-    """A student folder with its weights left on disk, as `ppcl_fx.model.student_folder.StudentFolder` opens it."""
-
-    folder: Path
-    model: PluggableModel
-    teacher: Checkpoint
-    students: Shards
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor by name."""
-
-    def release(self) -> None:
-        """Let go of the files."""
+from ppcl_fx.schema.measured_effects import EFFECTS, load_effects
 
 
 @dataclass(frozen=True)
 class WeightPiece:
-    """A run of elements of one tensor of a source: all of it, or some of its rows.
-
-    Attributes:
-        name: the tensor.
-        first: its first element.
-        shape: what the elements are shaped to.
-    """
+    """A run of elements of one tensor of a source, from its element `first` on: all of it, or some of its rows."""
 
     name: str
     first: int
@@ -52,12 +33,8 @@ class WeightPiece:
 class WeightSource:
     """Where the weights of a model are.
 
-    Attributes:
-        root: the module whose state dict has the names; its tensors may be on the meta device.
-        read: gives a tensor by name.
-        release: lets go of open files.
-        ranges: where each tensor lies on disk; empty for a model that is in memory alone.
-        folder: the folder of the files.
+    The state dict of `root` has the names; its tensors may be on the meta device. `read` gives a tensor, and `release`
+    lets go of open files. A model that is in memory alone has no ranges and no folder.
     """
 
     root: nn.Module
@@ -72,20 +49,12 @@ class WeightSource:
         return cls(root, root.state_dict().__getitem__)
 
     @classmethod
-    def files(cls, opened: WeightFolder, root: nn.Module) -> WeightSource:
-        """Return the weights of a student folder.
-
-        Args:
-            opened: the folder.
-            root: the pluggable graph, with its weights or without.
-
-        Raises:
-            PpclError: a file is damaged.
-        """
+    def files(cls, opened: StudentFolder, root: nn.Module) -> WeightSource:
+        """Return the weights of a student folder, for its pluggable graph, with its weights or without."""
         ranges = {**opened.teacher.shards.stored, **opened.students.stored}
         return cls(root, opened.read, opened.release, ranges, opened.folder)
 
-    def forms(self, dtype: torch.dtype | None) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+    def forms(self, dtype: torch.dtype | None) -> dict[str, Form]:
         """Return dtype and shape of each tensor, floating-point ones in `dtype` where it is given."""
         return {
             name: (dtype if dtype is not None and t.is_floating_point() else t.dtype, tuple(t.shape))
@@ -100,12 +69,13 @@ class WeightSource:
         """
         homes: dict[int, list[tuple[int, int, str]]] = defaultdict(list)
         for name, tensor in self.root.state_dict().items():
-            homes[_storage(tensor)].append((*_span(tensor), name))
+            storage, first, last = _span(tensor)
+            homes[storage].append((first, last, name))
         for spans in homes.values():
             spans.sort()
         found: dict[str, tuple[WeightPiece, ...]] = {}
         for path, tensor in state(graph).items():
-            parts = [_piece(part, homes.get(_storage(part), [])) for part in rows_of(tensor)]
+            parts = [_piece(part, homes) for part in rows_of(tensor)]
             if all(parts):
                 found[path] = tuple(part for part in parts if part is not None)
         return found
@@ -124,21 +94,96 @@ def weightless(module: nn.Module) -> bool:
     return any(parameter.is_meta for parameter in module.parameters())
 
 
-def _storage(tensor: Tensor) -> int:
-    return int(tensor.untyped_storage()._cdata)
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First byte and the byte after the last, within the storage."""
+def _span(tensor: Tensor) -> tuple[int, int, int]:
+    """Return a tensor's storage, and within that its first byte and the byte after the last."""
     first = int(tensor.storage_offset()) * tensor.element_size()
-    return first, first + int(tensor.nbytes)
+    return int(tensor.untyped_storage()._cdata), first, first + int(tensor.nbytes)
 
 
-def _piece(part: Tensor, spans: list[tuple[int, int, str]]) -> WeightPiece | None:
-    first, last = _span(part)
+def _piece(part: Tensor, homes: Mapping[int, list[tuple[int, int, str]]]) -> WeightPiece | None:
+    storage, first, last = _span(part)
+    spans = homes.get(storage, [])
     at = bisect_right(spans, first, key=lambda span: span[0]) - 1
     while at > 0 and spans[at - 1][0] == spans[at][0]:
         at -= 1  # tensors that share everything: the first by name
     if at < 0 or last > spans[at][1] or not part.is_contiguous():
         return None
     return WeightPiece(spans[at][2], (first - spans[at][0]) // part.element_size(), tuple(part.shape))
+
+
+# ---- a model that is to be exported ----------------------------------------------------------------------------
+
+COPIES = 3
+"""How often the weights are in memory for a check: PyTorch's, onnxruntime's, and those it transposed. Half precision is
+compared in float32, so all three are."""
+
+
+def stays_on_disk(model: PluggableModel | StudentFolder, config: ExportConfig) -> bool:
+    """Tell whether a model, in memory or a student folder, is too large to be loaded for the checks of an export."""
+    if isinstance(model, PluggableModel):
+        return False
+    return _unread(WeightSource.files(model, model.model.graph), config) is not None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A pluggable model, with its weights or without; where they are; and why graphs cannot be compared to PyTorch."""
+
+    model: PluggableModel
+    weights: WeightSource
+    unchecked: str | None
+
+    @classmethod
+    def of(cls, model: PluggableModel | StudentFolder | FinetunedFolder, config: ExportConfig) -> Opened:
+        """Take a model from memory, or from a folder: loaded where checking it stays within the limit of memory."""
+        if isinstance(model, PluggableModel):
+            return cls(model, WeightSource.memory(model.graph), None)
+        if isinstance(model, FinetunedFolder):
+            return cls(model.model, *_tuned(model, config))
+        model.model.eval()  # as a loaded one is: blocks of both are then translated once
+        weights = WeightSource.files(model, model.model.graph)
+        why = _unread(weights, config)
+        if why is None:
+            loaded = load(model.folder)
+            assert isinstance(loaded, PluggableModel)
+            return cls(loaded, WeightSource.files(model, loaded.graph), None)
+        if (model.folder / EFFECTS).exists():
+            students = {name: model.students.checked(name) for name in model.students.stored}  # memory-mapped
+            model.model.effects = load_effects(model.folder, model.model.plan, students)
+            model.release()
+        return cls(model.model, weights, why)
+
+
+def _tuned(tuned: FinetunedFolder, config: ExportConfig) -> tuple[WeightSource, str | None]:
+    """Return where a fine-tuned model's weights are, and why they were not read into its graph, if so."""
+    graph, shards = tuned.graph.eval(), Shards.one_file(tuned.file)
+    seen: dict[int, str] = {}
+    # A parameter may have several names; the file knows it by the first.
+    first = {name: seen.setdefault(id(p), name) for name, p in graph.named_parameters(remove_duplicate=False)}
+    dtypes = {name: parameter.dtype for name, parameter in graph.named_parameters()}
+
+    def read(name: str) -> Tensor:
+        return shards.checked(first[name]).to(dtypes[first[name]])
+
+    places = stored_tensors(tuned.file)
+    ranges = {name: places[first[name]] for name in first}
+    weights = WeightSource(graph, read, shards.close, ranges, tuned.student)
+    why = _unread(weights, config)
+    if why is None:
+        own = {name: nn.Parameter(read(name), requires_grad=False) for name in dtypes}
+        for name in first:
+            parent, _, leaf = name.rpartition(".")
+            graph.get_submodule(parent)._parameters[leaf] = own[first[name]]
+    return weights, why
+
+
+def _unread(weights: WeightSource, config: ExportConfig) -> str | None:
+    """Return why graphs over weights are not compared to PyTorch; None where that stays within the limit of memory."""
+    held = form_bytes(weights.forms(None))
+    compared = form_bytes(weights.forms(torch.float32))
+    same = held == compared and config.torch_dtype in (None, torch.float32)
+    needed = COPIES * compared if same else held + COPIES * compared
+    if needed <= config.memory_limit:
+        return None
+    words = size_words(needed)
+    return f"not checked against PyTorch: the weights were not read ({words} and more with --memory-limit checks)"

@@ -8,16 +8,18 @@ import os
 import re
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.store.manifest import WeightFile
+from ppcl_fx.export.store.manifest import FileMark, WeightFile, mark_of
 from ppcl_fx.export.store.names import DATA, WEIGHTS
 from ppcl_fx.export.store.publish import is_store, writing
 from ppcl_fx.export.store.weight_source import WeightPiece, WeightSource
@@ -25,29 +27,22 @@ from ppcl_fx.export.verify.integrity import cards_in, sample_of, used_by_others
 from ppcl_fx.io.files import inside, need_room, sha256_of, sync
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.io.reading import open_regular
-from ppcl_fx.io.shards import Stored, form_bytes, stored_tensors, write_long
-
-_FICLONE = 0x40049409
-"""The ioctl of Linux that lets two files share their blocks until one is written to."""
+from ppcl_fx.io.shards import Form, Stored, form_bytes, stored_tensors, write_long
 
 
 @dataclass(frozen=True)
 class Store:
     """Where each tensor lies, in files within the folder of the graphs.
 
-    Attributes:
-        folder: the folder of the graphs.
-        ranges: tensor -> its bytes, in a file of this folder or of one in it.
-        created: files that this export made.
-        digests: sha256 of files looked at so far, by name within the folder.
-        reading: digests in the making, by name within the folder.
+    What the manifests in `replaced` name need not stay in the end. `created` are files that this export made, and
+    `reading` are digests in the making, by name within the folder.
     """
 
     folder: Path
-    ranges: dict[str, Stored]
+    replaced: Collection[str]
+    ranges: dict[str, Stored] = field(default_factory=dict)
     created: list[Path] = field(default_factory=list)
-    digests: dict[str, str] = field(default_factory=dict)
-    reading: dict[str, Future[str]] = field(default_factory=dict)
+    reading: dict[str, Future[FileMark]] = field(default_factory=dict)
 
     def place(self, piece: WeightPiece) -> tuple[str, int, torch.dtype]:
         """Return the file of a piece, as graphs name it; its first byte there; its dtype."""
@@ -58,33 +53,56 @@ class Store:
         """Return what graphs call a file: its path within the folder, with slashes."""
         return file.relative_to(self.folder).as_posix()
 
-    def sha256(self, path: Path) -> str:
-        """Return the hash of a file in the folder; each is read once."""
-        name = self.name(path)
-        if name not in self.digests:
-            self.digests[name] = self.reading[name].result() if name in self.reading else sha256_of(path)
-        return self.digests[name]
-
-    def holds(self, path: Path, sha256: str) -> bool:
-        """Tell whether a file has a content, and is one that runtimes take."""
-        alone = path.is_file() and not path.is_symlink() and path.stat().st_nlink == 1
-        return alone and self.sha256(path) == sha256
-
     def described(self, name: str) -> WeightFile:
         """Return what a manifest says of a file."""
         path = self.folder / name
-        return WeightFile(file=name, sha256=self.sha256(path), size=path.stat().st_size, sample=sample_of(path))
+        mark = self.reading[name].result() if name in self.reading else mark_of(path)
+        return WeightFile(file=name, sha256=mark.sha256, size=mark.bytes, sample=sample_of(path))
 
     @contextmanager
     def digesting(self) -> Iterator[None]:
-        """Read the files in the background meanwhile: `sha256` then has less to wait for."""
+        """Read the files in the background meanwhile: `described` then has less to wait for."""
         names = dict.fromkeys(self.name(where.file) for where in self.ranges.values())
         pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1), thread_name_prefix="digest")
         try:
-            self.reading.update({n: pool.submit(sha256_of, self.folder / n) for n in names if n not in self.digests})
+            self.reading.update({name: pool.submit(mark_of, self.folder / name) for name in names})
             yield
         finally:
             pool.shutdown(cancel_futures=True)
+
+    def home(self, target: Path, sha256: str) -> Path:
+        """Return where content lies already, or else where it may go: never over what a graph uses."""
+        aside = target.with_name(f"{target.stem}-{sha256[:8]}{target.suffix}")
+        for path in (target, aside):
+            if _holds(path, sha256):
+                return path
+        if not target.exists():
+            return target
+        holder = used_by_others(self.folder, self.name(target), self.replaced)
+        if holder is not None:
+            raise PpclError(
+                f"{target}: holds other weights, and {holder} uses them; choose another folder, or remove that file"
+            )
+        return aside if used_by_others(self.folder, self.name(target), ()) else target
+
+    def publish(self, target: Path, write: Callable[[Path], None]) -> Path:
+        """Write a file beside its name, rename it, and return where it lies; one of the same content stays as it is."""
+        beside = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
+        try:
+            with writing(target):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                write(beside)
+                sync(beside)
+                content = sha256_of(beside) if _taken(target) else None
+                home = target if content is None else self.home(target, content)
+                if content is None or not _holds(home, content):
+                    if not home.exists():
+                        self.created.append(home)
+                    os.replace(beside, home)
+                    sync(home.parent)
+        finally:
+            beside.unlink(missing_ok=True)
+        return home
 
 
 @contextmanager
@@ -104,45 +122,40 @@ def stored(
     weights that a graph to be replaced still uses gets another name: that graph stays whole until it is replaced.
 
     Args:
-        source: the weights.
         needed: names of the tensors that some graph uses.
         folder: the folder of the graphs; exists.
         dtype: of floating-point weights; None for as they are used.
-        replaced: manifests that are about to be replaced: what they name need not stay in the end.
+        replaced: manifests that are about to be replaced.
         note: told in one line what was copied, and why.
-
-    Raises:
-        PpclError: there is no room, or graphs of another model in the folder use the same names.
     """
     root = folder.resolve()
     forms = source.forms(dtype)
-    there = {
-        name: place
-        for name, place in source.ranges.items()
-        if name in forms and (place.dtype, place.shape) == forms[name]
-    }
-    files = dict.fromkeys(place.file for name, place in there.items() if name in needed)
+    there = {name: at for name, at in source.ranges.items() if forms.get(name) == (at.dtype, at.shape)}
+    targets = {at.file: _target(at.file, source.folder, root) for name, at in there.items() if name in needed}
     others = {name: form for name, form in forms.items() if name not in there}
     if others.keys().isdisjoint(needed):
         others = {}
-    targets = {file: _target(file, source.folder, root) for file in files}
     copied = {file: target for file, target in targets.items() if target != file.resolve()}
     if (copied or others) and not is_store(root / WEIGHTS):
         raise PpclError(f"{root / WEIGHTS}: holds other files than weights of exports; choose another folder")
-    made = Store(root, {})
+    made = Store(root, replaced)
     digests = {file: sha256_of(file) for file, target in copied.items() if _taken(target)}
-    homes = {file: _home(made, copied[file], digest, replaced) for file, digest in digests.items()}
-    lacking = (file for file in copied if file not in homes or not made.holds(homes[file], digests[file]))
+    homes = {file: made.home(copied[file], digest) for file, digest in digests.items()}
+    lacking = [file for file in copied if file not in homes or not _holds(homes[file], digests[file])]
     need_room(root, form_bytes(others) + sum(file.stat().st_size for file in lacking))
+    targets |= homes
     try:
-        for file, target in copied.items():
-            targets[file] = _publish(made, target, _copier(file), replaced, digests.get(file))
+        for file in lacking:
+            targets[file] = made.publish(copied[file], partial(_clone, file.resolve()))
         if others:
-            target = root / WEIGHTS / f"{_plain(dtype or _main(others))}.safetensors"
-            target = _publish(made, target, lambda beside: _write(source, others, beside), replaced, None)
-            made.ranges.update(stored_tensors(target))
+            sizes: Counter[torch.dtype] = Counter()
+            for name, form in others.items():
+                sizes[form[0]] += form_bytes({name: form})
+            main = dtype or sizes.most_common(1)[0][0]  # the dtype of most bytes
+            target = root / WEIGHTS / f"{str(main).removeprefix('torch.')}.safetensors"
+            made.ranges.update(stored_tensors(made.publish(target, partial(_convert, source, others))))
         made.ranges.update(
-            (name, replace(place, file=targets[place.file])) for name, place in there.items() if place.file in files
+            {name: replace(at, file=targets[at.file]) for name, at in there.items() if at.file in targets}
         )
         _say(source, copied, others, root, note)
         with made.digesting():
@@ -159,51 +172,20 @@ def stored(
 def _target(file: Path, origin: Path | None, root: Path) -> Path:
     """Return where a file is used: where it is, if runtimes take it there, else in the store."""
     real = file.resolve()
-    alone = not file.is_symlink() and real.stat().st_nlink == 1
-    if alone and real.is_relative_to(root):
+    if real.is_relative_to(root) and _alone(file):
         return real
     within = origin is not None and file.is_relative_to(origin)
     return root / WEIGHTS / (file.relative_to(origin) if within and origin is not None else Path(file.name))
 
 
-def _publish(
-    made: Store, target: Path, write: Callable[[Path], None], replaced: Collection[str], known: str | None
-) -> Path:
-    """Write a file beside its name and rename it; one of the same content stays as it is.
+def _alone(file: Path) -> bool:
+    """Tell whether a file is no link of either kind: runtimes refuse those."""
+    return not file.is_symlink() and file.stat().st_nlink == 1
 
-    Args:
-        made: where it is noted.
-        target: its name, if that is free.
-        write: writes it.
-        replaced: see `stored`.
-        known: its digest, where that is known before it is written.
 
-    Returns:
-        Where it lies.
-    """
-    beside = target.with_name(f".{target.name}.partial-{uuid.uuid4().hex[:8]}")
-    if known is not None:
-        home = _home(made, target, known, replaced)
-        if made.holds(home, known):
-            return home
-    try:
-        with writing(target):
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write(beside)
-            sync(beside)
-            content = known or (sha256_of(beside) if _taken(target) else None)
-            home = target if content is None else _home(made, target, content, replaced)
-            if content is not None and made.holds(home, content):
-                return home
-            if not home.exists():
-                made.created.append(home)
-            os.replace(beside, home)
-            if content is not None:
-                made.digests[made.name(home)] = content
-            sync(home.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-    return home
+def _holds(path: Path, sha256: str) -> bool:
+    """Tell whether a file has a content, and is one that runtimes take."""
+    return path.is_file() and _alone(path) and mark_of(path).sha256 == sha256
 
 
 def _taken(target: Path) -> bool:
@@ -211,46 +193,12 @@ def _taken(target: Path) -> bool:
     return target.exists() or any(target.parent.glob(f"{target.stem}-????????{target.suffix}"))
 
 
-def _home(made: Store, target: Path, sha256: str, replaced: Collection[str]) -> Path:
-    """Return where content lies already, or else where it may go: never over what a graph uses.
-
-    Raises:
-        PpclError: a graph that is not about to be replaced uses other weights of that name.
-    """
-    aside = target.with_name(f"{target.stem}-{sha256[:8]}{target.suffix}")
-    for path in (target, aside):
-        if made.holds(path, sha256):
-            return path
-    if not target.exists():
-        return target
-    holder = used_by_others(made.folder, made.name(target), replaced)
-    if holder is not None:
-        raise PpclError(
-            f"{target}: holds other weights, and {holder} uses them; choose another folder, or remove that file"
-        )
-    return aside if used_by_others(made.folder, made.name(target), ()) else target
-
-
-def _copier(file: Path) -> Callable[[Path], None]:
-    return lambda beside: _clone(file.resolve(), beside)
-
-
 def _clone(source: Path, target: Path) -> None:
-    """Copy a file: sharing its blocks where the file system can, within the kernel where it cannot."""
+    """Copy a file within the kernel, which shares its blocks where the file system can; by hand where it cannot."""
     with open_regular(source) as old, target.open("wb") as new:
-        try:
-            import fcntl
-
-            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
-            return
-        except (ImportError, OSError):
-            pass
         left = os.fstat(old.fileno()).st_size
         try:
-            while left:
-                count = os.copy_file_range(old.fileno(), new.fileno(), min(left, 1 << 30))
-                if not count:
-                    break
+            while left and (count := os.copy_file_range(old.fileno(), new.fileno(), min(left, 1 << 30))):
                 left -= count
         except (AttributeError, OSError) as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
@@ -263,7 +211,7 @@ def _clone(source: Path, target: Path) -> None:
         raise PpclError(f"{source}: became shorter while it was copied; copy it again from where it came")
 
 
-def _write(source: WeightSource, forms: dict[str, tuple[torch.dtype, tuple[int, ...]]], path: Path) -> None:
+def _convert(source: WeightSource, forms: dict[str, Form], path: Path) -> None:
     """Write tensors in the dtypes that they are wanted in, one at a time."""
     try:
         write_long(path, forms, lambda name: source.read(name).to(forms[name][0]), lambda _: source.release())
@@ -284,22 +232,9 @@ def _say(
         note(f"{len(others)} weights were converted, once for all ratios, into {root / WEIGHTS}")
 
 
-def _main(forms: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> torch.dtype:
-    """Return the dtype of most bytes."""
-    sizes: dict[torch.dtype, int] = {}
-    for dtype, shape in forms.values():
-        sizes[dtype] = sizes.get(dtype, 0) + form_bytes({"": (dtype, shape)})
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def weights_of(folder: Path, manifests: Collection[str]) -> set[str]:
     """Return the weight files that manifests of a folder name."""
-    cards = cards_in(folder)
-    return {weight.file for name in manifests if name in cards for weight in cards[name].weights}
+    return {one.file for name, found in cards_in(folder).items() if name in manifests for one in found.weights}
 
 
 def drop_unused(folder: Path, names: Collection[str]) -> None:
@@ -318,14 +253,12 @@ def drop_unused(folder: Path, names: Collection[str]) -> None:
 
 
 def _family(name: str) -> str:
-    """Return the name that a file would have if it had not been put aside (`ppcl_fx.export.store.weight_store`)."""
+    """Return the name that a file would have if it had not been put aside (`Store.home`)."""
     return re.sub(r"-[0-9a-f]{8}(?=\.safetensors$)", "", name)
 
 
 def prune(folder: Path) -> None:
-    """Remove a folder and what is in it where they are empty."""
-    for child in list(folder.iterdir()) if folder.is_dir() else ():
-        if child.is_dir():
-            prune(child)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Remove the empty folders in a folder, and itself where nothing else is there."""
+    for path in sorted((folder, *folder.rglob("*")), reverse=True):
+        if path.is_dir() and not path.is_symlink() and not any(path.iterdir()):
+            path.rmdir()

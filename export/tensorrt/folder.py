@@ -2,54 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.store.names import TIMINGS, manifest_path
-from ppcl_fx.export.tensorrt.build import build_engine, load_tensorrt
-from ppcl_fx.export.tensorrt.manifest import EngineManifest, Hashes, check_card, read_card
-from ppcl_fx.export.tensorrt.options import check_version
-from ppcl_fx.export.tensorrt.places import GraphPlace, find_graphs, read_graph, read_origin
+from ppcl_fx.export.store.manifest import mark_of
+from ppcl_fx.export.store.names import TIMINGS, engine_path, manifest_path
+from ppcl_fx.export.tensorrt.build import build_engine, check_version
+from ppcl_fx.export.tensorrt.manifest import EngineManifest, check_engine, read_engine_manifest
+from ppcl_fx.export.tensorrt.monitor import Report, silent
 from ppcl_fx.export.tensorrt.profiles import Profile
-from ppcl_fx.export.tensorrt.request import BuildConfig, read_request
-from ppcl_fx.export.tensorrt_api import Api, Gpu
+from ppcl_fx.export.tensorrt.request import BuildConfig, BuildOptions, Origin, find_graphs, read_request
+from ppcl_fx.export.tensorrt_api import Api, load_tensorrt
 from ppcl_fx.export.verify.integrity import check_artefacts
-
-Report = Callable[[int, int, str], None]
+from ppcl_fx.io.files import own_file, read_json
 
 
 @dataclass(frozen=True)
 class Built:
-    """One engine of a folder.
-
-    Attributes:
-        name: the ratio, ``keep-0.7``.
-        engine: the engine.
-        card: its manifest.
-        kept: whether it was there already, and fits.
-    """
+    """One engine of a folder: the ratio's name (``keep-0.7``), the file, and whether it was there already, and fits."""
 
     name: str
     engine: Path
-    card: EngineManifest
+    manifest: EngineManifest
     kept: bool
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as JSON knows them."""
-        card = self.card.model_dump(mode="json", exclude={"plan"})
+        card = self.manifest.model_dump(mode="json", exclude={"plan"})
         return {"name": self.name, "engine": str(self.engine), "kept": self.kept, "card": card}
 
 
 def build_folder(
-    folder: str | Path,
-    request: BuildConfig | None = None,
+    folder: Path,
+    config: BuildConfig | None = None,
     *,
     overwrite: bool = False,
-    tensorrt: tuple[Api, Gpu] | None = None,
-    report: Report | None = None,
+    api: Api | None = None,
+    report: Report = silent,
 ) -> list[Built]:
     """Build an engine for each graph of an exported folder.
 
@@ -57,71 +48,56 @@ def build_folder(
     version, graph, profiles and options, is kept: a build that was stopped goes on where it was.
 
     Args:
-        folder: the folder.
-        request: what to build; by default what ``build.json`` in the folder says.
-        overwrite: replace engines that are there.
-        tensorrt: TensorRT and the GPU; found if left out.
+        config: what to build; by default what ``build.json`` in the folder says.
+        api: TensorRT and the GPU; found if left out.
         report: told the share that is done of all builds in percent, 100, and what is being done.
 
     Raises:
-        PpclError: the folder holds no graph, a graph or its weights are not what was exported, the profiles do not fit,
-            there is no TensorRT or no GPU, an engine is there already and is another, or a build fails. Engines that
-            were built before stay.
+        PpclError: a graph or its weights are not what was exported, the profiles do not fit, an engine is there already
+            and is another, or a build fails. Engines that were built before stay.
     """
-    root = Path(folder)
-    places = find_graphs(root)
-    request = request or read_request(root)
-    profiles = [request.profiles(read_graph(place.onnx), str(place.onnx)) for place in places]
-    api, gpu = tensorrt or load_tensorrt(f"the ONNX files stay in {root}")
-    check_version(str(api.value("__version__")), request.options)
-    hashes = Hashes()
-    for place in places:
-        if manifest_path(place.onnx).is_file():
-            check_artefacts(place.onnx, sha256=lambda path: hashes.mark(path).sha256)
-    kept = [
-        None if overwrite else _there(place, wanted, request, api, gpu, hashes)
-        for place, wanted in zip(places, profiles, strict=True)
-    ]
+    graphs = find_graphs(folder)
+    config = config or read_request(folder)
+    profiles = {name: config.profiles(onnx) for name, onnx in graphs.items()}
+    api = api or load_tensorrt(f"the ONNX files stay in {folder}")
+    check_version(api.version, config.options)
+    for onnx in graphs.values():
+        if manifest_path(onnx).is_file():
+            check_artefacts(onnx, sha256=lambda path: mark_of(path).sha256)
+    engines = {name: engine_path(onnx) for name, onnx in graphs.items()}
+    kept = {
+        name: _wanted(engine, profiles[name], config.options, api)
+        for name, engine in engines.items()
+        if engine.exists() and not overwrite
+    }
     results = []
-    for index, (place, wanted, card) in enumerate(zip(places, profiles, kept, strict=True)):
-        made = card or build_engine(
-            place.onnx,
-            place.engine,
-            wanted,
-            request.options,
+    for index, (name, onnx) in enumerate(graphs.items()):
+        told = folder / f"{name}.json"
+        manifest = kept.get(name) or build_engine(
+            onnx,
+            engines[name],
+            profiles[name],
+            config.options,
             api=api,
-            gpu=gpu,
-            cache=root / TIMINGS,
-            origin=read_origin(place),
-            hashes=hashes,
-            report=_part(report, index, len(places), place.name),
+            cache=folder / TIMINGS,
+            origin=read_json(own_file(told), Origin) if told.is_file() else None,
+            report=_part(report, index, len(graphs), name),
         )
-        results.append(Built(place.name, place.engine, made, kept=card is not None))
+        results.append(Built(name, engines[name], manifest, kept=name in kept))
     return results
 
 
-def _there(
-    place: GraphPlace, profiles: list[Profile], request: BuildConfig, api: Api, gpu: Gpu, hashes: Hashes
-) -> EngineManifest | None:
-    """Return the manifest of an engine that is there and is the one wanted."""
-    if not place.engine.exists():
-        return None
+def _wanted(engine: Path, profiles: list[Profile], options: BuildOptions, api: Api) -> EngineManifest:
+    """Return the manifest of an engine that is there, and refuse one that is not the one wanted."""
     try:
-        card = read_card(place.engine)
-        check_card(card, place.engine, gpu=gpu, tensorrt=str(api.value("__version__")), hashes=hashes, weights=True)
+        manifest = read_engine_manifest(engine)
+        check_engine(manifest, engine, api, read_weights=True)
     except PpclError as error:
-        raise PpclError(f"{place.engine}: is there already and does not fit; replace it with --overwrite") from error
-    if card.profiles != profiles or card.options != request.options:
-        raise PpclError(f"{place.engine}: is there already with other profiles or options; replace it with --overwrite")
-    return card
+        raise PpclError(f"{engine}: is there already and does not fit; replace it with --overwrite") from error
+    if manifest.profiles != profiles or manifest.options != options:
+        raise PpclError(f"{engine}: is there already with other profiles or options; replace it with --overwrite")
+    return manifest
 
 
-def _part(report: Report | None, index: int, count: int, name: str) -> Report | None:
-    """Report one build as a part of all."""
-    if report is None:
-        return None
-
-    def show(done: int, total: int, phase: str) -> None:
-        report((100 * index + 100 * done // total) // count, 100, f"{name}: {phase}")
-
-    return show
+def _part(report: Report, index: int, count: int, name: str) -> Report:
+    return lambda done, total, phase: report((100 * index + 100 * done // total) // count, 100, f"{name}: {phase}")

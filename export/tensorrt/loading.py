@@ -8,47 +8,36 @@ from pathlib import Path
 from typing import Any
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.tensorrt.build import load_tensorrt
-from ppcl_fx.export.tensorrt.manifest import EngineManifest, Hashes, check_card, read_card
+from ppcl_fx.export.tensorrt.manifest import (
+    EngineManifest,
+    check_engine,
+    read_engine_manifest,
+    rebuild_command,
+)
 from ppcl_fx.export.tensorrt.monitor import Messages
-from ppcl_fx.export.tensorrt.places import rebuild_command
-from ppcl_fx.export.tensorrt_api import Api, Gpu
+from ppcl_fx.export.tensorrt_api import Api, errors_of, load_tensorrt
 from ppcl_fx.io.files import inside
 from ppcl_fx.io.reading import open_regular
 
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """An engine that can run.
-
-    Attributes:
-        engine: TensorRT's ``ICudaEngine``, weights and all.
-        card: its manifest.
-        api: TensorRT.
-        keepalive: what the engine needs as long as it lives.
-    """
+    """TensorRT's ``ICudaEngine``, weights and all, its manifest, and what it needs as long as it lives."""
 
     engine: Any
-    card: EngineManifest
+    manifest: EngineManifest
     api: Api
     keepalive: tuple[Any, ...]
 
 
 def load_engine(
-    engine: str | Path,
-    *,
-    tensorrt: tuple[Api, Gpu] | None = None,
-    gpu_index: int = 0,
-    hashes: Hashes | None = None,
-    read_weights: bool | None = None,
+    engine: str | Path, *, api: Api | None = None, gpu_index: int = 0, read_weights: bool | None = None
 ) -> LoadedEngine:
     """Load an engine that `build_engine` wrote.
 
     Args:
-        engine: the engine.
-        tensorrt: TensorRT and the GPU; found if left out.
+        api: TensorRT and the GPU; found if left out.
         gpu_index: which GPU, as CUDA counts them; it has to be CUDA's current one.
-        hashes: known hashes of files, shared by the engines of one weight store.
         read_weights: compare the weight files with the manifest by their hashes, not by their sizes alone. By default
             for an engine without weights: others than those it was built from give wrong pictures without a word.
 
@@ -57,25 +46,23 @@ def load_engine(
             changed, or TensorRT does not take it.
     """
     path = Path(engine)
-    card = read_card(path)
-    api, gpu = tensorrt or load_tensorrt(f"{path} stays", gpu_index)
-    stripped = card.options.stripped
-    read = stripped if read_weights is None else read_weights
-    check_card(card, path, gpu=gpu, tensorrt=str(api.value("__version__")), hashes=hashes, weights=read)
-    messages = Messages()
-    logger = messages.logger(api)
-    runtime = api.make("Runtime", logger=logger)
+    manifest = read_engine_manifest(path)
+    options = manifest.options
+    api = api or load_tensorrt(f"{path} stays", gpu_index)
+    check_engine(manifest, path, api, options.stripped if read_weights is None else read_weights)
+    messages = Messages(api)
+    runtime = api.make("Runtime", logger=messages.logger)
     # It is TensorRT's default: an engine that brings code for the host is refused, as no code of a folder is run.
     api.set("Runtime.engine_host_code_allowed", runtime, False)
     with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         loaded = api.call("Runtime.deserialize_cuda_engine", runtime, serialized_engine=data)
     if loaded is None:
         raise PpclError(f"{path}: TensorRT cannot read it{messages.why()}; build it here: {rebuild_command(path)}")
-    if stripped:
-        refit(loaded, inside(path.parent, card.onnx), api=api, logger=logger, messages=messages)
-    if card.options.weight_streaming is not None:
-        _stream(loaded, card.options.weight_streaming, api, path, messages)
-    return LoadedEngine(loaded, card, api, (runtime, logger))
+    if options.stripped:
+        refit(loaded, inside(path.parent, manifest.onnx), api=api, messages=messages)
+    if options.weight_streaming is not None:
+        _stream(loaded, options.weight_streaming, api, path, messages)
+    return LoadedEngine(loaded, manifest, api, (runtime, messages.logger))
 
 
 def _stream(engine: Any, budget: int, api: Api, path: Path, messages: Messages) -> None:
@@ -89,7 +76,7 @@ def _stream(engine: Any, budget: int, api: Api, path: Path, messages: Messages) 
         )
 
 
-def refit(engine: Any, onnx: Path, *, api: Api, logger: Any | None = None, messages: Messages | None = None) -> None:
+def refit(engine: Any, onnx: Path, *, api: Api, messages: Messages | None = None) -> None:
     """Put the weights of an ONNX file, and of the store it points to, into an engine.
 
     A stripped engine runs without them too, and gives zeros, so each that is missing is an error here.
@@ -97,25 +84,20 @@ def refit(engine: Any, onnx: Path, *, api: Api, logger: Any | None = None, messa
     Args:
         engine: TensorRT's ``ICudaEngine``, built with a kind of refit.
         onnx: the ONNX file it was built from. For ``identical`` these must be the very weights it was built with.
-        api: TensorRT.
-        logger: TensorRT's logger; one is made if left out.
-        messages: where that logger keeps errors.
+        messages: what TensorRT said when it was loaded.
 
     Raises:
         PpclError: the engine cannot be refitted, or the file does not give it all of its weights.
     """
     if not api.get("ICudaEngine.refittable", engine):
         raise PpclError(f"{onnx}: the engine was not built to take weights; build it with --stripped or --refit")
-    messages = messages or Messages()
-    logger = logger if logger is not None else messages.logger(api)
-    refitter = api.make("Refitter", engine=engine, logger=logger)
-    parser = api.make("OnnxParserRefitter", refitter=refitter, logger=logger)
+    messages = messages or Messages(api)
+    refitter = api.make("Refitter", engine=engine, logger=messages.logger)
+    parser = api.make("OnnxParserRefitter", refitter=refitter, logger=messages.logger)
     if not api.call("OnnxParserRefitter.refit_from_file", parser, model=str(onnx)):
-        errors = [
-            str(api.call("ParserError.desc", api.call("OnnxParserRefitter.get_error", parser, index=index)))
-            for index in range(api.get("OnnxParserRefitter.num_errors", parser))
-        ]
-        raise PpclError(f"{onnx}: TensorRT cannot take its weights ({'; '.join(errors[:3])}); build the engine again")
+        count = api.get("OnnxParserRefitter.num_errors", parser)
+        errors = (api.call("OnnxParserRefitter.get_error", parser, index=index) for index in range(count))
+        raise PpclError(f"{onnx}: TensorRT cannot take its weights ({errors_of(api, errors)}); build the engine again")
     missing = list(api.call("Refitter.get_missing_weights", refitter))
     if missing:
         raise PpclError(

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ppcl_fx.errors import PpclError, near
+from ppcl_fx.io.files import Record
 from ppcl_fx.io.options import Config, Flag
 
 if TYPE_CHECKING:
@@ -20,11 +21,7 @@ Kind = Literal["min", "opt", "max"]
 KINDS: tuple[Kind, Kind, Kind] = ("min", "opt", "max")
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Range(_Strict):
+class Range(Record):
     """The sizes an engine takes for one open size: smallest, the one it is tuned for, largest."""
 
     min: int = Field(ge=1)
@@ -38,12 +35,9 @@ class Range(_Strict):
         return self
 
 
-class Profile(_Strict):
-    """One optimisation profile of an engine.
-
-    Attributes:
-        name: what a person calls it, ``1024x1024``.
-        sizes: for each open size of the ONNX file, by its name, the range.
+class Profile(Record):
+    """One optimisation profile of an engine: what a person calls it (``1024x1024``), and the range for each open size
+    of the ONNX file, by its name.
     """
 
     name: str = ""
@@ -77,12 +71,8 @@ class Spec(Config):
 
 @dataclass(frozen=True)
 class Roles:
-    """What the open sizes of a graph mean, by where they appear.
-
-    Attributes:
-        batch: the batch's name, or ``None`` where it is fixed.
-        image: sizes that the output has too: one for a sequence of tokens, height and width for latents.
-        text: all others.
+    """What the open sizes of a graph mean, by where they appear: the picture's are in the output too, one for a
+    sequence of tokens, height and width for latents. The batch is None where it is fixed; all others are text.
     """
 
     batch: str | None
@@ -91,9 +81,11 @@ class Roles:
 
 
 def roles(inputs: Sequence[Port], outputs: Sequence[Port]) -> Roles:
-    """Tell which open sizes are the batch, the picture and the text: the picture's come out again, text's do not."""
-    names = list(dict.fromkeys(str(s) for port in inputs for s in port.shape if isinstance(s, str)))
-    leaving = list(dict.fromkeys(str(s) for port in outputs for s in port.shape if isinstance(s, str)))
+    """Tell which open sizes are the batch, the picture and the text."""
+    names, leaving = (
+        list(dict.fromkeys(size for port in ports for size in port.shape if isinstance(size, str)))
+        for ports in (inputs, outputs)
+    )
     return Roles(
         BATCH if BATCH in names else None,
         tuple(name for name in leaving if name in names and name != BATCH),
@@ -102,10 +94,8 @@ def roles(inputs: Sequence[Port], outputs: Sequence[Port]) -> Roles:
 
 
 def parse_range(option: str, text: str) -> Range:
-    """Return the range that ``4``, ``1-4`` (tuned for the largest) or ``1-2-4`` stands for.
-
-    Raises:
-        PpclError: it is none, holds a zero, or is not in order.
+    """Return the range that ``4``, ``1-4`` (tuned for the largest) or ``1-2-4`` stands for; `PpclError` where it is
+    none, holds a zero, or is not in order.
     """
     parts = text.strip().split("-")
     if not 1 <= len(parts) <= 3 or not all(re.fullmatch(r"[0-9]{1,9}", part.strip()) for part in parts):
@@ -122,12 +112,12 @@ def _range(option: str, text: str, numbers: list[int]) -> Range:
     return Range(min=low, opt=best, max=high)
 
 
-def check_spec(spec: Spec) -> None:
-    """Refuse a spec that fits no graph, before any graph is there.
+def _parts(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",")] if text else []
 
-    Raises:
-        PpclError: it has a range or a resolution that is none, or resolutions without the pixels of a token.
-    """
+
+def check_spec(spec: Spec) -> None:
+    """Raise `PpclError` for a spec that fits no graph: a range that is none, pictures without pixels of a token."""
     if spec.shapes and spec.tokens:
         raise PpclError("--shapes and --tokens both say how large pictures are; give one of them")
     if spec.shapes and spec.pixels is None:
@@ -135,40 +125,25 @@ def check_spec(spec: Spec) -> None:
             "--shapes: how many pixels make a token is not known; give --pixels-per-token 16, for example, or "
             "--tokens 4096 instead"
         )
-    for part in spec.shapes.split(",") if spec.shapes else ():
-        _resolution(part.strip(), spec.pixels or 1, ("tokens",))
-    for part in spec.tokens.split(",") if spec.tokens else ():
-        parse_range("--tokens", part)
-    for option, text in (("--batch", spec.batch), ("--text", spec.text)):
-        if text:
-            parse_range(option, text)
-    for name, text in spec.sizes.items():
-        parse_range(f"--size {name}", text)
+    for part in _parts(spec.shapes):
+        _resolution(part, spec.pixels or 1, ("tokens",))
+    ranges = [("--tokens", part) for part in _parts(spec.tokens)]
+    ranges += [(option, text) for option, text in (("--batch", spec.batch), ("--text", spec.text)) if text]
+    for option, text in [*ranges, *((f"--size {name}", text) for name, text in spec.sizes.items())]:
+        parse_range(option, text)
 
 
 def resolve(spec: Spec, inputs: Sequence[Port], outputs: Sequence[Port], file: str) -> list[Profile]:
-    """Return the profiles that a spec asks for.
-
-    Args:
-        spec: what was asked for.
-        inputs: the inputs of the ONNX file.
-        outputs: its outputs.
-        file: its name, for messages.
-
-    Raises:
-        PpclError: the spec is no spec, leaves an open size out, or asks for what the model cannot serve: a size that
-            is fixed in the file, one above the model's limit, zero.
+    """Return the profiles that a spec asks for, of an ONNX file with these inputs and outputs; `PpclError` where it
+    leaves an open size out, or asks for what the model cannot serve.
     """
     check_spec(spec)
     known = roles(inputs, outputs)
-    given = _by_name(spec, known, file)
-    ranges: dict[str, Range] = {}
-    for name, (option, text) in given.items():
-        ranges[name] = parse_range(option, text)
+    ranges = _named(spec, known, file)
     profiles = [Profile(name=name, sizes=ranges | sizes) for name, sizes in _pictures(spec, known, file)]
-    missing = _missing(known, profiles[0])
-    if missing is not None:
-        raise PpclError(f"{file}: no range for {missing}")
+    for name, hint in _hints(known).items():
+        if name not in profiles[0].sizes:
+            raise PpclError(f"{file}: no range for {hint}, for example")
     for profile in profiles:
         for name, size in profile.sizes.items():
             if name in spec.limits and size.max > spec.limits[name]:
@@ -179,43 +154,38 @@ def resolve(spec: Spec, inputs: Sequence[Port], outputs: Sequence[Port], file: s
     return profiles
 
 
-def _by_name(spec: Spec, known: Roles, file: str) -> dict[str, tuple[str, str]]:
-    """Return the option and the text for each size that is not the picture's."""
+def _named(spec: Spec, known: Roles, file: str) -> dict[str, Range]:
+    """Return the ranges of the sizes that are given by name, and of the batch and the text."""
     names = [*((known.batch,) if known.batch else ()), *known.image, *known.text]
-    given: dict[str, tuple[str, str]] = {}
+    found: dict[str, Range] = {}
     for name, text in spec.sizes.items():
         if name not in names:
             raise PpclError(
                 f"{file}: no open size {name!r}{near(name, names)}; open are {', '.join(names) or 'none'}, and every "
                 "other size is fixed in the file"
             )
-        given[name] = (f"--size {name}", text)
+        found[name] = parse_range(f"--size {name}", text)
     if spec.batch:
         if known.batch is None:
             raise PpclError(f"{file}: the batch is fixed in the file; leave --batch out")
-        given.setdefault(known.batch, ("--batch", spec.batch))
+        found.setdefault(known.batch, parse_range("--batch", spec.batch))
     if spec.text:
         open_text = [name for name in known.text if name not in spec.sizes]
         if len(open_text) != 1:
             several = f"{len(open_text)} sizes may be text ({', '.join(open_text)})"
             why = several if open_text else "the size of the text is fixed in the file"
             raise PpclError(f"{file}: {why}; give each range by its name with --size NAME=1-512, or leave --text out")
-        given[open_text[0]] = ("--text", spec.text)
-    return given
+        found[open_text[0]] = parse_range("--text", spec.text)
+    return found
 
 
-def _missing(known: Roles, profile: Profile) -> str | None:
-    """Name an open size without a range, with the option that gives one."""
-    if known.batch and known.batch not in profile.sizes:
-        return "the batch; give --batch 1-4, for example"
-    for name in known.image:
-        if name not in profile.sizes:
-            return f"the picture ({name}); give --shapes 1024x1024 or --tokens 4096, for example"
+def _hints(known: Roles) -> dict[str, str]:
+    """Return for each open size the option that gives its range."""
+    hints = {known.batch: "the batch; give --batch 1-4"} if known.batch else {}
+    hints |= {name: f"the picture ({name}); give --shapes 1024x1024 or --tokens 4096" for name in known.image}
     for name in known.text:
-        if name not in profile.sizes:
-            option = "--text 1-512" if len(known.text) == 1 else f"--size {name}=1-512"
-            return f"{name!r}; give {option}, for example"
-    return None
+        hints[name] = f"{name!r}; give " + ("--text 1-512" if len(known.text) == 1 else f"--size {name}=1-512")
+    return hints
 
 
 def _pictures(spec: Spec, known: Roles, file: str) -> list[tuple[str, dict[str, Range]]]:
@@ -223,8 +193,8 @@ def _pictures(spec: Spec, known: Roles, file: str) -> list[tuple[str, dict[str, 
     open_sizes = [name for name in known.image if name not in spec.sizes]
     if not spec.shapes and not spec.tokens:
         return [("", {})]
-    option = "--shapes" if spec.shapes else "--tokens"
     if not open_sizes:
+        option = "--shapes" if spec.shapes else "--tokens"
         raise PpclError(f"{file}: the size of the picture is fixed in the file; leave {option} out")
     if spec.tokens:
         if len(open_sizes) != 1:
@@ -232,43 +202,37 @@ def _pictures(spec: Spec, known: Roles, file: str) -> list[tuple[str, dict[str, 
                 f"{file}: takes latents with the sizes {', '.join(open_sizes)}, not tokens; give --shapes, or each by "
                 "its name with --size"
             )
-        parts = [part.strip() for part in spec.tokens.split(",")]
-        return [(f"{part} tokens", {open_sizes[0]: parse_range("--tokens", part)}) for part in parts]
+        return [(f"{part} tokens", {open_sizes[0]: parse_range("--tokens", part)}) for part in _parts(spec.tokens)]
     if len(open_sizes) > 2:
         raise PpclError(f"{file}: takes {', '.join(open_sizes)}, more than a width and a height; give each with --size")
-    parts = [part.strip() for part in spec.shapes.split(",")]
-    return [(part, _resolution(part, spec.pixels or 1, open_sizes)) for part in parts]
+    return [(part, _resolution(part, spec.pixels or 1, open_sizes)) for part in _parts(spec.shapes)]
 
 
 def _resolution(text: str, pixels: int, open_sizes: Sequence[str]) -> dict[str, Range]:
     parts = text.split("-")
     found = [re.fullmatch(r"\s*([0-9]{1,6})[x×]([0-9]{1,6})\s*", part) for part in parts]
-    if not 1 <= len(parts) <= 3 or not all(found):
-        raise PpclError(f"--shapes {text}: not WIDTHxHEIGHT, nor MIN-MAX of two; give for example 1024x1024")
     pairs = [(int(match[1]), int(match[2])) for match in found if match]
+    if not 1 <= len(parts) <= 3 or len(pairs) < len(parts):
+        raise PpclError(f"--shapes {text}: not WIDTHxHEIGHT, nor MIN-MAX of two; give for example 1024x1024")
     for side in {side for pair in pairs for side in pair}:
         if side < 1 or side % pixels:
             raise PpclError(
                 f"--shapes {text}: {side} pixels is not a multiple of {pixels}, the side of one token; give one that is"
             )
-    cells = [(width // pixels, height // pixels) for width, height in pairs]
+    widths, heights = ([side // pixels for side in sides] for sides in zip(*pairs, strict=True))
     if len(open_sizes) == 1:
-        return {open_sizes[0]: _range("--shapes", text, [width * height for width, height in cells])}
+        tokens = [width * height for width, height in zip(widths, heights, strict=True)]
+        return {open_sizes[0]: _range("--shapes", text, tokens)}
     # An output [..., height, width] names the height first.
     return {
-        open_sizes[0]: _range("--shapes", text, [height for _, height in cells]),
-        open_sizes[1]: _range("--shapes", text, [width for width, _ in cells]),
+        name: _range("--shapes", text, sides)
+        for name, sides in zip(open_sizes, (heights, widths), strict=True)
     }
 
 
 def default_profile(inputs: Sequence[Port], sizes: Mapping[str, int]) -> Profile:
-    """Return a profile around an example.
-
-    Args:
-        inputs: the inputs of the ONNX file.
-        sizes: the example's size for each open size by name.
-    """
-    names = {str(size) for port in inputs for size in port.shape if isinstance(size, str)}
+    """Return a profile around an example, whose open sizes are given by name."""
+    names = {size for port in inputs for size in port.shape}
     open_sizes = {name: size for name, size in sizes.items() if name in names}
     return Profile(
         name="default",
@@ -277,11 +241,7 @@ def default_profile(inputs: Sequence[Port], sizes: Mapping[str, int]) -> Profile
 
 
 def shapes_of(port: Port, profile: Profile) -> dict[Kind, tuple[int, ...]]:
-    """Return an input's smallest, best and largest shape.
-
-    Raises:
-        PpclError: the profile has no range for one of its open sizes.
-    """
+    """Return an input's smallest, best and largest shape; `PpclError` where an open size has no range."""
     for size in port.shape:
         if isinstance(size, str) and size not in profile.sizes:
             raise PpclError(

@@ -16,7 +16,7 @@ from ppcl_fx.export.verify.sampling import SamplingRun, compare_runs
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Call, Calls
-    from ppcl_fx.export.runtime import EngineTransformer
+    from ppcl_fx.export.runtime.engine import EngineTransformer
     from ppcl_fx.model.pluggable import PluggableModel
 
 NO_CALLS = "recorded calls were not compared with PyTorch: none were given, the inputs were random; give --calls"
@@ -147,7 +147,7 @@ def compare_artefacts(
         PpclError: nothing here can run a file, a call does not fit it, there are no calls, or a ratio is further from
             PyTorch than `tolerance`.
     """
-    from ppcl_fx.export.runtime import EngineTransformer
+    from ppcl_fx.export.runtime.engine import EngineTransformer
 
     picked = chosen(calls, check_calls)
     if not picked:

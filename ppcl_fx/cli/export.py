@@ -24,11 +24,10 @@ from ppcl_fx.model.sources import check_source
 
 if TYPE_CHECKING:
     from ppcl_fx.export.exporting import ExportResult
-    from ppcl_fx.export.store.weight_source import WeightFolder
     from ppcl_fx.export.tensorrt.folder import Built
     from ppcl_fx.export.verify.sampling import SamplingRun
     from ppcl_fx.model.pluggable import PluggableModel
-    from ppcl_fx.model.student_folder import FinetunedFolder
+    from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder
 
 SAMPLES = 2
 """Pictures of a sampling run, if nothing else is said."""
@@ -89,7 +88,7 @@ def export(
     check_folder(calls, "recorded calls", "index.json")
 
     from ppcl_fx.export.exporting import export as run
-    from ppcl_fx.export.store.opened import stays_on_disk
+    from ppcl_fx.export.store.weight_source import stays_on_disk
     from ppcl_fx.model.pluggable import PluggableModel
     from ppcl_fx.model.student_folder import FinetunedFolder
 
@@ -130,7 +129,7 @@ def build(
     What is not said here is taken from ENGINES/build.json, which 'ppcl-fx export --onnx-only' wrote.
     """
     check_folder(folder, "what 'ppcl-fx export' wrote")
-    from ppcl_fx.export.tensorrt.request import read_request, write_request
+    from ppcl_fx.export.tensorrt.request import read_request
 
     config = read_request(folder).over(given)
 
@@ -138,9 +137,9 @@ def build(
 
     with terminal.step("building engines") as report:
         engines = build_folder(folder, config, overwrite=overwrite, report=report)
-    write_request(folder, config)
+    config.save(folder)
     lines = _engine_lines(engines)
-    lines += [f"not checked: {what}" for what in dict.fromkeys(w for one in engines for w in one.card.not_checked)]
+    lines += [f"not checked: {what}" for what in dict.fromkeys(w for one in engines for w in one.manifest.not_checked)]
     return CommandResult({"folder": str(folder), "engines": [one.to_json() for one in engines]}, lines)
 
 
@@ -161,7 +160,7 @@ def _check_uses(
 
 def _opened(
     student: Path, config: ExportConfig, terminal: Terminal, recorded: Recorded | None
-) -> PluggableModel | WeightFolder | FinetunedFolder:
+) -> PluggableModel | StudentFolder | FinetunedFolder:
     """Return a fine-tuned model or a student with its weights on disk; in memory for folders, and released ones."""
     from ppcl_fx.model.pluggable import CARD
     from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder, is_finetuned
@@ -231,7 +230,7 @@ def _result(exported: ExportResult, config: ExportConfig, notes: list[str]) -> C
 def _engine_lines(engines: Sequence[Built]) -> list[str]:
     lines = ["keep            MiB   seconds  engine"]
     for one in engines:
-        size = one.card.engine.bytes / 2**20
+        size = one.manifest.engine.bytes / 2**20
         more = "  (was there)" if one.kept else ""
-        lines.append(f"{one.name:<10} {size:>8.1f}  {one.card.seconds:>8.1f}  {one.engine}{more}")
+        lines.append(f"{one.name:<10} {size:>8.1f}  {one.manifest.seconds:>8.1f}  {one.engine}{more}")
     return lines

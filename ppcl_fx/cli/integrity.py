@@ -100,7 +100,12 @@ def _finetuned(folder: Path) -> Iterator[Checked]:
 
 def _engines(folder: Path) -> Iterator[Checked]:
     from ppcl_fx.export.runtime.folder import artefacts
-    from ppcl_fx.export.runtime.head import HEAD, check_head, pluggable_graph, read_head
+    from ppcl_fx.export.runtime.model_spec import (
+        MODEL_SPEC,
+        check_model_spec,
+        pluggable_graph,
+        read_model_spec,
+    )
     from ppcl_fx.export.store.names import manifest_path
     from ppcl_fx.export.tensorrt.manifest import EngineManifest
     from ppcl_fx.export.verify.integrity import check_artefacts
@@ -112,12 +117,12 @@ def _engines(folder: Path) -> Iterator[Checked]:
     for graph in sorted(folder.glob("keep-*.onnx")):
         if not manifest_path(graph).is_file():
             yield Checked(graph, "graph without its manifest", "nothing: no export finished it, and it is not used")
-    if (folder / HEAD).is_file():
-        head = read_head(folder)
+    if (folder / MODEL_SPEC).is_file():
+        spec = read_model_spec(folder)
         for one in ratios.values():
-            check_head(head, one.manifest, folder)
-        pluggable_graph(head, torch.float32, folder, [one.manifest for one in ratios.values()])
-        yield Checked(folder / HEAD, "model spec", "plans of the graphs, traced call")
+            check_model_spec(spec, one.manifest, folder)
+        pluggable_graph(spec, torch.float32, folder, [one.manifest for one in ratios.values()])
+        yield Checked(folder / MODEL_SPEC, "model spec", "plans of the graphs, traced call")
     for path in sorted(folder.glob("*.engine.json")):
         engine = read_json(path, EngineManifest)
         if sha256_of(inside(folder, engine.file)) != engine.engine.sha256:

@@ -37,12 +37,14 @@ class FakeApi(Api):
     Args:
         answers: for a method, class or property, a value, or a function of the owner and the keywords.
         version: what TensorRT calls itself.
+        gpu: what it builds for.
         absent: names that this version has not, though the bindings have.
     """
 
-    def __init__(self, answers: dict[str, Any] | None = None, version: str = "11.4.0.106", absent: str = "") -> None:
-        self.answers = answers or {}
+    def __init__(self, answers: dict[str, Any], version: str, absent: str, gpu: Gpu) -> None:
+        self.answers = answers
         self.number = version
+        self.gpu = gpu
         self.absent = absent
         self.calls: list[tuple[str, dict[str, Any]]] = []
 
@@ -141,5 +143,5 @@ def working(plan: bytes = b"plan", steps: int = 2, **more: Any) -> FakeApi:
         "Refitter.get_missing_weights": [],
         "Refitter.refit_cuda_engine": True,
     }
-    version, absent = more.pop("version", "11.4.0.106"), more.pop("absent", "")
-    return FakeApi(answers | {key.replace("__", "."): value for key, value in more.items()}, version, absent)
+    version, absent, gpu = more.pop("version", "11.4.0.106"), more.pop("absent", ""), more.pop("gpu", GPU)
+    return FakeApi(answers | {key.replace("__", "."): value for key, value in more.items()}, version, absent, gpu)

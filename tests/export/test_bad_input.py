@@ -22,14 +22,14 @@ from ppcl_fx import EngineTransformer
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, check_artefacts, export
 from ppcl_fx.export.onnx import writer as onnx_file
-from ppcl_fx.export.runtime.head import Head
+from ppcl_fx.export.runtime.model_spec import ModelSpec
 from ppcl_fx.export.store.publish import MARK, claimed
 from ppcl_fx.export.tensorrt import folder as build_folder
 from ppcl_fx.export.verify.integrity import sample_of
 from ppcl_fx.io.files import write_json, write_safetensors
 from ppcl_fx.model.student_folder import StudentFolder
 from tests.cli_place import Place
-from tests.export.fake_trt import GPU, working
+from tests.export.fake_trt import working
 from tests.export.killed import command, save_student
 from tests.export.test_killed import check_whole, contents
 from tests.models import qwen_kwargs
@@ -114,7 +114,7 @@ def test_damaged_artefacts_are_seen_wherever_they_are_used(
         with pytest.raises(PpclError, match=words) as caught:
             use()
         assert "\n" not in str(caught.value)
-    monkeypatch.setattr(build_folder, "load_tensorrt", lambda left: (working(), GPU))
+    monkeypatch.setattr(build_folder, "load_tensorrt", lambda left: working())
     before = contents(out)
     line = place.refused("build", out, "--tokens", "16-64", "--batch", "1-4", "--text", "1-16")
     assert "keep-0.75" in line or "students.safetensors" in line or "secret" in line
@@ -172,7 +172,7 @@ def test_a_head_of_another_model_is_refused(place: Place) -> None:
     (out / "head.json").write_text(json.dumps(head))
     with pytest.raises(PpclError, match=r"head.json: was changed after it was written"):
         EngineTransformer(out, device="cpu")
-    write_json(out / "head.json", Head.model_validate({**head, "seal": ""}))
+    write_json(out / "head.json", ModelSpec.model_validate({**head, "seal": ""}))
     with pytest.raises(PpclError, match=r"head.json: of another model or plan than keep-1.onnx; export .* --keep 1 -o"):
         EngineTransformer(out, device="cpu")
 
@@ -192,7 +192,7 @@ def test_a_profile_that_the_model_cannot_serve(place: Place, monkeypatch: pytest
     assert "encoder_hidden_states_1 = 5000 is asked for, and the model does not take it" in line
     assert sorted(path.name for path in out.glob("*.onnx")) == ["keep-0.75.onnx"]
     check_artefacts(out)
-    monkeypatch.setattr(build_folder, "load_tensorrt", lambda left: (working(), GPU))
+    monkeypatch.setattr(build_folder, "load_tensorrt", lambda left: working())
     assert "no range for the batch" in place.refused("build", out, "--tokens", "16-64")
     assert not list(out.glob("*.engine*")) and not (out / "build.json").exists()
 

@@ -18,7 +18,7 @@ import ppcl_fx
 from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, SamplingRun, check_artefacts, export, one_graph
-from ppcl_fx.export.runtime import artefacts
+from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.store.names import manifest_path
 from ppcl_fx.export.verify.metrics import Agreement, agreement, spread, worst
 from ppcl_fx.io.files import write_json

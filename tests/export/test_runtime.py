@@ -17,12 +17,13 @@ from ppcl_fx import EngineTransformer
 from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.export import ExportConfig, SamplingRun, compare_artefacts, export, lower
-from ppcl_fx.export.runtime import artefacts, sessions
-from ppcl_fx.export.runtime.limits import profile_of, sizes_of, typed
-from ppcl_fx.export.runtime.sessions import choose
-from ppcl_fx.export.store.manifest import Port
-from ppcl_fx.export.tensorrt import BuildOptions, EngineManifest, Profile, Range
-from ppcl_fx.export.tensorrt.manifest import FileMark
+from ppcl_fx.export.runtime import sessions
+from ppcl_fx.export.runtime.folder import artefacts
+from ppcl_fx.export.runtime.sessions import choose, profile_of, sizes_of, typed
+from ppcl_fx.export.store.manifest import FileMark, Port
+from ppcl_fx.export.tensorrt.manifest import EngineManifest
+from ppcl_fx.export.tensorrt.profiles import Profile, Range
+from ppcl_fx.export.tensorrt.request import BuildOptions
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.shapes import load_pipeline
@@ -154,7 +155,7 @@ def test_other_resolutions_text_lengths_and_batches(made: Any, opened: Any, size
         assert torch.allclose(answer(engine, kwargs), answer(model, kwargs), atol=1e-5)
     # The same tables as from the model with its weights, to the bit.
     real = lower(model.graph_module()).feeds(bind(model.graph_module(), kwargs))
-    tables = engine._front().tables(kwargs)
+    tables = engine._adapter().tables(kwargs)
     assert set(tables) == set(real) - set(kwargs)
     assert all(torch.equal(table, real[name]) for name, table in tables.items())
 

@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.runtime import artefacts
+from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.sessions import SessionChoice, Sessions, choose, device_of
 from ppcl_fx.export.store.manifest import Manifest, Port, WeightFile
-from ppcl_fx.export.store.names import manifest_path
-from ppcl_fx.export.tensorrt import build_engine
-from ppcl_fx.export.tensorrt.places import find_graphs, read_origin
-from ppcl_fx.io.files import sha256_of, write_json
+from ppcl_fx.export.store.names import engine_path, manifest_path
+from ppcl_fx.export.tensorrt.build import build_engine
+from ppcl_fx.export.tensorrt.request import Origin, find_graphs
+from ppcl_fx.io.files import read_json, sha256_of, write_json
 from ppcl_fx.schema.plan import DepthEdit, Plan
-from tests.export.fake_trt import GPU, working
+from tests.export.fake_trt import working
 from tests.export.test_tensorrt import PROFILE, write_graph
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -43,10 +43,10 @@ def write_ratio(folder: Path, name: str = "keep-0.7", **fields: Any) -> Path:
 
 def build(folder: Path) -> Path:
     """An engine for the one ratio of a folder."""
-    (place,) = find_graphs(folder)
-    origin = read_origin(place)
-    build_engine(place.onnx, place.engine, [PROFILE], api=working(), gpu=GPU, origin=origin)
-    return place.engine
+    ((name, onnx),) = find_graphs(folder).items()
+    origin = read_json(folder / f"{name}.json", Origin)
+    build_engine(onnx, engine_path(onnx), [PROFILE], api=working(), origin=origin)
+    return engine_path(onnx)
 
 
 # ---- engines ---------------------------------------------------------------------------------------------------
@@ -75,7 +75,7 @@ def test_an_engine_of_an_older_export_is_as_none(tmp_path: Path, fields: dict[st
     build(tmp_path)
     write_ratio(tmp_path, **fields)
     found = artefacts(tmp_path)[0.7]
-    assert (found.engine, found.card) == (None, None)
+    assert (found.engine, found.engine_manifest) == (None, None)
     with pytest.raises(PpclError, match="no engine for the ratio 0.7; run: ppcl-fx build"):
         choose(found, "tensorrt", CUDA)
 
@@ -121,11 +121,12 @@ def test_on_a_gpu_only_pytorch_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", ended.append)
 
     class Opening(Sessions):
-        def _open(self, choice: SessionChoice, front: Any) -> Any:
+        def _open(self, choice: SessionChoice, adapter: Any) -> Any:
             return SimpleNamespace(choice=choice)
 
     def chosen(keep: float, backend: str, device: torch.device = CUDA) -> Any:
-        return SimpleNamespace(artefact=SimpleNamespace(keep=keep), backend=backend, device=device)
+        artefact = SimpleNamespace(manifest=SimpleNamespace(keep=keep))
+        return SimpleNamespace(artefact=artefact, backend=backend, device=device)
 
     def after(*choices: Any) -> list[float]:
         running = Opening()

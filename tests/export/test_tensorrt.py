@@ -22,24 +22,15 @@ import pytest
 from onnx import TensorProto, helper
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import tensorrt_api
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.tensorrt import (
-    BuildOptions,
-    Profile,
-    Range,
-    build_engine,
-    load_engine,
-    load_tensorrt,
-    read_card,
-)
-from ppcl_fx.export.tensorrt.manifest import EngineManifest
+from ppcl_fx.export.tensorrt.build import build_engine, check_version
+from ppcl_fx.export.tensorrt.loading import load_engine
+from ppcl_fx.export.tensorrt.manifest import EngineManifest, read_engine_manifest
 from ppcl_fx.export.tensorrt.monitor import Monitor
-from ppcl_fx.export.tensorrt.options import check_version
-from ppcl_fx.export.tensorrt.places import read_graph
-from ppcl_fx.export.tensorrt.profiles import Spec
-from ppcl_fx.export.tensorrt_api import Gpu
-from tests.export.fake_trt import GPU, FakeApi, Thing, working
+from ppcl_fx.export.tensorrt.profiles import Profile, Range, Spec
+from ppcl_fx.export.tensorrt.request import BuildOptions, read_graph
+from ppcl_fx.export.tensorrt_api import Gpu, find_gpu, load_tensorrt
+from tests.export.fake_trt import FakeApi, Thing, working
 
 SPEC = Spec(tokens="64-4096", batch="1-4", text="1-512")
 PROFILE = Profile(
@@ -85,7 +76,7 @@ def graph(tmp_path: Path) -> Path:
 
 def build(graph: Path, api: FakeApi, *, options: BuildOptions | None = None, **more: Any) -> EngineManifest:
     engine, cache = graph.with_suffix(".engine"), graph.parent / "t.cache"
-    return build_engine(graph, engine, [PROFILE], options, api=api, gpu=GPU, cache=cache, **more)
+    return build_engine(graph, engine, [PROFILE], options, api=api, cache=cache, **more)
 
 
 def files(folder: Path) -> list[str]:
@@ -102,7 +93,7 @@ def test_missing_tensorrt_is_one_line_that_names_the_extra() -> None:
 
 # With TensorRT and a GPU there is nothing to refuse.
 @pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt") is not None and tensorrt_api.gpu_name() is not None,
+    importlib.util.find_spec("tensorrt") is not None and find_gpu() is not None,
     reason="there are TensorRT and a GPU here",
 )
 def test_load_tensorrt_says_what_stays() -> None:
@@ -135,7 +126,7 @@ def test_a_build_sets_every_option_and_writes_its_manifest(graph: Path) -> None:
         {"input": "encoder_hidden_states", "min": (1, 1, 4), "opt": (4, 512, 4), "max": (4, 512, 4)},
     ]
     assert [done for done, _, _ in seen] == [0, 50, 100]
-    assert read_card(engine) == card
+    assert read_engine_manifest(engine) == card
     assert (card.gpu, card.capability, card.cuda, card.tensorrt) == ("NVIDIA Test", "9.0", "13.0", "11.4.0.106")
     assert set(card.weights) == {"weights/keep-0.7.bin"} and card.weights["weights/keep-0.7.bin"].bytes == 64
     assert card.parity is None and "not compared with PyTorch" in card.not_checked[0]
@@ -146,7 +137,7 @@ def test_a_build_sets_every_option_and_writes_its_manifest(graph: Path) -> None:
 def test_several_profiles_are_added_in_order(graph: Path) -> None:
     api = working()
     other = PROFILE.model_copy(update={"name": "b"})
-    card = build_engine(graph, graph.with_suffix(".engine"), [PROFILE, other], api=api, gpu=GPU)
+    card = build_engine(graph, graph.with_suffix(".engine"), [PROFILE, other], api=api)
     assert api.names().count("IBuilderConfig.add_optimization_profile") == 2
     assert [profile.name for profile in card.profiles] == ["64-4096 tokens", "b"]
     assert card.timing_cache is None and "IBuilderConfig.create_timing_cache" not in api.names()
@@ -265,7 +256,7 @@ def test_nested_phases_are_one_share_that_never_falls() -> None:
     monitor.phase_finish("outer")
     assert seen == [0, 25, 25, 35, 50, 100]
     assert monitor.step_complete("unknown", 3)
-    monitor.stop()
+    monitor.stop.set()
     assert not monitor.step_complete("unknown", 4)
 
 
@@ -301,7 +292,7 @@ def test_stripped_prefers_identical_weights() -> None:
 def test_a_stripped_engine_is_loaded_with_the_weights_of_the_store(graph: Path) -> None:
     build(graph, working(), options=BuildOptions(stripped=True, weight_streaming=7))
     api = working(ICudaEngine__streamable_weights_size=64)
-    loaded = load_engine(graph.with_suffix(".engine"), tensorrt=(api, GPU))
+    loaded = load_engine(graph.with_suffix(".engine"), api=api)
     calls = dict(api.calls)
     assert calls["OnnxParserRefitter.refit_from_file"] == {"model": str(graph)}
     order = api.names()
@@ -309,11 +300,11 @@ def test_a_stripped_engine_is_loaded_with_the_weights_of_the_store(graph: Path) 
     assert loaded.engine.properties["ICudaEngine.weight_streaming_budget_v2"] == 7
     # More than there is means all of it.
     small = working(ICudaEngine__streamable_weights_size=5)
-    loaded = load_engine(graph.with_suffix(".engine"), tensorrt=(small, GPU))
+    loaded = load_engine(graph.with_suffix(".engine"), api=small)
     assert loaded.engine.properties["ICudaEngine.weight_streaming_budget_v2"] == 5
     plain = working()
     build(graph, working())
-    load_engine(graph.with_suffix(".engine"), tensorrt=(plain, GPU))
+    load_engine(graph.with_suffix(".engine"), api=plain)
     assert "Refitter" not in plain.names()
 
 
@@ -331,7 +322,7 @@ def test_a_stripped_engine_is_loaded_with_the_weights_of_the_store(graph: Path) 
 def test_an_engine_without_all_of_its_weights_is_refused(graph: Path, answers: Any, words: str) -> None:
     build(graph, working(), options=BuildOptions(stripped=True))
     with pytest.raises(PpclError, match=words):
-        load_engine(graph.with_suffix(".engine"), tensorrt=(working(**answers), GPU))
+        load_engine(graph.with_suffix(".engine"), api=working(**answers))
 
 
 @pytest.mark.parametrize(
@@ -350,7 +341,7 @@ def test_what_changed_since_the_build_is_refused_with_the_command(graph: Path, s
     build(graph, working(), options=BuildOptions(stripped=True))
     spoil(graph)
     with pytest.raises(PpclError, match=words) as caught:
-        load_engine(graph.with_suffix(".engine"), tensorrt=(working(), GPU))
+        load_engine(graph.with_suffix(".engine"), api=working())
     assert f"ppcl-fx build {graph.parent} --overwrite" in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -359,9 +350,9 @@ def test_another_gpu_or_version_is_refused(graph: Path) -> None:
     build(graph, working())
     engine = graph.with_suffix(".engine")
     with pytest.raises(PpclError, match=r"for NVIDIA Test \(9.0\), and this is Other \(8.0\); build it here: ppcl"):
-        load_engine(engine, tensorrt=(working(), Gpu("Other", "8.0", "13.0")))
+        load_engine(engine, api=working(gpu=Gpu("Other", "8.0", "13.0")))
     with pytest.raises(PpclError, match=r"built with TensorRT 11.4.0.106, and this is 11.5.0.1; build it here: ppcl"):
-        load_engine(engine, tensorrt=(working(version="11.5.0.1"), GPU))
+        load_engine(engine, api=working(version="11.5.0.1"))
 
 
 def test_a_manifest_takes_no_unknown_field(graph: Path) -> None:
@@ -370,7 +361,7 @@ def test_a_manifest_takes_no_unknown_field(graph: Path) -> None:
     plain = json.loads(card.read_text(encoding="utf-8")) | {"studnets": []}
     card.write_text(json.dumps(plain), encoding="utf-8")
     with pytest.raises(PpclError, match=r"studnets.*did you mean 'students'"):
-        read_card(graph.with_suffix(".engine"))
+        read_engine_manifest(graph.with_suffix(".engine"))
 
 
 def test_weights_outside_of_the_folder_are_refused(graph: Path) -> None:

@@ -25,7 +25,7 @@ def names(uses: list[Use]) -> list[str]:
 
 def test_the_source_is_read() -> None:
     assert {use.path for use in METHODS} >= {"Builder", "Builder.create_network", "OnnxParserRefitter.refit_from_file"}
-    assert {use.path for use in NAMES} >= {"BuilderFlag.REFIT_IDENTICAL", "BuilderFlag.STRIP_PLAN", "__version__"}
+    assert {use.path for use in NAMES} >= {"BuilderFlag.REFIT_IDENTICAL", "BuilderFlag.STRIP_PLAN"}
     assert {use.path for use in CALLBACKS} == {"ILogger", "IProgressMonitor", "IStreamWriter"}
     assert len({str(use) for use in USES}) > 40
 
@@ -98,12 +98,11 @@ def test_callbacks_exist(use: Use) -> None:
 REAL = """
 import io, json
 import tensorrt_bindings as trt
-from ppcl_fx.export.tensorrt.build import _Sink
+from ppcl_fx.export.tensorrt.build import _Sink, network_flags
 from ppcl_fx.export.tensorrt.monitor import Messages, Monitor
-from ppcl_fx.export.tensorrt.options import network_flags
-from ppcl_fx.export.tensorrt_api import Api
+from ppcl_fx.export.tensorrt_api import Api, Gpu, version_numbers
 
-api, seen, found = Api(trt), [], {}
+api, seen, found = Api(trt, Gpu("none", "0.0", "0.0")), [], {}
 class Config:
     pass
 config = Config()
@@ -111,11 +110,11 @@ monitor = Monitor(lambda done, total, phase: seen.append((done, phase)))
 callback = monitor.attach(api, config)
 callback.phase_start("all", None, 2)
 going = callback.step_complete("all", 0)
-monitor.stop()
+monitor.stop.set()
 found["monitor"] = [isinstance(callback, trt.IProgressMonitor), config.progress_monitor is callback, going,
                     callback.step_complete("all", 1), seen]
-messages = Messages()
-logger = messages.logger(api)
+messages = Messages(api)
+logger = messages.logger
 logger.log(trt.ILogger.Severity.WARNING, "not kept")
 logger.log(trt.ILogger.Severity.ERROR, "kept")
 found["logger"] = [isinstance(logger, trt.ILogger), messages.why()]
@@ -124,7 +123,7 @@ if api.has("IStreamWriter"):
     writer = api.implement("IStreamWriter", write=_Sink(file).write)
     found["writer"] = [isinstance(writer, trt.IStreamWriter), writer.write(b"abc"), file.getvalue().decode()]
 found["flags"] = network_flags(api)
-found["version"] = api.version
+found["version"] = version_numbers(api.version)
 print(json.dumps(found))
 """
 

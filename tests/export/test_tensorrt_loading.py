@@ -9,9 +9,10 @@ import pytest
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import tensorrt_api
-from ppcl_fx.export.tensorrt import BuildOptions, load_engine
+from ppcl_fx.export.tensorrt.loading import load_engine
+from ppcl_fx.export.tensorrt.request import BuildOptions
 from ppcl_fx.export.tensorrt_api import Gpu
-from tests.export.fake_trt import GPU, working
+from tests.export.fake_trt import working
 from tests.export.test_tensorrt import build, write_graph
 
 
@@ -25,13 +26,13 @@ def test_a_budget_that_tensorrt_does_not_take_is_refused(graph: Path) -> None:
     # Setting the property raises nothing; another value stands there afterwards.
     api = working(ICudaEngine__streamable_weights_size=64, ICudaEngine__weight_streaming_budget_v2=64)
     with pytest.raises(PpclError, match="does not keep 7 bytes of its weights on the GPU.*--weight-streaming"):
-        load_engine(graph.with_suffix(".engine"), tensorrt=(api, GPU))
+        load_engine(graph.with_suffix(".engine"), api=api)
 
 
 def test_an_engine_may_bring_no_code_for_the_host(graph: Path) -> None:
     build(graph, working())
     api = working()
-    load_engine(graph.with_suffix(".engine"), tensorrt=(api, GPU))
+    load_engine(graph.with_suffix(".engine"), api=api)
     order = api.names()
     assert dict(api.calls)["Runtime.engine_host_code_allowed"] == {"value": False}
     assert order.index("Runtime.engine_host_code_allowed") < order.index("Runtime.deserialize_cuda_engine")

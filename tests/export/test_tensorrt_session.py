@@ -19,9 +19,12 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.runtime.folder import Artefact
 from ppcl_fx.export.runtime.sessions import TENSORRT, SessionChoice, Sessions
 from ppcl_fx.export.runtime.tensorrt_session import GRAPHS, TensorRTSession
+from ppcl_fx.export.store import manifest as manifests
 from ppcl_fx.export.store.manifest import Manifest
-from ppcl_fx.export.tensorrt import BuildOptions, Hashes, build_engine, loading
-from tests.export.fake_trt import GPU, FakeApi, Thing, working
+from ppcl_fx.export.tensorrt import loading
+from ppcl_fx.export.tensorrt.build import build_engine
+from ppcl_fx.export.tensorrt.request import BuildOptions
+from tests.export.fake_trt import FakeApi, Thing, working
 from tests.export.test_tensorrt import PROFILE, write_graph
 
 PORTS = ["hidden_states", "encoder_hidden_states", "sample"]
@@ -171,16 +174,14 @@ def choice(tmp_path: Path) -> SessionChoice:
     graph = write_graph(tmp_path / "keep-0.7.onnx")
     engine = graph.with_suffix(".engine")
     options = BuildOptions(stripped=True)
-    card = build_engine(graph, engine, [PROFILE, PROFILE], options, api=working(), gpu=GPU)
+    card = build_engine(graph, engine, [PROFILE, PROFILE], options, api=working())
     manifest = Manifest.model_construct(outputs=card.outputs, keep=0.7)
-    return SessionChoice(TENSORRT, Artefact(0.7, graph, manifest, engine, card), torch.device("cpu"))
+    return SessionChoice(TENSORRT, Artefact(graph, manifest, card), torch.device("cpu"))
 
 
-def opened(
-    choice: SessionChoice, api: FakeApi, patch: pytest.MonkeyPatch, hashes: Hashes | None = None
-) -> TensorRTSession:
-    patch.setattr(loading, "load_tensorrt", lambda left, index: (api, GPU))
-    return TensorRTSession(choice, hashes)
+def opened(choice: SessionChoice, api: FakeApi, patch: pytest.MonkeyPatch) -> TensorRTSession:
+    patch.setattr(loading, "load_tensorrt", lambda left, index: api)
+    return TensorRTSession(choice)
 
 
 def call(session: TensorRTSession, tokens: int, profile: int = 0, value: float = 1.0) -> None:
@@ -320,7 +321,7 @@ def test_another_gpu_is_asked_for_by_its_index(
 
     def load(left: str, index: int) -> Any:
         asked.append((index, cuda.devices[-1]))
-        return running(cuda), GPU
+        return running(cuda)
 
     monkeypatch.setattr(loading, "load_tensorrt", load)
     second = torch.device("cuda:1")
@@ -332,13 +333,12 @@ def test_the_weights_of_a_stripped_engine_are_hashed_once_for_all_plugs(
     choice: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[str] = []
-    from ppcl_fx.export.tensorrt import manifest
-
-    real = manifest.sha256_of
-    monkeypatch.setattr(manifest, "sha256_of", lambda path: read.append(Path(path).name) or real(path))
-    monkeypatch.setattr(loading, "load_tensorrt", lambda left, index: (running(cuda), GPU))
+    manifests._mark.cache_clear()  # of the build
+    real = manifests.sha256_of
+    monkeypatch.setattr(manifests, "sha256_of", lambda path: read.append(Path(path).name) or real(path))
+    monkeypatch.setattr(loading, "load_tensorrt", lambda left, index: running(cuda))
     sessions = Sessions()
     for _ in range(3):
-        sessions.get(choice, None)  # type: ignore[arg-type]  # an engine has no use for the front
+        sessions.get(choice, None)  # type: ignore[arg-type]  # an engine has no use for the adapter
         sessions.close()
     assert sorted(read) == ["keep-0.7.bin", "keep-0.7.onnx"]

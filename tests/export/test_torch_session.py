@@ -54,7 +54,7 @@ class _Table(nn.Module):
 
 def filled(tmp_path: Path, weights: dict[str, torch.Tensor]) -> torch.Tensor:
     graph = torch.fx.symbolic_trace(_Table())
-    artefact = Artefact(0.7, tmp_path / "keep-0.7.onnx", Manifest.model_construct())
+    artefact = Artefact(tmp_path / "keep-0.7.onnx", Manifest.model_construct())
     _fill(graph, weights, SessionChoice(TORCH, artefact, torch.device("cpu")), {})
     result = graph(torch.zeros(4))
     assert isinstance(result, torch.Tensor)
