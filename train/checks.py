@@ -20,11 +20,7 @@ LOGS = "logs"
 
 
 def check_here(config: TrainConfig, device: torch.device) -> None:
-    """Refuse what is not installed or does not run on this device, and options that need others.
-
-    Raises:
-        PpclError: there is such a thing.
-    """
+    """Raise `PpclError` for what is not installed or does not run on this device, and options that need others."""
     if config.optimizer == "adamw8bit":
         try_eight_bit(device)
     if config.patience is not None and not config.held_out:
@@ -47,38 +43,35 @@ def check_backend(config: TrainConfig) -> None:
         )
 
 
-def check_places(folder: Path, logs: Path | None, finetuned: str | None) -> None:
+def check_places(folder: Path, logs: Path | None, finetuned: Path | None) -> None:
     """Refuse, before any work, a place that cannot be written, a link, and what no training wrote.
 
     Args:
         folder: the output folder.
         logs: the folder of the logs; None where none are written.
-        finetuned: name of the fine-tuned model's folder; None without that stage.
+        finetuned: the fine-tuned model's folder; None without that stage.
 
     Raises:
         PpclError: there is such a thing.
     """
-    for place in (folder, logs) if logs is not None else (folder,):
-        check_writable(place)
+    check_writable(folder)
+    if logs is not None:
+        check_writable(logs)
     for name in (CHECKPOINTS, LOGS):
         owned.check_no_link(folder / name)
     owned.check_file(folder / CONFIG, mark=owned.OPTIONS_MARK)
     owned.check_file(folder / LOSSES, keys=("stages",))
     if finetuned is not None:
-        owned.check_no_link(folder / finetuned)
-        owned.check_replaceable(folder / finetuned, owned.FINETUNED)
+        owned.check_no_link(finetuned)
+        owned.check_replaceable(finetuned, owned.FINETUNED)
     if logs is not None:
         _check_logs(logs)
 
 
 def _check_logs(logs: Path) -> None:
     """Lines and events of an earlier training are replaced, and nothing that only has their names."""
-    owned.check_no_link(logs / LOG)
-    owned.check_no_link(logs / EVENTS)
-    events = logs / EVENTS
-    if events.is_dir():
-        for stage in events.iterdir():
-            owned.check_no_link(stage)
+    for path in (logs / LOG, logs / EVENTS, *(logs / EVENTS).glob("*")):
+        owned.check_no_link(path)
     if not (logs / LOG).exists():
         return
     advice = "choose another folder for the logs"

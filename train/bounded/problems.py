@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
 
-from ppcl_fx.ir.graphs import ancestors, attribute
+from ppcl_fx.ir.graphs import ancestors
 from ppcl_fx.passes.calibration.memory_estimate import value_bytes
-from ppcl_fx.train.core.distillation_graph import ORIGIN, distil, pairs
+from ppcl_fx.train.core.distillation_graph import ORIGIN, distil, loss_nodes
 from ppcl_fx.train.core.distiller import live_nodes
 
 if TYPE_CHECKING:
@@ -42,34 +43,23 @@ def problems(model: PluggableModel, stage: str) -> list[Problem]:
     """Cut a stage's distillation graph in problems.
 
     An interval's student needs the teacher's values where it begins and where it ends, and nothing else of the
-    teacher (Eq. 6: the losses do not see each other).
-
-    Args:
-        model: the pluggable model; only the students have `requires_grad`. The meta device will do.
-        stage: "depth" or "width".
-
-    Returns:
-        The problems, in the order of the distillation graph.
+    teacher (Eq. 6: the losses do not see each other). Only the students have `requires_grad`; the meta device will do.
 
     Raises:
         PpclError: as `distil`.
     """
     gm = distil(model, stage)
     live = live_nodes(gm)
-    ends = [node for node in gm.graph.nodes if node.op == "call_function" and node.target is pairs]
-    sides = [student_side(gm, ancestors([end], within=live)) for end in ends]
-    return [_problem(gm, number, end, side) for number, (end, side) in enumerate(zip(ends, sides, strict=True))]
+    sides = [(end, student_side(gm, ancestors([end], within=live))) for end in loss_nodes(gm)]
+    return [_problem(gm, number, end, side) for number, (end, side) in enumerate(sides)]
 
 
 def student_side(gm: GraphModule, live: set[Node]) -> set[Node]:
     """Return the nodes of a distillation graph to run while training; what they read of the others is cached.
 
-    A node without weights before the live ones joins (a norm of the block's input) where that leaves fewer bytes to
-    cache than its value has.
-
-    Args:
-        gm: the distillation graph.
-        live: the nodes that a trained weight of the problem comes before, and that lead to its loss.
+    Those are the `live` ones, which a trained weight of the problem comes before and which lead to its loss. A node
+    without weights before them joins (a norm of the block's input) where that leaves fewer bytes to cache than its
+    value has.
     """
     side = set(live)
     for node in reversed(gm.graph.nodes):
@@ -91,10 +81,8 @@ def _size(node: Node) -> int:
 
 
 def _has_tensors(gm: GraphModule, node: Node) -> bool:
-    if node.op != "call_module":
-        return False
-    module = gm.get_submodule(str(node.target))
-    return any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+    module = gm.get_submodule(str(node.target)) if node.op == "call_module" else nn.Module()
+    return any(True for _ in chain(module.parameters(), module.buffers()))
 
 
 def _problem(gm: GraphModule, number: int, end: Node, nodes: set[Node]) -> Problem:
@@ -122,13 +110,3 @@ def _problem(gm: GraphModule, number: int, end: Node, nodes: set[Node]) -> Probl
         trained,
         tuple(name for name in others if name not in set(trained)),
     )
-
-
-def tensor_place(gm: nn.Module, name: str) -> tuple[dict[str, Any], str]:
-    """Return the table (parameters or buffers) that a tensor of a graph module stands in, and its name there."""
-    path, _, leaf = name.rpartition(".")
-    owner = gm.get_submodule(path)
-    table: dict[str, Any] = owner._parameters if leaf in owner._parameters else owner._buffers
-    if leaf not in table:
-        raise RuntimeError(f"{name} is {type(attribute(gm, name)).__name__} and no tensor of a module")
-    return table, leaf

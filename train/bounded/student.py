@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ppcl_fx.ir.graphs import copy_graph_module
-from ppcl_fx.train.bounded.problems import Problem, tensor_place
+from ppcl_fx.train.bounded.problems import Problem
 from ppcl_fx.train.config import TrainConfig
-from ppcl_fx.train.core.distiller import Distiller, Groups
+from ppcl_fx.train.core.distiller import Distiller
 from ppcl_fx.train.core.stages import Stage, outline_students
 
 
@@ -20,7 +20,7 @@ class Student(Stage):
     """A problem with its weights in memory: a `ppcl_fx.train.core.stages.Stage` on the values at its border.
 
     Args:
-        problem: the problem; its parameters are on the meta device and are again after `release`.
+        problem: the problem; its parameters are on the meta device and stay there.
         read: gives weights by name.
         config: of the run.
         depth: whether it is a student block, which gradient checkpointing works on.
@@ -36,23 +36,26 @@ class Student(Stage):
         self, problem: Problem, read: Callable[[str], Tensor], config: TrainConfig, depth: bool, device: torch.device
     ) -> None:
         self.problem = problem
-        graph = copy_graph_module(problem.graph)
-        self._places: list[tuple[dict[str, Any], str, Any]] = []
+        graph = copy.deepcopy(problem.graph)
         for name in (*problem.trained, *problem.frozen):
-            table, leaf = tensor_place(graph, name)
-            own = table[leaf]
-            tensor = self._read(read, name, own)
-            trains = name in problem.trained
+            path, _, leaf = name.rpartition(".")
+            owner, trains = graph.get_submodule(path), name in problem.trained
+            own: Tensor = getattr(owner, leaf)
+            try:
+                tensor = read(name).to(own.dtype)
+            except KeyError:
+                if own.is_meta:
+                    raise RuntimeError(f"no file holds {name}") from None
+                tensor = own.detach()
             # What trains is copied, or the update would go to a page of the file.
             tensor = tensor.to(device, copy=trains)
-            self._places.append((table, leaf, own))
-            table[leaf] = Parameter(tensor, requires_grad=trains) if isinstance(own, Parameter) else tensor
+            setattr(owner, leaf, Parameter(tensor, requires_grad=trains) if isinstance(own, Parameter) else tensor)
         self.tensors_by_name: dict[str, Tensor] = {name: graph.get_parameter(name) for name in problem.trained}
         if config.checkpointing and depth:
             outline_students(graph)
         cast = torch.bfloat16 if config.autocast else None
         self._distiller = Distiller(graph, config.weights, checkpointing=config.checkpointing, autocast=cast)
-        self.groups: Groups = self._distiller.groups
+        self.groups = self._distiller.groups
 
     def step(self, border: Sequence[Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
         """See `Stage`; the students' targets are among the border's values."""
@@ -61,22 +64,3 @@ class Student(Stage):
     def evaluate(self, border: Sequence[Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
         """See `Stage`."""
         return self._distiller.evaluate(border)
-
-    def release(self) -> None:
-        """Put the weightless parameters back.
-
-        Students may share a frozen module, so those of a group are released in the reverse order of their making.
-        """
-        for table, leaf, own in reversed(self._places):
-            table[leaf] = own
-        self._places.clear()
-        self.tensors_by_name.clear()
-
-    @staticmethod
-    def _read(read: Callable[[str], Tensor], name: str, own: Tensor) -> Tensor:
-        try:
-            return read(name).to(own.dtype)
-        except KeyError:
-            if own.is_meta:
-                raise RuntimeError(f"no file holds {name}") from None
-            return own.detach()

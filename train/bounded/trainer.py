@@ -16,33 +16,23 @@ from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.io import owned_folders as owned
-from ppcl_fx.io.files import ROOM, inside, read_json, write_json
-from ppcl_fx.io.memory import anonymous
+from ppcl_fx.io.files import inside, read_json, write_json
 from ppcl_fx.model.finetuned import plan_digest
 from ppcl_fx.model.student_folder import StudentFolder
 from ppcl_fx.schema.curves import LOSSES, Losses, StageCurves
 from ppcl_fx.tracing import bind, with_rows
 from ppcl_fx.train.bounded.costs import Speeds, measure_speeds
-from ppcl_fx.train.bounded.schedule import Capacity, StageSchedule
+from ppcl_fx.train.bounded.schedule import StageSchedule
 from ppcl_fx.train.bounded.stage import BoundedStage, StageContext
 from ppcl_fx.train.bounded.teacher import Report
-from ppcl_fx.train.bounded.words import schedule_lines
 from ppcl_fx.train.checks import check_here, check_places
 from ppcl_fx.train.config import NOT_BOUNDED, UNUSED_BOUNDED, Limits, TrainConfig
-from ppcl_fx.train.core.batches import split
 from ppcl_fx.train.core.checkpoints import RunIdentity
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
 
-WORK = "bounded"
-"""The folder, in the student's, of what a run keeps until it ends."""
 RUN = "run.json"
-NO_LIMIT = 2**62
-
-
-def silent(done: int, total: int, label: str) -> None:
-    """Say nothing."""
 
 
 class _Run(BaseModel):
@@ -120,20 +110,19 @@ class BoundedTraining:
         speeds: Speeds | None = None,
     ) -> None:
         self._began = time.perf_counter()
-        self._limits, self._speeds, self._resume = limits or Limits(), speeds, resume
-        self._config, self._device = (config or TrainConfig()).bounded(), torch.device(device)
-        check_here(self._config, self._device)
+        options, where = (config or TrainConfig()).bounded(), torch.device(device)
+        check_here(options, where)
         opened = student if isinstance(student, StudentFolder) else StudentFolder.open(student)
-        self._opened, self._calls = opened, calls
         if calls.model and opened.model.plan.model and calls.model != opened.model.plan.model:
             raise PpclError(f"{opened.folder}: the calls were recorded from another model; record calls of its teacher")
         _check_kinds(opened.model.graph, calls)
-        self._identity = bounded_identity(opened, calls, self._config)
-        self._work = opened.folder / WORK
-        owned.check_no_link(self._work)
-        owned.check_replaceable(self._work, owned.BOUNDED)
+        identity = bounded_identity(opened, calls, options)
+        self._context = StageContext(opened, calls, options, limits or Limits(), identity, resume, where)
+        self._speeds, work = speeds, self._context.work
+        owned.check_no_link(work)
+        owned.check_replaceable(work, owned.BOUNDED)
         check_places(opened.folder, None, None)
-        before = _before(self._work, self._identity, resume)
+        before = _before(work, identity, resume)
         self.ended: BoundedResult | None = None
         if before is not None and before.ended:
             self.ended = BoundedResult((), (), tuple(before.stages), before.stopped(), opened.folder / LOSSES, 0.0)
@@ -150,10 +139,10 @@ class BoundedTraining:
     @cached_property
     def lines(self) -> list[str]:
         """The schedules in words."""
-        how = self._context.capacity, self._base, self._machine
-        return [line for plan in self.schedules for line in schedule_lines(plan, *how)]
+        how = self._context.capacity, self._context.base, self._machine
+        return [line for plan in self.schedules for line in plan.lines(*how)]
 
-    def run(self, report: Report = silent) -> BoundedResult:
+    def run(self, report: Report = lambda done, total, label: None) -> BoundedResult:
         """Train, tell `report` how far it is, and replace the students in the folder.
 
         Raises:
@@ -161,19 +150,19 @@ class BoundedTraining:
         """
         if self.ended is not None:
             return self.ended
-        context, work, opened = self._context, self._work, self._opened
+        context, work, opened = self._context, self._context.work, self._context.opened
         context.report = report
         schedules, lines = self.schedules, self.lines
-        if not self._resume:
+        if not context.resume:
             owned.discard(work, owned.BOUNDED)
         work.mkdir(parents=True, exist_ok=True)
-        write_json(work / RUN, _Run(identity=self._identity))
+        write_json(work / RUN, _Run(identity=context.identity))
         for stage, plan in zip(self._stages, schedules, strict=True):
             stage.run(plan.schedule)
             if plan.stage == "depth":
                 context.fit_again()
         opened.save()
-        run = _Run(identity=self._identity, ended=True, stages=[stage.curves() for stage in self._stages])
+        run = _Run(identity=context.identity, ended=True, stages=[stage.curves() for stage in self._stages])
         curves = Losses(plan=run.identity.plan, calls=run.identity.calls, sequential=False, stages=run.stages)
         curves.save(opened.folder / LOSSES)
         write_json(work / RUN, run)
@@ -184,31 +173,14 @@ class BoundedTraining:
         return BoundedResult(schedules, lines, tuple(run.stages), run.stopped(), opened.folder / LOSSES, seconds)
 
     @cached_property
-    def _base(self) -> int:
-        return anonymous()
-
-    @cached_property
     def _machine(self) -> Speeds:
-        dtype = torch.bfloat16 if self._config.autocast else self._opened.model.dtype
-        return self._speeds or measure_speeds(self._opened.folder, dtype, self._device)
-
-    @cached_property
-    def _context(self) -> StageContext:
-        limits = self._limits
-        capacity = Capacity(
-            memory=NO_LIMIT if limits.memory is None else limits.memory - self._base,
-            disk=_disk(self._work, limits.disk),
-            cache_memory=NO_LIMIT if limits.cache_memory is None else limits.cache_memory,
-        )
-        used, held = split(self._calls, self._config.held_out, self._config.seed)
-        return StageContext(
-            self._opened, self._calls, self._config, self._identity, self._work, self._resume, self._device,
-            capacity, limits.memory, silent, used, held,
-        )  # fmt: skip
+        opened, options = self._context.opened, self._context.options
+        dtype = torch.bfloat16 if options.autocast else opened.model.dtype
+        return self._speeds or measure_speeds(opened.folder, dtype, self._context.device)
 
     @cached_property
     def _stages(self) -> list[BoundedStage]:
-        return [self._context.stage(number) for number in range(len(self._config.stages))]
+        return [self._context.stage(number) for number in range(len(self._context.options.stages))]
 
 
 def bounded_identity(opened: StudentFolder, calls: Calls, config: TrainConfig) -> RunIdentity:
@@ -244,11 +216,3 @@ def _before(work: Path, identity: RunIdentity, resume: bool) -> _Run | None:
     if not run.ended:
         raise PpclError(f"{work}: holds a training that did not end; resume it, or remove that folder")
     return None
-
-
-def _disk(work: Path, limit: int | None) -> int:
-    """Bytes that may be used: what is free and what the run took before."""
-    place = work.parent
-    mine = sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
-    free = max(0, shutil.disk_usage(place).free + mine - ROOM)
-    return free if limit is None else min(limit, free)

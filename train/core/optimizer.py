@@ -46,30 +46,21 @@ def factor(step: int, total: int, warmup: int | None = None) -> float:
 def make_optimizer(
     groups: Mapping[str, Sequence[Parameter]],
     lr: float,
-    *,
     kind: str = "adamw",
     betas: tuple[float, float] = BETAS,
     weight_decay: float = WEIGHT_DECAY,
 ) -> torch.optim.Optimizer:
     """Return AdamW over `groups` (edit id -> its parameters), one parameter group an edit, in the order given.
 
-    Args:
-        kind: "adamw", or "adamw8bit", whose two averages take a byte each for every parameter.
-
-    Raises:
-        PpclError: 8-bit AdamW is asked for and bitsandbytes is not installed.
+    With the `kind` "adamw8bit" its two averages take a byte each for every parameter. Raises PpclError where that is
+    asked for and bitsandbytes is not installed.
     """
     named = [{"params": list(parameters), "name": name} for name, parameters in groups.items()]
     if kind == "adamw8bit":
         made: torch.optim.Optimizer = eight_bit().optim.AdamW8bit(named, lr=lr, betas=betas, weight_decay=weight_decay)
         return made
-    return torch.optim.AdamW(
-        named,
-        lr=lr,
-        betas=betas,
-        weight_decay=weight_decay,
-        fused=all(p.device.type in {"cpu", "cuda"} for parameters in groups.values() for p in parameters),
-    )
+    fused = all(p.device.type in {"cpu", "cuda"} for parameters in groups.values() for p in parameters)
+    return torch.optim.AdamW(named, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
 def eight_bit() -> Any:
@@ -105,13 +96,10 @@ def try_eight_bit(device: torch.device) -> None:
 
 
 def clip(groups: Mapping[str, Sequence[Parameter]], limit: float | None) -> dict[str, Tensor]:
-    """Scale each group's gradients so that their joint L2 norm is at most `limit` (None: leave them).
+    """Scale each edit's gradients so that their joint L2 norm is at most `limit` (None: leave them).
 
-    The norm is taken for each edit alone: a bad batch for one interval must not slow the others, which Eq. 6
-    keeps apart.
-
-    Returns:
-        Edit id -> the norm before scaling, a scalar on the parameters' device.
+    Each edit has a norm of its own: a bad batch for one interval must not slow the others, which Eq. 6 keeps apart.
+    Returned is the norm before scaling, a scalar on the parameters' device.
     """
     norms: dict[str, Tensor] = {}
     for name, parameters in groups.items():
@@ -133,18 +121,13 @@ class MasterWeights:
 
     In 16 bits a small update would be rounded away. The model keeps its own dtype, which its graph was traced with.
 
-    Args:
-        groups: Edit id -> the model's parameters.
-
     Attributes:
         groups: Edit id -> the parameters for the optimiser.
     """
 
     def __init__(self, groups: Groups) -> None:
         self._copies: list[tuple[Parameter, Parameter]] = []
-        self.groups: Groups = {
-            edit: [self._master(parameter) for parameter in parameters] for edit, parameters in groups.items()
-        }
+        self.groups: Groups = {edit: [self._master(p) for p in parameters] for edit, parameters in groups.items()}
 
     def take_gradients(self) -> None:
         """Add the gradients of the 16-bit parameters to those of their masters, in float32, and drop them."""
@@ -172,12 +155,6 @@ class MasterWeights:
         """Return what a checkpoint must hold of the masters."""
         return {f"master.{number}": master for number, (_, master) in enumerate(self._copies)}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set what `tensors` returned; other names are left alone."""
-        with torch.no_grad():
-            for number, (_, master) in enumerate(self._copies):
-                master.copy_(tensors[f"master.{number}"])
-
     def _master(self, parameter: Parameter) -> Parameter:
         if not is_low(parameter):
             return parameter
@@ -189,14 +166,11 @@ class MasterWeights:
 class EMA:
     """Exponential moving averages (EMA) of what the optimiser updates, in float32, edit by edit: the result.
 
-    Args:
-        masters: What the optimiser updates.
-        decay: How much of the average stays at each step; None for no average.
+    Of an average the share `decay` stays at each step; None for no averages.
     """
 
     def __init__(self, masters: MasterWeights, decay: float | None) -> None:
-        self._masters = masters
-        self._decay = decay
+        self._masters, self._decay = masters, decay or 0.0
         self._numbers = {edit: number for number, edit in enumerate(masters.groups)}
         followed: Groups = {} if decay is None else masters.groups
         self._values = {
@@ -204,11 +178,7 @@ class EMA:
         }
 
     def update(self, step: int) -> None:
-        """Move towards the weights after update number `step` (from 0); faster at first, or it would stay at
-        the start.
-        """
-        if self._decay is None:
-            return
+        """Move towards the weights after update number `step` (from 0); faster at first, or it would stay there."""
         share = 1.0 - min(self._decay, (step + 1) / (step + 10))
         with torch.no_grad():
             for edit, values in self._values.items():
@@ -242,12 +212,6 @@ class EMA:
             for edit, values in self._values.items()
             for i, value in enumerate(values)
         }
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set what `tensors` returned; other names are left alone."""
-        for name, value in self.tensors().items():
-            if name in tensors:
-                value.copy_(tensors[name])
 
     def _put(self, edit: str, values: list[Tensor]) -> None:
         if not values:
