@@ -34,25 +34,16 @@ def check_backend(config: TrainConfig) -> None:
         return
     from torch._dynamo import list_backends
 
-    backends = list_backends(None)
-    if config.compile_backend not in backends:
-        hint = near(config.compile_backend, backends)
-        raise PpclError(
-            f"training option compile_backend: no backend {config.compile_backend!r}{hint}; "
-            f"there are {', '.join(backends)}"
-        )
+    backend, backends = config.compile_backend, list_backends(None)
+    if backend not in backends:
+        there = f"no backend {backend!r}{near(backend, backends)}; there are {', '.join(backends)}"
+        raise PpclError(f"training option compile_backend: {there}")
 
 
 def check_places(folder: Path, logs: Path | None, finetuned: Path | None) -> None:
-    """Refuse, before any work, a place that cannot be written, a link, and what no training wrote.
+    """Raise `PpclError`, before any work, for a place that cannot be written, a link, and what no training wrote.
 
-    Args:
-        folder: the output folder.
-        logs: the folder of the logs; None where none are written.
-        finetuned: the fine-tuned model's folder; None without that stage.
-
-    Raises:
-        PpclError: there is such a thing.
+    There are an output folder, perhaps one of logs, and with that stage one of the fine-tuned model.
     """
     check_writable(folder)
     if logs is not None:
@@ -79,13 +70,9 @@ def _check_logs(logs: Path) -> None:
         raise PpclError(f"{logs / LOG}: is no file, and the log is to be written there; {advice}")
     with (logs / LOG).open(encoding="utf-8", errors="replace") as file:
         first = file.readline(2**20)
-    if first and not _is_ours(first):
-        raise PpclError(f"{logs / LOG}: no training wrote it, so it is not replaced; {advice}")
-
-
-def _is_ours(line: str) -> bool:
     try:
-        found = json.loads(line)
+        found = json.loads(first or "{}")
     except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and {"time", "stage", "step"} <= found.keys()
+        found = None
+    if first and not (isinstance(found, dict) and {"time", "stage", "step"} <= found.keys()):
+        raise PpclError(f"{logs / LOG}: no training wrote it, so it is not replaced; {advice}")

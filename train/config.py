@@ -71,10 +71,8 @@ class Limits(Record):
 
 
 class TrainConfig(Record):
-    """Every option of a run; `docs/training.md` has them in a table. ``None`` is written "none" in a file.
-
-    Raises:
-        PpclError: The stages and their steps do not fit together (`plan_stages`).
+    """Every option of a run; `docs/training.md` has them in a table. ``None`` is written "none" in a file. Raises
+    PpclError where the stages and their steps do not fit together (`plan_stages`).
     """
 
     stages: Annotated[tuple[str, ...], Flag("--stage", metavar="NAMES")] = Field(
@@ -145,9 +143,7 @@ class TrainConfig(Record):
 
     def bounded(self) -> TrainConfig:
         """Return the options of a run within a memory limit, which leaves fine-tuning out where no stages are given.
-
-        Raises:
-            PpclError: An option asks for what such a run does not do.
+        Raises PpclError where an option asks for what such a run does not do.
         """
         plain = TrainConfig()
         for name in NOT_BOUNDED:
@@ -169,10 +165,8 @@ def plan_stages(
     stages: Sequence[str], steps: Sequence[int] | Mapping[str, int]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Check `stages` against the known ones and give each its number of steps, by its place in a list or by its name.
-
-    Raises:
-        PpclError: An unknown or repeated stage, stages out of order, another number of steps than stages, or
-            steps below 1.
+    Raises PpclError for an unknown or repeated stage, stages out of order, another number of steps than stages, and
+    steps below 1.
     """
     names = tuple(stages)
     if not names:
@@ -202,13 +196,12 @@ def plan_stages(
 
 def resolve(config: str | Path | TrainConfig | None = None, **options: Any) -> TrainConfig:
     """Return the options of a run: those of `config` (a TOML file, or options), or the defaults, with others on top.
+    Raises PpclError where the file cannot be read, or an option is unknown (the line names a near one) or makes no
+    sense.
 
     Args:
         **options: Fields of `TrainConfig` by name; `weights` may be a mapping or a `Weights` with some or all of the
             terms, `steps` a mapping from stage to steps.
-
-    Raises:
-        PpclError: The file cannot be read, or an option is unknown (the line names a near one) or makes no sense.
     """
     base: dict[str, Any] = {}
     if isinstance(config, TrainConfig):

@@ -24,7 +24,7 @@ from ppcl_fx.train.core import checkpoints
 from ppcl_fx.train.core.batches import Batches, Data
 from ppcl_fx.train.core.checkpoints import CheckpointWriter, LoadedCheckpoint, RunIdentity
 from ppcl_fx.train.core.distillation_graph import train_only
-from ppcl_fx.train.core.loop import Progress, Whole, held_out, run_stage
+from ppcl_fx.train.core.loop import Progress, Whole, run_stage
 from ppcl_fx.train.core.stage_trainer import StageTrainer
 from ppcl_fx.train.core.stages import Compute, Distillation, FineTuning, Stage
 from ppcl_fx.train.data.source import DataSource, Feed
@@ -207,7 +207,8 @@ class _Runner:
             resumed = share_checkpoints(self.ranks, stage, self.writer, resumed)
             feed = data.feed(name, self.model)
             recorded = isinstance(stage, FineTuning) and self._use_recorded(stage, feed)
-            held = held_out(data.held_out(name, self.model), recorded)
+            batches = data.held_out(name, self.model)
+            held = [partial(Whole(batches, recorded).parts, i) for i in range(len(batches))] if batches else []
             score = partial(self._scored, name, stage, self.score) if self.score is not None else None
             trainer = StageTrainer(stage, Whole(feed, recorded), self.writer, config, total, held, score, stop)
             if resumed is not None:
@@ -319,9 +320,7 @@ def _starting_point(folder: Path, identity: RunIdentity, resume: bool) -> Loaded
 
 def _shapes_score(model: PluggableModel, count: int) -> Callable[[str, Any], float]:
     """Return a callback that draws `count` pictures a category with the model so far and returns their overall score.
-
-    Raises:
-        PpclError: The model's teacher is not the shapes model that ships with the package.
+    Raises PpclError where the model's teacher is not the shapes model that ships with the package.
     """
     from ppcl_fx.io.fingerprint import fingerprint
     from ppcl_fx.model.pluggable import PluggableModel

@@ -36,14 +36,8 @@ class _Sum(Record):
 class Cache(Spill):
     """A spill by call and bundle (values that are needed together), whose files outlive the process.
 
-    Each file has a checksum beside it, which is compared whenever the file is read.
-
-    Args:
-        folder: where files go; what another key left there is removed.
-        key: digest of what decides the values.
-        memory: bytes to hold in memory.
-        disk: bytes that files may take.
-        device: where values are wanted.
+    Each file has a checksum beside it, which is compared whenever the file is read. The `key` is a digest of what
+    decides the values: what another one left in the folder is removed. `memory` and `disk` are bytes to hold there.
     """
 
     def __init__(self, folder: Path, key: str, memory: int, disk: int, device: torch.device) -> None:
@@ -61,10 +55,8 @@ class Cache(Spill):
         return (call, bundle) in self._held or self._path(call, bundle).with_suffix(".json").is_file()
 
     def get(self, call: int, bundle: str) -> Any:
-        """Return a call's bundle, its tensors on the device.
-
-        Raises:
-            Damaged: it is not there, or not what was written.
+        """Return a call's bundle, its tensors on the device. Raises Damaged where it is not there, or not what was
+        written.
         """
         encoded = self._held.get((call, bundle))
         return decode(encoded if encoded is not None else self._read(self._path(call, bundle)), self.device)

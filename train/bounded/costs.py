@@ -89,15 +89,10 @@ class TeacherCost:
 
 
 def problem_cost(problem: Problem, last: int, checkpointing: bool, optimizer: str, average: bool) -> ProblemCost:
-    """Return what a problem costs; its parameters are on the meta device.
+    """Return what a problem costs, with gradient checkpointing, of an optimiser, and with an average of its weights.
 
-    Args:
-        problem: the problem.
-        last: the teacher's last segment that it needs a value of.
-        checkpointing: whether its insides are computed again in the backward pass.
-        optimizer: "adamw" or "adamw8bit".
-        average: whether an average of its weights is kept. To evaluate it the weights are put aside, which takes the
-            place of the gradients.
+    To evaluate the average the weights are put aside, which takes the place of the gradients. `last` is the teacher's
+    last segment that the problem needs a value of.
     """
     gm = problem.graph
     trained = [gm.get_parameter(name) for name in problem.trained]
@@ -130,13 +125,9 @@ def moment_bytes(values: int, optimizer: str) -> int:
 def teacher_cost(
     gm: GraphModule, segments: Sequence[Segment], skip: Callable[[Node], bool], scale: float
 ) -> TeacherCost:
-    """Return what a pass of the teacher costs.
+    """Return what a pass of the teacher over some segments costs, without the nodes that are not run.
 
-    Args:
-        gm: the pluggable graph, its parameters on the meta device.
-        segments: what the pass is cut in.
-        skip: nodes that are not run.
-        scale: size of the largest call over that of the traced one.
+    `scale` is the size of the largest call over that of the traced one.
     """
     known: dict[tuple[Any, ...], int] = {}
     return TeacherCost(

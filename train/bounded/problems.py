@@ -43,10 +43,8 @@ def problems(model: PluggableModel, stage: str) -> list[Problem]:
     """Cut a stage's distillation graph in problems.
 
     An interval's student needs the teacher's values where it begins and where it ends, and nothing else of the
-    teacher (Eq. 6: the losses do not see each other). Only the students have `requires_grad`; the meta device will do.
-
-    Raises:
-        PpclError: as `distil`.
+    teacher (Eq. 6: the losses do not see each other). Only the students have `requires_grad`; the meta device will
+    do. Raises PpclError as `distil` does.
     """
     gm = distil(model, stage)
     live = live_nodes(gm)

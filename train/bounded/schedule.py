@@ -153,15 +153,9 @@ class Schedule:
 
 @dataclass(frozen=True)
 class StageSchedule:
-    """What is going to be done for a stage.
+    """What is going to be done for a stage: the way, and the costs that it rests on.
 
-    Attributes:
-        stage: its name.
-        steps: its steps.
-        students: ids of the edits that are not finished yet.
-        schedule: the way; None where every student is finished.
-        costs: what the schedule rests on: each student's costs.
-        teacher: and the teacher's.
+    `students` are the ids of the edits that are not finished yet; there is no schedule where all of them are.
     """
 
     stage: str
@@ -172,13 +166,7 @@ class StageSchedule:
     teacher: TeacherCost | None = None
 
     def lines(self, capacity: Capacity, base: int, speeds: Speeds) -> list[str]:
-        """Return it in a few lines, for a person before a long training starts.
-
-        Args:
-            capacity: what may be used.
-            base: bytes that the process held before.
-            speeds: what the estimate of the time rests on.
-        """
+        """Return it in a few lines, for a person before a long training starts; `base` are the bytes of the process."""
         chosen = self.schedule
         if chosen is None:
             return [f"stage {self.stage}: every student is finished"]
@@ -213,10 +201,9 @@ class Pricing:
     speeds: Speeds
 
     def plan(self, checkpoints: int) -> Schedule:
-        """Choose the fastest way that fits; of a student so many checkpoints lie on the disk at a time.
-
-        Raises:
-            PpclError: one student alone, or the teacher's heaviest block, needs more memory, or the disk is too small.
+        """Choose the fastest way that fits; of a student so many checkpoints lie on the disk at a time. Raises
+        PpclError where one student alone, or the teacher's heaviest block, needs more memory, or the disk is too
+        small.
         """
         self._check_memory()
         problems, limit = self.problems, self.capacity.disk

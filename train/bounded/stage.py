@@ -25,15 +25,7 @@ from ppcl_fx.schema.curves import StageCurves
 from ppcl_fx.train.bounded.cache import Cache
 from ppcl_fx.train.bounded.costs import Speeds, problem_cost, teacher_cost
 from ppcl_fx.train.bounded.problems import Problem, problems
-from ppcl_fx.train.bounded.schedule import (
-    NO_LIMIT,
-    Capacity,
-    PricedWork,
-    Pricing,
-    Schedule,
-    StageSchedule,
-    Sweep,
-)
+from ppcl_fx.train.bounded.schedule import NO_LIMIT, Capacity, PricedWork, Pricing, Schedule, StageSchedule, Sweep
 from ppcl_fx.train.bounded.student import Student
 from ppcl_fx.train.bounded.teacher import Report, Route, Teacher, prepared, states_room
 from ppcl_fx.train.config import Limits, TrainConfig
@@ -100,10 +92,8 @@ class StageContext:
         return BoundedStage(self, number, problems(model, self.options.stages[number]))
 
     def fit_again(self) -> None:
-        """Fit the projectors in students to what "depth" made of these, as the ordinary training does.
-
-        Raises:
-            PpclError: the disk is full, or a call cannot be used.
+        """Fit the projectors in students to what "depth" made of these, as the ordinary training does. Raises
+        PpclError where the disk is full, or a call cannot be used.
         """
         opened, done, gm = self.opened, self.work / "done", self.opened.model.graph
         if not any(site.in_student for site in projector_sites(gm)):
@@ -164,11 +154,7 @@ class BoundedStage:
             self._note(problem)
 
     def plan(self, speeds: Speeds) -> StageSchedule:
-        """Make the schedule of what is not finished.
-
-        Raises:
-            PpclError: a limit is too small.
-        """
+        """Make the schedule of what is not finished. Raises PpclError where a limit is too small."""
         left = self._left()
         if not left:
             return StageSchedule(self._name, self._steps, (), None)
@@ -183,10 +169,8 @@ class BoundedStage:
         return StageSchedule(self._name, self._steps, students, self._pricing.plan(saved), costs, teacher)
 
     def run(self, schedule: Schedule | None) -> None:
-        """Train what is not finished, and lay the results over the saved students.
-
-        Raises:
-            PpclError: the disk is full, or a call cannot be used.
+        """Train what is not finished, and lay the results over the saved students. Raises PpclError where the disk is
+        full, or a call cannot be used.
         """
         left = self._left()
         for sweep in schedule.sweeps if schedule is not None else ():
@@ -286,7 +270,7 @@ class BoundedStage:
             writer.restore(last)
         borders = Borders(problem, teacher, self._batches, self._sizes, context.calls)
         held = Borders(problem, teacher, self._held_out, self._sizes, context.calls)
-        held_out = (lambda: map(held.parts, range(len(self._held_out)))) if self._held_out else None
+        held_out = [partial(held.parts, number) for number in range(len(self._held_out))]
         trainer = StageTrainer(student, borders, writer, options, self._steps, held_out)
         if last is not None:
             trainer.restore(last)
@@ -314,21 +298,11 @@ class BoundedStage:
 class Borders:
     """The teacher's values at a student's border, call by call: a `ppcl_fx.train.core.stage_trainer.Draw`.
 
-    Args:
-        problem: the student's.
-        teacher: gives the values.
-        batches: the calls of each batch, by position.
-        sizes: samples of each call.
-        calls: all calls.
+    `batches` has the positions of each batch's calls, `sizes` the samples of each call.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        teacher: Teacher,
-        batches: Sequence[tuple[int, ...]],
-        sizes: Sequence[int],
-        calls: Calls,
+        self, problem: Problem, teacher: Teacher, batches: Sequence[tuple[int, ...]], sizes: Sequence[int], calls: Calls
     ) -> None:
         self._problem, self._teacher, self._batches = problem, teacher, batches
         self._sizes, self._calls = sizes, calls

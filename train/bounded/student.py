@@ -19,15 +19,9 @@ from ppcl_fx.train.core.stages import Stage, outline_students
 class Student(Stage):
     """A problem with its weights in memory: a `ppcl_fx.train.core.stages.Stage` on the values at its border.
 
-    Args:
-        problem: the problem; its parameters are on the meta device and stay there.
-        read: gives weights by name.
-        config: of the run.
-        depth: whether it is a student block, which gradient checkpointing works on.
-        device: where it trains.
-
-    Attributes:
-        tensors_by_name: what trains, by its name in the students' file.
+    The problem's own parameters stay on the meta device; `read` gives weights by name. `depth` says whether it is a
+    student block, which gradient checkpointing works on. `tensors_by_name` is what trains, by its name in the
+    students' file.
     """
 
     separate = True

@@ -66,15 +66,10 @@ class Route:
 
 
 class Teacher:
-    """Gives the problems' borders: from the cache, or by running the teacher.
+    """Gives the problems' borders: from the cache, or by running the teacher on the calls.
 
-    Args:
-        route: what to run.
-        batches: the calls.
-        residency: where the weights come from, and what keeps the calls' values between segments.
-        cache: where the borders go.
-        room: tells how many bytes these values may take in memory.
-        report: told how far it is.
+    The residency says where the weights come from and what keeps the calls' values between segments, `room` how many
+    bytes of memory these may take.
     """
 
     def __init__(
@@ -97,10 +92,8 @@ class Teacher:
         self._executor = Executor(route.gm, lambda gm: watches, residency, partial=True)
 
     def fill(self, problems: Sequence[Problem], calls: Sequence[int]) -> None:
-        """Run the teacher, no further than for these problems, on those calls that the cache lacks.
-
-        Raises:
-            PpclError: the disk is full, a call holds NaN, or lies outside of what was traced.
+        """Run the teacher, no further than for these problems, on those calls that the cache lacks. Raises PpclError
+        where the disk is full, a call holds NaN, or lies outside of what was traced.
         """
         self._wanted = {name for problem in problems for name, _ in self._route.of[problem.number]}
         self._last = max((self._route.last(problem) for problem in problems), default=-1)

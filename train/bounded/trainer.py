@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.io import owned_folders as owned
-from ppcl_fx.io.files import inside, read_json, write_json
+from ppcl_fx.io.files import Record, inside, read_json, write_json
 from ppcl_fx.model.finetuned import plan_digest
 from ppcl_fx.model.student_folder import StudentFolder
 from ppcl_fx.schema.curves import LOSSES, Losses, StageCurves
@@ -35,17 +34,19 @@ if TYPE_CHECKING:
 RUN = "run.json"
 
 
-class _Run(BaseModel):
+class _Run(Record):
     """What the work folder belongs to, and once the run has ended, its result."""
 
-    model_config = ConfigDict(extra="forbid")
     identity: RunIdentity
     ended: bool = False
-    stages: list[StageCurves] = []
+    stages: tuple[StageCurves, ...] = ()
 
-    def stopped(self) -> dict[str, str]:
-        """Return edit id -> why it ended before its last step; the last stage's word counts."""
-        return {edit: stop.reason for stage in self.stages for edit, stop in stage.stopped.items()}
+    def result(
+        self, folder: Path, schedules: Sequence[StageSchedule] = (), lines: Sequence[str] = (), seconds: float = 0.0
+    ) -> BoundedResult:
+        """Return the result; of an edit that stopped in several stages the last one's word counts."""
+        stopped = {edit: stop.reason for stage in self.stages for edit, stop in stage.stopped.items()}
+        return BoundedResult(schedules, lines, self.stages, stopped, folder / LOSSES, seconds)
 
 
 @dataclass(frozen=True)
@@ -74,11 +75,13 @@ class BoundedTraining:
     """Distils the students of a saved pluggable model with no more of it in memory than a limit allows.
 
     Each student is a problem of its own: its inputs and targets are the teacher's states at its borders (Eq. 6, 10).
-    The teacher runs block by block, its weights read from disk, and these states are cached; or it runs again for each
-    part of the steps where that is faster or the disk is too small. As many students train at a time as fit. The
+    The teacher runs block by block, its weights read from disk, and these states are cached; or it runs again for
+    each part of the steps where that is faster or the disk is too small. As many students train at a time as fit. The
     losses are those of `ppcl_fx.train.train` up to rounding: the calls of a batch go through a student one by one.
 
     A run that was killed goes on to the bit with `resume`, under other limits too. Nothing is written before `run`.
+    Raises PpclError where an option makes no sense, the folder holds an unfinished run, or one of something else, the
+    calls are another model's, or a file is damaged.
 
     Args:
         student: what `PluggableModel.save` or `rewrite_streamed` wrote, or that folder opened with other weights of the
@@ -92,10 +95,6 @@ class BoundedTraining:
 
     Attributes:
         ended: what the run gave, where it had ended before and `resume` is given.
-
-    Raises:
-        PpclError: an option makes no sense, the folder holds an unfinished run, or one of something else, the calls are
-            another model's, or a file is damaged.
     """
 
     def __init__(
@@ -122,18 +121,16 @@ class BoundedTraining:
         owned.check_no_link(work)
         owned.check_replaceable(work, owned.BOUNDED)
         check_places(opened.folder, None, None)
-        before = _before(work, identity, resume)
-        self.ended: BoundedResult | None = None
-        if before is not None and before.ended:
-            self.ended = BoundedResult((), (), tuple(before.stages), before.stopped(), opened.folder / LOSSES, 0.0)
+        before = read_json(inside(work, RUN), _Run) if (work / RUN).is_file() else None
+        if before is not None and resume:
+            before.identity.check(identity, work)
+        elif before is not None and not before.ended:
+            raise PpclError(f"{work}: holds a training that did not end; resume it, or remove that folder")
+        self.ended = before.result(opened.folder) if before is not None and before.ended and resume else None
 
     @cached_property
     def schedules(self) -> list[StageSchedule]:
-        """What is going to be done, stage by stage.
-
-        Raises:
-            PpclError: a limit is too small; the line says by how much.
-        """
+        """What is going to be done, stage by stage. Raises PpclError where a limit is too small, and by how much."""
         return [stage.plan(self._machine) for stage in self._stages]
 
     @cached_property
@@ -143,10 +140,8 @@ class BoundedTraining:
         return [line for plan in self.schedules for line in plan.lines(*how)]
 
     def run(self, report: Report = lambda done, total, label: None) -> BoundedResult:
-        """Train, tell `report` how far it is, and replace the students in the folder.
-
-        Raises:
-            PpclError: a limit is too small, the disk is full, or a call cannot be used.
+        """Train, tell `report` how far it is, and replace the students in the folder. Raises PpclError where a limit
+        is too small, the disk is full, or a call cannot be used.
         """
         if self.ended is not None:
             return self.ended
@@ -162,15 +157,14 @@ class BoundedTraining:
             if plan.stage == "depth":
                 context.fit_again()
         opened.save()
-        run = _Run(identity=context.identity, ended=True, stages=[stage.curves() for stage in self._stages])
-        curves = Losses(plan=run.identity.plan, calls=run.identity.calls, sequential=False, stages=run.stages)
+        run = _Run(identity=context.identity, ended=True, stages=tuple(stage.curves() for stage in self._stages))
+        curves = Losses(plan=run.identity.plan, calls=run.identity.calls, sequential=False, stages=list(run.stages))
         curves.save(opened.folder / LOSSES)
         write_json(work / RUN, run)
         for path in work.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-        seconds = time.perf_counter() - self._began
-        return BoundedResult(schedules, lines, tuple(run.stages), run.stopped(), opened.folder / LOSSES, seconds)
+        return run.result(opened.folder, schedules, lines, time.perf_counter() - self._began)
 
     @cached_property
     def _machine(self) -> Speeds:
@@ -203,16 +197,3 @@ def _check_kinds(graph: GraphModule, calls: Calls) -> None:
                 f"in bounded memory all calls are of the kind that the student was traced with, and {reason}; train "
                 "without --memory-limit, or leave such calls out"
             ) from error
-
-
-def _before(work: Path, identity: RunIdentity, resume: bool) -> _Run | None:
-    """Return the run that the work folder holds, where it is to be gone on with."""
-    if not (work / RUN).is_file():
-        return None
-    run = read_json(inside(work, RUN), _Run)
-    if resume:
-        run.identity.check(identity, work)
-        return run
-    if not run.ended:
-        raise PpclError(f"{work}: holds a training that did not end; resume it, or remove that folder")
-    return None

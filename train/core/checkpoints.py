@@ -107,10 +107,8 @@ def save(
     """Write a checkpoint into `folder`, drop all but the last `KEPT`, and return the new checkpoint's folder.
 
     Later checkpoints are dropped too: the run went on from an earlier one because they were damaged. `put` writes the
-    tensors into the folder in another form and returns the name of the file that says how.
-
-    Raises:
-        PpclError: The place cannot be written; the checkpoints that were there still are.
+    tensors into the folder in another form and returns the name of the file that says how. Raises PpclError where the
+    place cannot be written; the checkpoints that were there still are.
     """
 
     def plain(beside: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -183,10 +181,8 @@ def existing(folder: Path) -> list[Path]:
 
 
 def clear(folder: Path) -> None:
-    """Remove all checkpoints from `folder`, half-written ones included.
-
-    Raises:
-        PpclError: one holds something that training does not write.
+    """Remove all checkpoints from `folder`, half-written ones included. Raises PpclError where one holds something
+    that training does not write.
     """
     for path in existing(folder):
         owned.discard(path, owned.CHECKPOINT)
@@ -198,11 +194,8 @@ def clear(folder: Path) -> None:
 def latest(folder: Path, identity: RunIdentity) -> LoadedCheckpoint | None:
     """Return the newest whole checkpoint in `folder`, or None where there is none at all.
 
-    A damaged one is passed over with a warning for the one before it.
-
-    Raises:
-        PpclError: Every checkpoint there is damaged, or the newest whole one belongs to another plan, calls
-            or options.
+    A damaged one is passed over with a warning for the one before it. Raises PpclError where every checkpoint there
+    is damaged, or the newest whole one belongs to another plan, calls or options.
     """
     found, damaged = _newest(folder, read)
     if found is not None:
@@ -230,11 +223,7 @@ def _newest(folder: Path, open_: Callable[[Path], _Found]) -> tuple[_Found | Non
 
 
 def read(path: Path, *, check: bool = True) -> LoadedCheckpoint:
-    """Read the checkpoint in `path`; with `check`, compare every checksum.
-
-    Raises:
-        PpclError: It is damaged.
-    """
+    """Read the checkpoint in `path`; with `check`, compare every checksum. Raises PpclError where it is damaged."""
     state, shared = _state(path, check), (path / PIECES).is_file()
     if check:
         _check_sum(path, PIECES if shared else TENSORS)
@@ -281,11 +270,8 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimiser's state as tensors called ``optimizer.<number of the parameter>.<key>``.
 
     A plain integer (the step count of the 8-bit AdamW) becomes a tensor called ``...<key>:int``. What the 8-bit AdamW
-    keeps in a dictionary of its own (the averages' bytes and the maps to read them) stands beside the rest, as it takes
-    them too.
-
-    Raises:
-        RuntimeError: The optimiser keeps something that is neither.
+    keeps in a dictionary of its own (the averages' bytes and the maps to read them) stands beside the rest, as it
+    takes them too. Raises RuntimeError where the optimiser keeps something that is neither.
     """
     tensors: dict[str, Tensor] = {}
     for number, slots in optimizer.state_dict()["state"].items():

@@ -86,7 +86,8 @@ def distil(
     """Return the graph that trains one stage's edits.
 
     Every switch upstream of a student is at its teacher, so each student gets the teacher's inputs and each
-    interval's loss is independent. What comes after the last edit is not computed. Parameters are the model's.
+    interval's loss is independent. What comes after the last edit is not computed. Parameters are the model's. Raises
+    PpclError where the stage is unknown, or the plan has no edit for it.
 
     Args:
         model: the pluggable model.
@@ -97,9 +98,6 @@ def distil(
             as well: terms ``attention.<number of the attention>.<number of the output>``. Not in the paper's loss.
         only: the ids of the edits to train; all of the stage if left out.
         graph: the model's pluggable graph for another kind of call (`PluggableModel.graph_for`).
-
-    Raises:
-        PpclError: the stage is unknown, or the plan has no edit for it.
     """
     if stage not in STAGES:
         raise PpclError(f"no distillation stage {stage!r}{near(stage, STAGES)}; choose depth or width")

@@ -49,21 +49,14 @@ class Saving(Interpreter):
 class Distiller(Saving):
     """Interpreter of a distillation graph (`ppcl_fx.train.core.distillation_graph.distil`).
 
-    A node runs with gradients only where a training parameter comes before it, so the teacher leaves nothing
-    behind for a backward pass. At a `pairs` node the edit's loss is known: it is backpropagated there and
-    then, and the interpreter frees the edit's values with their last use. So no more than one student's
-    activations are alive at any time.
+    A node runs with gradients only where a training parameter comes before it, so the teacher leaves nothing behind
+    for a backward pass. At a `pairs` node the edit's loss is known: it is backpropagated there and then, and the
+    interpreter frees the edit's values with their last use. So no more than one student's activations are alive at
+    any time. The parameters that train have `requires_grad`, all others have not.
 
-    Args:
-        gm: The distillation graph; the parameters that train have `requires_grad`, all others have not.
-        weights: The weights of the loss terms.
-        joint: Sum the losses and backpropagate once at the end: for sequential distillation, where an edit's
-            student feeds the next edit's, and errors and gradients run through the chain.
-        checkpointing: As `Saving`.
-        autocast: The dtype to compute matrix products in, or None for the tensors' own.
-
-    Raises:
-        RuntimeError: As `edit_parameters`.
+    With `joint` the losses are summed and backpropagated once at the end: for sequential distillation, where an edit's
+    student feeds the next edit's, and errors and gradients run through the chain. `autocast` is the dtype to compute
+    matrix products in, or None for the tensors' own. Raises RuntimeError as `edit_parameters` does.
     """
 
     def __init__(
@@ -85,10 +78,7 @@ class Distiller(Saving):
 
     def step(self, batch: Mapping[str, Any] | Sequence[Any], scale: float = 1.0) -> dict[str, Tensor]:
         """Run the graph on a call's arguments, or on its placeholders' values in order, and add each edit's gradients,
-        times `scale`, to its parameters' `.grad`.
-
-        Returns:
-            Edit id -> its loss, a detached float32 scalar on the model's device, not scaled.
+        times `scale`, to its parameters' `.grad`. Return each edit's loss, a detached float32 scalar, not scaled.
         """
         self._scale = scale
         losses = self._run_losses(batch, self._trained)
@@ -167,11 +157,8 @@ def edit_parameters(gm: GraphModule) -> Groups:
     """Return each edit's training parameters, edits in the order of their `pairs` nodes.
 
     A parameter belongs to the edit that it was made for; in a sequential graph it leads to others' losses as well.
-    Where the graph does not say which that is, it is the first edit that it leads to.
-
-    Raises:
-        RuntimeError: A `pairs` node without training parameters, or training parameters without a `pairs` node: the
-            graph is not one of ours.
+    Where the graph does not say which that is, it is the first edit that it leads to. Raises RuntimeError for
+    a `pairs` node without training parameters, and for training parameters without one: the graph is not one of ours.
     """
     groups: Groups = {}
     owned: set[int] = set()
@@ -193,10 +180,8 @@ def edit_parameters(gm: GraphModule) -> Groups:
 
 
 def inputs(gm: GraphModule, kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return a call's arguments in the order of the graph's placeholders.
-
-    Raises:
-        GuardError: The call lies outside of what was traced.
+    """Return a call's arguments in the order of the graph's placeholders. Raises GuardError where the call lies
+    outside of what was traced.
     """
     bound = bind(gm, kwargs)
     return [bound[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"]

@@ -33,9 +33,7 @@ def warmup_steps(total: int) -> int:
 
 def factor(step: int, total: int, warmup: int | None = None) -> float:
     """Return the share of the peak learning rate at `step` (from 0) of `total`: linear up over `warmup` steps
-    (None: `warmup_steps`), then half a cosine to 0.
-
-    Nothing but the step goes in, so a resumed run needs no state of a scheduler.
+    (None: `warmup_steps`), then half a cosine to 0. A resumed run needs no state of a scheduler.
     """
     warmup = warmup_steps(total) if warmup is None else min(warmup, total)
     if step < warmup:
@@ -76,9 +74,7 @@ def eight_bit() -> Any:
 
 def try_eight_bit(device: torch.device) -> None:
     """Do one step of the 8-bit AdamW on `device`: it imports where its compiled half is missing, and fails at a step.
-
-    Raises:
-        PpclError: bitsandbytes is not installed, or cannot do a step on this device.
+    Raises PpclError where bitsandbytes is not installed, or cannot do a step on this device.
     """
     package = eight_bit()
     parameter = Parameter(torch.zeros(EIGHT_BIT_FROM, device=device))

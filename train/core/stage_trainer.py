@@ -28,8 +28,6 @@ from ppcl_fx.train.distributed.consensus import StopRequest
 
 BatchPart = tuple[float, Callable[[], tuple[Any, Tensor | None]]]
 """Some of a batch: its share of it, and what gives the stage's input and the teacher's recorded output."""
-HeldOut = Callable[[], Iterable[Iterable[BatchPart]]]
-"""Gives the held-out batches, each in its parts."""
 _log = logging.getLogger("ppcl_fx.train")
 
 
@@ -64,14 +62,10 @@ class StageTrainer:
         draw: Its data.
         writer: Its checkpoints; the last of its curves are the stage's.
         config: The options.
-        total: Steps in all.
-        held_out: Batches of calls that are never trained on.
+        total: Steps in all, of which `done` are done.
+        held_out: Give batches of calls that are never trained on, each in its parts.
         score: Called at each evaluation; what it returns is noted.
         stop: Whether a signal wants the run to stop.
-
-    Attributes:
-        done: Steps that are done.
-        curves: Losses, held-out losses, and why an edit trains no further.
     """
 
     def __init__(
@@ -81,7 +75,7 @@ class StageTrainer:
         writer: CheckpointWriter,
         config: TrainConfig,
         total: int,
-        held_out: HeldOut | None = None,
+        held_out: Sequence[Callable[[], Iterable[BatchPart]]] = (),
         score: Callable[[], float] | None = None,
         stop: StopRequest | None = None,
     ) -> None:
@@ -118,11 +112,9 @@ class StageTrainer:
     def step(self, counted: AbstractContextManager[None] | None = None) -> Step | None:
         """Do one step, its forward and backward passes inside of `counted`; return None where a signal came first.
 
-        An edit whose loss or gradient is not finite stops with its last good weights.
-
-        Raises:
-            PpclError: No edit is left that could go on, or edits are not separate: the line names the stage, the step,
-                the edit and the calls. No update was done, so the last checkpoint is good.
+        An edit whose loss or gradient is not finite stops with its last good weights. Raises PpclError where no edit
+        is left that could go on, or edits are not separate: the line names the stage, the step, the edit and the
+        calls. No update was done, so the last checkpoint is good.
         """
         began, count = time.perf_counter(), self._config.accumulate
         rate = self._lr * factor(self.done, self.total, self._config.warmup)
@@ -159,13 +151,13 @@ class StageTrainer:
     def evaluate(self) -> tuple[dict[str, float], float | None]:
         """Return the held-out losses and the score, where it is time for them; stop what has converged."""
         config = self._config
-        if (self._held_out is None and self._score is None) or not self.stage.groups:
+        if not (self._held_out or self._score) or not self.stage.groups:
             return {}, None
         if self.done % config.evaluate_every and self.done != self.total:
             return {}, None
         began = time.perf_counter()
         with self._ema.shown():
-            found = self._held_out_losses(self._held_out) if self._held_out is not None else {}
+            found = self._held_out_losses() if self._held_out else {}
             score = self._score() if self._score is not None else None
         if score is not None:
             self.curves.scores.append((self.done, score))
@@ -224,7 +216,7 @@ class StageTrainer:
 
         return _summed(self._draw.parts(position), step)
 
-    def _held_out_losses(self, held_out: HeldOut) -> dict[str, float]:
+    def _held_out_losses(self) -> dict[str, float]:
         """Each edit's mean loss on the held-out calls, every batch with the same weight; the random state stays."""
 
         def evaluate(share: float, batch: Any, target: Tensor | None) -> dict[str, Tensor]:
@@ -232,7 +224,7 @@ class StageTrainer:
 
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
-            found = [_numbers(_summed(parts, evaluate)) for parts in held_out()]
+            found = [_numbers(_summed(parts(), evaluate)) for parts in self._held_out]
         return {edit: sum(losses[edit] for losses in found) / len(found) for edit in found[0]}
 
     def _not_finite(

@@ -86,14 +86,8 @@ class Stage:
 class Distillation(Stage):
     """Stage "depth" (Eq. 6 and 7) or "width" (Eq. 10 to 12): each edit's students learn from the teacher's states.
 
-    Args:
-        model: Its students train in place.
-        name: "depth" or "width".
-        weights: The weights of the loss terms.
-        sequential: Feed each student what the student before it gives, not what the teacher gives (the
-            paper's control).
-        only: The ids of the edits to train, some of the stage's; None for all.
-        compute: How it computes.
+    The model's students train in place, of all edits of the stage or `only` of some. `sequential` feeds each student
+    what the student before it gives, not what the teacher gives (the paper's control).
     """
 
     def __init__(
