@@ -30,6 +30,8 @@ TOML_BYTES, LONGEST_LINE = 2**16, 4096
 """Bounds of a config file: what Python's reader of TOML takes grows with the square of a dotted name's length."""
 NONE = "none"
 """TOML has no null; an option that is off is written so."""
+NO_LIMIT = 2**62
+"""Bytes that stand for no limit."""
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
 """How many of something: steps, calls, evaluations."""

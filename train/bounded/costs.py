@@ -50,42 +50,25 @@ class Speeds:
 
 @dataclass(frozen=True)
 class ProblemCost:
-    """What one problem costs.
+    """What one problem costs; a call is one of the traced size."""
 
-    Attributes:
-        held: bytes while it trains, whatever the call: weights, gradients, masters, AdamW's moments, the average.
-        saved: bytes of a checkpoint of it.
-        weights: bytes of the tensors that it trains.
-        step: bytes that a step takes on top, for a call of the traced size.
-        flops: of a forward and a backward pass on a call of the traced size.
-        border: bytes by name of the values that it needs of the teacher, for a call of the traced size.
-        last: the teacher's last segment that it needs a value of.
-    """
-
-    held: int
-    saved: int
-    weights: int
-    step: int
-    flops: int
-    border: Mapping[str, int]
-    last: int
+    held: int  # bytes while it trains, whatever the call: weights, gradients, masters, AdamW's moments, the average
+    saved: int  # bytes of a checkpoint of it
+    weights: int  # bytes of the tensors that it trains
+    step: int  # bytes that a step takes on top, for a call
+    flops: int  # of a forward and a backward pass on a call
+    border: Mapping[str, int]  # bytes by name of the values that it needs of the teacher, for a call
+    last: int  # the teacher's last segment that it needs a value of
 
 
 @dataclass(frozen=True)
 class TeacherCost:
-    """What the teacher's streamed pass costs.
+    """What the teacher's streamed pass costs; a call is one of the traced size."""
 
-    Attributes:
-        flops: of each segment, for a call of the traced size.
-        weights: bytes of each segment's weights, read once in a pass.
-        states: bytes of a call of the traced size between two segments, after each segment.
-        block: bytes that the heaviest segment takes while it runs the largest call.
-    """
-
-    flops: tuple[int, ...]
-    weights: tuple[int, ...]
-    states: tuple[int, ...]
-    block: int
+    flops: tuple[int, ...]  # of each segment, for a call
+    weights: tuple[int, ...]  # bytes of each segment's weights, read once in a pass
+    states: tuple[int, ...]  # bytes of a call between two segments, after each segment
+    block: int  # bytes that the heaviest segment takes while it runs the largest call
 
 
 def problem_cost(problem: Problem, last: int, checkpointing: bool, optimizer: str, average: bool) -> ProblemCost:

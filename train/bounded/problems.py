@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
 from ppcl_fx.ir.graphs import ancestors
+from ppcl_fx.ir.partition import carve
 from ppcl_fx.passes.calibration.memory_estimate import value_bytes
 from ppcl_fx.train.core.distillation_graph import ORIGIN, distil, loss_nodes
 from ppcl_fx.train.core.distiller import live_nodes
@@ -20,23 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """One edit: what trains alone.
+    """One edit: what trains alone."""
 
-    Attributes:
-        number: its position in the stage, from 0.
-        edit: its id.
-        graph: a distillation graph whose placeholders are the border; nothing of the teacher before it is left.
-        border: names of the pluggable graph's nodes whose values it starts from and aims at, as the placeholders.
-        trained: names of the tensors that it trains.
-        frozen: names of the teacher's tensors that it computes with.
-    """
-
-    number: int
+    number: int  # its position in the stage, from 0
     edit: str
-    graph: GraphModule
-    border: tuple[str, ...]
-    trained: tuple[str, ...]
-    frozen: tuple[str, ...]
+    graph: GraphModule  # a distillation graph whose placeholders are the border; no teacher before it is left
+    border: tuple[str, ...]  # nodes of the pluggable graph whose values it starts from and aims at, as the placeholders
+    trained: tuple[str, ...]  # names of the tensors that it trains
+    frozen: tuple[str, ...]  # names of the teacher's tensors that it computes with
 
 
 def problems(model: PluggableModel, stage: str) -> list[Problem]:
@@ -84,27 +76,13 @@ def _has_tensors(gm: GraphModule, node: Node) -> bool:
 
 
 def _problem(gm: GraphModule, number: int, end: Node, nodes: set[Node]) -> Problem:
-    inside = [node for node in gm.graph.nodes if node in nodes]
-    read = {source for node in inside for source in node.all_input_nodes} - nodes
-    border = [node for node in gm.graph.nodes if node in read]
-    graph = Graph(tracer_cls=None)
-    values: dict[Node, Any] = {}
-    for node in border:
-        values[node] = graph.placeholder(f"border_{len(values)}")
-        values[node].meta = {"val": node.meta.get("val")}
-    for node in inside:
-        values[node] = graph.node_copy(node, lambda source: values[source])
-    graph.output(None)
-    made = GraphModule(gm, graph, class_name="Problem")
+    carved = carve([node for node in gm.graph.nodes if node in nodes])
+    carved.graph.output(None)
+    made = GraphModule(gm, carved.graph, class_name="Problem")
     made.meta = dict(gm.meta)
     parameters = dict(made.named_parameters())
     trained = tuple(name for name, p in parameters.items() if p.requires_grad)
     others = [*parameters, *(name for name, _ in made.named_buffers())]
-    return Problem(
-        number,
-        str(end.args[0]),
-        made,
-        tuple(str(node.meta[ORIGIN]) for node in border),
-        trained,
-        tuple(name for name in others if name not in set(trained)),
-    )
+    border = tuple(str(node.meta[ORIGIN]) for node in carved.inputs)
+    frozen = tuple(name for name in others if name not in set(trained))
+    return Problem(number, str(end.args[0]), made, border, trained, frozen)

@@ -14,12 +14,12 @@ from typing import NamedTuple
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.train.bounded.costs import ProblemCost, Speeds, TeacherCost
+from ppcl_fx.train.config import NO_LIMIT
 
 CLEARLY = 0.98
 """A way takes the place of a plainer one, or one with more students at a time, for less than this share of its time."""
 MARGIN = 2**28
 """Bytes of the memory limit that are left for what no estimate sees: the allocator, libraries, the interpreter."""
-NO_LIMIT = 2**62
 KINDS = {
     "cached": "the teacher runs once, and its states at the students' borders are cached",
     "cached in turns": "the teacher runs once for each set of students, and its states at their borders are cached",
@@ -46,19 +46,12 @@ class Capacity:
 
 @dataclass(frozen=True)
 class PricedWork:
-    """Which calls the steps use.
+    """Which calls the steps use."""
 
-    Attributes:
-        order: for each step the positions of its calls.
-        scales: for each call its size over that of the traced call.
-        held_out: positions of the calls that the students are evaluated on.
-        evaluate_every: steps between evaluations; the last step has one in any case.
-    """
-
-    order: Sequence[tuple[int, ...]]
-    scales: Sequence[float]
-    held_out: Sequence[int] = ()
-    evaluate_every: int = 1
+    order: Sequence[tuple[int, ...]]  # for each step the positions of its calls
+    scales: Sequence[float]  # for each call its size over that of the traced call
+    held_out: Sequence[int] = ()  # positions of the calls that the students are evaluated on
+    evaluate_every: int = 1  # steps between evaluations; the last step has one in any case
 
     def evaluations(self, start: int, stop: int) -> int:
         """Return how often the students are evaluated after a step from `start` on and before `stop`."""
@@ -85,15 +78,10 @@ class PricedWork:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Students that the teacher runs for together.
+    """Students that the teacher runs for together."""
 
-    Attributes:
-        groups: problems by number; those of a group train at the same time, the groups one after the other.
-        windows: first step, and one after the last, of the parts; before each one the teacher runs on its calls.
-    """
-
-    groups: tuple[tuple[int, ...], ...]
-    windows: tuple[tuple[int, int], ...]
+    groups: tuple[tuple[int, ...], ...]  # problems by number; a group's train side by side, one group after the other
+    windows: tuple[tuple[int, int], ...]  # first step and one after the last, of each part that the teacher runs before
 
     @property
     def problems(self) -> tuple[int, ...]:
@@ -102,44 +90,26 @@ class Sweep:
 
 
 class Price(NamedTuple):
-    """What a schedule costs: four sums, and three values that are the most of any sweep.
+    """What a schedule costs: four sums, and three values that are the most of any sweep."""
 
-    Attributes:
-        seconds: estimate of the time.
-        teacher_flops: of all passes of the teacher.
-        training_flops: of all steps and evaluations of all students, none of them stopped early.
-        passes: runs of the teacher.
-        memory: the most bytes in memory beside what the process held before.
-        cache_memory: of which for the cache.
-        cache_disk: the most bytes of the cache and of the teacher's states on disk.
-    """
-
-    seconds: float
-    teacher_flops: float
-    training_flops: float
-    passes: int
-    memory: int
-    cache_memory: int
-    cache_disk: int
+    seconds: float  # estimate of the time
+    teacher_flops: float  # of all passes of the teacher
+    training_flops: float  # of all steps and evaluations of all students, none of them stopped early
+    passes: int  # runs of the teacher
+    memory: int  # bytes in memory beside what the process held before
+    cache_memory: int  # of which for the cache
+    cache_disk: int  # bytes of the cache and of the teacher's states on disk
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The way that was chosen.
-
-    Attributes:
-        kind: how it gets the teacher's values, one of `KINDS`.
-        sweeps: what is done, in order.
-        price: what it costs.
-        disk: bytes of disk that it takes in all: cache, checkpoints, finished students, the new students' file.
-        alternatives: what else was possible, each a name and its price; the fastest of each kind.
-    """
+    """A way of doing the work: how it gets the teacher's values (one of `KINDS`), and what is done in order."""
 
     kind: str
     sweeps: tuple[Sweep, ...]
     price: Price
-    disk: int
-    alternatives: tuple[tuple[str, Price], ...] = ()
+    disk: int  # bytes that it takes in all: cache, checkpoints, finished students, the new students' file
+    alternatives: tuple[tuple[str, Price], ...] = ()  # the fastest of each other kind
 
     @property
     def at_once(self) -> int:

@@ -17,7 +17,7 @@ from ppcl_fx.ir.partition import Watch, closure, parts
 from ppcl_fx.tracing import with_rows
 from ppcl_fx.train.bounded.cache import Cache, Damaged
 from ppcl_fx.train.bounded.problems import Problem
-from ppcl_fx.train.bounded.schedule import NO_LIMIT
+from ppcl_fx.train.config import NO_LIMIT
 from ppcl_fx.train.core.batches import Batches
 
 _log = logging.getLogger("ppcl_fx.train")

@@ -129,25 +129,15 @@ def save(
 
 @dataclass
 class CheckpointWriter:
-    """Writes a run's checkpoints, and restores students and curves from them.
-
-    Attributes:
-        folder: The checkpoints' folder.
-        identity: What the checkpoints belong to.
-        students: What is in every checkpoint, state-dict name -> tensor.
-        device: The device whose random generator is stored too; None to store none.
-        curves: One entry a stage, the current one last.
-        save: Writes a checkpoint, as `save` does.
-        beginning: Gives the tensors that training began with, where they can be read again.
-    """
+    """Writes a run's checkpoints, and restores students and curves from them."""
 
     folder: Path
     identity: RunIdentity
-    students: Mapping[str, Tensor]
-    device: torch.device | None
-    curves: list[StageCurves] = field(default_factory=list)
+    students: Mapping[str, Tensor]  # what is in every checkpoint, by its name in the state dict
+    device: torch.device | None  # whose random generator is stored too; None to store none
+    curves: list[StageCurves] = field(default_factory=list)  # one entry a stage, the current one last
     save: Callable[..., object] = save
-    beginning: Callable[[str], Tensor] | None = None
+    beginning: Callable[[str], Tensor] | None = None  # gives what training began with, where it can be read again
 
     def write(self, step: int, tensors: Mapping[str, Tensor], *, over: bool = False) -> None:
         """Write a checkpoint of the current stage after `step` of its steps: the students and `tensors`."""

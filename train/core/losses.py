@@ -36,7 +36,7 @@ def normalized_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ``||student - teacher||^2`` (Eq. 12): summed over the features, averaged over batch and tokens, float32."""
+    """Return ``||student - teacher||^2`` (Eq. 12), float32: summed over features, averaged over batch and tokens."""
     if student.shape != teacher.shape:
         raise RuntimeError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape")
     return (student.float() - teacher.float()).square().sum(-1).mean()

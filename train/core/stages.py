@@ -33,17 +33,11 @@ WHOLE = "model"
 
 @dataclass(frozen=True)
 class Compute:
-    """How a stage computes.
+    """How a stage computes."""
 
-    Attributes:
-        checkpointing: Recompute the insides of blocks in the backward pass instead of keeping them.
-        autocast: The dtype of matrix products, or None.
-        backend: `torch.compile`'s backend for the blocks that train, None not to compile them.
-    """
-
-    checkpointing: bool = False
-    autocast: torch.dtype | None = None
-    backend: str | None = None
+    checkpointing: bool = False  # recompute the insides of blocks in the backward pass instead of keeping them
+    autocast: torch.dtype | None = None  # dtype of matrix products
+    backend: str | None = None  # `torch.compile`'s for the blocks that train; None not to compile them
 
 
 class Stage:
