@@ -51,10 +51,6 @@ class Student(Stage):
         self._distiller = Distiller(graph, config.weights, checkpointing=config.checkpointing, autocast=cast)
         self.groups = self._distiller.groups
 
-    def step(self, border: Sequence[Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+    def losses(self, border: Sequence[Any], target: Tensor | None, scale: float | None) -> dict[str, Tensor]:
         """See `Stage`; the students' targets are among the border's values."""
         return self._distiller.step(border, scale)
-
-    def evaluate(self, border: Sequence[Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
-        """See `Stage`."""
-        return self._distiller.evaluate(border)

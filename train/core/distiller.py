@@ -76,28 +76,20 @@ class Distiller(Saving):
         self._losses: dict[str, Tensor] = {}
         self.groups = edit_parameters(gm)
 
-    def step(self, batch: Mapping[str, Any] | Sequence[Any], scale: float = 1.0) -> dict[str, Tensor]:
+    def step(self, batch: Mapping[str, Any] | Sequence[Any], scale: float | None = 1.0) -> dict[str, Tensor]:
         """Run the graph on a call's arguments, or on its placeholders' values in order, and add each edit's gradients,
-        times `scale`, to its parameters' `.grad`. Return each edit's loss, a detached float32 scalar, not scaled.
+        times `scale`, to its parameters' `.grad`; None for no gradients. Return each edit's loss, a detached float32
+        scalar, not scaled.
         """
-        self._scale = scale
-        losses = self._run_losses(batch, self._trained)
-        if self._joint:
-            torch.autograd.backward(total_loss(losses.values()) * scale)
-        return {edit: loss.detach() for edit, loss in losses.items()}
-
-    def evaluate(self, batch: Mapping[str, Any] | Sequence[Any]) -> dict[str, Tensor]:
-        """Return each edit's loss on what `step` takes, without gradients."""
-        return self._run_losses(batch, set())
-
-    def _run_losses(self, batch: Mapping[str, Any] | Sequence[Any], live: set[Node]) -> dict[str, Tensor]:
         values = inputs(self.gm, batch) if isinstance(batch, Mapping) else batch
-        self._live, self._losses = live, {}
+        self._live, self._scale, self._losses = set() if scale is None else self._trained, scale or 0.0, {}
         mode = torch.set_grad_enabled(torch.is_grad_enabled())  # puts it back at the end
         with mode, casting(_device(self.gm), self._autocast):
             self.run(*values)
         losses, self._losses = self._losses, {}
-        return losses
+        if self._joint and scale is not None:
+            torch.autograd.backward(total_loss(losses.values()) * scale)
+        return {edit: loss.detach() for edit, loss in losses.items()}
 
     def run_node(self, n: Node) -> Any:
         """Run one node, with gradients only where they are needed."""

@@ -49,15 +49,19 @@ class Stage:
     separate = False
     """Whether each edit's loss and gradients are its own, so that one can stop while the others go on."""
 
-    def step(self, batch: Any, *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
-        """Add one batch's gradients, times `scale`, to the parameters' `.grad` and return each edit's loss,
-        detached and not scaled. `target` is the teacher's recorded output.
+    def losses(self, batch: Any, target: Tensor | None, scale: float | None) -> dict[str, Tensor]:
+        """Return each edit's loss on one batch, detached; add its gradients, times `scale`, to the parameters' `.grad`,
+        but for a scale of None. `target` is the teacher's recorded output, where that is to be used.
         """
         raise NotImplementedError
 
+    def step(self, batch: Any, *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+        """Return the losses and add gradients: see `losses`."""
+        return self.losses(batch, target, scale)
+
     def evaluate(self, batch: Any, *, target: Tensor | None = None) -> dict[str, Tensor]:
-        """Return each edit's loss on one batch, without gradients."""
-        raise NotImplementedError
+        """Return the losses alone: see `losses`."""
+        return self.losses(batch, target, None)
 
     def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return every edit's gradient norm, given those of the parameters in `groups`."""
@@ -125,13 +129,9 @@ class Distillation(Stage):
         checkpointing, autocast = compute.checkpointing, compute.autocast
         return Distiller(graph, self._weights, joint=joint, checkpointing=checkpointing, autocast=autocast)
 
-    def step(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+    def losses(self, kwargs: Mapping[str, Any], target: Tensor | None, scale: float | None) -> dict[str, Tensor]:
         """See `Stage`; the students' targets are the teacher's states, computed on the way."""
         return self._distiller(self._model.graph_for(kwargs)).step(kwargs, scale)
-
-    def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
-        """See `Stage`."""
-        return self._distiller(self._model.graph_for(kwargs)).evaluate(kwargs)
 
     def stop(self, edit: str) -> None:
         """See `Stage`. The teacher's blocks after the last student that still trains are not run any more."""
@@ -161,16 +161,13 @@ class FineTuning(Stage):
         self._device = model.device
         self.groups: Groups = {WHOLE: list(self.student.parameters())}
 
-    def step(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+    def losses(self, kwargs: Mapping[str, Any], target: Tensor | None, scale: float | None) -> dict[str, Tensor]:
         """See `Stage`. Without a `target` the teacher computes it."""
-        loss = self._loss(kwargs, target)
-        torch.autograd.backward(loss * scale)
+        with torch.set_grad_enabled(scale is not None):
+            loss = self._loss(kwargs, target)
+        if scale is not None:
+            torch.autograd.backward(loss * scale)
         return {WHOLE: loss.detach()}
-
-    def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
-        """See `Stage`."""
-        with torch.no_grad():
-            return {WHOLE: self._loss(kwargs, target)}
 
     def target(self, kwargs: Mapping[str, Any]) -> Tensor:
         """Return the teacher's output for a batch, as this stage computes it."""
