@@ -25,16 +25,10 @@ from ppcl_fx.train.core.optimizer import EIGHT_BIT_FROM
 
 _log = logging.getLogger("ppcl_fx.train")
 
-ADAM = 8
-"""Bytes of AdamW's two float32 moments of a value."""
-BLOCK = 256
-"""Values that share a scale in the 8-bit AdamW."""
-MAPS = 2 * 256 * 4
-"""Bytes of the 8-bit AdamW's two maps from a byte to a value."""
 SIDE = 768
-"""Rows of the matrices that are multiplied."""
+"""Rows of the matrices that are multiplied to see how fast the machine is."""
 PIECE = 16 * 2**20
-"""Bytes that are written and read."""
+"""Bytes that are written to see how fast its disk is."""
 SHARE = 0.5
 """What a model reaches of the speed of a bare matrix product."""
 
@@ -101,8 +95,9 @@ def problem_cost(problem: Problem, last: int, checkpointing: bool, optimizer: st
 def moment_bytes(values: int, optimizer: str) -> int:
     """Return what AdamW keeps of a parameter of so many values: two float32 moments, or two of a byte."""
     if optimizer == "adamw" or values < EIGHT_BIT_FROM:
-        return ADAM * values
-    return 2 * values + 2 * 4 * -(-values // BLOCK) + MAPS
+        return 8 * values
+    # Besides, two float32 scales for 256 values each, and two maps from a byte to a value.
+    return 2 * values + 2 * 4 * -(-values // 256) + 2 * 4 * 256
 
 
 def teacher_cost(

@@ -1,19 +1,26 @@
-"""The problems that a stage falls into: each a small graph of its own, from cached teacher values to a loss."""
+"""The problems that a stage falls into: each a small graph of its own, from cached teacher values to a loss; and the
+students, which are problems with their weights in memory.
+"""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.ir.graphs import ancestors
 from ppcl_fx.ir.partition import carve
 from ppcl_fx.passes.calibration.memory_estimate import value_bytes
+from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.core.distillation_graph import ORIGIN, distil, loss_nodes
-from ppcl_fx.train.core.distiller import live_nodes
+from ppcl_fx.train.core.distiller import Distiller, live_nodes
+from ppcl_fx.train.core.stages import Stage, outline_students
 
 if TYPE_CHECKING:
     from ppcl_fx.model.pluggable import PluggableModel
@@ -86,3 +93,45 @@ def _problem(gm: GraphModule, number: int, end: Node, nodes: set[Node]) -> Probl
     border = tuple(str(node.meta[ORIGIN]) for node in carved.inputs)
     frozen = tuple(name for name in others if name not in set(trained))
     return Problem(number, str(end.args[0]), made, border, trained, frozen)
+
+
+class Student(Stage):
+    """A problem with its weights in memory: a `ppcl_fx.train.core.stages.Stage` on the values at its border.
+
+    The problem's own parameters stay on the meta device; `read` gives weights by name. `depth` says whether it is a
+    student block, which gradient checkpointing works on. `tensors_by_name` is what trains, by its name in the
+    students' file.
+    """
+
+    separate = True
+
+    def __init__(
+        self, problem: Problem, read: Callable[[str], Tensor], config: TrainConfig, depth: bool, device: torch.device
+    ) -> None:
+        self.problem = problem
+        graph = copy.deepcopy(problem.graph)
+        for name in (*problem.trained, *problem.frozen):
+            path, _, leaf = name.rpartition(".")
+            owner, trains = graph.get_submodule(path), name in problem.trained
+            own: Tensor = getattr(owner, leaf)
+            try:
+                tensor = read(name).to(own.dtype)
+            except KeyError:
+                if own.is_meta:
+                    raise RuntimeError(f"no file holds {name}") from None
+                tensor = own.detach()
+            # What trains is copied, or the update would go to a page of the file.
+            tensor = tensor.to(device, copy=trains)
+            setattr(
+                owner, leaf, nn.Parameter(tensor, requires_grad=trains) if isinstance(own, nn.Parameter) else tensor
+            )
+        self.tensors_by_name: dict[str, Tensor] = {name: graph.get_parameter(name) for name in problem.trained}
+        if config.checkpointing and depth:
+            outline_students(graph)
+        cast = torch.bfloat16 if config.autocast else None
+        self._distiller = Distiller(graph, config.weights, checkpointing=config.checkpointing, autocast=cast)
+        self.groups = self._distiller.groups
+
+    def losses(self, border: Sequence[Any], target: Tensor | None, scale: float | None) -> dict[str, Tensor]:
+        """See `Stage`; the students' targets are among the border's values."""
+        return self._distiller.step(border, scale)

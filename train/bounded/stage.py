@@ -24,9 +24,8 @@ from ppcl_fx.passes.calibration.memory_estimate import block_bytes, elements
 from ppcl_fx.schema.curves import StageCurves
 from ppcl_fx.train.bounded.cache import Cache
 from ppcl_fx.train.bounded.costs import Speeds, problem_cost, teacher_cost
-from ppcl_fx.train.bounded.problems import Problem, problems
+from ppcl_fx.train.bounded.problems import Problem, Student, problems
 from ppcl_fx.train.bounded.schedule import Capacity, PricedWork, Pricing, Schedule, StageSchedule, Sweep
-from ppcl_fx.train.bounded.student import Student
 from ppcl_fx.train.bounded.teacher import Report, Route, Teacher, prepared, states_room
 from ppcl_fx.train.config import NO_LIMIT, Limits, TrainConfig
 from ppcl_fx.train.core import checkpoints

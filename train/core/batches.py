@@ -269,15 +269,10 @@ class Data:
         return self._data, spaced(self._held or self._used, count)
 
     def _batches(self, calls: Calls, stage: str, model: PluggableModel, only: list[int]) -> Batches:
+        options, ranks, split = self._options, self._ranks, self._split(stage)
+        device, dtype = model.device, model.dtype
         return Batches(
-            calls,
-            self._options.batch,
-            self._options.seed,
-            device=model.device,
-            dtype=model.dtype,
-            ranks=self._ranks,
-            only=only,
-            split=self._split(stage),
+            calls, options.batch, options.seed, device=device, dtype=dtype, ranks=ranks, only=only, split=split
         )
 
     def _split(self, stage: str) -> bool:

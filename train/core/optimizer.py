@@ -16,10 +16,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train.core.distiller import Groups
 
-BETAS = (0.9, 0.95)
-"""AdamW's betas in the paper (Sec. 4.1)."""
-WEIGHT_DECAY = 0.02
-"""AdamW's weight decay in the paper (Sec. 4.1)."""
 EIGHT_BIT = "bitsandbytes"
 """The package of the 8-bit AdamW."""
 EIGHT_BIT_FROM = 4096
@@ -45,10 +41,10 @@ def make_optimizer(
     groups: Mapping[str, Sequence[Parameter]],
     lr: float,
     kind: str = "adamw",
-    betas: tuple[float, float] = BETAS,
-    weight_decay: float = WEIGHT_DECAY,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.02,
 ) -> torch.optim.Optimizer:
-    """Return AdamW over `groups` (edit id -> its parameters), one parameter group an edit, in the order given.
+    """Return AdamW, as in the paper's Sec. 4.1, over `groups` (edit id -> its parameters), one parameter group an edit.
 
     With the `kind` "adamw8bit" its two averages take a byte each for every parameter. Raises PpclError where that is
     asked for and bitsandbytes is not installed.
