@@ -265,17 +265,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = {}
     for number, slots in optimizer.state_dict()["state"].items():
-        inner = [value for value in slots.values() if isinstance(value, dict)]
-        plain = {key: value for key, value in slots.items() if not isinstance(value, dict)}
-        for key, value in chain(plain.items(), *(group.items() for group in inner)):
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{number}.{key}"] = value
-            elif type(value) is int:
-                tensors[f"optimizer.{number}.{key}{_INT}"] = torch.tensor(value)
-            else:
-                raise RuntimeError(
-                    f"the optimiser keeps a {type(value).__name__} as {key!r}; only tensors can be stored"
-                )
+        inner = [value.items() for value in slots.values() if isinstance(value, dict)]
+        for key, value in chain(slots.items(), *inner):
+            plain = torch.tensor(value) if type(value) is int else value
+            if isinstance(plain, Tensor):
+                tensors[f"optimizer.{number}.{key}{_INT if plain is not value else ''}"] = plain
+            elif not isinstance(plain, dict):
+                kind = type(value).__name__
+                raise RuntimeError(f"the optimiser keeps a {kind} as {key!r}; only tensors can be stored")
     return tensors
 
 
