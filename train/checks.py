@@ -20,11 +20,7 @@ LOGS = "logs"
 
 
 def check_here(config: TrainConfig, device: torch.device) -> None:
-    """Refuse what is not installed or does not run on this device, and options that need others.
-
-    Raises:
-        PpclError: there is such a thing.
-    """
+    """Raise `PpclError` for what is not installed or does not run on this device, and options that need others."""
     if config.optimizer == "adamw8bit":
         try_eight_bit(device)
     if config.patience is not None and not config.held_out:
@@ -38,47 +34,35 @@ def check_backend(config: TrainConfig) -> None:
         return
     from torch._dynamo import list_backends
 
-    backends = list_backends(None)
-    if config.compile_backend not in backends:
-        hint = near(config.compile_backend, backends)
-        raise PpclError(
-            f"training option compile_backend: no backend {config.compile_backend!r}{hint}; "
-            f"there are {', '.join(backends)}"
-        )
+    backend, backends = config.compile_backend, list_backends(None)
+    if backend not in backends:
+        there = f"no backend {backend!r}{near(backend, backends)}; there are {', '.join(backends)}"
+        raise PpclError(f"training option compile_backend: {there}")
 
 
-def check_places(folder: Path, logs: Path | None, finetuned: str | None) -> None:
-    """Refuse, before any work, a place that cannot be written, a link, and what no training wrote.
+def check_places(folder: Path, logs: Path | None, finetuned: Path | None) -> None:
+    """Raise `PpclError`, before any work, for a place that cannot be written, a link, and what no training wrote.
 
-    Args:
-        folder: the output folder.
-        logs: the folder of the logs; None where none are written.
-        finetuned: name of the fine-tuned model's folder; None without that stage.
-
-    Raises:
-        PpclError: there is such a thing.
+    There are an output folder, perhaps one of logs, and with that stage one of the fine-tuned model.
     """
-    for place in (folder, logs) if logs is not None else (folder,):
-        check_writable(place)
+    check_writable(folder)
+    if logs is not None:
+        check_writable(logs)
     for name in (CHECKPOINTS, LOGS):
         owned.check_no_link(folder / name)
     owned.check_file(folder / CONFIG, mark=owned.OPTIONS_MARK)
     owned.check_file(folder / LOSSES, keys=("stages",))
     if finetuned is not None:
-        owned.check_no_link(folder / finetuned)
-        owned.check_replaceable(folder / finetuned, owned.FINETUNED)
+        owned.check_no_link(finetuned)
+        owned.check_replaceable(finetuned, owned.FINETUNED)
     if logs is not None:
         _check_logs(logs)
 
 
 def _check_logs(logs: Path) -> None:
     """Lines and events of an earlier training are replaced, and nothing that only has their names."""
-    owned.check_no_link(logs / LOG)
-    owned.check_no_link(logs / EVENTS)
-    events = logs / EVENTS
-    if events.is_dir():
-        for stage in events.iterdir():
-            owned.check_no_link(stage)
+    for path in (logs / LOG, logs / EVENTS, *(logs / EVENTS).glob("*")):
+        owned.check_no_link(path)
     if not (logs / LOG).exists():
         return
     advice = "choose another folder for the logs"
@@ -86,13 +70,9 @@ def _check_logs(logs: Path) -> None:
         raise PpclError(f"{logs / LOG}: is no file, and the log is to be written there; {advice}")
     with (logs / LOG).open(encoding="utf-8", errors="replace") as file:
         first = file.readline(2**20)
-    if first and not _is_ours(first):
-        raise PpclError(f"{logs / LOG}: no training wrote it, so it is not replaced; {advice}")
-
-
-def _is_ours(line: str) -> bool:
     try:
-        found = json.loads(line)
+        found = json.loads(first or "{}")
     except (ValueError, RecursionError):
-        return False
-    return isinstance(found, dict) and {"time", "stage", "step"} <= found.keys()
+        found = None
+    if first and not (isinstance(found, dict) and {"time", "stage", "step"} <= found.keys()):
+        raise PpclError(f"{logs / LOG}: no training wrote it, so it is not replaced; {advice}")

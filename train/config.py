@@ -1,6 +1,4 @@
-"""The options of a training run, one frozen model: the config file, the keyword arguments of `train`, and what the
-flags of ``ppcl-fx train`` are made from. TOML on disk, later values over earlier ones.
-"""
+"""The options of a training run: the config file, the arguments of `train`, and the flags of ``ppcl-fx train``."""
 
 from __future__ import annotations
 
@@ -11,18 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StrictBool,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, Field, StrictBool, ValidationError, field_validator, model_validator
 
 from ppcl_fx.errors import PpclError, near
-from ppcl_fx.io.files import write_text
+from ppcl_fx.io.files import Record, write_text
 from ppcl_fx.io.options import Flag
 from ppcl_fx.io.reading import read_text
 
@@ -40,6 +30,8 @@ TOML_BYTES, LONGEST_LINE = 2**16, 4096
 """Bounds of a config file: what Python's reader of TOML takes grows with the square of a dotted name's length."""
 NONE = "none"
 """TOML has no null; an option that is off is written so."""
+NO_LIMIT = 2**62
+"""Bytes that stand for no limit."""
 
 Count = Annotated[int, Field(gt=0, le=10**9)]
 """How many of something: steps, calls, evaluations."""
@@ -52,24 +44,15 @@ Clip = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 Decay = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
-class Weights(BaseModel):
-    """How much each kind of term counts in an edit's loss.
+class Weights(Record):
+    """How much each kind of term counts in an edit's loss."""
 
-    Attributes:
-        image: Weight of the normalised error of the image stream (Eq. 6, Eq. 11).
-        text: Weight of the normalised error of the text stream (Eq. 6, Eq. 11).
-        linear: Weight of the plain errors of the projectors' outputs (Eq. 12; Eq. 10 adds them with weight 1).
-        attention: Weight of the normalised error of the attention outputs, of both streams, in "depth".
-        relative: Weight of the streams' squared error as a share of the teacher's square, added to "image" and "text".
-            Eq. 6 sees directions only; this sees lengths too.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
     image: Weight = Field(1.0, description="image stream's direction (Eq. 6, 11)")
     text: Weight = Field(1.0, description="text stream's direction (Eq. 6, 11)")
     linear: Weight = Field(1.0, description="projectors' plain errors (Eq. 12)")
     attention: Weight = Field(0.0, description="attention outputs' direction")
     relative: Weight = Field(0.0, description="streams' relative squared error")
+    """Added to "image" and "text": Eq. 6 sees directions only, this sees lengths too."""
 
     @model_validator(mode="after")
     def _some(self) -> Weights:
@@ -78,30 +61,22 @@ class Weights(BaseModel):
         return self
 
 
-class Limits(BaseModel):
+class Limits(Record):
     """What a run within a memory limit may use: bytes, None for no limit.
 
-    Attributes:
-        memory: What this process may hold. Memory-mapped weights do not count: the system takes them back when it needs
-            to.
-        disk: What caches, checkpoints and results may take of the student folder's disk; None for what is free.
-        cache_memory: What of the memory the cache may take at most; None for what the students leave.
+    Memory-mapped weights do not count: the system takes them back when it needs to.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     memory: int | None = Field(None, description="memory that the process may hold; none: no limit")
     disk: int | None = Field(None, description="disk that a run within a memory limit may use; none: what is free")
     cache_memory: int | None = Field(None, description="memory of the cache; none: what the students leave")
 
 
-class TrainConfig(BaseModel):
-    """Every option of a run; `docs/training.md` has them in a table. ``None`` is written "none" in a file.
-
-    Raises:
-        PpclError: The stages and their steps do not fit together (`plan_stages`).
+class TrainConfig(Record):
+    """Every option of a run; `docs/training.md` has them in a table. ``None`` is written "none" in a file. Raises
+    PpclError where the stages and their steps do not fit together (`plan_stages`).
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     stages: Annotated[tuple[str, ...], Flag("--stage", metavar="NAMES")] = Field(
         STAGES, description="some of depth, width, finetune, in that order"
     )
@@ -170,9 +145,7 @@ class TrainConfig(BaseModel):
 
     def bounded(self) -> TrainConfig:
         """Return the options of a run within a memory limit, which leaves fine-tuning out where no stages are given.
-
-        Raises:
-            PpclError: An option asks for what such a run does not do.
+        Raises PpclError where an option asks for what such a run does not do.
         """
         plain = TrainConfig()
         for name in NOT_BOUNDED:
@@ -193,13 +166,9 @@ class TrainConfig(BaseModel):
 def plan_stages(
     stages: Sequence[str], steps: Sequence[int] | Mapping[str, int]
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Check `stages` against the known ones and give each its number of steps.
-
-    `steps` is a list as long as `stages` or a mapping from stage to steps.
-
-    Raises:
-        PpclError: An unknown or repeated stage, stages out of order, another number of steps than stages, or
-            steps below 1.
+    """Check `stages` against the known ones and give each its number of steps, by its place in a list or by its name.
+    Raises PpclError for an unknown or repeated stage, stages out of order, another number of steps than stages, and
+    steps below 1.
     """
     names = tuple(stages)
     if not names:
@@ -209,7 +178,16 @@ def plan_stages(
             raise PpclError(f"unknown stage {name!r}{near(name, STAGES)}: the stages are {', '.join(STAGES)}")
     if list(names) != [name for name in STAGES if name in names]:
         raise PpclError(f"stages {','.join(names)} are out of order or repeated: keep to {','.join(STAGES)}")
-    counts = _from_mapping(names, steps) if isinstance(steps, Mapping) else tuple(steps)
+    if isinstance(steps, Mapping):
+        for name in steps:
+            if name not in names:
+                among = f"which is not among the stages {','.join(names)}"
+                raise PpclError(f"steps for {name!r}{near(name, names)}, {among}")
+        missing = [name for name in names if name not in steps]
+        if missing:
+            raise PpclError(f"no number of steps for stage {missing[0]}: add it to steps")
+        steps = [steps[name] for name in names]
+    counts = tuple(steps)
     if len(counts) != len(names):
         raise PpclError(f"{len(names)} stages but {len(counts)} numbers of steps: give one each for {','.join(names)}")
     for name, count in zip(names, counts, strict=True):
@@ -218,88 +196,66 @@ def plan_stages(
     return names, counts
 
 
-def _from_mapping(names: tuple[str, ...], steps: Mapping[str, int]) -> tuple[int, ...]:
-    for name in steps:
-        if name not in names:
-            raise PpclError(f"steps for {name!r}{near(name, names)}, which is not among the stages {','.join(names)}")
-    missing = [name for name in names if name not in steps]
-    if missing:
-        raise PpclError(f"no number of steps for stage {missing[0]}: add it to steps")
-    return tuple(steps[name] for name in names)
-
-
 def resolve(config: str | Path | TrainConfig | None = None, **options: Any) -> TrainConfig:
-    """Return the options of a run: those of `config`, or the defaults, with the given ones on top.
+    """Return the options of a run: those of `config` (a TOML file, or options), or the defaults, with others on top.
+    Raises PpclError where the file cannot be read, or an option is unknown (the line names a near one) or makes no
+    sense.
 
     Args:
-        config: A TOML file, options, or None for the defaults.
         **options: Fields of `TrainConfig` by name; `weights` may be a mapping or a `Weights` with some or all of the
             terms, `steps` a mapping from stage to steps.
-
-    Raises:
-        PpclError: The file cannot be read, or an option is unknown (the line names a near one) or makes no sense.
     """
     base: dict[str, Any] = {}
-    where = "" if config is None or isinstance(config, TrainConfig) else f"{config}: "
-    if config is not None:
-        base = config.model_dump(exclude_unset=True) if isinstance(config, TrainConfig) else read(config)
+    if isinstance(config, TrainConfig):
+        base = config.model_dump(exclude_unset=True)
+    elif config is not None:
+        base = _read(Path(config))
     options = {name: _plain(value) for name, value in options.items()}
     if isinstance(options.get("weights"), Mapping) and isinstance(base.get("weights"), Mapping):
         options["weights"] = {**base["weights"], **options["weights"]}
-    merged = {**base, **options}
-    check_names(merged, where)
-    return validated(merged, where)
+    try:
+        return TrainConfig.model_validate({**base, **options})
+    except ValidationError as error:
+        where = "" if config is None or isinstance(config, TrainConfig) else f"{config}: "
+        raise PpclError(f"{where}{_first_fault(error)}") from None
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """Return the options in a TOML file by name, unknown ones refused, values not checked yet.
+def _first_fault(error: ValidationError) -> str:
+    """Say in a line what is wrong; a name that is unknown before a value that makes no sense."""
+    faults = error.errors(include_url=False)
+    fault = min(faults, key=lambda one: one["type"] != "extra_forbidden")
+    name = ".".join(str(part) for part in fault["loc"])
+    option = f"training option {name}: " if name else "training options: "
+    if fault["type"] == "extra_forbidden":
+        known = (TrainConfig if len(fault["loc"]) == 1 else Weights).model_fields
+        return f"unknown training option {name!r}{near(str(fault['loc'][-1]), known)}; docs/training.md lists all"
+    if fault["type"] == "value_error":
+        return f"{option}{fault['ctx']['error']}; leave it out, or give another"
+    return f"{option}{fault['msg'].lower()}, not {fault['input']!r}"
 
-    Raises:
-        PpclError: The file is missing or no TOML, or an option is unknown.
-    """
-    path = Path(path)
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the options in a TOML file by name, not checked yet."""
     written = read_text(path, TOML_BYTES)
     if max(map(len, written.split("\n"))) > LONGEST_LINE:
         raise PpclError(f"{path}: has a line of more than {LONGEST_LINE} characters; write an option a line")
     try:
-        found = tomllib.loads(written)
+        return {name: _plain(value) for name, value in tomllib.loads(written).items()}
     except (ValueError, RecursionError) as error:  # numbers of many digits, and lists in lists in lists
         raise PpclError(f"{path}: not valid TOML ({error}); mend the file") from None
-    check_names(found, f"{path}: ")
-    return {name: _plain(value) for name, value in found.items()}
 
 
-def check_names(options: Mapping[str, Any], where: str = "") -> None:
-    """Raise a PpclError that begins with `where` and names a near option, when one of `options` is unknown."""
-    _check(options, TrainConfig, where, "")
-    weights = options.get("weights")
-    if isinstance(weights, Mapping):
-        _check(weights, Weights, where, "weights.")
-
-
-def validated(options: Mapping[str, Any], where: str = "") -> TrainConfig:
-    """Return `options` as a `TrainConfig`. Raises PpclError, in one line, for a value that makes no sense."""
-    try:
-        return TrainConfig.model_validate(dict(options))
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in fault["loc"])
-        option = f"training option {name}: " if name else "training options: "
-        if fault["type"] == "value_error":
-            raise PpclError(f"{where}{option}{fault['ctx']['error']}; leave it out, or give another") from None
-        raise PpclError(f"{where}{option}{fault['msg'].lower()}, not {fault['input']!r}") from None
+def _plain(value: Any) -> Any:
+    if value == NONE:
+        return None
+    return value.model_dump() if isinstance(value, BaseModel) else value
 
 
 def save(options: TrainConfig, path: str | Path) -> None:
-    """Write the complete options as a TOML file that `resolve` reads back to the same."""
-    write_text(path, text(options))
-
-
-def text(options: TrainConfig) -> str:
-    """Return the options as TOML, each with its description."""
+    """Write the complete options as a TOML file, each with its description, that `resolve` reads back to the same."""
     lines = ["# The options of `ppcl-fx train`, complete: give this file with --config to train in the same way."]
     tables: list[str] = []
-    for name, field in type(options).model_fields.items():
+    for name, field in TrainConfig.model_fields.items():
         value = getattr(options, name)
         if isinstance(value, BaseModel):
             tables += ["", f"[{name}]"]
@@ -307,7 +263,7 @@ def text(options: TrainConfig) -> str:
             tables += [f"{key} = {_toml(getattr(value, key))}  # {inner[key].description}" for key in inner]
         else:
             lines.append(f"{name} = {_toml(value)}  # {field.description}")
-    return "\n".join([*lines, *tables]) + "\n"
+    write_text(path, "\n".join([*lines, *tables]) + "\n")
 
 
 def _toml(value: Any) -> str:
@@ -319,18 +275,3 @@ def _toml(value: Any) -> str:
         return repr(value)
     # TOML's basic strings, booleans and integers are written as JSON's are.
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _check(given: Mapping[str, Any], model: type[BaseModel], where: str, prefix: str) -> None:
-    known = list(model.model_fields)
-    for name in given:
-        if name not in known:
-            raise PpclError(
-                f"{where}unknown training option {prefix + name!r}{near(name, known)}; docs/training.md lists all"
-            )
-
-
-def _plain(value: Any) -> Any:
-    if value == NONE:
-        return None
-    return value.model_dump() if isinstance(value, BaseModel) else value

@@ -1,6 +1,4 @@
-"""`train`: what the command line and Python call. Checks what was asked for, then runs the stages one after
-the other.
-"""
+"""`train`: checks what was asked for, then runs the stages one after the other."""
 
 from __future__ import annotations
 
@@ -9,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,7 @@ from ppcl_fx.train.core import checkpoints
 from ppcl_fx.train.core.batches import Batches, Data
 from ppcl_fx.train.core.checkpoints import CheckpointWriter, LoadedCheckpoint, RunIdentity
 from ppcl_fx.train.core.distillation_graph import train_only
-from ppcl_fx.train.core.loop import Progress, Whole, held_out, run_stage
+from ppcl_fx.train.core.loop import Progress, Whole, run_stage
 from ppcl_fx.train.core.stage_trainer import StageTrainer
 from ppcl_fx.train.core.stages import Compute, Distillation, FineTuning, Stage
 from ppcl_fx.train.data.source import DataSource, Feed
@@ -59,14 +58,13 @@ class TrainResult:
 
     Attributes:
         stages: The curves, one entry a stage.
-        seconds: Wall time of this process's part (a resumed run's earlier part is in the stages' own
-            seconds).
+        seconds: Wall time of this process's part (a resumed run's earlier part is in the stages' own seconds).
         folder: The output folder.
         losses: The file with the curves, for the report.
         checkpoints: The folder of the checkpoints.
         finetuned: The folder of the fine-tuned model, None without that stage.
-        finetuned_model: The fine-tuned model itself, a plain graph called like the teacher; None without that
-            stage, and on all ranks but the first.
+        finetuned_model: The fine-tuned model itself, a plain graph called like the teacher; None without that stage,
+            and on all ranks but the first.
     """
 
     stages: tuple[StageCurves, ...]
@@ -108,11 +106,8 @@ def train(
         score: Called at each evaluation with the stage's name and the model as it would come out: the pluggable
             model, all students plugged, or the fine-tuned graph. Returns a number to log, more being better. With the
             option `score_prompts` the shipped model has a callback of its own.
-        **options: The fields of `TrainConfig` by name, over those of `config`: stages, steps (a
-            list, or a mapping from stage to steps), batch, lr, weights and so on. docs/training.md lists all.
-
-    Returns:
-        The curves and paths.
+        **options: The fields of `TrainConfig` by name, over those of `config`; steps may be a mapping from stage to
+            steps. docs/training.md lists all.
 
     Raises:
         PpclError: An option is unknown or makes no sense, a LoRA is loaded, the calls hold NaN, every loss becomes
@@ -125,24 +120,21 @@ def train(
     model.require_no_lora("training")
     folder = Path(out)
     chosen = resolve(config, **options)
-    stages, steps = _busy_stages(model, chosen)
-    busy = chosen.model_copy(update={"stages": stages, "steps": steps})
+    busy = _busy(model, chosen)
     cast = _autocast(model, busy.autocast, ranks.device or model.device)
-    if set(stages) - {"finetune"}:
+    if set(busy.stages) - {"finetune"}:
         model.effects = None  # they were the effects of the students before this training
     students = _mixture(model, busy.keep)
     data = Data(calls, busy, ranks)
     check_here(busy, ranks.device or model.device)
-    decisive = {
-        **busy.decisive(),
-        "autocast": None if cast is None else str(cast).removeprefix("torch."),
-        "students": list(students),
-    }
+    named_cast = None if cast is None else str(cast).removeprefix("torch.")
+    decisive = {**busy.decisive(), "autocast": named_cast, "students": list(students)}
     identity = RunIdentity(plan=plan_digest(model.plan), calls=data.fingerprint, options=decisive)
     logs = Path(busy.log) if busy.log is not None else folder / LOGS
     refuse_on_ranks(ranks, busy, score is not None or busy.score_prompts > 0)
+    finetuned = folder / f"finetuned{_suffix(busy)}" if "finetune" in busy.stages else None
     if ranks.first:
-        check_places(folder, logs, f"finetuned{_suffix(busy)}" if "finetune" in stages else None)
+        check_places(folder, logs, finetuned)
     if score is None and busy.score_prompts:
         score = _shapes_score(model, busy.score_prompts)
     start = begin(ranks, lambda: _starting_point(folder / CHECKPOINTS, identity, resume))
@@ -156,14 +148,16 @@ def train(
     )
     if ranks.first:
         save_config(chosen, folder / CONFIG)
-    told = progress if ranks.first else None
     compute = Compute(busy.checkpointing, cast, busy.compile_backend if busy.compile else None)
     named = dict(model.students_module.named_parameters())
     writer = CheckpointWriter(folder / CHECKPOINTS, identity, named, model.device)
-    runner = _Runner(model, busy, compute, students, writer, ranks, follower, told)
+    runner = _Runner(model, busy, compute, students, writer, ranks, score)
     with _training(model, busy.seed), listening(ranks) as asked:
         try:
-            finetuned = runner.run(data, start, asked, score)
+            for trainer in runner.trainers(data, start, asked):
+                run_stage(trainer, follower, progress if ranks.first else None)
+            if runner.finetuned is not None and finetuned is not None:
+                save_finetuned(runner.finetuned, model, list(students), finetuned)
         finally:
             follower.close()
     losses = Losses(plan=identity.plan, calls=identity.calls, sequential=busy.sequential, stages=writer.curves)
@@ -178,14 +172,14 @@ def train(
         folder=folder,
         losses=folder / LOSSES,
         checkpoints=folder / CHECKPOINTS,
-        finetuned=runner.finetuned if "finetune" in stages else None,
-        finetuned_model=finetuned,
+        finetuned=finetuned,
+        finetuned_model=runner.finetuned,
     )
 
 
 @dataclass
 class _Runner:
-    """Builds each stage when its turn comes and runs it."""
+    """Builds each stage when its turn comes, and ends it."""
 
     model: PluggableModel
     config: TrainConfig
@@ -193,18 +187,12 @@ class _Runner:
     students: tuple[str, ...]
     writer: CheckpointWriter
     ranks: ProcessGroup
-    watch: MetricsLogger
-    progress: Progress | None
+    score: Score | None
+    finetuned: GraphModule | None = None
+    """The fine-tuned model, once that stage has ended."""
 
-    @property
-    def finetuned(self) -> Path:
-        """The folder of the fine-tuned model."""
-        return self.writer.folder.parent / f"finetuned{_suffix(self.config)}"
-
-    def run(
-        self, data: Data, start: LoadedCheckpoint | None, stop: StopRequest, score: Score | None
-    ) -> GraphModule | None:
-        """Run all stages that are not done yet; return the fine-tuned model, if there is one."""
+    def trainers(self, data: Data, start: LoadedCheckpoint | None, stop: StopRequest) -> Iterator[StageTrainer]:
+        """Yield what trains each stage that is not done yet; it has been run when the next one is asked for."""
         config = self.config
         for number, (name, total) in enumerate(zip(config.stages, config.steps, strict=True)):
             if start is not None and number < start.state.stage:
@@ -220,23 +208,20 @@ class _Runner:
             resumed = share_checkpoints(self.ranks, stage, self.writer, resumed)
             feed = data.feed(name, self.model)
             recorded = isinstance(stage, FineTuning) and self._use_recorded(stage, feed)
-            held = held_out(data.held_out(name, self.model), recorded)
-            scored = self._scorer(name, stage, score)
-            trainer = StageTrainer(stage, Whole(feed, recorded), self.writer, config, total, held, scored, stop)
+            batches = data.held_out(name, self.model)
+            held = [partial(Whole(batches, recorded).parts, i) for i in range(len(batches))] if batches else []
+            score = partial(self._scored, name, stage, self.score) if self.score is not None else None
+            trainer = StageTrainer(stage, Whole(feed, recorded), self.writer, config, total, held, score, stop)
             if resumed is not None:
                 trainer.restore(resumed)
-            run_stage(trainer, self.watch, self.progress)
+            yield trainer
             if isinstance(stage, EditParallel):
                 stage.share()
             if name == "depth":
                 fit_again(self.model, data.each(self.model), self.ranks)
             self.model.weights_changed()
             if isinstance(stage, FineTuning):
-                finetuned = stage.result()
-                if finetuned is not None:
-                    save_finetuned(finetuned, self.model, list(self.students), self.finetuned)
-                return finetuned
-        return None
+                self.finetuned = stage.result()
 
     def _use_recorded(self, stage: FineTuning, feed: Feed) -> bool:
         wanted = self.config.recorded
@@ -246,23 +231,14 @@ class _Runner:
         _log.info("finetune: the teacher's outputs are %s", "read from the calls" if use else "computed")
         return use
 
-    def _scorer(self, name: str, stage: Stage, ask: Score | None) -> Callable[[], float] | None:
-        if ask is None:
-            return None
-        model = self.model
-
-        def scored() -> float:
-            model.weights_changed()
-            before = tuple(model.students)
-            try:
-                whole = stage.student if isinstance(stage, FineTuning) else model.plug(students=list(model.edits))
-                with torch.no_grad():
-                    return float(ask(name, whole))
-            finally:
-                model.plug(students=list(before))
-                model.weights_changed()
-
-        return scored
+    def _scored(self, name: str, stage: Stage, ask: Score) -> float:
+        self.model.weights_changed()
+        try:
+            with _mixture_kept(self.model), torch.no_grad():
+                whole = stage.student if isinstance(stage, FineTuning) else self.model.plug(students=self.model.edits)
+                return float(ask(name, whole))
+        finally:
+            self.model.weights_changed()
 
     def _stage(self, name: str) -> Stage:
         model, weights, compute = self.model, self.config.weights, self.compute
@@ -281,29 +257,35 @@ def _suffix(options: TrainConfig) -> str:
     return "" if options.keep is None else f"-{options.keep:g}"
 
 
-def _busy_stages(model: PluggableModel, config: TrainConfig) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return the stages and steps without those for which the plan has no edit."""
-    names, counts = config.stages, config.steps
+def _busy(model: PluggableModel, config: TrainConfig) -> TrainConfig:
+    """Return the options without the stages for which the plan has no edit."""
     kinds = {edit.kind for edit in model.plan.edits}
     if not kinds:
         raise PpclError("the plan has no edits, so there is nothing to train: rewrite with a smaller --keep")
     busy = {"depth": "depth" in kinds, "width": bool(kinds - {"depth"}), "finetune": True}
-    for name in names:
+    for name in config.stages:
         if not busy[name]:
             _log.info("stage %s left out: the plan has no edit of that kind", name)
-    left = [(name, count) for name, count in zip(names, counts, strict=True) if busy[name]]
+    left = {name: count for name, count in zip(config.stages, config.steps, strict=True) if busy[name]}
     if not left:
-        raise PpclError(f"the plan has no edit for stage {','.join(names)}: train another stage")
-    return tuple(name for name, _ in left), tuple(count for _, count in left)
+        raise PpclError(f"the plan has no edit for stage {','.join(config.stages)}: train another stage")
+    return config.model_copy(update={"stages": tuple(left), "steps": tuple(left.values())})
 
 
 def _mixture(model: PluggableModel, keep: float | None) -> tuple[str, ...]:
     """Return the edits of the mixture to fine-tune."""
-    before = tuple(model.students)
+    with _mixture_kept(model):
+        return tuple(model.edits if keep is None else model.plug(keep=keep).students)
+
+
+@contextmanager
+def _mixture_kept(model: PluggableModel) -> Iterator[None]:
+    """Plug the present mixture again afterwards."""
+    before = list(model.students)
     try:
-        return tuple(model.edits) if keep is None else tuple(model.plug(keep=keep).students)
+        yield
     finally:
-        model.plug(students=list(before))
+        model.plug(students=before)
 
 
 def _measure(model: PluggableModel, calls: Calls, only: Sequence[int], curves: Sequence[StageCurves]) -> None:
@@ -324,9 +306,7 @@ def _autocast(model: PluggableModel, wanted: bool | None, device: torch.device) 
 
 
 def _starting_point(folder: Path, identity: RunIdentity, resume: bool) -> LoadedCheckpoint | None:
-    """Return the checkpoint to go on from, or None to begin, with the checkpoints of an ended run out of the
-    way.
-    """
+    """Return the checkpoint to go on from, or None to begin, with the checkpoints of an ended run out of the way."""
     if resume:
         return checkpoints.latest(folder, identity)
     last = checkpoints.peek(folder)
@@ -341,9 +321,7 @@ def _starting_point(folder: Path, identity: RunIdentity, resume: bool) -> Loaded
 
 def _shapes_score(model: PluggableModel, count: int) -> Callable[[str, Any], float]:
     """Return a callback that draws `count` pictures a category with the model so far and returns their overall score.
-
-    Raises:
-        PpclError: The model's teacher is not the shapes model that ships with the package.
+    Raises PpclError where the model's teacher is not the shapes model that ships with the package.
     """
     from ppcl_fx.io.fingerprint import fingerprint
     from ppcl_fx.model.pluggable import PluggableModel

@@ -27,27 +27,28 @@ class Spill:
         self.device = device
         self.peak = 0
         """Most bytes that one cut took, in memory and in files."""
-        self._held: dict[tuple[int, int], Encoded] = {}
-        self._bytes = 0
+        self.held_bytes = 0
+        """Bytes in memory now."""
+        self._held: dict[tuple[int, int | str], Encoded] = {}
         self._at_cut: dict[int, int] = {}
 
-    def put(self, cut: int, call: int, values: Any) -> None:
+    def put(self, cut: int, call: int | str, values: Any) -> None:
         """Keep a call's values at a cut; raises `PpclError` where they go to disk, and the disk is full."""
         encoded = encode(values)
         size = encoded.nbytes
         self._at_cut[cut] = self._at_cut.get(cut, 0) + size
         self.peak = max(self.peak, self._at_cut[cut])
-        if self._bytes + size <= self.budget:
+        if self.held_bytes + size <= self.budget:
             self._held[cut, call] = encoded
-            self._bytes += size
+            self.held_bytes += size
         else:
             self._write(cut, call, encoded)
 
-    def take(self, cut: int, call: int) -> Any:
+    def take(self, cut: int, call: int | str) -> Any:
         """Return a call's values at a cut. Those in memory are handed over: they can be taken once."""
         encoded = self._held.pop((cut, call), None)
         if encoded is not None:
-            self._bytes -= encoded.nbytes
+            self.held_bytes -= encoded.nbytes
         else:
             encoded = Encoded.read(self._path(cut, call))
         return decode(encoded, self.device)
@@ -69,11 +70,11 @@ class Spill:
                 if path.name != f"{cut:04d}":
                     shutil.rmtree(path)
 
-    def _write(self, cut: int, call: int, encoded: Encoded) -> None:
+    def _write(self, cut: int, call: int | str, encoded: Encoded, /) -> None:
         path = self._path(cut, call)
         path.parent.mkdir(parents=True, exist_ok=True)
         need_room(path.parent, sum(len(piece) for piece in encoded.memory))
         encoded.write(path)
 
-    def _path(self, cut: int, call: int) -> Path:
+    def _path(self, cut: int, call: int | str, /) -> Path:
         return self.folder / f"{cut:04d}" / f"{call:06d}.safetensors"

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.io.files import need_room, read_json, sha256_of, write_json
+from ppcl_fx.io.files import Record, read_json, sha256_of, write_json
 from ppcl_fx.io.memory import size_words
-from ppcl_fx.ir.tensor_codec import Encoded, decode, encode
+from ppcl_fx.ir.spill import Spill
+from ppcl_fx.ir.tensor_codec import Encoded, decode
 
 INDEX = "cache.json"
 _log = logging.getLogger("ppcl_fx.train")
@@ -25,33 +25,24 @@ class Damaged(Exception):
     """A cached value is not there, or is not what was written."""
 
 
-class _Index(BaseModel):
-    """What a cache is of."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class _Index(Record):
     key: str
 
 
-class Cache:
-    """Values by call and bundle; a bundle is a list of values that are needed together.
+class _Sum(Record):
+    sha256: str
 
-    Files outlive the process: a run that was killed finds again what was written. Each has a checksum beside it, which
-    is compared whenever the file is read.
 
-    Args:
-        folder: where files go; what another key left there is removed.
-        key: digest of what decides the values.
-        memory: bytes to hold in memory.
-        disk: bytes that files may take.
-        device: where values are wanted.
+class Cache(Spill):
+    """A spill by call and bundle (values that are needed together), whose files outlive the process.
+
+    Each file has a checksum beside it, which is compared whenever the file is read. The `key` is a digest of what
+    decides the values: what another one left in the folder is removed. `memory` and `disk` are bytes to hold there.
     """
 
     def __init__(self, folder: Path, key: str, memory: int, disk: int, device: torch.device) -> None:
-        self.folder = folder
-        self._memory, self._disk, self._device = memory, disk, device
-        self._held: dict[tuple[int, str], Encoded] = {}
-        self.held_bytes = 0
-        """Bytes in memory."""
+        super().__init__(folder, memory, device)
+        self._disk = disk
         if not _same(folder, key):
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
@@ -61,48 +52,20 @@ class Cache:
 
     def has(self, call: int, bundle: str) -> bool:
         """Tell whether a call's bundle was put in; a file is not looked into."""
-        return (call, bundle) in self._held or self._sum(call, bundle).is_file()
-
-    def put(self, call: int, bundle: str, values: Any) -> None:
-        """Keep a call's bundle.
-
-        Raises:
-            PpclError: there is no room for it, within the budget or on the disk.
-        """
-        encoded = encode(values)
-        size = encoded.nbytes
-        if self.held_bytes + size <= self._memory:
-            self._held[call, bundle] = encoded
-            self.held_bytes += size
-            return
-        size = sum(len(piece) for piece in encoded.memory)
-        if self.file_bytes + size > self._disk:
-            raise PpclError(
-                f"{self.folder}: the cache needs more than the {size_words(self._disk)} it was given; "
-                "give a larger --disk-limit"
-            )
-        path = self._path(call, bundle)
-        path.parent.mkdir(exist_ok=True)
-        need_room(self.folder, size)
-        encoded.write(path)
-        # The checksum last: a file without one does not count.
-        write_json(self._sum(call, bundle), {"sha256": sha256_of(path)})
-        self.file_bytes += path.stat().st_size
+        return (call, bundle) in self._held or self._path(call, bundle).with_suffix(".json").is_file()
 
     def get(self, call: int, bundle: str) -> Any:
-        """Return a call's bundle, its tensors on the device.
-
-        Raises:
-            Damaged: it is not there, or not what was written.
+        """Return a call's bundle, its tensors on the device. Raises Damaged where it is not there, or not what was
+        written.
         """
         encoded = self._held.get((call, bundle))
-        return decode(encoded if encoded is not None else self._read(call, bundle), self._device)
+        return decode(encoded if encoded is not None else self._read(self._path(call, bundle)), self.device)
 
     def drop(self, call: int) -> None:
         """Forget a call's bundles."""
         for key in [key for key in self._held if key[0] == call]:
             self.held_bytes -= self._held.pop(key).nbytes
-        place = self.folder / f"{call:06d}"
+        place = self._path(call, "").parent
         if place.is_dir():
             self.file_bytes -= sum(path.stat().st_size for path in place.glob("*.safetensors"))
             shutil.rmtree(place)
@@ -113,28 +76,28 @@ class Cache:
         for call in (filed | {call for call, _ in self._held}) - set(calls):
             self.drop(call)
 
-    def _read(self, call: int, bundle: str) -> Encoded:
+    def _write(self, call: int, bundle: int | str, encoded: Encoded, /) -> None:
+        if self.file_bytes + sum(len(piece) for piece in encoded.memory) > self._disk:
+            raise PpclError(
+                f"{self.folder}: the cache needs more than the {size_words(self._disk)} it was given; "
+                "give a larger --disk-limit"
+            )
+        super()._write(call, bundle, encoded)
         path = self._path(call, bundle)
+        # The checksum last: a file without one does not count.
+        write_json(path.with_suffix(".json"), _Sum(sha256=sha256_of(path)))
+        self.file_bytes += path.stat().st_size
+
+    def _read(self, path: Path) -> Encoded:
         try:
-            expected = read_json(self._sum(call, bundle), _Sum).sha256
-            if sha256_of(path) != expected:
+            if sha256_of(path) != read_json(path.with_suffix(".json"), _Sum).sha256:
                 raise Damaged(f"{path}: its checksum is another than when it was written")
             return Encoded.read(path)
         except (PpclError, OSError, SafetensorError) as error:
             raise Damaged(str(error)) from error
 
-    def _path(self, call: int, bundle: str) -> Path:
+    def _path(self, call: int, bundle: int | str, /) -> Path:
         return self.folder / f"{call:06d}" / f"{bundle}.safetensors"
-
-    def _sum(self, call: int, bundle: str) -> Path:
-        return self.folder / f"{call:06d}" / f"{bundle}.json"
-
-
-class _Sum(BaseModel):
-    """The checksum of a file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    sha256: str
 
 
 def _same(folder: Path, key: str) -> bool:

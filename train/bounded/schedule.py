@@ -1,44 +1,42 @@
 """The schedule: which students train at a time, and whether the teacher's values are cached or recomputed for them.
 
-`Pricing.plan` is a pure function of costs and limits. It prices every way of doing the work and takes the fastest that
-fits (of two that are about as fast the plainer one):
-
-- how many students are in memory at a time: as many as fit, or fewer, which leaves memory for the cache;
-- how many sets of students the teacher runs for: one run for all of them fills the largest cache;
-- in how many parts the steps are done: before each part the teacher runs on the calls of that part alone. One part is
-  the plain cache: each call goes through the teacher once. As many parts as steps is recomputing: the teacher runs at
-  each step, and the cache never holds more than a batch.
+It is a pure function of costs and limits: `Pricing.plan` prices every way of doing the work and takes the fastest that
+fits (of two that are about as fast the plainer one).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import NamedTuple
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.train.bounded.costs import ProblemCost, Speeds, TeacherCost
+from ppcl_fx.train.config import NO_LIMIT
 
 CLEARLY = 0.98
 """A way takes the place of a plainer one, or one with more students at a time, for less than this share of its time."""
 MARGIN = 2**28
 """Bytes of the memory limit that are left for what no estimate sees: the allocator, libraries, the interpreter."""
+KINDS = {
+    "cached": "the teacher runs once, and its states at the students' borders are cached",
+    "cached in turns": "the teacher runs once for each set of students, and its states at their borders are cached",
+    "recomputed": "the teacher runs again before each part of the steps, on the calls of that part",
+}
+"""How a schedule gets the teacher's values, the plainest first."""
 
 
 @dataclass(frozen=True)
 class Capacity:
-    """What may be used.
-
-    Attributes:
-        memory: bytes beside what the process holds already.
-        disk: bytes of disk.
-        cache_memory: bytes of the memory that the cache may take at most.
+    """What may be used: bytes of memory beside what the process holds already, of disk, and of the memory for the
+    cache at most.
     """
 
     memory: int
     disk: int
-    cache_memory: int = 2**62
+    cache_memory: int = NO_LIMIT
 
     @property
     def free(self) -> int:
@@ -48,27 +46,17 @@ class Capacity:
 
 @dataclass(frozen=True)
 class PricedWork:
-    """Which calls the steps use.
+    """Which calls the steps use."""
 
-    Attributes:
-        order: for each step the positions of its calls.
-        scales: for each call its size over that of the traced call.
-        held_out: positions of the calls that the students are evaluated on.
-        evaluate_every: steps between evaluations; the last step has one in any case.
-    """
-
-    order: Sequence[tuple[int, ...]]
-    scales: Sequence[float]
-    held_out: Sequence[int] = ()
-    evaluate_every: int = 1
-
-    def evaluated(self, done: int) -> bool:
-        """Tell whether the students are evaluated once so many steps are done."""
-        return bool(self.held_out) and (done % self.evaluate_every == 0 or done == len(self.order))
+    order: Sequence[tuple[int, ...]]  # for each step the positions of its calls
+    scales: Sequence[float]  # for each call its size over that of the traced call
+    held_out: Sequence[int] = ()  # positions of the calls that the students are evaluated on
+    evaluate_every: int = 1  # steps between evaluations; the last step has one in any case
 
     def evaluations(self, start: int, stop: int) -> int:
         """Return how often the students are evaluated after a step from `start` on and before `stop`."""
-        return sum(self.evaluated(step + 1) for step in range(start, stop))
+        done = range(start + 1, stop + 1) if self.held_out else ()
+        return sum(count % self.evaluate_every == 0 or count == len(self.order) for count in done)
 
     def calls(self, start: int, stop: int) -> list[int]:
         """Return the positions of the calls that steps and evaluations of a part need, each once and in order."""
@@ -90,15 +78,10 @@ class PricedWork:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Students that the teacher runs for together.
+    """Students that the teacher runs for together."""
 
-    Attributes:
-        groups: problems by number; those of a group train at the same time, the groups one after the other.
-        windows: first step, and one after the last, of the parts; before each one the teacher runs on its calls.
-    """
-
-    groups: tuple[tuple[int, ...], ...]
-    windows: tuple[tuple[int, int], ...]
+    groups: tuple[tuple[int, ...], ...]  # problems by number; a group's train side by side, one group after the other
+    windows: tuple[tuple[int, int], ...]  # first step and one after the last, of each part that the teacher runs before
 
     @property
     def problems(self) -> tuple[int, ...]:
@@ -106,67 +89,43 @@ class Sweep:
         return tuple(number for group in self.groups for number in group)
 
 
-@dataclass(frozen=True)
-class Price:
-    """What a schedule costs.
+class Price(NamedTuple):
+    """What a schedule costs: four sums, and three values that are the most of any sweep."""
 
-    Attributes:
-        seconds: estimate of the time.
-        teacher_flops: of all passes of the teacher.
-        training_flops: of all steps and evaluations of all students, none of them stopped early.
-        passes: runs of the teacher.
-        memory: the most bytes in memory beside what the process held before.
-        cache_memory: of which for the cache.
-        cache_disk: the most bytes of the cache and of the teacher's states on disk.
-    """
-
-    seconds: float
-    teacher_flops: float
-    training_flops: float
-    passes: int
-    memory: int
-    cache_memory: int
-    cache_disk: int
+    seconds: float  # estimate of the time
+    teacher_flops: float  # of all passes of the teacher
+    training_flops: float  # of all steps and evaluations of all students, none of them stopped early
+    passes: int  # runs of the teacher
+    memory: int  # bytes in memory beside what the process held before
+    cache_memory: int  # of which for the cache
+    cache_disk: int  # bytes of the cache and of the teacher's states on disk
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The way that was chosen.
+    """A way of doing the work: how it gets the teacher's values (one of `KINDS`), and what is done in order."""
 
-    Attributes:
-        sweeps: what is done, in order.
-        price: what it costs.
-        disk: bytes of disk that it takes in all: cache, checkpoints, finished students, the new students' file.
-        alternatives: what else was possible, each a name and its price; the fastest of each kind.
-    """
-
+    kind: str
     sweeps: tuple[Sweep, ...]
     price: Price
-    disk: int
-    alternatives: tuple[tuple[str, Price], ...]
-
-    @property
-    def kind(self) -> str:
-        """ "cached" or "recomputed"."""
-        return kind(self.sweeps)
+    disk: int  # bytes that it takes in all: cache, checkpoints, finished students, the new students' file
+    alternatives: tuple[tuple[str, Price], ...] = ()  # the fastest of each other kind
 
     @property
     def at_once(self) -> int:
         """The most students that train at a time."""
         return max(len(group) for sweep in self.sweeps for group in sweep.groups)
 
+    def beats(self, other: Schedule | None) -> bool:
+        """Tell whether this takes the place of a plainer way, or of none."""
+        return other is None or self.price.seconds < CLEARLY * other.price.seconds
+
 
 @dataclass(frozen=True)
 class StageSchedule:
-    """What is going to be done for a stage.
+    """What is going to be done for a stage: the way, and the costs that it rests on.
 
-    Attributes:
-        stage: its name.
-        steps: its steps.
-        students: ids of the edits that are not finished yet.
-        schedule: the way; None where every student is finished.
-        costs: what the schedule rests on: each student's costs.
-        teacher: and the teacher's.
+    `students` are the ids of the edits that are not finished yet; there is no schedule where all of them are.
     """
 
     stage: str
@@ -176,29 +135,34 @@ class StageSchedule:
     costs: tuple[ProblemCost, ...] = ()
     teacher: TeacherCost | None = None
 
-
-KINDS = ("cached", "cached in turns", "recomputed")
-"""How a schedule gets the teacher's values, the plainest first."""
-
-
-def kind(sweeps: Sequence[Sweep]) -> str:
-    """Say in a word how a schedule gets the teacher's values."""
-    if any(len(sweep.windows) > 1 for sweep in sweeps):
-        return "recomputed"
-    return "cached" if len(sweeps) == 1 else "cached in turns"
+    def lines(self, capacity: Capacity, base: int, speeds: Speeds) -> list[str]:
+        """Return it in a few lines, for a person before a long training starts; `base` are the bytes of the process."""
+        chosen = self.schedule
+        if chosen is None:
+            return [f"stage {self.stage}: every student is finished"]
+        price = chosen.price
+        limit = f" of {size_words(base + capacity.memory)}" if base + capacity.memory < 2**60 else ""
+        return [
+            f"stage {self.stage}: {_count(len(self.students), 'student')}, {self.steps} steps, "
+            f"{chosen.at_once} at a time",
+            f"  {chosen.kind}: {KINDS[chosen.kind]} ({_count(price.passes, 'pass', 'passes')})",
+            f"  memory: {size_words(base + price.memory)}{limit}, {size_words(price.cache_memory)} of it for the cache",
+            f"  disk: {size_words(chosen.disk)} of {size_words(capacity.disk)}, {size_words(price.cache_disk)} of it "
+            "for the cache and the teacher's states",
+            f"  work: {price.teacher_flops:.3g} FLOPs of the teacher, {price.training_flops:.3g} of the students",
+            f"  time: about {_duration(price.seconds)}, at {speeds.flops / 1e9:.0f} GFLOP/s and "
+            f"{speeds.write / 2**20:.0f} MiB/s",
+            *(
+                f"  instead {name}: about {_duration(other.seconds)}, {_count(other.passes, 'pass', 'passes')}, "
+                f"{size_words(other.cache_disk)} of cache on disk"
+                for name, other in chosen.alternatives
+            ),
+        ]
 
 
 @dataclass(frozen=True)
 class Pricing:
-    """Prices the ways of training a stage.
-
-    Attributes:
-        problems: the students, in the order of the teacher's blocks.
-        teacher: the teacher's costs.
-        work: the steps and their calls.
-        capacity: what may be used.
-        speeds: how fast the machine is.
-    """
+    """Prices the ways of training a stage; `problems` are the students, in the order of the teacher's blocks."""
 
     problems: Sequence[ProblemCost]
     teacher: TeacherCost
@@ -207,39 +171,37 @@ class Pricing:
     speeds: Speeds
 
     def plan(self, checkpoints: int) -> Schedule:
-        """Choose the fastest way that fits; of a student so many checkpoints lie on the disk at a time.
-
-        Raises:
-            PpclError: one student alone, or the teacher's heaviest block, needs more memory, or the disk is too small.
+        """Choose the fastest way that fits; of a student so many checkpoints lie on the disk at a time. Raises
+        PpclError where one student alone, or the teacher's heaviest block, needs more memory, or the disk is too
+        small.
         """
         self._check_memory()
         problems, limit = self.problems, self.capacity.disk
         # Each trained weight once as a finished student's file, once in the new students' file.
         fixed = 2 * sum(problem.weights for problem in problems)
-        best: dict[str, tuple[tuple[Sweep, ...], Price, int]] = {}
+        best: dict[str, Schedule] = {}
         too_large: list[int] = []
-        for sweeps in self._candidates():
-            price = self._price(sweeps)
-            if price is None:
+        for kind, sweeps in self._candidates():
+            if max(max(self._phases(sweep)) for sweep in sweeps) > self.capacity.free:
                 continue
-            training = max((sum(problems[n].saved for n in group) for s in sweeps for group in s.groups), default=0)
-            disk = fixed + checkpoints * training + price.cache_disk
-            name = kind(sweeps)
-            if disk > limit:
-                too_large.append(disk)
-            elif name not in best or price.seconds < CLEARLY * best[name][1].seconds:
-                best[name] = (sweeps, price, disk)
+            columns = list(zip(*(self._price(sweep) for sweep in sweeps), strict=True))
+            price = Price(*map(sum, columns[:4]), *map(max, columns[4:]))
+            training = max(sum(problems[n].saved for n in group) for sweep in sweeps for group in sweep.groups)
+            found = Schedule(kind, sweeps, price, fixed + checkpoints * training + price.cache_disk)
+            if found.disk > limit:
+                too_large.append(found.disk)
+            elif found.beats(best.get(kind)):
+                best[kind] = found
         if not best:
             raise PpclError(
                 f"--disk-limit {size_words(limit)}: too small for this training; give at least "
                 f"{size_words(min(too_large))}"
             )
-        ways = [name for name in KINDS if name in best]
+        ways = [best[kind] for kind in KINDS if kind in best]
         chosen = ways[0]
-        for name in ways[1:]:
-            if best[name][1].seconds < CLEARLY * best[chosen][1].seconds:
-                chosen = name
-        return Schedule(*best[chosen], tuple((name, best[name][1]) for name in ways if name != chosen))
+        for way in ways[1:]:
+            chosen = way if way.beats(chosen) else chosen
+        return replace(chosen, alternatives=tuple((way.kind, way.price) for way in ways if way is not chosen))
 
     def cache_room(self, sweep: Sweep) -> int:
         """Return how many bytes of memory the cache may hold while a sweep is done."""
@@ -255,8 +217,13 @@ class Pricing:
                 "block; give that much more, or shorter calls"
             )
 
-    def _candidates(self) -> Iterator[tuple[Sweep, ...]]:
-        """Every way of doing the work, those with more students at a time first."""
+    def _candidates(self) -> Iterator[tuple[str, tuple[Sweep, ...]]]:
+        """Every way of doing the work with its kind, those with more students at a time first.
+
+        Fewer students at a time leave memory for the cache. The teacher runs for all of them at once, or for some and
+        then for others; or it runs before each of several parts of the steps, on the calls of that part alone. One part
+        is the plain cache. With as many parts as steps the cache never holds more than a batch.
+        """
         steps = len(self.work.order)
         seen: set[tuple[tuple[int, ...], ...]] = set()
         for at_once in range(len(self.problems), 0, -1):
@@ -265,13 +232,15 @@ class Pricing:
                 continue
             seen.add(groups)
             for together in range(len(groups), 0, -1):
-                parts = [groups[i : i + together] for i in range(0, len(groups), together)]
-                yield tuple(Sweep(part, ((0, steps),)) for part in parts)
+                sets = [groups[i : i + together] for i in range(0, len(groups), together)]
+                kind = "cached" if len(sets) == 1 else "cached in turns"
+                yield kind, tuple(Sweep(part, ((0, steps),)) for part in sets)
             count = 2
             while count < 2 * steps:
+                edges = [round(i * steps / min(count, steps)) for i in range(min(count, steps) + 1)]
+                windows = tuple((a, b) for a, b in pairwise(edges) if a < b)
                 # A part's students stay in memory to the end of the steps, so a sweep has one group here.
-                windows = _windows(steps, min(count, steps))
-                yield tuple(Sweep((group,), windows) for group in groups)
+                yield "recomputed", tuple(Sweep((group,), windows) for group in groups)
                 count *= 2
 
     def _groups(self, at_once: int) -> tuple[tuple[int, ...], ...]:
@@ -289,24 +258,6 @@ class Pricing:
                 held, step = problem.held, more
         return tuple(tuple(group) for group in groups)
 
-    def _price(self, sweeps: Sequence[Sweep]) -> Price | None:
-        """Return what a way costs; None where it does not fit into memory."""
-        prices: list[Price] = []
-        for sweep in sweeps:
-            one = self._sweep_price(sweep)
-            if one is None:
-                return None
-            prices.append(one)
-        return Price(
-            sum(one.seconds for one in prices),
-            sum(one.teacher_flops for one in prices),
-            sum(one.training_flops for one in prices),
-            sum(one.passes for one in prices),
-            max(one.memory for one in prices),
-            max(one.cache_memory for one in prices),
-            max(one.cache_disk for one in prices),
-        )
-
     def _phases(self, sweep: Sweep) -> tuple[int, int]:
         """Return the most bytes in memory while students train, and while the teacher runs, both without the cache."""
         problems, largest = self.problems, self.work.largest()
@@ -318,15 +269,13 @@ class Pricing:
         beside = sum(problems[n].held for n in sweep.problems) if len(sweep.windows) > 1 else 0
         return training, beside + self.teacher.block
 
-    def _sweep_price(self, sweep: Sweep) -> Price | None:
+    def _price(self, sweep: Sweep) -> Price:
+        """Return what a sweep costs."""
         teacher, work, speeds = self.teacher, self.work, self.speeds
         mine = [self.problems[number] for number in sweep.problems]
-        border = {name: size for problem in mine for name, size in problem.border.items()}
-        one_call = sum(border.values())
+        one_call = sum({name: size for problem in mine for name, size in problem.border.items()}.values())
         last = max(problem.last for problem in mine)
         training, running = self._phases(sweep)
-        if max(training, running) > self.capacity.free:
-            return None
         room = self.cache_room(sweep)
         states = max(teacher.states[: last + 1], default=0)
         flops, weights = sum(teacher.flops[: last + 1]), sum(teacher.weights[: last + 1])
@@ -360,6 +309,13 @@ class Pricing:
         )
 
 
-def _windows(steps: int, count: int) -> tuple[tuple[int, int], ...]:
-    edges = [round(i * steps / count) for i in range(count + 1)]
-    return tuple((a, b) for a, b in pairwise(edges) if a < b)
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.2g} s" if seconds < 1 else f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def _count(count: int, noun: str, many: str = "") -> str:
+    return f"{count} {noun if count == 1 else many or noun + 's'}"

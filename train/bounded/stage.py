@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.io.files import ROOM
+from ppcl_fx.io.memory import anonymous
 from ppcl_fx.ir.executor import Residency
 from ppcl_fx.ir.partition import cut
 from ppcl_fx.ir.spill import Spill
@@ -22,13 +24,12 @@ from ppcl_fx.passes.calibration.memory_estimate import block_bytes, elements
 from ppcl_fx.schema.curves import StageCurves
 from ppcl_fx.train.bounded.cache import Cache
 from ppcl_fx.train.bounded.costs import Speeds, problem_cost, teacher_cost
-from ppcl_fx.train.bounded.problems import Problem, problems
+from ppcl_fx.train.bounded.problems import Problem, Student, problems
 from ppcl_fx.train.bounded.schedule import Capacity, PricedWork, Pricing, Schedule, StageSchedule, Sweep
-from ppcl_fx.train.bounded.student import Student
 from ppcl_fx.train.bounded.teacher import Report, Route, Teacher, prepared, states_room
-from ppcl_fx.train.config import TrainConfig
+from ppcl_fx.train.config import NO_LIMIT, Limits, TrainConfig
 from ppcl_fx.train.core import checkpoints
-from ppcl_fx.train.core.batches import Batches, call_names
+from ppcl_fx.train.core.batches import Batches, call_names, split
 from ppcl_fx.train.core.checkpoints import CheckpointWriter, RunIdentity
 from ppcl_fx.train.core.distillation_graph import train_only
 from ppcl_fx.train.core.stage_trainer import BatchPart, StageTrainer
@@ -36,26 +37,51 @@ from ppcl_fx.train.core.stage_trainer import BatchPart, StageTrainer
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
 
+WORK = "bounded"
+"""The folder, in the student's, of what a run keeps until it ends."""
 FITTED = "projectors"
 """What the projectors in students that were fitted again are called in the work folder."""
 
 
 @dataclass
 class StageContext:
-    """What all stages of a run share; `used` and `held` are the positions of the calls to train and to evaluate on."""
+    """What all stages of a run share."""
 
     opened: StudentFolder
     calls: Calls
     options: TrainConfig
+    limits: Limits
     identity: RunIdentity
-    work: Path
     resume: bool
     device: torch.device
-    capacity: Capacity
-    memory_limit: int | None
-    report: Report
-    used: Sequence[int]
-    held: Sequence[int]
+    report: Report = lambda done, total, label: None
+
+    @property
+    def work(self) -> Path:
+        """The work folder."""
+        return self.opened.folder / WORK
+
+    @cached_property
+    def drawn(self) -> tuple[list[int], list[int]]:
+        """Positions of the calls to train and to evaluate on."""
+        return split(self.calls, self.options.held_out, self.options.seed)
+
+    @cached_property
+    def base(self) -> int:
+        """Bytes that the process held before."""
+        return anonymous()
+
+    @cached_property
+    def capacity(self) -> Capacity:
+        """What may be used; of the disk what is free, and what the run took before."""
+        memory, disk, cache_memory = self.limits.memory, self.limits.disk, self.limits.cache_memory
+        mine = sum(path.stat().st_size for path in self.work.rglob("*") if path.is_file())
+        free = max(0, shutil.disk_usage(self.opened.folder).free + mine - ROOM)
+        return Capacity(
+            memory=NO_LIMIT if memory is None else memory - self.base,
+            disk=free if disk is None else min(disk, free),
+            cache_memory=NO_LIMIT if cache_memory is None else cache_memory,
+        )
 
     def stage(self, number: int) -> BoundedStage:
         """Return a stage by its position in the run."""
@@ -65,36 +91,37 @@ class StageContext:
         return BoundedStage(self, number, problems(model, self.options.stages[number]))
 
     def fit_again(self) -> None:
-        """Fit the projectors in students to what "depth" made of these, as the ordinary training does.
-
-        Raises:
-            PpclError: the disk is full, or a call cannot be used.
+        """Fit the projectors in students to what "depth" made of these, as the ordinary training does. Raises
+        PpclError where the disk is full, or a call cannot be used.
         """
-        opened, done = self.opened, self.work / "done"
-        if not any(site.in_student for site in projector_sites(opened.model.graph)):
+        opened, done, gm = self.opened, self.work / "done", self.opened.model.graph
+        if not any(site.in_student for site in projector_sites(gm)):
             return
         found = load_finished(done, FITTED) if self.resume else None
         if found is None:
-            gm, work = opened.model.graph, self.work / FITTED
-            scale = max(elements(self.calls[i].kwargs) for i in self.used) / max(1, opened.traced_size)
-            values = Spill(work, states_room(self.memory_limit, block_bytes(gm, scale)), self.device)
+            work, used = self.work / FITTED, self.drawn[0]
+            scale = max(elements(self.calls[i].kwargs) for i in used) / max(1, opened.traced_size)
+            values = Spill(work, states_room(self.limits.memory, block_bytes(gm, scale)), self.device)
             fitted = fit_on_disk(
                 gm,
-                prepared(gm, self.batches(1), self.used),
-                len(self.used),
+                prepared(gm, self.batches(1), used),
+                len(used),
                 Residency(self.device, opened.read, values, opened.release),
                 work,
                 lambda done, total, label="": self.report(done, total, label),
                 in_students=True,
             )
-            dtype = opened.model.dtype
-            fitted = {name: tensor.to(dtype) for name, tensor in fitted.items()}
+            fitted = {name: tensor.to(opened.model.dtype) for name, tensor in fitted.items()}
             save_finished(done, FITTED, fitted, StageCurves(name="depth", label="depth"))
             shutil.rmtree(work, ignore_errors=True)
-            found = load_finished(done, FITTED)
+        self.lay_over(FITTED, FITTED)
+
+    def lay_over(self, title: str, words: str) -> None:
+        """Lay what was finished under a title over the saved students. Raises PpclError where it is damaged."""
+        found = load_finished(self.work / "done", title)
         if found is None:
-            raise PpclError(f"{done}: {FITTED} was damaged after it was written; resume to mend it")
-        opened.trained.update(found[0])
+            raise PpclError(f"{self.work / 'done'}: {words} was damaged after it was written; resume to mend it")
+        self.opened.trained.update(found[0])
 
     def batches(self, batch: int, only: Sequence[int] | None = None) -> Batches:
         """Return the batches of some calls, or of all; tensors on the CPU."""
@@ -105,63 +132,50 @@ class BoundedStage:
     """A stage: its problems, its schedule, its run."""
 
     def __init__(self, context: StageContext, number: int, found: Sequence[Problem]) -> None:
-        self._context, self._number, self._problems = context, number, found
+        self._context, self._problems = context, found
         self._name, self._steps = context.options.stages[number], context.options.steps[number]
         self._finished: dict[int, StageCurves] = {}
         self._pricing: Pricing | None = None
-        options = context.options
-        batches, count = context.batches(options.batch, context.used), options.accumulate
+        options, (used, held) = context.options, context.drawn
+        batches, count = context.batches(options.batch, used), options.accumulate
         self._batches = [batches.indices(position) for position in range(self._steps * count)]
-        self._held_out: list[tuple[int, ...]] = []
-        if context.held:
-            held_out = context.batches(options.batch, context.held)
-            self._held_out = [held_out.indices(step) for step in range(len(held_out))]
+        held_out = context.batches(options.batch, held) if held else None
+        self._held_out = [held_out.indices(step) for step in range(len(held_out))] if held_out is not None else []
         self._sizes = [call.batch for call in context.calls]
         traced = max(1, context.opened.traced_size)
         self._work = PricedWork(
             [tuple(chain(*self._batches[i : i + count])) for i in range(0, len(self._batches), count)],
             [elements(call.kwargs) / traced for call in context.calls],
-            context.held,
+            held,
             options.evaluate_every,
         )
         for problem in found if context.resume else ():
             self._note(problem)
 
     def plan(self, speeds: Speeds) -> StageSchedule:
-        """Make the schedule of what is not finished.
-
-        Raises:
-            PpclError: a limit is too small.
-        """
+        """Make the schedule of what is not finished. Raises PpclError where a limit is too small."""
         left = self._left()
         if not left:
             return StageSchedule(self._name, self._steps, (), None)
         context, gm = self._context, self._context.opened.model.graph
-        route = Route(gm, left)
-        segments = cut(gm, skip=route.skip)
-        teacher = teacher_cost(gm, segments, route.skip, self._work.largest())
-        checkpointing = context.options.checkpointing and self._name == "depth"
-        kept = (context.options.optimizer, context.options.ema is not None)
-        costs = tuple(problem_cost(problem, route.last(problem), checkpointing, *kept) for problem in left)
+        options, route = context.options, Route(gm, left)
+        teacher = teacher_cost(gm, cut(gm, skip=route.skip), route.skip, self._work.largest())
+        kept = options.checkpointing and self._name == "depth", options.optimizer, options.ema is not None
+        costs = tuple(problem_cost(problem, route.last(problem), *kept) for problem in left)
         self._pricing = Pricing(costs, teacher, self._work, context.capacity, speeds)
-        saved = 0 if context.options.every >= self._steps else checkpoints.KEPT + 1
+        saved = 0 if options.every >= self._steps else checkpoints.KEPT + 1
         students = tuple(problem.edit for problem in left)
         return StageSchedule(self._name, self._steps, students, self._pricing.plan(saved), costs, teacher)
 
     def run(self, schedule: Schedule | None) -> None:
-        """Train what is not finished, and lay the results over the saved students.
-
-        Raises:
-            PpclError: the disk is full, or a call cannot be used.
+        """Train what is not finished, and lay the results over the saved students. Raises PpclError where the disk is
+        full, or a call cannot be used.
         """
         left = self._left()
-        for number, sweep in enumerate(schedule.sweeps if schedule is not None else ()):
-            self._sweep(sweep, [left[i] for i in sweep.problems], number, left)
+        for sweep in schedule.sweeps if schedule is not None else ():
+            self._sweep(sweep, left)
         for problem in self._problems:
-            found = load_finished(self._done, self._title(problem))
-            if found is None:
-                raise PpclError(f"{self._done}: {problem.edit} was damaged after it was trained; resume to mend it")
-            self._context.opened.trained.update(found[0])
+            self._context.lay_over(self._title(problem), problem.edit)
         shutil.rmtree(self._context.work / "cache", ignore_errors=True)
 
     def curves(self) -> StageCurves:
@@ -177,9 +191,9 @@ class BoundedStage:
             stopped={edit: stop for curves in mine for edit, stop in curves.stopped.items()},
         )
 
-    def _sweep(self, sweep: Sweep, mine: Sequence[Problem], number: int, left: Sequence[Problem]) -> None:
+    def _sweep(self, sweep: Sweep, left: Sequence[Problem]) -> None:
         assert self._pricing is not None
-        context, opened = self._context, self._context.opened
+        context, opened, mine = self._context, self._context.opened, [left[i] for i in sweep.problems]
         route, block = Route(opened.model.graph, mine), self._pricing.teacher.block
         room = self._pricing.cache_room(sweep)
         cache = Cache(
@@ -195,82 +209,57 @@ class BoundedStage:
             context.batches(1),
             Residency(context.device, opened.read, values, opened.release),
             cache,
-            lambda: states_room(context.memory_limit, block, max(0, room - cache.held_bytes)),
+            lambda: states_room(context.limits.memory, block, max(0, room - cache.held_bytes)),
             context.report,
         )
         for group in sweep.groups:
             if len(sweep.windows) == 1:
                 # Before the students are in memory, and for those of the groups to come too.
-                self._fill(mine, *sweep.windows[0], teacher)
+                teacher.fill(self._left(mine), self._work.calls(*sweep.windows[0]))
             self._group([left[i] for i in group], sweep.windows, teacher, cache)
-
-    def _fill(self, mine: Sequence[Problem], start: int, stop: int, teacher: Teacher) -> None:
-        """Let the teacher run for the problems that are not finished, on the calls of a part of the steps."""
-        teacher.narrow([problem for problem in mine if problem.number not in self._finished])
-        teacher.fill(self._work.calls(start, stop))
 
     def _group(
         self, mine: Sequence[Problem], windows: Sequence[tuple[int, int]], teacher: Teacher, cache: Cache
     ) -> None:
         """Train the problems of a group side by side, step by step, until all steps are done or all have stopped."""
         context = self._context
-        students: list[Student] = []
-        running: dict[Student, StageTrainer] = {}
-        try:
-            for problem in mine:
-                students.append(self._student(problem))
-                running[students[-1]] = self._trainer(students[-1], teacher)
-            for start, stop in windows:
-                begin = max(start, min((trainer.done for trainer in running.values()), default=self._steps))
-                if begin >= stop:
-                    continue
-                if len(windows) > 1:
-                    cache.keep_only(self._work.calls(begin, stop))
-                    self._fill(mine, begin, stop, teacher)
-                for step in range(begin, stop):
-                    if not running:
-                        break
-                    loss = self._step(step, running)
-                    titles = mine[0].edit + (f" and {len(mine) - 1} more" if len(mine) > 1 else "")
-                    context.report(step + 1, self._steps, f"{self._name}, {titles}, loss {loss:.4g}")
-            context.opened.release()
-        finally:
-            for student in reversed(students):
-                student.release()
-
-    def _step(self, step: int, running: dict[Student, StageTrainer]) -> float:
-        """Do a step of each student that stands before it; return the sum of their losses."""
-        total = 0.0
-        for student, trainer in list(running.items()):
-            if trainer.done != step:
+        running = [self._trainer(problem, teacher) for problem in mine]
+        titles = mine[0].edit + (f" and {len(mine) - 1} more" if len(mine) > 1 else "")
+        for start, stop in windows:
+            begin = max(start, min((trainer.done for _, trainer in running), default=self._steps))
+            if begin >= stop:
                 continue
-            found = trainer.step()
-            total += sum(found.losses.values()) if found is not None else 0.0
-            trainer.evaluate()
-            if not trainer.over:
-                trainer.checkpoint()
-            if trainer.over:
-                # The weights stay until `release`: a student beside this one may compute with the same frozen module.
-                del running[student]
-                self._finish(student, trainer)
-        return total
+            if len(windows) > 1:
+                calls = self._work.calls(begin, stop)
+                cache.keep_only(calls)
+                teacher.fill(self._left(mine), calls)
+            for step in range(begin, stop):
+                if not running:
+                    break
+                loss = sum([self._step(*pair) for pair in running if pair[1].done == step])
+                running = [pair for pair in running if not pair[1].over]
+                context.report(step + 1, self._steps, f"{self._name}, {titles}, loss {loss:.4g}")
+        context.opened.release()
 
-    def _finish(self, student: Student, trainer: StageTrainer) -> None:
-        """Write what came out, and remove the checkpoints."""
-        trainer.settle()
-        tensors = {name: p.detach() for name, p in student.tensors_by_name.items()}
-        save_finished(self._done, self._title(student.problem), tensors, trainer.curves)
-        shutil.rmtree(trainer.writer.folder, ignore_errors=True)
-        self._note(student.problem)
+    def _step(self, student: Student, trainer: StageTrainer) -> float:
+        """Do a step of a student; return its loss. After its last one write what came out."""
+        found = trainer.step()
+        trainer.evaluate()
+        if not trainer.over:
+            trainer.checkpoint()
+        if trainer.over:
+            trainer.settle()
+            tensors = {name: p.detach() for name, p in student.tensors_by_name.items()}
+            save_finished(self._done, self._title(student.problem), tensors, trainer.curves)
+            shutil.rmtree(trainer.writer.folder, ignore_errors=True)
+            self._note(student.problem)
+        return sum(found.losses.values()) if found is not None else 0.0
 
-    def _student(self, problem: Problem) -> Student:
-        context = self._context
-        return Student(problem, context.opened.read, context.options, self._name == "depth", context.device)
-
-    def _trainer(self, student: Student, teacher: Teacher) -> StageTrainer:
-        """Return what trains a student, from its beginning or from its last checkpoint."""
-        context = self._context
-        folder = context.work / "checkpoints" / self._title(student.problem)
+    def _trainer(self, problem: Problem, teacher: Teacher) -> tuple[Student, StageTrainer]:
+        """Return a student and what trains it, from its beginning or from its last checkpoint."""
+        context, options = self._context, self._context.options
+        student = Student(problem, context.opened.read, options, self._name == "depth", context.device)
+        folder = context.work / "checkpoints" / self._title(problem)
         curves = [StageCurves(name=self._name, label=self._name)]
         writer = CheckpointWriter(
             folder, context.identity, student.tensors_by_name, None, curves, beginning=context.opened.read
@@ -278,16 +267,18 @@ class BoundedStage:
         last = checkpoints.latest(folder, context.identity)
         if last is not None:
             writer.restore(last)
-        borders = Borders(student.problem, teacher, self._batches, self._sizes, context.calls)
-        held = Borders(student.problem, teacher, self._held_out, self._sizes, context.calls)
-        held_out = (lambda: map(held.parts, range(len(self._held_out)))) if self._held_out else None
-        trainer = StageTrainer(student, borders, writer, context.options, self._steps, held_out)
+        borders = Borders(problem, teacher, self._batches, self._sizes, context.calls)
+        held = Borders(problem, teacher, self._held_out, self._sizes, context.calls)
+        held_out = [partial(held.parts, number) for number in range(len(self._held_out))]
+        trainer = StageTrainer(student, borders, writer, options, self._steps, held_out)
         if last is not None:
             trainer.restore(last)
-        return trainer
+        return student, trainer
 
-    def _left(self) -> list[Problem]:
-        return [problem for problem in self._problems if problem.number not in self._finished]
+    def _left(self, among: Sequence[Problem] | None = None) -> list[Problem]:
+        """Return the problems that are not finished, of some or of all."""
+        mine = self._problems if among is None else among
+        return [problem for problem in mine if problem.number not in self._finished]
 
     def _note(self, problem: Problem) -> None:
         """Take down what came of a problem, if it is finished."""
@@ -306,21 +297,11 @@ class BoundedStage:
 class Borders:
     """The teacher's values at a student's border, call by call: a `ppcl_fx.train.core.stage_trainer.Draw`.
 
-    Args:
-        problem: the student's.
-        teacher: gives the values.
-        batches: the calls of each batch, by position.
-        sizes: samples of each call.
-        calls: all calls.
+    `batches` has the positions of each batch's calls, `sizes` the samples of each call.
     """
 
     def __init__(
-        self,
-        problem: Problem,
-        teacher: Teacher,
-        batches: Sequence[tuple[int, ...]],
-        sizes: Sequence[int],
-        calls: Calls,
+        self, problem: Problem, teacher: Teacher, batches: Sequence[tuple[int, ...]], sizes: Sequence[int], calls: Calls
     ) -> None:
         self._problem, self._teacher, self._batches = problem, teacher, batches
         self._sizes, self._calls = sizes, calls

@@ -17,6 +17,7 @@ from ppcl_fx.ir.partition import Watch, closure, parts
 from ppcl_fx.tracing import with_rows
 from ppcl_fx.train.bounded.cache import Cache, Damaged
 from ppcl_fx.train.bounded.problems import Problem
+from ppcl_fx.train.config import NO_LIMIT
 from ppcl_fx.train.core.batches import Batches
 
 _log = logging.getLogger("ppcl_fx.train")
@@ -27,10 +28,6 @@ Report = Callable[[int, int, str], None]
 
 class Route:
     """The part of a pluggable graph that gives some problems' borders.
-
-    Args:
-        gm: the pluggable graph.
-        problems: the problems.
 
     Attributes:
         bundles: name -> the nodes whose values are cached together: those of one segment that the same problems read.
@@ -45,15 +42,14 @@ class Route:
             for name in problem.border:
                 readers.setdefault(nodes[name], []).append(problem.number)
         self._needed = closure(gm, list(readers))
-        segment = parts([node for node in gm.graph.nodes if node in self._needed])
+        self._segment = parts([node for node in gm.graph.nodes if node in self._needed])
         keys: dict[tuple[int, tuple[int, ...]], list[Node]] = {}
         for node in gm.graph.nodes:
             if node in readers:
-                keys.setdefault((segment[node], tuple(readers[node])), []).append(node)
+                keys.setdefault((self._segment[node], tuple(readers[node])), []).append(node)
         self.bundles = {f"{number:03d}": tuple(group) for number, group in enumerate(keys.values())}
         place = {node: (name, i) for name, group in self.bundles.items() for i, node in enumerate(group)}
         self.of = {problem.number: [place[nodes[name]] for name in problem.border] for problem in problems}
-        self._segment = segment
 
     def skip(self, node: Node) -> bool:
         """Tell whether a node is not run."""
@@ -70,15 +66,10 @@ class Route:
 
 
 class Teacher:
-    """Gives the problems' borders: from the cache, or by running the teacher.
+    """Gives the problems' borders: from the cache, or by running the teacher on the calls.
 
-    Args:
-        route: what to run.
-        batches: the calls.
-        residency: where the weights come from, and what keeps the calls' values between segments.
-        cache: where the borders go.
-        room: tells how many bytes these values may take in memory.
-        report: told how far it is.
+    The residency says where the weights come from and what keeps the calls' values between segments, `room` how many
+    bytes of memory these may take.
     """
 
     def __init__(
@@ -97,26 +88,31 @@ class Teacher:
         self._call = -1
         self._wanted: set[str] = set()
         self._last = -1
-        self.passes = 0
-        """Runs of the teacher so far."""
         watches = [Watch(nodes, self._keeper(name)) for name, nodes in route.bundles.items()]
         self._executor = Executor(route.gm, lambda gm: watches, residency, partial=True)
 
-    def narrow(self, problems: Sequence[Problem]) -> None:
-        """From now on give the borders of these problems alone: the teacher runs no further than the last of them."""
+    def fill(self, problems: Sequence[Problem], calls: Sequence[int]) -> None:
+        """Run the teacher, no further than for these problems, on those calls that the cache lacks. Raises PpclError
+        where the disk is full, a call holds NaN, or lies outside of what was traced.
+        """
         self._wanted = {name for problem in problems for name, _ in self._route.of[problem.number]}
         self._last = max((self._route.last(problem) for problem in problems), default=-1)
+        self._fill(calls)
 
-    def fill(self, calls: Sequence[int]) -> None:
-        """Run the teacher on those calls that the cache lacks, for the problems that `narrow` was given.
+    def border(self, problem: Problem, call: int) -> list[Any]:
+        """Return a problem's border for a call. What is damaged on disk is computed again, with a warning."""
+        try:
+            return self._cached(problem, call)
+        except Damaged as error:
+            _log.warning("cached values of call %d are computed again: %s", call, error)
+            self._cache.drop(call)
+            self._fill([call])
+            return self._cached(problem, call)
 
-        Raises:
-            PpclError: the disk is full, a call holds NaN, or lies outside of what was traced.
-        """
+    def _fill(self, calls: Sequence[int]) -> None:
         missing = [c for c in calls if not all(self._cache.has(c, name) for name in self._wanted)]
         if not missing:
             return
-        self.passes += 1
         shutil.rmtree(self._states.folder, ignore_errors=True)
         self._states.budget = self._room()
         total = (self._last + 1) * len(missing)
@@ -134,16 +130,6 @@ class Teacher:
         # States of the last segment are nobody's input.
         shutil.rmtree(self._states.folder, ignore_errors=True)
 
-    def border(self, problem: Problem, call: int) -> list[Any]:
-        """Return a problem's border for a call. What is damaged on disk is computed again, with a warning."""
-        try:
-            return self._cached(problem, call)
-        except Damaged as error:
-            _log.warning("cached values of call %d are computed again: %s", call, error)
-            self._cache.drop(call)
-            self.fill([call])
-            return self._cached(problem, call)
-
     def _cached(self, problem: Problem, call: int) -> list[Any]:
         wanted = self._route.of[problem.number]
         found = {name: self._cache.get(call, name) for name in dict.fromkeys(name for name, _ in wanted)}
@@ -159,7 +145,7 @@ class Teacher:
 
 def states_room(limit: int | None, block: int, aside: int = 0) -> int:
     """Return what is free of a limit for states between segments, with what a block takes and `aside` set aside."""
-    return 2**62 if limit is None else max(0, limit - anonymous() - block - aside)
+    return NO_LIMIT if limit is None else max(0, limit - anonymous() - block - aside)
 
 
 def prepared(gm: GraphModule, batches: Batches, positions: Sequence[int]) -> Iterator[Mapping[str, Any]]:

@@ -11,51 +11,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch.fx import GraphModule
 
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.io import owned_folders as owned
-from ppcl_fx.io.files import ROOM, inside, read_json, write_json
-from ppcl_fx.io.memory import anonymous
+from ppcl_fx.io.files import Record, inside, read_json, write_json
 from ppcl_fx.model.student_folder import StudentFolder
 from ppcl_fx.schema.curves import LOSSES, Losses, StageCurves
 from ppcl_fx.schema.plan import plan_digest
 from ppcl_fx.tracing import bind, with_rows
 from ppcl_fx.train.bounded.costs import Speeds, measure_speeds
-from ppcl_fx.train.bounded.schedule import Capacity, StageSchedule
+from ppcl_fx.train.bounded.schedule import StageSchedule
 from ppcl_fx.train.bounded.stage import BoundedStage, StageContext
 from ppcl_fx.train.bounded.teacher import Report
-from ppcl_fx.train.bounded.words import schedule_lines
 from ppcl_fx.train.checks import check_here, check_places
 from ppcl_fx.train.config import NOT_BOUNDED, UNUSED_BOUNDED, Limits, TrainConfig
-from ppcl_fx.train.core.batches import split
 from ppcl_fx.train.core.checkpoints import RunIdentity
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
 
-WORK = "bounded"
-"""The folder, in the student's, of what a run keeps until it ends."""
 RUN = "run.json"
-NO_LIMIT = 2**62
 
 
-def silent(done: int, total: int, label: str) -> None:
-    """Say nothing."""
-
-
-class _Run(BaseModel):
+class _Run(Record):
     """What the work folder belongs to, and once the run has ended, its result."""
 
-    model_config = ConfigDict(extra="forbid")
     identity: RunIdentity
     ended: bool = False
-    stages: list[StageCurves] = []
+    stages: tuple[StageCurves, ...] = ()
 
-    def stopped(self) -> dict[str, str]:
-        """Return edit id -> why it ended before its last step; the last stage's word counts."""
-        return {edit: stop.reason for stage in self.stages for edit, stop in stage.stopped.items()}
+    def result(
+        self, folder: Path, schedules: Sequence[StageSchedule] = (), lines: Sequence[str] = (), seconds: float = 0.0
+    ) -> BoundedResult:
+        """Return the result; of an edit that stopped in several stages the last one's word counts."""
+        stopped = {edit: stop.reason for stage in self.stages for edit, stop in stage.stopped.items()}
+        return BoundedResult(schedules, lines, self.stages, stopped, folder / LOSSES, seconds)
 
 
 @dataclass(frozen=True)
@@ -84,11 +75,13 @@ class BoundedTraining:
     """Distils the students of a saved pluggable model with no more of it in memory than a limit allows.
 
     Each student is a problem of its own: its inputs and targets are the teacher's states at its borders (Eq. 6, 10).
-    The teacher runs block by block, its weights read from disk, and these states are cached; or it runs again for each
-    part of the steps where that is faster or the disk is too small. As many students train at a time as fit. The
+    The teacher runs block by block, its weights read from disk, and these states are cached; or it runs again for
+    each part of the steps where that is faster or the disk is too small. As many students train at a time as fit. The
     losses are those of `ppcl_fx.train.train` up to rounding: the calls of a batch go through a student one by one.
 
     A run that was killed goes on to the bit with `resume`, under other limits too. Nothing is written before `run`.
+    Raises PpclError where an option makes no sense, the folder holds an unfinished run, or one of something else, the
+    calls are another model's, or a file is damaged.
 
     Args:
         student: what `PluggableModel.save` or `rewrite_streamed` wrote, or that folder opened with other weights of the
@@ -102,10 +95,6 @@ class BoundedTraining:
 
     Attributes:
         ended: what the run gave, where it had ended before and `resume` is given.
-
-    Raises:
-        PpclError: an option makes no sense, the folder holds an unfinished run, or one of something else, the calls are
-            another model's, or a file is damaged.
     """
 
     def __init__(
@@ -120,95 +109,72 @@ class BoundedTraining:
         speeds: Speeds | None = None,
     ) -> None:
         self._began = time.perf_counter()
-        self._limits, self._speeds, self._resume = limits or Limits(), speeds, resume
-        self._config, self._device = (config or TrainConfig()).bounded(), torch.device(device)
-        check_here(self._config, self._device)
+        options, where = (config or TrainConfig()).bounded(), torch.device(device)
+        check_here(options, where)
         opened = student if isinstance(student, StudentFolder) else StudentFolder.open(student)
-        self._opened, self._calls = opened, calls
         if calls.model and opened.model.plan.model and calls.model != opened.model.plan.model:
             raise PpclError(f"{opened.folder}: the calls were recorded from another model; record calls of its teacher")
         _check_kinds(opened.model.graph, calls)
-        self._identity = bounded_identity(opened, calls, self._config)
-        self._work = opened.folder / WORK
-        owned.check_no_link(self._work)
-        owned.check_replaceable(self._work, owned.BOUNDED)
+        identity = bounded_identity(opened, calls, options)
+        self._context = StageContext(opened, calls, options, limits or Limits(), identity, resume, where)
+        self._speeds, work = speeds, self._context.work
+        owned.check_no_link(work)
+        owned.check_replaceable(work, owned.BOUNDED)
         check_places(opened.folder, None, None)
-        before = _before(self._work, self._identity, resume)
-        self.ended: BoundedResult | None = None
-        if before is not None and before.ended:
-            self.ended = BoundedResult((), (), tuple(before.stages), before.stopped(), opened.folder / LOSSES, 0.0)
+        before = read_json(inside(work, RUN), _Run) if (work / RUN).is_file() else None
+        if before is not None and resume:
+            before.identity.check(identity, work)
+        elif before is not None and not before.ended:
+            raise PpclError(f"{work}: holds a training that did not end; resume it, or remove that folder")
+        self.ended = before.result(opened.folder) if before is not None and before.ended and resume else None
 
     @cached_property
     def schedules(self) -> list[StageSchedule]:
-        """What is going to be done, stage by stage.
-
-        Raises:
-            PpclError: a limit is too small; the line says by how much.
-        """
+        """What is going to be done, stage by stage. Raises PpclError where a limit is too small, and by how much."""
         return [stage.plan(self._machine) for stage in self._stages]
 
     @cached_property
     def lines(self) -> list[str]:
         """The schedules in words."""
-        how = self._context.capacity, self._base, self._machine
-        return [line for plan in self.schedules for line in schedule_lines(plan, *how)]
+        how = self._context.capacity, self._context.base, self._machine
+        return [line for plan in self.schedules for line in plan.lines(*how)]
 
-    def run(self, report: Report = silent) -> BoundedResult:
-        """Train, tell `report` how far it is, and replace the students in the folder.
-
-        Raises:
-            PpclError: a limit is too small, the disk is full, or a call cannot be used.
+    def run(self, report: Report = lambda done, total, label: None) -> BoundedResult:
+        """Train, tell `report` how far it is, and replace the students in the folder. Raises PpclError where a limit
+        is too small, the disk is full, or a call cannot be used.
         """
         if self.ended is not None:
             return self.ended
-        context, work, opened = self._context, self._work, self._opened
+        context, work, opened = self._context, self._context.work, self._context.opened
         context.report = report
         schedules, lines = self.schedules, self.lines
-        if not self._resume:
+        if not context.resume:
             owned.discard(work, owned.BOUNDED)
         work.mkdir(parents=True, exist_ok=True)
-        write_json(work / RUN, _Run(identity=self._identity))
+        write_json(work / RUN, _Run(identity=context.identity))
         for stage, plan in zip(self._stages, schedules, strict=True):
             stage.run(plan.schedule)
             if plan.stage == "depth":
                 context.fit_again()
         opened.save()
-        run = _Run(identity=self._identity, ended=True, stages=[stage.curves() for stage in self._stages])
-        curves = Losses(plan=run.identity.plan, calls=run.identity.calls, sequential=False, stages=run.stages)
+        run = _Run(identity=context.identity, ended=True, stages=tuple(stage.curves() for stage in self._stages))
+        curves = Losses(plan=run.identity.plan, calls=run.identity.calls, sequential=False, stages=list(run.stages))
         curves.save(opened.folder / LOSSES)
         write_json(work / RUN, run)
         for path in work.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
-        seconds = time.perf_counter() - self._began
-        return BoundedResult(schedules, lines, tuple(run.stages), run.stopped(), opened.folder / LOSSES, seconds)
-
-    @cached_property
-    def _base(self) -> int:
-        return anonymous()
+        return run.result(opened.folder, schedules, lines, time.perf_counter() - self._began)
 
     @cached_property
     def _machine(self) -> Speeds:
-        dtype = torch.bfloat16 if self._config.autocast else self._opened.model.dtype
-        return self._speeds or measure_speeds(self._opened.folder, dtype, self._device)
-
-    @cached_property
-    def _context(self) -> StageContext:
-        limits = self._limits
-        capacity = Capacity(
-            memory=NO_LIMIT if limits.memory is None else limits.memory - self._base,
-            disk=_disk(self._work, limits.disk),
-            cache_memory=NO_LIMIT if limits.cache_memory is None else limits.cache_memory,
-        )
-        used, held = split(self._calls, self._config.held_out, self._config.seed)
-        return StageContext(
-            self._opened, self._calls, self._config, self._identity, self._work, self._resume, self._device,
-            capacity, limits.memory, silent, used, held,
-        )  # fmt: skip
+        opened, options = self._context.opened, self._context.options
+        dtype = torch.bfloat16 if options.autocast else opened.model.dtype
+        return self._speeds or measure_speeds(opened.folder, dtype, self._context.device)
 
     @cached_property
     def _stages(self) -> list[BoundedStage]:
-        return [self._context.stage(number) for number in range(len(self._config.stages))]
+        return [self._context.stage(number) for number in range(len(self._context.options.stages))]
 
 
 def bounded_identity(opened: StudentFolder, calls: Calls, config: TrainConfig) -> RunIdentity:
@@ -231,24 +197,3 @@ def _check_kinds(graph: GraphModule, calls: Calls) -> None:
                 f"in bounded memory all calls are of the kind that the student was traced with, and {reason}; train "
                 "without --memory-limit, or leave such calls out"
             ) from error
-
-
-def _before(work: Path, identity: RunIdentity, resume: bool) -> _Run | None:
-    """Return the run that the work folder holds, where it is to be gone on with."""
-    if not (work / RUN).is_file():
-        return None
-    run = read_json(inside(work, RUN), _Run)
-    if resume:
-        run.identity.check(identity, work)
-        return run
-    if not run.ended:
-        raise PpclError(f"{work}: holds a training that did not end; resume it, or remove that folder")
-    return None
-
-
-def _disk(work: Path, limit: int | None) -> int:
-    """Bytes that may be used: what is free and what the run took before."""
-    place = work.parent
-    mine = sum(path.stat().st_size for path in work.rglob("*") if path.is_file()) if work.is_dir() else 0
-    free = max(0, shutil.disk_usage(place).free + mine - ROOM)
-    return free if limit is None else min(limit, free)

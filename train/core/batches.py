@@ -31,24 +31,13 @@ FIRST = 64
 class Batches(SampledSource):
     """Batches of calls, epoch after epoch; in one epoch each call is drawn exactly once. A `DataSource`.
 
-    Only calls that concatenate to what a pipeline could have passed come together: the same shapes but for
-    the batch dimension, the same resolution, the same constants. A group's last batch may hold fewer calls
-    than `batch`. A call that holds NaN is left out of its batch, and the next good one comes instead where
-    nothing is left of a batch.
+    Only calls that concatenate to what a pipeline could have passed come together: the same shapes but for the batch
+    dimension, the same resolution, the same constants. A group's last batch may hold fewer calls than `batch`. A call
+    that holds NaN is left out of its batch, and the next good one comes instead where nothing is left of a batch.
+    Raises PpclError where there are no calls.
 
-    Args:
-        calls: The recorded calls.
-        batch: Calls (each with its own batch of samples) for one step.
-        seed: Decides the order together with the epoch's number.
-        device: Where the tensors go.
-        dtype: What the floating tensors of the calls' main dtype become (the model's own dtype); None leaves
-            them.
-        ranks: This process among the others, which draw the same; None for one process.
-        only: The positions in `calls` to draw from; None for all.
-        split: Whether arguments are this rank's samples of a batch alone, as a `SplitBatch`.
-
-    Raises:
-        PpclError: There are no calls.
+    Tensors go to `device`, those of a call's main dtype as `dtype`, if it is given. Calls are drawn from the positions
+    `only`, if they are given. With `split`, arguments are this rank's samples of a batch alone, as a `SplitBatch`.
     """
 
     def __init__(
@@ -64,16 +53,14 @@ class Batches(SampledSource):
         split: bool = False,
     ) -> None:
         super().__init__()
-        drawn = range(len(calls)) if only is None else only
-        if not len(drawn):
+        self._all = range(len(calls)) if only is None else only
+        if not len(self._all):
             raise PpclError("no calls to train on: record some prompts first")
-        self._calls = calls
-        self._device = torch.device(device)
-        self._dtype = dtype
-        self._order = Sampler(groups(calls, drawn), batch, seed)
-        self._all, self._split = drawn, split
+        self._calls, self._split = calls, split
+        self._place = torch.device(device), dtype
+        self._order = Sampler(groups(calls, self._all), batch, seed)
         self._ranks = ranks or ProcessGroup()
-        self.skips = BadSamples("the recorded calls", len(drawn), self._ranks)
+        self.skips = BadSamples("the recorded calls", len(self._all), self._ranks)
 
     @property
     def fingerprint(self) -> str:
@@ -85,30 +72,26 @@ class Batches(SampledSource):
         return self._order.indices(step)
 
     def kwargs(self, step: int) -> dict[str, Any]:
-        """Return the transformer's keyword arguments of the batch of `step`, on the device.
-
-        Raises:
-            PpclError: More than 1 % of the calls hold NaN or infinity.
+        """Return the transformer's keyword arguments of the batch of `step`, on the device. Raises PpclError where
+        more than 1 % of the calls hold NaN or infinity.
         """
         return self.joined(self._drawn(step))
 
     def joined(self, calls: Sequence[Call]) -> dict[str, Any]:
         """Return the arguments of one call that does the work of these, or of this rank's samples, on the device."""
         if not self._split:
-            return moved(collate(calls), self._device, self._dtype)
+            return moved(collate(calls), *self._place)
         total = sum(call.batch for call in calls)
         first, last, counted = portion(total, self._ranks)
-        return SplitBatch(moved(collate(cut(calls, first, last)), self._device, self._dtype), counted, total)
+        return SplitBatch(moved(collate(cut(calls, first, last)), *self._place), counted, total)
 
     def one(self, index: int) -> dict[str, Any]:
         """Return the keyword arguments of one call, by its position in `calls`, as `kwargs` gives those of a batch.
-
-        Raises:
-            PpclError: The call holds NaN or infinity.
+        Raises PpclError where the call holds NaN or infinity.
         """
         call = self._calls[index]
         _check(call)
-        return moved(call.kwargs, self._device, self._dtype)
+        return moved(call.kwargs, *self._place)
 
     def each(self) -> Iterator[dict[str, Any]]:
         """Yield the keyword arguments of the good calls one by one, in the order in which they were recorded."""
@@ -126,7 +109,7 @@ class Batches(SampledSource):
             outputs.append(call.output)
         whole = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         first, last, _ = portion(len(whole), self._ranks) if self._split else (0, len(whole), 0)
-        return whole[first:last].to(self._device)
+        return whole[first:last].to(self._place[0])
 
     def samples(self, step: int) -> int:
         """Return the number of samples in the batch of `step`."""
@@ -160,11 +143,7 @@ def call_names(calls: Sequence[Call]) -> str:
 
 
 def _check(call: Call) -> None:
-    def check(path: str, tensor: Tensor) -> None:
-        check_finite(tensor, f"call {call.index}: {path!r}")
-
-    for name, value in call.kwargs.items():
-        map_tensors(value, check, name)
+    map_tensors(call.kwargs, lambda path, tensor: check_finite(tensor, f"call {call.index}: {path!r}"))
 
 
 def groups(calls: Calls, drawn: Sequence[int] | None = None) -> list[list[int]]:
@@ -176,21 +155,15 @@ def groups(calls: Calls, drawn: Sequence[int] | None = None) -> list[list[int]]:
 
 
 def signature(call: Call) -> tuple[Any, ...]:
-    """Return what two calls must share to be concatenated: a hashable digest of all but batch size and
-    batched values.
-    """
+    """Return what two calls must share to be concatenated, hashable: all but the batch size and batched values."""
     return tuple((name, _mark(value, call.batch)) for name, value in sorted(call.kwargs.items()))
 
 
 def _mark(value: Any, batch: int) -> Any:
     if isinstance(value, list) and len(value) == batch and not any(isinstance(item, Tensor) for item in value):
-        # One number a sample (a text length) may differ from call to call as it does from sample to sample.
-        # What is
+        # One number a sample (a text length) may differ from call to call as it does from sample to sample. What is
         # nested (an image's shape) says how the tokens are laid out, and must be the same for all.
-        return (
-            "each",
-            frozenset("a number" if isinstance(item, int | float) else repr(item) for item in value),
-        )
+        return ("each", frozenset("a number" if isinstance(item, int | float) else repr(item) for item in value))
     if isinstance(value, Tensor):
         if value.ndim and value.shape[0] == batch:
             return ("batched", str(value.dtype), tuple(value.shape[1:]))
@@ -205,10 +178,8 @@ def _mark(value: Any, batch: int) -> Any:
 def split(calls: Calls, share: float, seed: int) -> tuple[list[int], list[int]]:
     """Return the positions of the calls to train on and of those to hold out, each in order.
 
-    See `ppcl_fx.calls.store.hold_out`.
-
-    Raises:
-        PpclError: A share is to be held out, and there are fewer than two calls.
+    See `ppcl_fx.calls.store.hold_out`. Raises PpclError where a share is to be held out, and there are fewer than
+    two calls.
     """
     if share == 0.0:
         return list(range(len(calls))), []
@@ -219,22 +190,19 @@ def split(calls: Calls, share: float, seed: int) -> tuple[list[int], list[int]]:
 
 
 def moved(kwargs: Mapping[str, Any], device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Any]:
-    """Return a call's arguments on `device`, tensors of their main dtype as `dtype` (as they are when None)."""
-    main = _main_dtype(kwargs)
+    """Return a call's arguments on `device`, tensors of their main dtype as `dtype` (as they are when None).
+
+    The main dtype is that of the largest floating tensor, which the pipeline computed in; positions and timesteps may
+    be wider, and stay so.
+    """
+    floating = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
+    main = max(floating, key=Tensor.numel).dtype if floating else None
 
     def move(_: str, tensor: Tensor) -> Tensor:
         return tensor.to(device, dtype if dtype is not None and tensor.dtype == main else tensor.dtype)
 
-    return {name: map_tensors(value, move, name) for name, value in kwargs.items()}
-
-
-def _main_dtype(kwargs: Mapping[str, Any]) -> torch.dtype | None:
-    """The dtype of the largest floating tensor: what the pipeline computed in.
-
-    Positions and timesteps may be wider, and stay so.
-    """
-    floating = [v for v in kwargs.values() if isinstance(v, Tensor) and v.is_floating_point()]
-    return max(floating, key=Tensor.numel).dtype if floating else None
+    found: dict[str, Any] = map_tensors(dict(kwargs), move)
+    return found
 
 
 def spaced(positions: Sequence[int], count: int) -> list[int]:
@@ -245,15 +213,10 @@ def spaced(positions: Sequence[int], count: int) -> list[int]:
 
 
 class Data:
-    """Gives each stage what it draws from.
+    """Gives each stage what it draws from: recorded calls, or a source.
 
-    Args:
-        data: recorded calls, or a source.
-        options: of the run.
-        ranks: the processes that train together.
-
-    Raises:
-        PpclError: a share is to be held out of too few calls, or of a source; or a source is not for these ranks.
+    Raises PpclError where a share is to be held out of too few calls, or of a source; or a source is not for these
+    ranks.
     """
 
     def __init__(self, data: Calls | DataSource, options: TrainConfig, ranks: ProcessGroup) -> None:
@@ -267,13 +230,16 @@ class Data:
             raise PpclError("training option held_out: only recorded calls can be held out; give it no share")
         elif options.effects:
             raise PpclError("training option effects: measured on recorded calls only; leave it out")
-        else:
-            _check_ranks(data, ranks)
-
-    @property
-    def holds_out(self) -> bool:
-        """Whether calls are held out."""
-        return bool(self._held)
+        elif isinstance(data, DistributedSource) and data.ranks.world != ranks.world:
+            raise PpclError(
+                f"the data was opened for {data.ranks.world} processes and {ranks.world} train on it; open it after "
+                "they have come together"
+            )
+        elif not isinstance(data, DistributedSource) and not ranks.alone:
+            raise PpclError(
+                f"{type(data).__name__} gives its data to one process; train on one, or give it what "
+                "ppcl_fx.train.data.source.DistributedSource has"
+            )
 
     def feed(self, stage: str, model: PluggableModel) -> Feed:
         """Return what a stage trains on."""
@@ -302,32 +268,12 @@ class Data:
         return self._data, spaced(self._held or self._used, count)
 
     def _batches(self, calls: Calls, stage: str, model: PluggableModel, only: list[int]) -> Batches:
+        options, ranks, split = self._options, self._ranks, self._split(stage)
+        device, dtype = model.device, model.dtype
         return Batches(
-            calls,
-            self._options.batch,
-            self._options.seed,
-            device=model.device,
-            dtype=model.dtype,
-            ranks=self._ranks,
-            only=only,
-            split=self._split(stage),
+            calls, options.batch, options.seed, device=device, dtype=dtype, ranks=ranks, only=only, split=split
         )
 
     def _split(self, stage: str) -> bool:
         """Whether each rank gets its share of a batch, and not all of it."""
         return stage == "finetune" and not self._ranks.alone
-
-
-def _check_ranks(data: DataSource, ranks: ProcessGroup) -> None:
-    """Raise PpclError where a source cannot give its data to these ranks."""
-    if isinstance(data, DistributedSource):
-        if data.ranks.world != ranks.world:
-            raise PpclError(
-                f"the data was opened for {data.ranks.world} processes and {ranks.world} train on it; open it after "
-                "they have come together"
-            )
-    elif not ranks.alone:
-        raise PpclError(
-            f"{type(data).__name__} gives its data to one process; train on one, or give it what "
-            "ppcl_fx.train.data.source.DistributedSource has"
-        )

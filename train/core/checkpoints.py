@@ -1,25 +1,25 @@
-"""Checkpoints that a killed run cannot spoil: tensors in safetensors, the rest in validated JSON, no pickle
-anywhere.
-"""
+"""Checkpoints that a killed run cannot spoil: tensors in safetensors, the rest in checked JSON, no pickle anywhere."""
 
 from __future__ import annotations
 
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 from torch.nn import Parameter
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io import owned_folders as owned
 from ppcl_fx.io.files import (
+    Record,
     inside,
     new_folder,
     read_json,
@@ -44,13 +44,13 @@ SUMS = "SHA256SUMS"
 _NAME = re.compile(r"^(\d{2})-(\d{8})$")
 _HALF = re.compile(r"\.\d{2}-\d{8}\.partial-[0-9a-f]{8}")
 _INT = ":int"
+_Found = TypeVar("_Found")
 _log = logging.getLogger("ppcl_fx.train")
 
 
-class RunIdentity(BaseModel):
+class RunIdentity(Record):
     """What a checkpoint belongs to. A run goes on from it only where all three are the same."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     plan: str
     calls: str
     options: dict[str, Any]
@@ -68,13 +68,12 @@ class RunIdentity(BaseModel):
                 raise PpclError(f"{where}: this checkpoint was trained with {name} {was!r}, not {now!r}; {mend}")
 
 
-class State(BaseModel):
+class State(Record):
     """The JSON half of a checkpoint: where the run stood and the curves up to there.
 
     `stage` counts the run's stages from 0, `step` the steps of that stage that are done.
     """
 
-    model_config = ConfigDict(extra="forbid")
     version: Literal[1] = 1
     identity: RunIdentity
     stage: int = Field(ge=0)
@@ -108,14 +107,17 @@ def save(
     """Write a checkpoint into `folder`, drop all but the last `KEPT`, and return the new checkpoint's folder.
 
     Later checkpoints are dropped too: the run went on from an earlier one because they were damaged. `put` writes the
-    tensors into the folder in another form and returns the name of the file that says how.
-
-    Raises:
-        PpclError: The place cannot be written; the checkpoints that were there still are.
+    tensors into the folder in another form and returns the name of the file that says how. Raises PpclError where the
+    place cannot be written; the checkpoints that were there still are.
     """
+
+    def plain(beside: Path, tensors: Mapping[str, Tensor]) -> str:
+        write_safetensors(beside / TENSORS, tensors)
+        return TENSORS
+
     target = folder / f"{state.stage:02d}-{state.step:08d}"
     with new_folder(target, replaces=owned.CHECKPOINT) as beside:
-        written = (put or _put)(beside, tensors)
+        written = (put or plain)(beside, tensors)
         write_json(beside / STATE, state)
         write_text(beside / SUMS, "".join(f"{sha256_of(beside / name)}  {name}\n" for name in (written, STATE)))
     found = existing(folder)
@@ -127,80 +129,54 @@ def save(
 
 @dataclass
 class CheckpointWriter:
-    """Writes a run's checkpoints, and restores students and curves from them.
-
-    Attributes:
-        folder: The checkpoints' folder.
-        identity: What the checkpoints belong to.
-        students: What is in every checkpoint, state-dict name -> tensor.
-        device: The device whose random generator is stored too; None to store none.
-        curves: One entry a stage, the current one last.
-        save: Writes a checkpoint, as `save` does.
-        beginning: Gives the tensors that training began with, where they can be read again.
-    """
+    """Writes a run's checkpoints, and restores students and curves from them."""
 
     folder: Path
     identity: RunIdentity
-    students: Mapping[str, Tensor]
-    device: torch.device | None
-    curves: list[StageCurves] = field(default_factory=list)
+    students: Mapping[str, Tensor]  # what is in every checkpoint, by its name in the state dict
+    device: torch.device | None  # whose random generator is stored too; None to store none
+    curves: list[StageCurves] = field(default_factory=list)  # one entry a stage, the current one last
     save: Callable[..., object] = save
-    beginning: Callable[[str], Tensor] | None = None
+    beginning: Callable[[str], Tensor] | None = None  # gives what training began with, where it can be read again
 
     def write(self, step: int, tensors: Mapping[str, Tensor], *, over: bool = False) -> None:
         """Write a checkpoint of the current stage after `step` of its steps: the students and `tensors`."""
         students = {f"students.{name}": value.detach() for name, value in self.students.items()}
         states = rng_state(self.device) if self.device is not None else {}
-        everything = {**students, **tensors, **states}
         stage = len(self.curves) - 1
         state = State(identity=self.identity, stage=stage, step=step, over=over, curves=self.curves)
-        self.save(self.folder, state, everything)
+        self.save(self.folder, state, {**students, **tensors, **states})
 
     def restore(self, checkpoint: LoadedCheckpoint) -> None:
         """Set the students and the curves to what the checkpoint holds."""
         self.curves = [curves.model_copy(deep=True) for curves in checkpoint.state.curves]
-        with torch.no_grad():
-            for name, value in self.students.items():
-                value.copy_(checkpoint.tensors[f"students.{name}"])
+        set_tensors({f"students.{name}": value for name, value in self.students.items()}, checkpoint.tensors)
 
     def go_back(self, parameters: list[Parameter]) -> str:
         """Set some of the students' parameters to earlier values; return which, or nothing where there are none."""
         last, wanted = latest(self.folder, self.identity), {id(parameter) for parameter in parameters}
-        if last is None and self.beginning is None:
+        earlier = self.beginning if last is None else lambda name: last.tensors[f"students.{name}"]
+        if earlier is None:
             return ""
         with torch.no_grad():
             for name, value in self.students.items():
-                if id(value) in wanted and last is not None:
-                    value.copy_(last.tensors[f"students.{name}"])
-                elif id(value) in wanted and self.beginning is not None:
-                    value.copy_(self.beginning(name))
-        begun = last is None
-        return ("the weights that it began with" if begun else "the last checkpoint's weights") + " are kept"
-
-
-def _put(folder: Path, tensors: Mapping[str, Tensor]) -> str:
-    write_safetensors(folder / TENSORS, tensors)
-    return TENSORS
+                if id(value) in wanted:
+                    value.copy_(earlier(name))
+        return ("the weights that it began with" if last is None else "the last checkpoint's weights") + " are kept"
 
 
 def existing(folder: Path) -> list[Path]:
-    """Return the checkpoints' folders in `folder`, oldest first; what a killed run left half-written is not
-    among them.
-    """
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and _NAME.match(path.name))
+    """Return the checkpoints' folders in `folder`, oldest first, without what a killed run left half-written."""
+    return sorted(path for path in folder.glob("*") if path.is_dir() and _NAME.match(path.name))
 
 
 def clear(folder: Path) -> None:
-    """Remove all checkpoints from `folder`, half-written ones included.
-
-    Raises:
-        PpclError: one holds something that training does not write.
+    """Remove all checkpoints from `folder`, half-written ones included. Raises PpclError where one holds something
+    that training does not write.
     """
     for path in existing(folder):
         owned.discard(path, owned.CHECKPOINT)
-    for path in folder.glob(".*.partial-*") if folder.is_dir() else ():
+    for path in folder.glob(".*.partial-*"):
         if _HALF.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
 
@@ -208,58 +184,51 @@ def clear(folder: Path) -> None:
 def latest(folder: Path, identity: RunIdentity) -> LoadedCheckpoint | None:
     """Return the newest whole checkpoint in `folder`, or None where there is none at all.
 
-    A damaged one is passed over with a warning for the one before it.
-
-    Raises:
-        PpclError: Every checkpoint there is damaged, or the newest whole one belongs to another plan, calls
-            or options.
+    A damaged one is passed over with a warning for the one before it. Raises PpclError where every checkpoint there
+    is damaged, or the newest whole one belongs to another plan, calls or options.
     """
-    damaged: PpclError | None = None
-    for path in reversed(existing(folder)):
-        try:
-            found = read(path)
-        except PpclError as error:
-            _log.warning("damaged checkpoint passed over: %s", error)
-            damaged = error
-            continue
-        found.state.identity.check(identity, path)
-        return found
-    if damaged is not None:
+    found, damaged = _newest(folder, read)
+    if found is not None:
+        found.state.identity.check(identity, found.folder)
+    elif damaged is not None:
         raise PpclError(f"{folder}: no whole checkpoint is left ({damaged}); remove the folder and train again")
-    return None
+    return found
 
 
 def peek(folder: Path) -> State | None:
     """Return the JSON half of the newest readable checkpoint, or None where there is none."""
+    return _newest(folder, _state)[0]
+
+
+def _newest(folder: Path, open_: Callable[[Path], _Found]) -> tuple[_Found | None, PpclError | None]:
+    """Return the newest checkpoint that opens, and without one why the oldest does not."""
+    damaged = None
     for path in reversed(existing(folder)):
         try:
-            _check_sum(path, STATE)
-            return read_json(inside(path, STATE), State, INDEX_BYTES)
+            return open_(path), None
         except PpclError as error:
             _log.warning("damaged checkpoint passed over: %s", error)
-    return None
+            damaged = error
+    return None, damaged
 
 
 def read(path: Path, *, check: bool = True) -> LoadedCheckpoint:
-    """Read the checkpoint in `path`; with `check`, compare every checksum.
-
-    Raises:
-        PpclError: It is damaged.
-    """
-    shared = (path / PIECES).is_file()
-    for name in (STATE, PIECES if shared else TENSORS):
-        if check:
-            _check_sum(path, name)
-    return LoadedCheckpoint(read_json(inside(path, STATE), State, INDEX_BYTES), _tensors(path, shared, check), path)
-
-
-def _tensors(path: Path, shared: bool, check: bool) -> Mapping[str, Tensor]:
+    """Read the checkpoint in `path`; with `check`, compare every checksum. Raises PpclError where it is damaged."""
+    state, shared = _state(path, check), (path / PIECES).is_file()
+    if check:
+        _check_sum(path, PIECES if shared else TENSORS)
     if not shared:
-        return read_safetensors(inside(path, TENSORS))
+        return LoadedCheckpoint(state, read_safetensors(inside(path, TENSORS)), path)
     # Only here: distributed checkpoints are slow to import.
     from ppcl_fx.train.distributed.distributed_checkpoint import DistributedTensors
 
-    return DistributedTensors(path, check=check)
+    return LoadedCheckpoint(state, DistributedTensors(path, check=check), path)
+
+
+def _state(path: Path, check: bool = True) -> State:
+    if check:
+        _check_sum(path, STATE)
+    return read_json(inside(path, STATE), State, INDEX_BYTES)
 
 
 def _check_sum(path: Path, name: str) -> None:
@@ -291,32 +260,20 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Return the optimiser's state as tensors called ``optimizer.<number of the parameter>.<key>``.
 
     A plain integer (the step count of the 8-bit AdamW) becomes a tensor called ``...<key>:int``. What the 8-bit AdamW
-    keeps in a dictionary of its own (the averages' bytes and the maps to read them) stands beside the rest.
-
-    Raises:
-        RuntimeError: The optimiser keeps something that is neither.
+    keeps in a dictionary of its own (the averages' bytes and the maps to read them) stands beside the rest, as it
+    takes them too. Raises RuntimeError where the optimiser keeps something that is neither.
     """
     tensors: dict[str, Tensor] = {}
     for number, slots in optimizer.state_dict()["state"].items():
-        for key, value in _flat(slots):
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{number}.{key}"] = value
-            elif type(value) is int:
-                tensors[f"optimizer.{number}.{key}{_INT}"] = torch.tensor(value)
-            else:
-                raise RuntimeError(
-                    f"the optimiser keeps a {type(value).__name__} as {key!r}; only tensors can be stored"
-                )
+        inner = [value.items() for value in slots.values() if isinstance(value, dict)]
+        for key, value in chain(slots.items(), *inner):
+            plain = torch.tensor(value) if type(value) is int else value
+            if isinstance(plain, Tensor):
+                tensors[f"optimizer.{number}.{key}{_INT if plain is not value else ''}"] = plain
+            elif not isinstance(plain, dict):
+                kind = type(value).__name__
+                raise RuntimeError(f"the optimiser keeps a {kind} as {key!r}; only tensors can be stored")
     return tensors
-
-
-def _flat(slots: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Walk a parameter's slots; those of a dictionary among them come in its place, as the optimiser takes them too."""
-    for key, value in slots.items():
-        if isinstance(value, dict):
-            yield from value.items()
-        else:
-            yield key, value
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
@@ -325,9 +282,13 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, tensors: Mapping[str,
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, number, key = name.split(".", 2)
-            mine = slots.setdefault(int(number), {})
-            if key.endswith(_INT):
-                mine[key.removesuffix(_INT)] = int(value)
-            else:
-                mine[key] = value.clone()
+            plain = int(value) if key.endswith(_INT) else value.clone()
+            slots.setdefault(int(number), {})[key.removesuffix(_INT)] = plain
     optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def set_tensors(mine: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Overwrite tensors with the stored ones of their names; other stored names are left alone."""
+    with torch.no_grad():
+        for name, value in mine.items():
+            value.copy_(tensors[name])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -32,6 +32,8 @@ ORIGIN = "ppcl_origin"
 
 TRAINED = "ppcl_trained"
 """In the meta of a `pairs` node: the module path of what its edit trains."""
+NONE: frozenset[Node] = frozenset()
+"""No switch at its student."""
 
 
 def pairs(edit: str, terms: tuple[tuple[str, torch.Tensor, torch.Tensor], ...]) -> None:
@@ -46,6 +48,11 @@ def pairs(edit: str, terms: tuple[tuple[str, torch.Tensor, torch.Tensor], ...]) 
 
 
 torch.fx.node.has_side_effect(pairs)
+
+
+def loss_nodes(gm: GraphModule) -> list[Node]:
+    """Return the `pairs` nodes of a distillation graph, in order."""
+    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is pairs]
 
 
 def train_only(model: PluggableModel, stage: str) -> None:
@@ -78,21 +85,18 @@ def distil(
     """Return the graph that trains one stage's edits.
 
     Every switch upstream of a student is at its teacher, so each student gets the teacher's inputs and each
-    interval's loss is independent. What comes after the last edit is not computed.
+    interval's loss is independent. What comes after the last edit is not computed. Parameters are the model's. Raises
+    PpclError where the stage is unknown, or the plan has no edit for it.
 
     Args:
-        model: the pluggable model; parameters are shared.
+        model: the pluggable model.
         stage: ``depth`` or ``width``.
         sequential: feed each student what the students before it give, the teacher's values staying the targets
             (the paper's control).
         attention: compare what the attentions of a depth edit's student and of the interval's last block return
             as well: terms ``attention.<number of the attention>.<number of the output>``. Not in the paper's loss.
-        only: the ids of the edits to train, some of the stage's; all of them if left out. The teacher is computed
-            as far as these need it.
+        only: the ids of the edits to train; all of the stage if left out.
         graph: the model's pluggable graph for another kind of call (`PluggableModel.graph_for`).
-
-    Raises:
-        PpclError: the stage is unknown, or the plan has no edit for it.
     """
     if stage not in STAGES:
         raise PpclError(f"no distillation stage {stage!r}{near(stage, STAGES)}; choose depth or width")
@@ -103,7 +107,7 @@ def distil(
     if only is not None:
         known([edit.id for edit in edits], list(only))
         edits = [edit for edit in edits if edit.id in only]
-    upstream: frozenset[Node] = frozenset()
+    upstream = NONE
     if sequential:
         chained = [e for e in model.plan.edits if stage == "width" or isinstance(e, DepthEdit)]
         upstream = frozenset(node for edit in chained for node in switches(gm, edit.id))
@@ -115,8 +119,12 @@ def distil(
     groups.sort(key=lambda group: max(order[term.teacher] for term in group[1]))
     builder = _Builder(gm)
     for edit, terms in groups:
-        path = student_path(edit) if isinstance(edit, DepthEdit) else projector_path(edit.id)
-        builder.emit_pairs(edit.id, terms).meta[TRAINED] = path
+        values = []
+        for term in terms:
+            teacher = builder.value(term.teacher, NONE)  # first: the student's values are alive for less
+            values.append((term.name, builder.value(term.student, term.active), teacher))
+        end = builder.graph.call_function(pairs, (edit.id, tuple(values)))
+        end.meta[TRAINED] = student_path(edit) if isinstance(edit, DepthEdit) else projector_path(edit.id)
     builder.graph.output(None)
     made = GraphModule(gm, builder.graph, class_name=f"{type(gm).__name__}Distil")
     made.meta = dict(gm.meta)
@@ -208,66 +216,54 @@ def _student(node: Node) -> Node:
     return node.args[1]
 
 
+_Key = tuple[Node, frozenset[Node]]
+"""A node of the pluggable graph, and the switches before it that are at their students."""
+
+
 class _Builder:
     """Copies nodes of a pluggable graph into a new one, each switch resolved, each value once."""
 
     def __init__(self, gm: GraphModule) -> None:
-        self.gm = gm
         self.graph = Graph(tracer_cls=None)
-        self._done: dict[tuple[Node, frozenset[Node]], Node] = {}
+        self._done: dict[_Key, Node] = {}
         self._changed: dict[frozenset[Node], set[Node]] = {}
+        inputs = gm.graph.find_nodes(op="placeholder")
+        for node in inputs:
+            self._copy((node, NONE), {})
         for node in gm.graph.nodes:
-            if node.op == "placeholder":
-                self._done[node, frozenset()] = self._copy(node, {})
-        guards = [node for node in gm.graph.nodes if is_guard(node)]
-        for node in guards:
-            if all(source.op == "placeholder" for source in node.all_input_nodes):
-                self._copy(node, {n: self._done[n, frozenset()] for n in node.all_input_nodes})
-
-    def emit_pairs(self, edit: str, terms: Iterable[_Term]) -> Node:
-        """Add what an edit's terms need, and the `pairs` node that ends them; return that node."""
-        ready: list[tuple[str, Node, Node]] = []
-        for term in terms:
-            teacher = self.value(term.teacher, frozenset())
-            ready.append((term.name, self.value(term.student, term.active), teacher))
-        return self.graph.call_function(pairs, (edit, tuple(ready)))
+            if is_guard(node) and set(node.all_input_nodes) <= set(inputs):
+                self._copy((node, NONE), {source: (source, NONE) for source in node.all_input_nodes})
 
     def value(self, node: Node, active: frozenset[Node]) -> Node:
         """Return the copy of a node with the given switches at their students and all others at their teachers."""
         todo = [self._key(node, active)]
         while todo:
-            key = todo[-1]
+            key = todo.pop()
             if key in self._done:
-                todo.pop()
                 continue
             sources = self._sources(*key)
             missing = [source for source in sources.values() if source not in self._done]
             if missing:
-                todo.extend(missing)
-                continue
-            current, _ = todo.pop()
-            if is_switch(current):
+                todo += [key, *missing]
+            elif is_switch(key[0]):
                 self._done[key] = self._done[next(iter(sources.values()))]
             else:
-                values = {n: self._done[source] for n, source in sources.items()}
-                self._done[key] = self._copy(current, values, teachers=not key[1])
+                self._copy(key, sources)
         return self._done[self._key(node, active)]
 
-    def _key(self, node: Node, active: frozenset[Node]) -> tuple[Node, frozenset[Node]]:
+    def _key(self, node: Node, active: frozenset[Node]) -> _Key:
         """A value that no active switch comes before is the teacher's own."""
         if active not in self._changed:
             self._changed[active] = descendants(active)
-        return (node, active if node in self._changed[active] else frozenset())
+        return (node, active if node in self._changed[active] else NONE)
 
-    def _sources(self, node: Node, active: frozenset[Node]) -> dict[Node, tuple[Node, frozenset[Node]]]:
-        if is_switch(node):
-            chosen = _student(node) if node in active else _teacher(node)
-            return {chosen: self._key(chosen, active)}
-        return {source: self._key(source, active) for source in node.all_input_nodes}
+    def _sources(self, node: Node, active: frozenset[Node]) -> dict[Node, _Key]:
+        chosen = [_student(node) if node in active else _teacher(node)] if is_switch(node) else node.all_input_nodes
+        return {source: self._key(source, active) for source in chosen}
 
-    def _copy(self, node: Node, values: dict[Node, Any], teachers: bool = True) -> Node:
-        """Copy a node. `teachers`: no switch before it is at its student, so the pluggable graph has the same value."""
-        copy = self.graph.node_copy(node, values.__getitem__)
-        if teachers:
+    def _copy(self, key: _Key, sources: Mapping[Node, _Key]) -> None:
+        """Copy a node. Where no switch before it is at its student, the pluggable graph has the same value."""
+        node, active = key
+        copy = self._done[key] = self.graph.node_copy(node, lambda source: self._done[sources[source]])
+        if not active:
             copy.meta[ORIGIN] = node.name
-        return copy

@@ -1,51 +1,47 @@
-"""Runs the distillation graph: the teacher without gradients, each edit's loss backpropagated and freed at
-its own node.
-"""
+"""Runs the distillation graph: the teacher without gradients, each edit's loss backpropagated at its own node."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 from torch.utils.checkpoint import checkpoint
 
-from ppcl_fx.ir.graphs import ancestors
+from ppcl_fx.ir.graphs import ancestors, descendants
 from ppcl_fx.tracing import bind
 from ppcl_fx.train.config import Weights
-from ppcl_fx.train.core.distillation_graph import TRAINED, pairs
+from ppcl_fx.train.core.distillation_graph import TRAINED, loss_nodes, pairs
 from ppcl_fx.train.core.losses import edit_loss, total_loss
 
 Groups = dict[str, list[Parameter]]
 """Edit id -> the parameters that train for it."""
 
 
+def in_one_piece(module: Module) -> bool:
+    """Tell whether a module is one of `torch.nn` itself: a linear layer keeps nothing but its input anyway."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
 class Saving(Interpreter):
-    """Interpreter that can keep only the inputs of modules and compute their insides again in the backward
-    pass.
-
-    Modules of `torch.nn` itself are run as they are: a linear layer keeps nothing but its input anyway.
-
-    Args:
-        gm: The graph module to run.
-        checkpointing: Whether to save memory in that way.
+    """Interpreter that, `checkpointing`, keeps only the inputs of modules, and computes their insides again in the
+    backward pass; but for those of `torch.nn` itself.
     """
 
     def __init__(self, gm: GraphModule, *, checkpointing: bool) -> None:
         super().__init__(gm)
         self.extra_traceback = False  # it would make several lines of an error's one
-        self._gm = gm
         self._checkpointing = checkpointing
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module node, checkpointed where that was asked for and gradients are on."""
         if self._checkpointing and torch.is_grad_enabled():
-            module = self._gm.get_submodule(target)
-            if not type(module).__module__.startswith("torch.nn."):
+            module = self.fetch_attr(target)
+            if not in_one_piece(module):
                 return checkpoint(module, *args, use_reentrant=False, **kwargs)
         return super().call_module(target, args, kwargs)
 
@@ -53,23 +49,14 @@ class Saving(Interpreter):
 class Distiller(Saving):
     """Interpreter of a distillation graph (`ppcl_fx.train.core.distillation_graph.distil`).
 
-    A node runs with gradients only where a training parameter comes before it, so the teacher leaves nothing
-    behind for a backward pass. At a `pairs` node the edit's loss is known: it is backpropagated there and
-    then, and the interpreter frees the edit's values with their last use. So no more than one student's
-    activations are alive at any time.
+    A node runs with gradients only where a training parameter comes before it, so the teacher leaves nothing behind
+    for a backward pass. At a `pairs` node the edit's loss is known: it is backpropagated there and then, and the
+    interpreter frees the edit's values with their last use. So no more than one student's activations are alive at
+    any time. The parameters that train have `requires_grad`, all others have not.
 
-    Args:
-        gm: The distillation graph; the parameters that train have `requires_grad`, all others have not.
-        weights: The weights of the loss terms.
-        joint: Sum the losses and backpropagate once at the end: for sequential distillation, where an edit's
-            student feeds the next edit's, and errors and gradients run through the chain.
-        checkpointing: Keep only the inputs of the student modules and compute their insides again in the
-            backward pass.
-        autocast: The dtype to compute matrix products in, or None for the tensors' own.
-
-    Raises:
-        RuntimeError: A training parameter leads to no `pairs` node, or a `pairs` node has none: the graph is
-            not one of ours.
+    With `joint` the losses are summed and backpropagated once at the end: for sequential distillation, where an edit's
+    student feeds the next edit's, and errors and gradients run through the chain. `autocast` is the dtype to compute
+    matrix products in, or None for the tensors' own. Raises RuntimeError as `edit_parameters` does.
     """
 
     def __init__(
@@ -82,40 +69,27 @@ class Distiller(Saving):
         autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__(gm, checkpointing=checkpointing)
-        self._weights = weights or Weights()
-        self._joint = joint
-        self._autocast = autocast
+        self.gm, self._weights, self._joint, self._autocast = gm, weights or Weights(), joint, autocast
         self._trained = live_nodes(gm)
         self._live: set[Node] = set()
         self._scale = 1.0
         self._losses: dict[str, Tensor] = {}
         self.groups = edit_parameters(gm)
 
-    def step(self, batch: Mapping[str, Any] | Sequence[Any], scale: float = 1.0) -> dict[str, Tensor]:
+    def step(self, batch: Mapping[str, Any] | Sequence[Any], scale: float | None = 1.0) -> dict[str, Tensor]:
         """Run the graph on a call's arguments, or on its placeholders' values in order, and add each edit's gradients,
-        times `scale`, to its parameters' `.grad`.
-
-        Returns:
-            Edit id -> its loss, a detached float32 scalar on the model's device, not scaled.
+        times `scale`, to its parameters' `.grad`; None for no gradients. Return each edit's loss, a detached float32
+        scalar, not scaled.
         """
-        self._live, self._scale = self._trained, scale
-        losses = self._run_losses(batch)
-        if self._joint:
-            torch.autograd.backward(total_loss(losses.values()) * scale)
-        return {edit: loss.detach() for edit, loss in losses.items()}
-
-    def evaluate(self, batch: Mapping[str, Any] | Sequence[Any]) -> dict[str, Tensor]:
-        """Return each edit's loss on what `step` takes, without gradients."""
-        self._live = set()
-        return self._run_losses(batch)
-
-    def _run_losses(self, batch: Mapping[str, Any] | Sequence[Any]) -> dict[str, Tensor]:
-        values = inputs(self._gm, batch) if isinstance(batch, Mapping) else batch
-        self._losses = {}
-        with _restored_grad_mode(), casting(_device(self._gm), self._autocast):
+        values = inputs(self.gm, batch) if isinstance(batch, Mapping) else batch
+        self._live, self._scale, self._losses = set() if scale is None else self._trained, scale or 0.0, {}
+        mode = torch.set_grad_enabled(torch.is_grad_enabled())  # puts it back at the end
+        with mode, casting(_device(self.gm), self._autocast):
             self.run(*values)
         losses, self._losses = self._losses, {}
-        return losses
+        if self._joint and scale is not None:
+            torch.autograd.backward(total_loss(losses.values()) * scale)
+        return {edit: loss.detach() for edit, loss in losses.items()}
 
     def run_node(self, n: Node) -> Any:
         """Run one node, with gradients only where they are needed."""
@@ -130,8 +104,7 @@ class Distiller(Saving):
         return super().call_function(target, args, kwargs)
 
     def _align(self, edit_id: str, terms: tuple[tuple[str, Tensor, Tensor], ...]) -> Tensor:
-        device = _device(self._gm)
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast(_device(self.gm).type, enabled=False):
             loss = edit_loss(terms, self._weights)
             if edit_id in self._losses:
                 raise RuntimeError(f"edit {edit_id} ends in two `pairs` nodes")
@@ -148,9 +121,7 @@ def without_edit(gm: GraphModule, edit: str) -> None:
     Its student stays where other losses are computed from it (in a sequential graph), and so do the graph's
     inputs and guards: a call that was refused before is refused afterwards.
     """
-    ends = [n for n in gm.graph.nodes if n.op == "call_function" and n.target is pairs]
-    mine = [node for node in ends if node.args[0] == edit]
-    before = ancestors(mine)
+    before = ancestors([end for end in loss_nodes(gm) if end.args[0] == edit])
     kept = ancestors([n for n in gm.graph.nodes if n not in before])
     for node in reversed(list(gm.graph.nodes)):
         if node in before and node not in kept and node.op != "placeholder":
@@ -160,11 +131,7 @@ def without_edit(gm: GraphModule, edit: str) -> None:
 
 def live_nodes(gm: GraphModule) -> set[Node]:
     """Return the nodes that a training parameter comes before (or in): the ones to run with gradients."""
-    live: set[Node] = set()
-    for node in gm.graph.nodes:
-        if any(source in live for source in node.all_input_nodes) or node_parameters(gm, node):
-            live.add(node)
-    return live
+    return descendants(node for node in gm.graph.nodes if node_parameters(gm, node))
 
 
 def node_parameters(gm: GraphModule, node: Node) -> list[Parameter]:
@@ -182,30 +149,19 @@ def edit_parameters(gm: GraphModule) -> Groups:
     """Return each edit's training parameters, edits in the order of their `pairs` nodes.
 
     A parameter belongs to the edit that it was made for; in a sequential graph it leads to others' losses as well.
-    Where the graph does not say which that is, it is the first edit that it leads to.
-
-    Raises:
-        RuntimeError: A `pairs` node without training parameters, or training parameters without a `pairs`
-            node.
+    Where the graph does not say which that is, it is the first edit that it leads to. Raises RuntimeError for
+    a `pairs` node without training parameters, and for training parameters without one: the graph is not one of ours.
     """
     groups: Groups = {}
-    seen: set[Node] = set()
     owned: set[int] = set()
-    for node in gm.graph.nodes:
-        if node.op != "call_function" or node.target is not pairs:
-            continue
-        path = node.meta.get(TRAINED)
-        if path is None:
-            mine = [p for source in _before(node, seen) for p in node_parameters(gm, source)]
-        else:
-            inside = [n for n in _before(node, set()) if f"{n.target}.".startswith(f"{path}.")]
-            mine = [p for source in inside for p in node_parameters(gm, source)]
-        edit = str(node.args[0])
-        groups[edit] = []
-        for parameter in mine:
-            if id(parameter) not in owned:
-                owned.add(id(parameter))
-                groups[edit].append(parameter)
+    for end in loss_nodes(gm):
+        before, path = ancestors([end]), end.meta.get(TRAINED)
+        mine = [node for node in gm.graph.nodes if node in before]
+        if path is not None:
+            mine = [node for node in mine if f"{node.target}.".startswith(f"{path}.")]
+        found = {id(p): p for node in mine for p in node_parameters(gm, node) if id(p) not in owned}
+        owned |= found.keys()
+        groups[str(end.args[0])] = list(found.values())
     stray = [name for name, p in gm.named_parameters() if p.requires_grad and id(p) not in owned]
     if stray:
         raise RuntimeError(f"parameters that train for no edit: {', '.join(stray[:5])}")
@@ -215,24 +171,9 @@ def edit_parameters(gm: GraphModule) -> Groups:
     return groups
 
 
-def _before(node: Node, seen: set[Node]) -> list[Node]:
-    """The nodes that lead to `node` and are not in `seen` yet, in graph order; they are put into `seen`."""
-    found: set[Node] = set()
-    waiting = [node]
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                found.add(source)
-                waiting.append(source)
-    return [source for source in node.graph.nodes if source in found] if found else []
-
-
 def inputs(gm: GraphModule, kwargs: Mapping[str, Any]) -> list[Any]:
-    """Return a call's arguments in the order of the graph's placeholders.
-
-    Raises:
-        GuardError: The call lies outside of what was traced.
+    """Return a call's arguments in the order of the graph's placeholders. Raises GuardError where the call lies
+    outside of what was traced.
     """
     bound = bind(gm, kwargs)
     return [bound[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"]
@@ -249,12 +190,3 @@ def casting(device: torch.device, dtype: torch.dtype | None) -> AbstractContextM
 
 def _device(gm: GraphModule) -> torch.device:
     return next(gm.parameters()).device
-
-
-@contextmanager
-def _restored_grad_mode() -> Iterator[None]:
-    before = torch.is_grad_enabled()
-    try:
-        yield
-    finally:
-        torch.set_grad_enabled(before)

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import NoReturn
 
 from ppcl_fx.errors import PpclError, Stopped
-from ppcl_fx.train.core.batches import Batches
-from ppcl_fx.train.core.stage_trainer import BatchPart, HeldOut, StageTrainer
+from ppcl_fx.train.core.stage_trainer import BatchPart, StageTrainer
 from ppcl_fx.train.data.source import Feed
 from ppcl_fx.train.metrics.logger import MetricsLogger
 
@@ -16,12 +15,7 @@ Progress = Callable[[str, int, int, float], None]
 
 
 class Whole:
-    """Batches that go through the model in one pass each: a `Draw`.
-
-    Args:
-        feed: Gives the batches.
-        recorded: Use the recorded outputs of the teacher as targets.
-    """
+    """Batches that go through the model in one pass each, with the teacher's recorded outputs or without: a `Draw`."""
 
     def __init__(self, feed: Feed, recorded: bool) -> None:
         self._feed, self._recorded = feed, recorded
@@ -31,14 +25,6 @@ class Whole:
         """Yield the batch as one part."""
         feed = self._feed
         yield 1.0, lambda: (feed.kwargs(position), feed.target(position) if self._recorded else None)
-
-
-def held_out(batches: Batches | None, recorded: bool) -> HeldOut | None:
-    """Return what gives the batches of one epoch of held-out calls, None without them."""
-    if batches is None:
-        return None
-    whole = Whole(batches, recorded)
-    return lambda: map(whole.parts, range(len(batches)))
 
 
 def run_stage(trainer: StageTrainer, watch: MetricsLogger, progress: Progress | None = None) -> None:

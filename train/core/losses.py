@@ -1,8 +1,7 @@
 """The distillation losses: Eq. 6 and 7 for depth, Eq. 10 to 12 for width.
 
-One reduction everywhere: the squared error is *summed over the features* of a token and *averaged over batch
-and tokens*. So the normalised terms lie in [0, 4] whatever the model's width, and none depends on the batch
-or the text length.
+The squared error is *summed over the features* of a token and *averaged over batch and tokens*, everywhere. So the
+normalised terms lie in [0, 4] whatever the model's width, and none depends on the batch or the text length.
 """
 
 from __future__ import annotations
@@ -19,20 +18,12 @@ LossTerm = tuple[str, Tensor, Tensor]
 """A term's name, the student's value and the teacher's value, both ``[batch, tokens, channels]``."""
 
 
-def weight_of(term: str, weights: Weights) -> float:
-    """Return the weight of the term called `term`. Raises RuntimeError for a term nobody defined."""
-    if term in ("image", "text"):
-        return weights.image if term == "image" else weights.text
-    if is_linear(term):
-        return weights.linear
-    if term.startswith("attention."):
-        return weights.attention
-    raise RuntimeError(f"unknown loss term {term!r}")
-
-
-def is_linear(term: str) -> bool:
-    """Tell whether `term` is one of Eq. 12: compared as it is, not normalised."""
-    return term == "z" or term.startswith("linear.")
+def _weight(term: str, weights: Weights) -> float:
+    """Return the weight of a term by the first part of its name; ``z`` is one of the linear ones."""
+    kind = "linear" if term == "z" else term.partition(".")[0]
+    if kind not in ("image", "text", "linear", "attention"):
+        raise RuntimeError(f"unknown loss term {term!r}")
+    return float(getattr(weights, kind))
 
 
 def normalized_error(student: Tensor, teacher: Tensor) -> Tensor:
@@ -45,9 +36,7 @@ def normalized_error(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def squared_error(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return ``||student - teacher||^2`` (Eq. 12): summed over the features, averaged over batch and tokens,
-    float32.
-    """
+    """Return ``||student - teacher||^2`` (Eq. 12), float32: summed over features, averaged over batch and tokens."""
     if student.shape != teacher.shape:
         raise RuntimeError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape")
     return (student.float() - teacher.float()).square().sum(-1).mean()
@@ -63,12 +52,9 @@ def relative_error(student: Tensor, teacher: Tensor) -> Tensor:
 def edit_loss(pairs: Iterable[LossTerm], weights: Weights) -> Tensor:
     """Return one edit's loss: the weighted sum of its terms, a float32 scalar.
 
-    For a depth edit these are the streams' normalised errors (Eq. 6); for a width edit the normalised errors
-    (Eq. 11) and the linear ones (Eq. 12), whose sum is the summand of Eq. 10. Terms of weight 0 are not
-    computed.
-
-    Raises:
-        RuntimeError: No term has a weight, or a term is unknown.
+    For a depth edit these are the streams' normalised errors (Eq. 6); for a width edit the normalised errors (Eq. 11)
+    and the linear ones (Eq. 12), whose sum is the summand of Eq. 10. Terms of weight 0 are not computed. Raises
+    RuntimeError where no term has a weight, or a term is unknown.
     """
     terms = [term for name, student, teacher in pairs for term in _terms(name, student, teacher, weights)]
     if not terms:
@@ -77,9 +63,11 @@ def edit_loss(pairs: Iterable[LossTerm], weights: Weights) -> Tensor:
 
 
 def _terms(name: str, student: Tensor, teacher: Tensor, weights: Weights) -> Iterator[Tensor]:
-    weight = weight_of(name, weights)
+    weight = _weight(name, weights)
     if weight != 0.0:
-        yield weight * (squared_error if is_linear(name) else normalized_error)(student, teacher)
+        # Eq. 12 compares values as they are, not normalised.
+        error = squared_error if name == "z" or name.startswith("linear.") else normalized_error
+        yield weight * error(student, teacher)
     if weights.relative != 0.0 and name in ("image", "text"):
         yield weights.relative * relative_error(student, teacher)
 
@@ -90,9 +78,7 @@ def total_loss(losses: Iterable[Tensor]) -> Tensor:
 
 
 def output_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Return the mean squared error of the student's velocity against the teacher's (fine-tuning), a float32
-    scalar.
-    """
+    """Return the mean squared error of the student's velocity against the teacher's (fine-tuning), a float32 scalar."""
     if student.shape != teacher.shape:
         raise RuntimeError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} differ in shape")
     return functional.mse_loss(student.float(), teacher.float())

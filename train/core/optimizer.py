@@ -16,10 +16,6 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train.core.distiller import Groups
 
-BETAS = (0.9, 0.95)
-"""AdamW's betas in the paper (Sec. 4.1)."""
-WEIGHT_DECAY = 0.02
-"""AdamW's weight decay in the paper (Sec. 4.1)."""
 EIGHT_BIT = "bitsandbytes"
 """The package of the 8-bit AdamW."""
 EIGHT_BIT_FROM = 4096
@@ -33,9 +29,7 @@ def warmup_steps(total: int) -> int:
 
 def factor(step: int, total: int, warmup: int | None = None) -> float:
     """Return the share of the peak learning rate at `step` (from 0) of `total`: linear up over `warmup` steps
-    (None: `warmup_steps`), then half a cosine to 0.
-
-    Nothing but the step goes in, so a resumed run needs no state of a scheduler.
+    (None: `warmup_steps`), then half a cosine to 0. A resumed run needs no state of a scheduler.
     """
     warmup = warmup_steps(total) if warmup is None else min(warmup, total)
     if step < warmup:
@@ -46,30 +40,21 @@ def factor(step: int, total: int, warmup: int | None = None) -> float:
 def make_optimizer(
     groups: Mapping[str, Sequence[Parameter]],
     lr: float,
-    *,
     kind: str = "adamw",
-    betas: tuple[float, float] = BETAS,
-    weight_decay: float = WEIGHT_DECAY,
+    betas: tuple[float, float] = (0.9, 0.95),
+    weight_decay: float = 0.02,
 ) -> torch.optim.Optimizer:
-    """Return AdamW over `groups` (edit id -> its parameters), one parameter group an edit, in the order given.
+    """Return AdamW, as in the paper's Sec. 4.1, over `groups` (edit id -> its parameters), one parameter group an edit.
 
-    Args:
-        kind: "adamw", or "adamw8bit", whose two averages take a byte each for every parameter.
-
-    Raises:
-        PpclError: 8-bit AdamW is asked for and bitsandbytes is not installed.
+    With the `kind` "adamw8bit" its two averages take a byte each for every parameter. Raises PpclError where that is
+    asked for and bitsandbytes is not installed.
     """
     named = [{"params": list(parameters), "name": name} for name, parameters in groups.items()]
     if kind == "adamw8bit":
         made: torch.optim.Optimizer = eight_bit().optim.AdamW8bit(named, lr=lr, betas=betas, weight_decay=weight_decay)
         return made
-    return torch.optim.AdamW(
-        named,
-        lr=lr,
-        betas=betas,
-        weight_decay=weight_decay,
-        fused=all(p.device.type in {"cpu", "cuda"} for parameters in groups.values() for p in parameters),
-    )
+    fused = all(p.device.type in {"cpu", "cuda"} for parameters in groups.values() for p in parameters)
+    return torch.optim.AdamW(named, lr=lr, betas=betas, weight_decay=weight_decay, fused=fused)
 
 
 def eight_bit() -> Any:
@@ -85,9 +70,7 @@ def eight_bit() -> Any:
 
 def try_eight_bit(device: torch.device) -> None:
     """Do one step of the 8-bit AdamW on `device`: it imports where its compiled half is missing, and fails at a step.
-
-    Raises:
-        PpclError: bitsandbytes is not installed, or cannot do a step on this device.
+    Raises PpclError where bitsandbytes is not installed, or cannot do a step on this device.
     """
     package = eight_bit()
     parameter = Parameter(torch.zeros(EIGHT_BIT_FROM, device=device))
@@ -105,13 +88,10 @@ def try_eight_bit(device: torch.device) -> None:
 
 
 def clip(groups: Mapping[str, Sequence[Parameter]], limit: float | None) -> dict[str, Tensor]:
-    """Scale each group's gradients so that their joint L2 norm is at most `limit` (None: leave them).
+    """Scale each edit's gradients so that their joint L2 norm is at most `limit` (None: leave them).
 
-    The norm is taken for each edit alone: a bad batch for one interval must not slow the others, which Eq. 6
-    keeps apart.
-
-    Returns:
-        Edit id -> the norm before scaling, a scalar on the parameters' device.
+    Each edit has a norm of its own: a bad batch for one interval must not slow the others, which Eq. 6 keeps apart.
+    Returned is the norm before scaling, a scalar on the parameters' device.
     """
     norms: dict[str, Tensor] = {}
     for name, parameters in groups.items():
@@ -133,18 +113,13 @@ class MasterWeights:
 
     In 16 bits a small update would be rounded away. The model keeps its own dtype, which its graph was traced with.
 
-    Args:
-        groups: Edit id -> the model's parameters.
-
     Attributes:
         groups: Edit id -> the parameters for the optimiser.
     """
 
     def __init__(self, groups: Groups) -> None:
         self._copies: list[tuple[Parameter, Parameter]] = []
-        self.groups: Groups = {
-            edit: [self._master(parameter) for parameter in parameters] for edit, parameters in groups.items()
-        }
+        self.groups: Groups = {edit: [self._master(p) for p in parameters] for edit, parameters in groups.items()}
 
     def take_gradients(self) -> None:
         """Add the gradients of the 16-bit parameters to those of their masters, in float32, and drop them."""
@@ -172,12 +147,6 @@ class MasterWeights:
         """Return what a checkpoint must hold of the masters."""
         return {f"master.{number}": master for number, (_, master) in enumerate(self._copies)}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set what `tensors` returned; other names are left alone."""
-        with torch.no_grad():
-            for number, (_, master) in enumerate(self._copies):
-                master.copy_(tensors[f"master.{number}"])
-
     def _master(self, parameter: Parameter) -> Parameter:
         if not is_low(parameter):
             return parameter
@@ -189,14 +158,11 @@ class MasterWeights:
 class EMA:
     """Exponential moving averages (EMA) of what the optimiser updates, in float32, edit by edit: the result.
 
-    Args:
-        masters: What the optimiser updates.
-        decay: How much of the average stays at each step; None for no average.
+    Of an average the share `decay` stays at each step; None for no averages.
     """
 
     def __init__(self, masters: MasterWeights, decay: float | None) -> None:
-        self._masters = masters
-        self._decay = decay
+        self._masters, self._decay = masters, decay or 0.0
         self._numbers = {edit: number for number, edit in enumerate(masters.groups)}
         followed: Groups = {} if decay is None else masters.groups
         self._values = {
@@ -204,11 +170,7 @@ class EMA:
         }
 
     def update(self, step: int) -> None:
-        """Move towards the weights after update number `step` (from 0); faster at first, or it would stay at
-        the start.
-        """
-        if self._decay is None:
-            return
+        """Move towards the weights after update number `step` (from 0); faster at first, or it would stay there."""
         share = 1.0 - min(self._decay, (step + 1) / (step + 10))
         with torch.no_grad():
             for edit, values in self._values.items():
@@ -242,12 +204,6 @@ class EMA:
             for edit, values in self._values.items()
             for i, value in enumerate(values)
         }
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set what `tensors` returned; other names are left alone."""
-        for name, value in self.tensors().items():
-            if name in tensors:
-                value.copy_(tensors[name])
 
     def _put(self, edit: str, values: list[Tensor]) -> None:
         if not values:

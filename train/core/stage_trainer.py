@@ -1,7 +1,7 @@
 """The training core: what one stage does at each step, whatever schedule it runs under.
 
-Two schedules stand above it: `ppcl_fx.train.core.loop` trains all edits of a stage in one pass over the model, and
-`ppcl_fx.train.bounded` trains one edit after the other from the teacher's cached values.
+`ppcl_fx.train.core.loop` trains all edits of a stage in one pass over the model, `ppcl_fx.train.bounded` one edit after
+the other from the teacher's cached values.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ from ppcl_fx.train.distributed.consensus import StopRequest
 
 BatchPart = tuple[float, Callable[[], tuple[Any, Tensor | None]]]
 """Some of a batch: its share of it, and what gives the stage's input and the teacher's recorded output."""
-HeldOut = Callable[[], Iterable[Iterable[BatchPart]]]
-"""Gives the held-out batches, each in its parts."""
 _log = logging.getLogger("ppcl_fx.train")
 
 
@@ -64,14 +62,10 @@ class StageTrainer:
         draw: Its data.
         writer: Its checkpoints; the last of its curves are the stage's.
         config: The options.
-        total: Steps in all.
-        held_out: Batches of calls that are never trained on.
+        total: Steps in all, of which `done` are done.
+        held_out: Give batches of calls that are never trained on, each in its parts.
         score: Called at each evaluation; what it returns is noted.
         stop: Whether a signal wants the run to stop.
-
-    Attributes:
-        done: Steps that are done.
-        curves: Losses, held-out losses, and why an edit trains no further.
     """
 
     def __init__(
@@ -81,7 +75,7 @@ class StageTrainer:
         writer: CheckpointWriter,
         config: TrainConfig,
         total: int,
-        held_out: HeldOut | None = None,
+        held_out: Sequence[Callable[[], Iterable[BatchPart]]] = (),
         score: Callable[[], float] | None = None,
         stop: StopRequest | None = None,
     ) -> None:
@@ -94,13 +88,8 @@ class StageTrainer:
         self._parameters = {edit: list(parameters) for edit, parameters in stage.groups.items()}
         self._masters = MasterWeights(stage.groups)
         self._ema = EMA(self._masters, config.ema)
-        self._optimizer = make_optimizer(
-            self._masters.groups,
-            self._lr,
-            kind=config.optimizer,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-        )
+        how = config.optimizer, config.betas, config.weight_decay
+        self._optimizer = make_optimizer(self._masters.groups, self._lr, *how)
 
     @property
     def over(self) -> bool:
@@ -110,25 +99,22 @@ class StageTrainer:
     def restore(self, start: LoadedCheckpoint) -> None:
         """Go on from a checkpoint, whose students and curves `writer` has restored."""
         tensors = start.tensors
-        self.stage.load(tensors)
-        self._masters.load(tensors)
-        self._ema.load(tensors)
+        for edit in self.curves.stopped:
+            self._ema.forget(edit)
+        checkpoints.set_tensors(self._tensors(), tensors)
         checkpoints.load_optimizer_state(self._optimizer, tensors)
         if self.writer.device is not None:
             checkpoints.set_rng_state(tensors, self.writer.device)
         for edit in self.curves.stopped:
-            self._ema.forget(edit)
             self._drop(edit)
         self.done = start.state.step
 
     def step(self, counted: AbstractContextManager[None] | None = None) -> Step | None:
         """Do one step, its forward and backward passes inside of `counted`; return None where a signal came first.
 
-        An edit whose loss or gradient is not finite stops with its last good weights.
-
-        Raises:
-            PpclError: No edit is left that could go on, or edits are not separate: the line names the stage, the step,
-                the edit and the calls. No update was done, so the last checkpoint is good.
+        An edit whose loss or gradient is not finite stops with its last good weights. Raises PpclError where no edit
+        is left that could go on, or edits are not separate: the line names the stage, the step, the edit and the
+        calls. No update was done, so the last checkpoint is good.
         """
         began, count = time.perf_counter(), self._config.accumulate
         rate = self._lr * factor(self.done, self.total, self._config.warmup)
@@ -144,7 +130,8 @@ class StageTrainer:
                     return None
                 found.append(self._gradients(position, 1.0 / count))
                 samples += self._draw.samples(position)
-        norms = _numbers(self.stage.norms(clip(self._active(), self._config.clip)))
+        active = {edit: self._masters.groups[edit] for edit in self.stage.groups}
+        norms = _numbers(self.stage.norms(clip(active, self._config.clip)))
         losses = [_numbers(batch) for batch in found]
         bad = self._not_finite(positions, losses, norms)
         for edit, reason in bad.items():
@@ -164,13 +151,13 @@ class StageTrainer:
     def evaluate(self) -> tuple[dict[str, float], float | None]:
         """Return the held-out losses and the score, where it is time for them; stop what has converged."""
         config = self._config
-        if (self._held_out is None and self._score is None) or not self.stage.groups:
+        if not (self._held_out or self._score) or not self.stage.groups:
             return {}, None
         if self.done % config.evaluate_every and self.done != self.total:
             return {}, None
         began = time.perf_counter()
         with self._ema.shown():
-            found = self._held_out_losses(self._held_out) if self._held_out is not None else {}
+            found = self._held_out_losses() if self._held_out else {}
             score = self._score() if self._score is not None else None
         if score is not None:
             self.curves.scores.append((self.done, score))
@@ -207,8 +194,10 @@ class StageTrainer:
     def write(self, over: bool) -> None:
         """Write a checkpoint. Raises PpclError where it cannot be written; those before are whole."""
         states = checkpoints.optimizer_state(self._optimizer)
-        tensors = {**self.stage.tensors(), **self._masters.tensors(), **self._ema.tensors(), **states}
-        self.writer.write(self.done, tensors, over=over)
+        self.writer.write(self.done, {**self._tensors(), **states}, over=over)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {**self.stage.tensors(), **self._masters.tensors(), **self._ema.tensors()}
 
     def settle(self) -> None:
         """End the stage: look at the weights, and make the averages the weights."""
@@ -217,34 +206,26 @@ class StageTrainer:
             self._ema.settle(edit)
         self._optimizer.zero_grad(set_to_none=True)
 
-    def _active(self) -> dict[str, list[torch.nn.Parameter]]:
-        return {edit: self._masters.groups[edit] for edit in self.stage.groups}
-
     def _gradients(self, position: int, scale: float) -> dict[str, Tensor]:
         """Add a batch's gradients and return each edit's loss."""
-        losses: dict[str, Tensor] = {}
-        for share, give in self._draw.parts(position):
-            batch, target = give()
-            found = self.stage.step(batch, target=target, scale=share * scale)
-            del batch, target  # before the next part is there
-            _add(losses, share, found)
-            self._masters.take_gradients()
-        return losses
 
-    def _held_out_losses(self, held_out: HeldOut) -> dict[str, float]:
+        def step(share: float, batch: Any, target: Tensor | None) -> dict[str, Tensor]:
+            found = self.stage.step(batch, target=target, scale=share * scale)
+            self._masters.take_gradients()
+            return found
+
+        return _summed(self._draw.parts(position), step)
+
+    def _held_out_losses(self) -> dict[str, float]:
         """Each edit's mean loss on the held-out calls, every batch with the same weight; the random state stays."""
-        sums: dict[str, float] = {}
-        count = 0
+
+        def evaluate(share: float, batch: Any, target: Tensor | None) -> dict[str, Tensor]:
+            return self.stage.evaluate(batch, target=target)
+
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices=devices):
-            for count, parts in enumerate(held_out(), start=1):  # noqa: B007 - counted for the mean
-                losses: dict[str, Tensor] = {}
-                for share, give in parts:
-                    batch, target = give()
-                    _add(losses, share, self.stage.evaluate(batch, target=target))
-                for edit, loss in losses.items():
-                    sums[edit] = sums.get(edit, 0.0) + float(loss)
-        return {edit: value / count for edit, value in sums.items()}
+            found = [_numbers(_summed(parts(), evaluate)) for parts in self._held_out]
+        return {edit: sum(losses[edit] for losses in found) / len(found) for edit in found[0]}
 
     def _not_finite(
         self, positions: Sequence[int], losses: list[dict[str, float]], norms: dict[str, float]
@@ -264,11 +245,9 @@ class StageTrainer:
             raise self._broken(self.done + 1, next(iter(bad.values())))
         return bad
 
-    def _broken(self, step: int, reason: str) -> PpclError:
-        return PpclError(
-            f"stage {self.curves.label}, step {step}: {reason}; the last checkpoint is good, train again with a "
-            "smaller learning rate"
-        )
+    def _broken(self, step: int, reason: str, mend: str = "") -> PpclError:
+        mend = mend or "the last checkpoint is good, train again with a smaller learning rate"
+        return PpclError(f"stage {self.curves.label}, step {step}: {reason}; {mend}")
 
     def _look_at_weights(self) -> None:
         """Before they are saved: give up an edit whose last update overflowed, which no loss has shown yet."""
@@ -293,7 +272,7 @@ class StageTrainer:
             self._ema.forget(edit)
             kept = self.writer.go_back(self._parameters[edit])
             if not kept:
-                raise PpclError(f"stage {self.curves.label}, step {done + 1}: {reason}; train again with a smaller lr")
+                raise self._broken(done + 1, reason, "train again with a smaller lr")
             self._masters.read_back(self._parameters[edit])
         self._halt(edit, Stop(step=done, kind="nan", reason=f"step {done + 1}: {reason}; {kept}"))
 
@@ -325,9 +304,15 @@ def converged(history: Sequence[tuple[int, float]], patience: int, min_gain: flo
     return idle >= patience
 
 
-def _add(losses: dict[str, Tensor], share: float, found: Mapping[str, Tensor]) -> None:
-    for edit, loss in found.items():
-        losses[edit] = losses[edit] + share * loss if edit in losses else share * loss
+def _summed(
+    parts: Iterable[BatchPart], run: Callable[[float, Any, Tensor | None], Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return each edit's loss on a batch: the sum over its parts by their shares of it."""
+    losses: dict[str, Tensor] = {}
+    for share, give in parts:
+        for edit, loss in run(share, *give()).items():  # the part is gone before the next one is there
+            losses[edit] = losses[edit] + share * loss if edit in losses else share * loss
+    return losses
 
 
 def _numbers(scalars: Mapping[str, Tensor]) -> dict[str, float]:

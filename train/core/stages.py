@@ -1,6 +1,4 @@
-"""What a stage trains and how it gets its gradients: distillation edit by edit, or fine-tuning of one whole
-mixture.
-"""
+"""What a stage trains and how it gets its gradients: distillation edit by edit, or fine-tuning of one mixture."""
 
 from __future__ import annotations
 
@@ -23,7 +21,7 @@ from ppcl_fx.passes.edits.outline import outline
 from ppcl_fx.passes.edits.plug import plugged
 from ppcl_fx.train.config import Weights
 from ppcl_fx.train.core.batches import Batches
-from ppcl_fx.train.core.distillation_graph import distil, pairs
+from ppcl_fx.train.core.distillation_graph import distil, loss_nodes
 from ppcl_fx.train.core.distiller import Distiller, Groups, Saving, casting, inputs, without_edit
 from ppcl_fx.train.core.losses import output_loss
 
@@ -35,17 +33,11 @@ WHOLE = "model"
 
 @dataclass(frozen=True)
 class Compute:
-    """How a stage computes.
+    """How a stage computes."""
 
-    Attributes:
-        checkpointing: Recompute the insides of blocks in the backward pass instead of keeping them.
-        autocast: The dtype of matrix products, or None.
-        backend: `torch.compile`'s backend for the blocks that train, None not to compile them.
-    """
-
-    checkpointing: bool = False
-    autocast: torch.dtype | None = None
-    backend: str | None = None
+    checkpointing: bool = False  # recompute the insides of blocks in the backward pass instead of keeping them
+    autocast: torch.dtype | None = None  # dtype of matrix products
+    backend: str | None = None  # `torch.compile`'s for the blocks that train; None not to compile them
 
 
 class Stage:
@@ -57,15 +49,19 @@ class Stage:
     separate = False
     """Whether each edit's loss and gradients are its own, so that one can stop while the others go on."""
 
-    def step(self, batch: Any, *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
-        """Add one batch's gradients, times `scale`, to the parameters' `.grad` and return each edit's loss,
-        detached and not scaled. `target` is the teacher's recorded output.
+    def losses(self, batch: Any, target: Tensor | None, scale: float | None) -> dict[str, Tensor]:
+        """Return each edit's loss on one batch, detached; add its gradients, times `scale`, to the parameters' `.grad`,
+        but for a scale of None. `target` is the teacher's recorded output, where that is to be used.
         """
         raise NotImplementedError
 
+    def step(self, batch: Any, *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+        """Return the losses and add gradients: see `losses`."""
+        return self.losses(batch, target, scale)
+
     def evaluate(self, batch: Any, *, target: Tensor | None = None) -> dict[str, Tensor]:
-        """Return each edit's loss on one batch, without gradients."""
-        raise NotImplementedError
+        """Return the losses alone: see `losses`."""
+        return self.losses(batch, target, None)
 
     def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return every edit's gradient norm, given those of the parameters in `groups`."""
@@ -79,25 +75,17 @@ class Stage:
         self.groups = {other: parameters for other, parameters in self.groups.items() if other != edit}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return what a checkpoint must hold of this stage, beside the students and the optimiser."""
+        """Return what a checkpoint must hold of this stage, beside the students and the optimiser; it is overwritten
+        with what a checkpoint held.
+        """
         return {}
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set what `tensors` returned; other names are left alone."""
 
 
 class Distillation(Stage):
-    """Stage "depth" (Eq. 6 and 7) or "width" (Eq. 10 to 12): each edit's students learn from the teacher's
-    states.
+    """Stage "depth" (Eq. 6 and 7) or "width" (Eq. 10 to 12): each edit's students learn from the teacher's states.
 
-    Args:
-        model: Its students train in place.
-        name: "depth" or "width".
-        weights: The weights of the loss terms.
-        sequential: Feed each student what the student before it gives, not what the teacher gives (the
-            paper's control).
-        only: The ids of the edits to train, some of the stage's; None for all.
-        compute: How it computes.
+    The model's students train in place, of all edits of the stage or `only` of some. `sequential` feeds each student
+    what the student before it gives, not what the teacher gives (the paper's control).
     """
 
     def __init__(
@@ -111,105 +99,75 @@ class Distillation(Stage):
         compute: Compute | None = None,
     ) -> None:
         self._model, self._name, self._weights = model, name, weights
-        self._sequential, self._only, self._compute = sequential, only, compute or Compute()
+        self._only, self._compute = only, compute or Compute()
         self.separate = not sequential
         self._stopped: list[str] = []
-        self._graphs: dict[GraphModule, GraphModule] = {}
         self._distillers: dict[GraphModule, Distiller] = {}
-        self.groups = self._distiller(model.graph).groups
-        compared = any(term.startswith("attention.") for term in terms(self._graph))
+        first = self._distiller(model.graph)
+        self.groups = first.groups
+        compared = any(term.startswith("attention.") for term in terms(first.gm))
         if name == "depth" and weights.attention and not compared:
             raise PpclError("the distillation graph compares no attention outputs: leave their weight at 0")
 
-    @property
-    def _graph(self) -> GraphModule:
-        return self._graphs[self._model.graph]
-
     def _distiller(self, kind: GraphModule) -> Distiller:
         """Return what runs the distillation graph for one kind of call."""
-        compute = self._compute
-        if kind not in self._graphs:
-            graph = self._graphs[kind] = distil(
-                self._model,
-                self._name,
-                graph=kind,
-                sequential=self._sequential,
-                attention=self._weights.attention != 0.0,
-                only=self._only,
-            )
+        if kind not in self._distillers:
+            attention = self._weights.attention != 0.0
+            graph = distil(self._model, self._name, not self.separate, attention, self._only, kind)
+            compute = self._compute
             outlined = (compute.checkpointing or compute.backend) and self._name == "depth"
             blocks = outline_students(graph) if outlined else []
             for block in blocks if compute.backend else []:
                 block.compile(backend=compute.backend)
             for edit in self._stopped:
                 without_edit(graph, edit)
-        if kind not in self._distillers:
-            self._distillers[kind] = Distiller(
-                self._graphs[kind],
-                self._weights,
-                joint=self._sequential,
-                checkpointing=compute.checkpointing,
-                autocast=compute.autocast,
-            )
+            self._distillers[kind] = self._runs(graph)
         return self._distillers[kind]
 
-    def step(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+    def _runs(self, graph: GraphModule) -> Distiller:
+        joint, compute = not self.separate, self._compute
+        checkpointing, autocast = compute.checkpointing, compute.autocast
+        return Distiller(graph, self._weights, joint=joint, checkpointing=checkpointing, autocast=autocast)
+
+    def losses(self, kwargs: Mapping[str, Any], target: Tensor | None, scale: float | None) -> dict[str, Tensor]:
         """See `Stage`; the students' targets are the teacher's states, computed on the way."""
         return self._distiller(self._model.graph_for(kwargs)).step(kwargs, scale)
-
-    def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
-        """See `Stage`."""
-        return self._distiller(self._model.graph_for(kwargs)).evaluate(kwargs)
 
     def stop(self, edit: str) -> None:
         """See `Stage`. The teacher's blocks after the last student that still trains are not run any more."""
         super().stop(edit)
         self._stopped.append(edit)
-        for graph in self._graphs.values():
-            without_edit(graph, edit)
-        self._distillers.clear()
+        for kind, distiller in self._distillers.items():
+            without_edit(distiller.gm, edit)
+            self._distillers[kind] = self._runs(distiller.gm)
         self.groups = self._distiller(self._model.graph).groups
 
     def move(self, device: torch.device) -> None:
         """Move what the stage computes with, of the teacher and of the students, to `device`."""
-        for graph in self._graphs.values():
-            graph.to(device)
+        for distiller in self._distillers.values():
+            distiller.gm.to(device)
 
 
 class FineTuning(Stage):
-    """Stage "finetune": a copy of one mixture, all of its parameters, learns the teacher's output on the same
-    calls.
+    """Stage "finetune": a copy of one mixture, all of its parameters, learns the teacher's output on the same calls.
 
     The loss is the mean squared error of the predicted velocity. The pluggable model is left as it is.
-
-    Args:
-        model: The pluggable model; its plugged mixture is the same afterwards.
-        students: The edits of the mixture to fine-tune.
-        compute: How it computes.
     """
 
-    def __init__(
-        self,
-        model: PluggableModel,
-        students: Sequence[str],
-        compute: Compute | None = None,
-    ) -> None:
+    def __init__(self, model: PluggableModel, students: Sequence[str], compute: Compute | None = None) -> None:
         self._model, self._students, self._compute = model, list(students), compute or Compute()
         self.student = copy.deepcopy(mixture(model, students)).requires_grad_(True)
         self._runners: dict[GraphModule, tuple[GraphModule, Saving, GraphModule]] = {}
         self._device = model.device
         self.groups: Groups = {WHOLE: list(self.student.parameters())}
 
-    def step(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+    def losses(self, kwargs: Mapping[str, Any], target: Tensor | None, scale: float | None) -> dict[str, Tensor]:
         """See `Stage`. Without a `target` the teacher computes it."""
-        loss = self._loss(kwargs, target)
-        torch.autograd.backward(loss * scale)
+        with torch.set_grad_enabled(scale is not None):
+            loss = self._loss(kwargs, target)
+        if scale is not None:
+            torch.autograd.backward(loss * scale)
         return {WHOLE: loss.detach()}
-
-    def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
-        """See `Stage`."""
-        with torch.no_grad():
-            return {WHOLE: self._loss(kwargs, target)}
 
     def target(self, kwargs: Mapping[str, Any]) -> Tensor:
         """Return the teacher's output for a batch, as this stage computes it."""
@@ -273,17 +231,11 @@ class FineTuning(Stage):
         """The copy's parameters."""
         return {f"finetune.{name}": value for name, value in self.student.named_parameters()}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Set the copy's parameters."""
-        with torch.no_grad():
-            for name, value in self.student.named_parameters():
-                value.copy_(tensors[f"finetune.{name}"])
-
 
 def terms(gm: GraphModule) -> set[str]:
     """Return the names of the loss terms in a distillation graph."""
-    found = (node.args[1] for node in gm.graph.nodes if node.op == "call_function" and node.target is pairs)
-    return {str(term[0]) for group in found if isinstance(group, tuple) for term in group}
+    groups = [node.args[1] for node in loss_nodes(gm)]
+    return {str(term[0]) for group in groups if isinstance(group, tuple) for term in group}
 
 
 def outline_students(gm: GraphModule) -> list[Module]:

@@ -19,7 +19,7 @@ from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.model.pluggable import STUDENTS
 from ppcl_fx.train import Losses, train
-from ppcl_fx.train.bounded import teacher, trainer
+from ppcl_fx.train.bounded import stage, teacher
 from ppcl_fx.train.bounded.costs import Speeds
 from ppcl_fx.train.bounded.schedule import MARGIN
 from ppcl_fx.train.bounded.trainer import BoundedResult, BoundedTraining
@@ -75,7 +75,7 @@ def curves(result: Any) -> dict[str, dict[str, list[float]]]:
 @pytest.fixture
 def tight(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
     """Returns a limit that leaves so many bytes: what the process holds is taken to be nothing."""
-    monkeypatch.setattr(trainer, "anonymous", lambda: 0)
+    monkeypatch.setattr(stage, "anonymous", lambda: 0)
     monkeypatch.setattr(teacher, "anonymous", lambda: 0)
     return lambda size: MARGIN + size
 
