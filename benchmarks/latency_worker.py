@@ -282,11 +282,10 @@ def _onnx_block(
 ) -> Callable[[], Any]:
     """Export one block of a traced model, as export does it within the whole, and open it in onnxruntime."""
     from ppcl_fx.export.fusing import fuse
-    from ppcl_fx.export.onnx.assemble import Translations, observed, stitch
+    from ppcl_fx.export.onnx.assemble import Shapes, stitch
     from ppcl_fx.export.onnx.graph_run import run_graph
-    from ppcl_fx.export.onnx.segments import segments
+    from ppcl_fx.export.onnx.segments import Translations, segments
     from ppcl_fx.export.onnx.writer import save
-    from ppcl_fx.export.store.weight_source import state
     from ppcl_fx.passes.lowering.lowering import lower
 
     lowered = lower(gm)
@@ -296,8 +295,8 @@ def _onnx_block(
     reader.run(*feeds.values())
     names = [str(node.target) for node in part.graph.graph.nodes if node.op == "placeholder"]
     inputs = {n: reader.values[node].contiguous() for n, node in zip(names, part.inputs, strict=True)}
-    model = stitch(part.graph, observed(run_graph(part.graph, inputs)[1], {}), Translations())
-    fuse(model, {name for name in model.graph.initializers if name in state(part.graph)})
+    model = stitch(part.graph, Shapes(run_graph(part.graph, inputs)[1], {}), Translations())
+    fuse(model)
     file = job.folder / f"{path}.onnx"
     file.parent.mkdir(parents=True, exist_ok=True)
     save(model, file, embed=True)

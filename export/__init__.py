@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ppcl_fx.export.config import ExportConfig
     from ppcl_fx.export.exporting import ExportResult, export, export_graph
     from ppcl_fx.export.one_graph import Exported
-    from ppcl_fx.export.onnx.assemble import Translations
+    from ppcl_fx.export.onnx.segments import Translations
     from ppcl_fx.export.runtime.engine import EngineTransformer
     from ppcl_fx.export.store.manifest import Manifest
     from ppcl_fx.export.tensorrt.build import build_engine
@@ -28,66 +28,35 @@ if TYPE_CHECKING:
     from ppcl_fx.passes.lowering.tuples_apart import TuplesApart
 
 _HOME = {
-    "Agreement": "ppcl_fx.export.verify.metrics",
-    "BuildOptions": "ppcl_fx.export.tensorrt.request",
-    "ComplexToReal": "ppcl_fx.passes.lowering.complex_to_real",
-    "DropGuards": "ppcl_fx.passes.lowering.lowering",
-    "EngineManifest": "ppcl_fx.export.tensorrt.manifest",
-    "EngineTransformer": "ppcl_fx.export.runtime.engine",
-    "BuildConfig": "ppcl_fx.export.tensorrt.request",
-    "ExportConfig": "ppcl_fx.export.config",
-    "ExportResult": "ppcl_fx.export.exporting",
-    "Exported": "ppcl_fx.export.one_graph",
-    "Gate": "ppcl_fx.export.verify.metrics",
-    "Lowered": "ppcl_fx.passes.lowering.lowering",
-    "Origin": "ppcl_fx.export.tensorrt.request",
-    "PositionsAsInputs": "ppcl_fx.passes.lowering.positions",
-    "Profile": "ppcl_fx.export.tensorrt.profiles",
-    "SamplingAgreement": "ppcl_fx.export.verify.metrics",
-    "SamplingRun": "ppcl_fx.export.verify.sampling",
-    "Manifest": "ppcl_fx.export.store.manifest",
-    "Translations": "ppcl_fx.export.onnx.assemble",
-    "TuplesApart": "ppcl_fx.passes.lowering.tuples_apart",
-    "build_engine": "ppcl_fx.export.tensorrt.build",
-    "check_artefacts": "ppcl_fx.export.verify.integrity",
-    "compare_artefacts": "ppcl_fx.export.verify.gate",
-    "export": "ppcl_fx.export.exporting",
-    "export_graph": "ppcl_fx.export.exporting",
-    "load_engine": "ppcl_fx.export.tensorrt.loading",
-    "lower": "ppcl_fx.passes.lowering.lowering",
-    "refit": "ppcl_fx.export.tensorrt.loading",
+    "ppcl_fx.export.config": ("ExportConfig",),
+    "ppcl_fx.export.exporting": ("ExportResult", "export", "export_graph"),
+    "ppcl_fx.export.one_graph": ("Exported",),
+    "ppcl_fx.export.onnx.segments": ("Translations",),
+    "ppcl_fx.export.runtime.engine": ("EngineTransformer",),
+    "ppcl_fx.export.store.manifest": ("Manifest",),
+    "ppcl_fx.export.tensorrt.build": ("build_engine",),
+    "ppcl_fx.export.tensorrt.loading": ("load_engine", "refit"),
+    "ppcl_fx.export.tensorrt.manifest": ("EngineManifest",),
+    "ppcl_fx.export.tensorrt.profiles": ("Profile",),
+    "ppcl_fx.export.tensorrt.request": ("BuildConfig", "BuildOptions", "Origin"),
+    "ppcl_fx.export.verify.gate": ("compare_artefacts",),
+    "ppcl_fx.export.verify.integrity": ("check_artefacts",),
+    "ppcl_fx.export.verify.metrics": ("Agreement", "Gate", "SamplingAgreement"),
+    "ppcl_fx.export.verify.sampling": ("SamplingRun",),
+    "ppcl_fx.passes.lowering.complex_to_real": ("ComplexToReal",),
+    "ppcl_fx.passes.lowering.lowering": ("DropGuards", "Lowered", "lower"),
+    "ppcl_fx.passes.lowering.positions": ("PositionsAsInputs",),
+    "ppcl_fx.passes.lowering.tuples_apart": ("TuplesApart",),
 }
+"""The names of each module."""
 
 __all__ = [
-    "Agreement",
-    "BuildConfig",
-    "BuildOptions",
-    "ComplexToReal",
-    "DropGuards",
-    "EngineManifest",
-    "EngineTransformer",
-    "ExportConfig",
-    "ExportResult",
-    "Exported",
-    "Gate",
-    "Lowered",
-    "Manifest",
-    "Origin",
-    "PositionsAsInputs",
-    "Profile",
-    "SamplingAgreement",
-    "SamplingRun",
-    "Translations",
-    "TuplesApart",
-    "build_engine",
-    "check_artefacts",
-    "compare_artefacts",
-    "export",
-    "export_graph",
-    "load_engine",
-    "lower",
-    "refit",
+    "Agreement", "BuildConfig", "BuildOptions", "ComplexToReal", "DropGuards", "EngineManifest",
+    "EngineTransformer", "ExportConfig", "ExportResult", "Exported", "Gate", "Lowered", "Manifest",
+    "Origin", "PositionsAsInputs", "Profile", "SamplingAgreement", "SamplingRun", "Translations",
+    "TuplesApart", "build_engine", "check_artefacts", "compare_artefacts", "export", "export_graph",
+    "load_engine", "lower", "refit",
 ]
 
 if not TYPE_CHECKING:
-    __getattr__ = lazy(__name__, _HOME)
+    __getattr__ = lazy(__name__, {name: module for module, names in _HOME.items() for name in names})

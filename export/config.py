@@ -92,12 +92,9 @@ class ExportConfig(Config):
                     f"{asked[0]}: only for --format {' or '.join(ENGINES)}; leave it out, or name that format"
                 )
         if self.format in FOLDERS:
-            for name in self.given(COMPARING):
-                raise ValueError(
-                    f"{flag_of(ExportConfig, name)}: model folders are not compared with PyTorch; leave it out, or "
-                    "export onnx"
-                )
-            for name in self.given(("dtype", "embed", "memory_limit")):
-                raise ValueError(f"{flag_of(ExportConfig, name)}: not for --format {self.format}; leave it out")
+            compared = "model folders are not compared with PyTorch; leave it out, or export onnx"
+            other = f"not for --format {self.format}; leave it out"
+            for name in self.given((*COMPARING, "dtype", "embed", "memory_limit")):
+                raise ValueError(f"{flag_of(ExportConfig, name)}: {compared if name in COMPARING else other}")
         check_spec(self.build.spec)
         return self

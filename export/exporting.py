@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
@@ -14,8 +15,9 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.config import ENGINES, FOLDERS, KEEPS, ExportConfig
 from ppcl_fx.export.extras import check_export
 from ppcl_fx.export.one_graph import STEPS, Exported, ExportedMixture, GraphExport, Job, write_graphs
-from ppcl_fx.export.onnx.inputs import in_type
-from ppcl_fx.export.onnx.writer import Prepared, prepare
+from ppcl_fx.export.onnx.half import largest_value
+from ppcl_fx.export.onnx.segments import Translations
+from ppcl_fx.export.onnx.writer import in_type, prepare
 from ppcl_fx.export.runtime.model_spec import write_model_spec
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.store.names import graph_path, manifest_path, ratio_name, typed_graph_path
@@ -23,28 +25,18 @@ from ppcl_fx.export.store.publish import check_free, claimed, writing
 from ppcl_fx.export.store.weight_source import Opened, WeightSource
 from ppcl_fx.export.tensorrt.folder import Built, build_folder
 from ppcl_fx.export.tensorrt.manifest import NOT_COMPARED
-from ppcl_fx.export.tensorrt.request import BuildConfig, Origin, find_graphs
+from ppcl_fx.export.tensorrt.request import Origin, find_graphs
 from ppcl_fx.export.tensorrt.trtexec import write_script
 from ppcl_fx.export.verify.sizes import refused
 from ppcl_fx.io import owned_folders as owned
 from ppcl_fx.io.files import new_folder, read_json
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder
+from ppcl_fx.passes.calibration.calibration import Notify, silent
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
-    from ppcl_fx.export.onnx.assemble import Translations
     from ppcl_fx.export.verify.sampling import SamplingRun
-
-class Progress(Protocol):
-    """Called with the steps done, the number of all, and what is being done where that is another thing than before."""
-
-    def __call__(self, done: int, total: int, label: str = "") -> None:
-        """Show that `done` of `total` steps are done."""
-
-
-def _nothing(done: int, total: int, label: str = "") -> None:
-    """Show nothing."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +51,7 @@ class ModelFolder:
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What `export` wrote, in the order of the ratios.
-
-    Attributes:
-        folder: where.
-        ratios: the graphs.
-        engines: what TensorRT built from them.
-        script: what builds them with ``trtexec``.
-        folders: the model folders, in place of graphs.
-    """
+    """What `export` wrote, in the order of the ratios: graphs, and their engines or what builds them; or folders."""
 
     folder: Path
     ratios: tuple[Exported, ...] = ()
@@ -91,25 +75,23 @@ def export(
     calls: Calls | None = None,
     sampling: SamplingRun | None = None,
     known: Translations | None = None,
-    progress: Progress = _nothing,
+    progress: Notify = silent,
     note: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> ExportResult:
     """Export a pluggable model once for each ratio, or a fine-tuned one as one ratio.
 
     Each ratio gets a small graph ``keep-0.7.onnx`` and its manifest ``keep-0.7.json``; ``head.json`` is for the
-    runtime. The weights stay where they are if `out` is the model's folder or one above it; else they are
-    copied to ``weights/``, once for all ratios. Batch, image and text lengths stay open; position tables are
-    inputs. Every file has passed `onnx.checker`, and onnxruntime gave on it what PyTorch gives, at the traced
-    shape, with each open size changed alone, with all of them changed, on recorded calls and over a whole sampling
-    run. A file that fails is not kept, and those of earlier ratios stay. What was not checked is in the manifest and
-    is told to `note`. In the formats of engines each float32 ratio is written once more in bfloat16, and
-    ``build.json`` says what is to be built.
+    runtime. The weights stay where they are if `out` is the model's folder or one above it; else they are copied to
+    ``weights/``, once for all ratios. Batch, image and text lengths stay open; position tables are inputs. Every file
+    has passed `onnx.checker`, and onnxruntime gave on it what PyTorch gives, at the traced shape, with each open size
+    changed alone, with all of them changed, on recorded calls and over a whole sampling run. A file that fails is not
+    kept, and those of earlier ratios stay. In the formats of engines each float32 ratio is written once more in
+    bfloat16, and ``build.json`` says what is to be built.
 
     Args:
         model: the model, in memory (its mixture is put back afterwards); or a student or fine-tuned folder with its
-            weights on disk. Such a folder is loaded for the checks where the memory limit allows it; else no weight is
-            read.
+            weights on disk, loaded for the checks where the memory limit allows it.
         out: the folder for the results.
         config: the options.
         calls: recorded calls; the first gives the example, and some are compared. Without them the inputs are random,
@@ -131,19 +113,9 @@ def export(
     if config.format in FOLDERS:
         return _model_folders(model, folder, config, progress)
     check_export()
-    from ppcl_fx.export.onnx.assemble import Translations
-
-    job = Job(config, known if known is not None else Translations(), sampling, note)
-    if isinstance(model, FinetunedFolder):
-        keep = max(round(model.keep, 3), 0.001)
-        path = graph_path(folder, ratio_name(keep))
-        check_free([path], config.overwrite)
-        opened = Opened.of(model, config)
-        mixture = ExportedMixture(
-            model.graph, keep, tuple(model.students), path, calls, opened.unchecked, finetuned=True
-        )
-        return ExportResult(folder, tuple(_write_folder(opened, [mixture], folder, job, progress)))
-    keeps = config.keep or KEEPS
+    job = Job(config, known or Translations(), calls, sampling, note)
+    tuned = model if isinstance(model, FinetunedFolder) else None
+    keeps = config.keep or KEEPS if tuned is None else (max(round(tuned.keep, 3), 0.001),)
     paths = [graph_path(folder, ratio_name(keep)) for keep in keeps]
     check_free(paths, config.overwrite)
     opened = Opened.of(model, config)
@@ -151,10 +123,15 @@ def export(
     try:
         mixtures = []  # all can be reached, or none is begun
         for keep, path in zip(keeps, paths, strict=True):
-            gm = opened.model.plug(keep=keep).graph_module()
-            mixtures.append(ExportedMixture(gm, keep, opened.model.students, path, calls, opened.unchecked))
+            if tuned is None:
+                gm, students = opened.model.plug(keep=keep).graph_module(), opened.model.students
+            else:
+                gm, students = tuned.graph, tuple(tuned.students)
+            mixtures.append(ExportedMixture(gm, keep, students, path, finetuned=tuned is not None))
         done = ExportResult(folder, tuple(_write_folder(opened, mixtures, folder, job, progress)))
-        return _engines(model, done, job, calls, progress) if config.format in ENGINES else done
+        if isinstance(model, FinetunedFolder) or config.format not in ENGINES:
+            return done
+        return _engines(model, done, job, progress)
     finally:
         opened.model.plug(students=before)
 
@@ -164,20 +141,19 @@ def _check_tuned(tuned: FinetunedFolder, config: ExportConfig) -> None:
     if config.keep is not None:
         asked = ",".join(f"{keep:g}" for keep in config.keep)
         raise PpclError(f"--keep {asked}: the model beside {tuned.student}: is, which has one size; leave it out")
-    ways = {"diffusers": f"leave it out, or export {tuned.student}"} | dict.fromkeys(
-        ENGINES, "export it with --dtype bf16, and then run 'ppcl-fx build' on the result"
-    )
-    ways["released"] = ways["diffusers"]
-    if config.format in ways:
-        raise PpclError(f"--format {config.format}: not for a fine-tuned model; {ways[config.format]}")
+    way = f"leave it out, or export {tuned.student}"
+    if config.format in ENGINES:
+        way = "export it with --dtype bf16, and then run 'ppcl-fx build' on the result"
+    if config.format != "onnx":
+        raise PpclError(f"--format {config.format}: not for a fine-tuned model; {way}")
 
 
 def _engines(
-    model: PluggableModel | StudentFolder, done: ExportResult, job: Job, calls: Calls | None, progress: Progress
+    model: PluggableModel | StudentFolder, done: ExportResult, job: Job, progress: Notify
 ) -> ExportResult:
     """Write the graphs in the engines' type and what to build from them; then build, where that is wanted."""
     progress(0, 1, "writing bfloat16 graphs")
-    example = write_typed(model, done.ratios, job, calls)
+    example = write_typed(model, done.ratios, job)
     config = job.config.build.model_copy(update={"example": example})
     for onnx in find_graphs(done.folder).values():
         config.profiles(onnx)
@@ -195,7 +171,7 @@ def _engines(
 
 
 def _model_folders(
-    model: PluggableModel | StudentFolder | FinetunedFolder, out: Path, config: ExportConfig, progress: Progress
+    model: PluggableModel | StudentFolder | FinetunedFolder, out: Path, config: ExportConfig, progress: Notify
 ) -> ExportResult:
     """Write a model folder for each share: OUT/keep-0.5 and so on, all or none."""
     from ppcl_fx.formats.released import save_released
@@ -218,17 +194,15 @@ def _model_folders(
 
 
 def _write_folder(
-    opened: Opened, mixtures: Sequence[ExportedMixture], folder: Path, job: Job, progress: Progress
+    opened: Opened, mixtures: Sequence[ExportedMixture], folder: Path, job: Job, progress: Notify
 ) -> list[Exported]:
     """Write a graph for each mixture of a model and ``head.json`` to a folder, which is made where it is not there."""
-    count, total = 0, STEPS * len(mixtures)
-    progress(0, total)
+    steps, total = itertools.count(), STEPS * len(mixtures)
 
     def step() -> None:
-        nonlocal count
-        count += 1
-        progress(count, total)
+        progress(next(steps), total)
 
+    step()
     new = not folder.exists()
     try:
         with writing(folder):
@@ -261,74 +235,54 @@ def export_graph(
         gm: the graph, in memory.
         path: the file to write, ``NAME.onnx``; its manifest is ``NAME.json``.
         config: the options, but for those that are about ratios and engines.
-        calls: recorded calls, as `export` takes them.
+        calls: as `export` takes them, and so `sampling` and `known`.
         origin: for the manifest its share of the teacher's parameters, the edits in it, and their plan.
-        sampling: a sampling run to compare.
-        known: translations of other graphs of the same model, used again where blocks look alike.
 
     Raises:
         PpclError: the graph cannot be exported, there is no room, or the file differs from PyTorch by more than is
             allowed.
     """
     check_export()
-    from ppcl_fx.export.onnx.assemble import Translations
-
     path, config, origin = Path(path), config or ExportConfig(), origin or Origin()
     check_free([path], config.overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    job = Job(config, known if known is not None else Translations(), sampling)
+    job = Job(config, known or Translations(), calls, sampling)
     keep = 1.0 if origin.keep is None else origin.keep
-    mixture = ExportedMixture(gm, keep, tuple(origin.students), path, calls, None).in_range(config.torch_dtype)
+    largest = largest_value(gm, calls, config.torch_dtype, None)
+    mixture = ExportedMixture(gm, keep, tuple(origin.students), path, largest=largest)
     with claimed(path.parent, [path]):
-        return GraphExport(job, WeightSource.memory(gm), None, origin.plan).export(mixture)
+        return GraphExport(job, WeightSource.memory(gm), plan=origin.plan).export(mixture)
 
 
 def write_typed(
-    model: PluggableModel | StudentFolder, exported: Sequence[Exported], job: Job, calls: Calls | None
+    model: PluggableModel | StudentFolder, exported: Sequence[Exported], job: Job
 ) -> dict[str, int]:
     """Export each ratio that is in float32 once more in bfloat16, for TensorRT, over one converted copy of the weights.
 
     The types of an ONNX file rule in TensorRT. A ratio that was exported in another type is built as it is. Sizes to
-    build for that the model does not take are refused here, where the model is.
-
-    Args:
-        model: the model; its mixture is another one afterwards.
-        exported: its exported ratios.
-        job: what was asked of the export.
-        calls: recorded calls.
+    build for that the model does not take are refused here, where the model is; its mixture is another one afterwards.
 
     Returns:
         The sizes of the example, by the names of the open sizes.
-
-    Raises:
-        PpclError: a graph cannot be exported, or does not serve a profile.
     """
     config = job.config.model_copy(update={"dtype": "bf16", "embed": False})
     opened = Opened.of(model, config)
     graphs = [opened.model.plug(students=ratio.students).graph_module() for ratio in exported]
-    prepared = prepare(*in_type(graphs[0], calls, None))
+    prepared = prepare(*in_type(graphs[0], job.calls, None))
     sizes = {axis.name: axis.size for axis in prepared.axes}
-    _check_served(prepared, config.build.model_copy(update={"example": sizes}), exported[0].onnx)
+    onnx, request = exported[0].onnx, config.build.model_copy(update={"example": sizes})
+    for profile in request.profiles(onnx):
+        for end in ("max", "min"):
+            reason = refused(prepared, {name: getattr(size, end) for name, size in profile.sizes.items()})
+            if reason is not None:
+                raise PpclError(f"profile {profile.name or 'of the options'}: {reason}; give another range")
     mixtures = [
-        ExportedMixture(gm, ratio.keep, ratio.students, typed_graph_path(ratio.onnx), calls, opened.unchecked)
+        ExportedMixture(gm, ratio.keep, ratio.students, typed_graph_path(ratio.onnx))
         for gm, ratio in zip(graphs, exported, strict=True)
         if read_json(manifest_path(ratio.onnx), Manifest).dtype == "float32"
     ]
     if mixtures:
-        folder = exported[0].onnx.parent
-        with claimed(folder, [mixture.path for mixture in mixtures]):
+        with claimed(onnx.parent, [mixture.path for mixture in mixtures]):
             typed = replace(job, config=config, step=lambda: None)
-            write_graphs(opened, mixtures, folder, typed, axes=prepared.axes)
+            write_graphs(opened, mixtures, onnx.parent, typed, axes=prepared.axes)
     return sizes
-
-
-def _check_served(prepared: Prepared, request: BuildConfig, onnx: Path) -> None:
-    """Refuse a profile whose largest or smallest sizes the model does not take."""
-    for profile in request.profiles(onnx):
-        for sizes in (
-            {name: size.max for name, size in profile.sizes.items()},
-            {name: size.min for name, size in profile.sizes.items()},
-        ):
-            reason = refused(prepared, sizes)
-            if reason is not None:
-                raise PpclError(f"profile {profile.name or 'of the options'}: {reason}; give another range")

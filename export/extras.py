@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ppcl_fx.errors import PpclError
 
 
 def need(name: str, extra: str = "export", left: str = "") -> Any:
-    """Import a library of an extra.
-
-    Args:
-        name: the module.
-        extra: the extra of this package that brings it.
-        left: what stays usable without it, for the message.
+    """Import a library that an extra of this package brings; the message may say what is `left` without it.
 
     Raises:
         PpclError: it is not installed, or does not load; the message names the extra.
@@ -31,5 +28,16 @@ def need(name: str, extra: str = "export", left: str = "") -> Any:
 def check_export() -> None:
     """Raise `PpclError` unless everything the ONNX export needs is installed."""
     for name in ("onnx", "onnx_ir", "onnxscript", "onnxruntime"):
-        module: ModuleType = need(name)
-        del module
+        need(name)
+
+
+@contextmanager
+def log_from(name: str, level: int) -> Iterator[None]:
+    """Let a library's logger tell nothing below a level."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

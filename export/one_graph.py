@@ -18,8 +18,8 @@ from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.onnx.graph_run import alike_once
 from ppcl_fx.export.onnx.half import HALF, compare_in_float32, largest_value, rounding
-from ppcl_fx.export.onnx.inputs import in_type
-from ppcl_fx.export.onnx.writer import Prepared, compare, parameters_in, ports, prepare, save, translated
+from ppcl_fx.export.onnx.segments import Translations
+from ppcl_fx.export.onnx.writer import Prepared, in_type, parameters_in, ports, prepare, save, translated
 from ppcl_fx.export.store.manifest import HalfPrecision, Manifest, WeightFile
 from ppcl_fx.export.store.names import manifest_path, typed_graph_path
 from ppcl_fx.export.store.publish import beside, publish
@@ -29,7 +29,7 @@ from ppcl_fx.export.verify.gate import gated
 from ppcl_fx.export.verify.integrity import sample_of
 from ppcl_fx.export.verify.metrics import Gate
 from ppcl_fx.export.verify.onnx_runner import latency
-from ppcl_fx.export.verify.reference import Answers
+from ppcl_fx.export.verify.reference import compare
 from ppcl_fx.io.files import sha256_of
 from ppcl_fx.ir.dtypes import main_dtype
 from ppcl_fx.ir.graphs import parameter_count
@@ -38,7 +38,6 @@ from ppcl_fx.passes.lowering.expand import traced_once
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
-    from ppcl_fx.export.onnx.assemble import Initial, Translations
     from ppcl_fx.export.onnx.dynamic_axes import Axis
     from ppcl_fx.export.verify.sampling import SamplingRun
     from ppcl_fx.schema.plan import Plan
@@ -50,21 +49,12 @@ STEPS = 4
 
 @dataclass(frozen=True)
 class Exported:
-    """One exported ratio.
+    """One exported ratio: what its `Manifest` says of it, and what that does not hold.
 
     Attributes:
-        keep: the share asked for.
         onnx: the graph; the manifest beside it says how it was made and where its weights are.
-        params: parameters of the mixture, as the plan counts them.
-        students: ids of the edits plugged.
-        opset: version of the ONNX operators.
-        parity: the largest difference to PyTorch for each shape; empty where unchecked.
-        parity_max_abs: the largest of them.
-        latency_ms: median time of a run in onnxruntime on the CPU, at the traced shape.
         seconds: what the export took.
-        unchecked: what was not checked, and why.
         engine: the TensorRT engine, where one was built.
-        gate: agreement with PyTorch on recorded calls and in sampling runs.
     """
 
     keep: float
@@ -89,24 +79,14 @@ class Exported:
 
 @dataclass(frozen=True)
 class ExportedMixture:
-    """A graph to export, where to, why it cannot be checked, if so, and the largest value of one in float16."""
+    """A graph to export, where to, and the largest value of one in float16."""
 
     gm: GraphModule
     keep: float
     students: tuple[str, ...]
     path: Path
-    calls: Calls | None
-    unchecked: str | None
     finetuned: bool = False
     largest: float | None = None
-
-    def in_range(self, dtype: torch.dtype | None) -> ExportedMixture:
-        """Return it with its largest value, where it is to leave as float16.
-
-        Raises:
-            PpclError: float16 does not hold it, or that cannot be told.
-        """
-        return replace(self, largest=largest_value(self.gm, self.calls, dtype, self.unchecked))
 
 
 @dataclass(frozen=True)
@@ -116,6 +96,7 @@ class Job:
     Attributes:
         config: the options.
         known: translations of look-alike blocks, used again and added to.
+        calls: recorded calls.
         sampling: a sampling run to compare.
         note: told in one line each what was copied.
         step: called after each of the `STEPS` steps of a graph.
@@ -123,6 +104,7 @@ class Job:
 
     config: ExportConfig
     known: Translations
+    calls: Calls | None = None
     sampling: SamplingRun | None = None
     note: Callable[[str], None] = lambda line: None
     step: Callable[[], None] = lambda: None
@@ -130,22 +112,32 @@ class Job:
 
 @dataclass
 class GraphExport:
-    """What the graphs of one export share. Without a store each file holds its weights."""
+    """What the graphs of one export share. Without a store each file holds its weights.
+
+    Attributes:
+        unchecked: why they cannot be compared to PyTorch; None where they can.
+        axes: sizes that may change, where they are known already.
+    """
 
     job: Job
     weights: WeightSource
-    store: Store | None
-    plan: Plan | None
+    store: Store | None = None
+    plan: Plan | None = None
+    unchecked: str | None = None
     axes: Sequence[Axis] | None = None
 
     def export(self, mixture: ExportedMixture) -> Exported:
         """Export one graph."""
+        from ppcl_fx.export.onnx.assemble import initializers
+
         started = time.perf_counter()
-        prepared = prepare(*in_type(mixture.gm, mixture.calls, self.job.config.torch_dtype), found=self.axes)
+        prepared = prepare(*in_type(mixture.gm, self.job.calls, self.job.config.torch_dtype), found=self.axes)
         self.axes = prepared.axes
         self.job.step()
-        made = translated(prepared, self.job.known, self._initial(mixture.gm))
         final, embed = mixture.path, self.store is None
+        own = embed and not weightless(mixture.gm)  # the graph holds its weights
+        initial = None if own else initializers(self.weights, self.weights.pieces(mixture.gm), self.store)
+        made = translated(prepared, self.job.known, initial)
         with beside(final, embed=embed) as path:
             data = save(made, path, embed=embed)
             self.job.step()
@@ -166,55 +158,32 @@ class GraphExport:
             )
             publish(path, data, card, final)
         self.job.step()
-        return Exported(
-            keep=mixture.keep,
-            onnx=final,
-            params=card.params,
-            students=mixture.students,
-            opset=card.opset,
-            parity=card.parity,
-            parity_max_abs=card.parity_max_abs,
-            latency_ms=card.latency_ms,
-            seconds=time.perf_counter() - started,
-            unchecked=card.unchecked,
-            gate=card.gate,
-        )
-
-    def _initial(self, gm: GraphModule) -> Initial | None:
-        from ppcl_fx.export.onnx.initializers import external, read_late
-
-        if self.store is not None:
-            return external(self.store, self.weights.pieces(gm))
-        return read_late(self.weights, self.weights.pieces(gm)) if weightless(gm) else None
+        told = ("keep", "params", "opset", "parity", "parity_max_abs", "latency_ms", "unchecked", "gate")
+        plain: dict[str, Any] = {name: getattr(card, name) for name in told}
+        return Exported(onnx=final, students=mixture.students, seconds=time.perf_counter() - started, **plain)
 
     def _checked(self, prepared: Prepared, path: Path, mixture: ExportedMixture) -> dict[str, Any]:
         """Compare to PyTorch and time; or say why not. Returns the fields of the manifest about it."""
-        if mixture.unchecked is not None:
+        parity: dict[str, float] = {}
+        found: dict[str, Any] = {"unchecked": self.unchecked, "latency_ms": None}
+        if self.unchecked is not None:
+            found["gate"] = Gate(not_checked=[self.unchecked])
             self.job.step()
-            return _found({}, None) | {
-                "unchecked": mixture.unchecked,
-                "gate": Gate(not_checked=[mixture.unchecked]),
-            }
-        if main_dtype(prepared.gm) in HALF:
-            parity, answers = compare_in_float32(prepared, path)
-            gate = self._gated(parity, answers, mixture)
-            half = HalfPrecision(rounding=rounding(prepared), largest_value=mixture.largest)
-            return _found(parity, None) | {"half": half, "gate": gate}
-        parity, running = compare(prepared, path)
-        gate = self._gated(parity, Answers.of(prepared, running), mixture)
-        milliseconds = latency(
-            running, prepared.lowered.feeds(prepared.calls["traced"]), self.job.config.runs
-        )
-        return _found(parity, milliseconds) | {"gate": gate}
-
-    def _gated(self, parity: dict[str, float], answers: Answers, mixture: ExportedMixture) -> Gate:
-        _check(parity, self.job.config.tolerance, mixture.path)
-        found = gated(answers, mixture.calls, mixture.path, self.job.config, self.job.sampling)
-        self.job.step()
-        return found
+        else:
+            half = main_dtype(prepared.gm) in HALF
+            parity, answers = (compare_in_float32 if half else compare)(prepared, path)
+            _check(parity, self.job.config.tolerance, mixture.path)
+            found["gate"] = gated(answers, self.job.calls, mixture.path, self.job.config, self.job.sampling)
+            self.job.step()
+            if half:
+                found["half"] = HalfPrecision(rounding=rounding(answers), largest_value=mixture.largest)
+            else:
+                feeds = prepared.lowered.feeds(prepared.calls["traced"])
+                found["latency_ms"] = latency(answers.running, feeds, self.job.config.runs)
+        return found | {"parity": parity, "parity_max_abs": max(parity.values(), default=None)}
 
     def _files(self, made: Any, data: Path | None) -> list[WeightFile]:
-        from ppcl_fx.export.onnx.initializers import weight_files
+        from ppcl_fx.export.onnx.assemble import weight_files
 
         if data is not None:
             size = data.stat().st_size
@@ -240,32 +209,25 @@ def write_graphs(
         job: what is asked.
         axes: sizes that may change, where they are known already.
         written: called after each mixture that is there.
-
-    Raises:
-        PpclError: as `ppcl_fx.export.export`.
     """
     dtype = job.config.torch_dtype
-    mixtures = [mixture.in_range(dtype) for mixture in mixtures]  # before anything is written
+    # Before anything is written.
+    mixtures = [replace(m, largest=largest_value(m.gm, job.calls, dtype, opened.unchecked)) for m in mixtures]
     needed = {p.name for m in mixtures for ps in opened.weights.pieces(m.gm).values() for p in ps}
     replaced = [manifest_path(mixture.path).name for mixture in mixtures]
     typed = [manifest_path(typed_graph_path(mixture.path)).name for mixture in mixtures]
     former = weights_of(folder, [*replaced, *typed])
-    sharing: AbstractContextManager[Store | None] = nullcontext(None)
-    if not job.config.embed:
-        sharing = stored(opened.weights, needed, folder, dtype, replaced, job.note)
+    sharing: AbstractContextManager[Store | None] = (
+        nullcontext() if job.config.embed else stored(opened.weights, needed, folder, dtype, replaced, job.note)
+    )
     with sharing as store, alike_once(), traced_once():
-        work = GraphExport(job, opened.weights, store, opened.model.plan, axes)
+        work = GraphExport(job, opened.weights, store, opened.model.plan, opened.unchecked, axes)
         results = []
         for mixture in mixtures:
             results.append(work.export(mixture))
             written()
     drop_unused(folder, former)
     return results
-
-
-def _found(parity: dict[str, float], milliseconds: float | None) -> dict[str, Any]:
-    largest = max(parity.values(), default=None)
-    return {"parity": parity, "parity_max_abs": largest, "latency_ms": milliseconds, "unchecked": None}
 
 
 def _check(parity: dict[str, float], tolerance: float, final: Path) -> None:
@@ -278,7 +240,7 @@ def _check(parity: dict[str, float], tolerance: float, final: Path) -> None:
 
 
 def _described(prepared: Prepared, written: Any) -> dict[str, Any]:
-    """Return the fields of a sidecar that the file itself tells."""
+    """Return the fields of a manifest that the file itself tells."""
     gm = prepared.lowered.graph
     versions = {name: str(need(name).__version__) for name in ("torch", "onnx", "onnxscript", "onnxruntime")}
     tensors = {name for name, value in prepared.calls["traced"].items() if isinstance(value, torch.Tensor)}

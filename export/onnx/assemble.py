@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 import torch
-from onnx_ir.tensor_adapters import TorchTensor
+from onnx_ir.tensor_adapters import TorchTensor, from_torch_dtype
+from torch import nn
 from torch.fx import GraphModule, Node
 
+from ppcl_fx.export.fusing.values import SMALL
 from ppcl_fx.export.onnx.graph_run import Seen
-from ppcl_fx.export.onnx.segments import GraphSegment, segments, structure
+from ppcl_fx.export.onnx.segments import GraphSegment, Translations, segments, structure
 from ppcl_fx.export.onnx.translate import OPSET, translate
+from ppcl_fx.export.store.weight_source import WeightPiece, WeightSource, state
+from ppcl_fx.export.store.weight_store import Store
 
 IR_VERSION = 11
 
@@ -28,61 +33,78 @@ def held(name: str, tensor: torch.Tensor) -> list[ir.TensorProtocol]:
     return [TorchTensor(tensor.detach().contiguous(), name=name)]
 
 
-@dataclass
-class Translations:
-    """Segments translated so far, by structure: look-alike blocks, of other students too, are translated once."""
+def initializers(
+    source: WeightSource, pieces: Mapping[str, Sequence[WeightPiece]], store: Store | None
+) -> Initial:
+    """Let initializers point to where a store has the pieces of each parameter; without a store they are read, one at
+    a time, when the graph is written. Small tables that no file holds are in the graph.
+    """
 
-    graphs: dict[str, ir.Graph] = field(default_factory=dict)
-    made: int = 0
-    reused: int = 0
+    def read(piece: WeightPiece, dtype: torch.dtype) -> TorchTensor:
+        flat = source.read(piece.name).reshape(-1)
+        part = flat[piece.first : piece.first + torch.Size(piece.shape).numel()]
+        return TorchTensor(part.reshape(piece.shape).to(dtype))
+
+    def placed(store: Store, name: str, piece: WeightPiece, wanted: torch.dtype) -> ir.ExternalTensor:
+        file, offset, dtype = store.place(piece)
+        assert dtype == wanted, (name, dtype, wanted)
+        length, shape = torch.Size(piece.shape).numel() * dtype.itemsize, ir.Shape(piece.shape)
+        kind = from_torch_dtype(dtype)
+        return ir.ExternalTensor(file, offset, length, kind, shape=shape, name=name, base_dir=store.folder)
+
+    def initial(name: str, tensor: torch.Tensor) -> Sequence[ir.TensorProtocol]:
+        if name not in pieces:
+            if tensor.is_meta:
+                raise RuntimeError(f"{name}: on the meta device, and no file is known that holds it")
+            return held(name, tensor)
+        if store is not None:
+            return [placed(store, name, piece, tensor.dtype) for piece in pieces[name]]
+        kind = from_torch_dtype(tensor.dtype)
+        return [
+            ir.LazyTensor(partial(read, piece, tensor.dtype), dtype=kind, shape=ir.Shape(piece.shape), name=name)
+            for piece in pieces[name]
+        ]
+
+    return initial
+
+
+def weight_files(model: ir.Model) -> list[str]:
+    """Return the files that a model's initializers point to, in order of their names."""
+    held_outside = (v.const_value for v in model.graph.initializers.values())
+    return sorted({str(tensor.location) for tensor in held_outside if isinstance(tensor, ir.ExternalTensor)})
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """Shape and type of every tensor of a graph for its example, and which sizes change with which axis.
+    """What was seen of every tensor of a graph in its example, and with each axis, by name, changed alone."""
 
-    Attributes:
-        sizes: the shape in the example.
-        types: the type in the example.
-        axes: for each dimension the names of the axes it changes with.
-    """
+    base: dict[Node, Seen]
+    others: dict[str, dict[Node, Seen]]
 
-    sizes: dict[Node, tuple[int, ...]]
-    types: dict[Node, torch.dtype]
-    axes: dict[Node, tuple[tuple[str, ...], ...]]
+    def axes(self, node: Node) -> list[list[str]]:
+        """Return for each dimension of a node the axes it changes with."""
+        sizes = self.base[node][0]
+        return [[n for n, seen in self.others.items() if seen[node][0][d] != size] for d, size in enumerate(sizes)]
 
     def changing(self, node: Node) -> tuple[int, ...]:
         """Return the dimensions of a node whose size changes."""
-        return tuple(dim for dim, names in enumerate(self.axes[node]) if names)
+        return tuple(dim for dim, names in enumerate(self.axes(node)) if names)
 
     def open_shape(self, node: Node) -> ir.Shape:
         """Return the shape with the axes' names where it changes."""
-        return ir.Shape(
-            [_dim(node, dim, names, size) for dim, (size, names) in enumerate(
-                zip(self.sizes[node], self.axes[node], strict=True)
-            )]
-        )
+        shape: list[int | str] = list(self.base[node][0])
+        for dim, names in enumerate(self.axes(node)):
+            if names:
+                shape[dim] = names[0] if len(names) == 1 else f"{node.name}_{dim}"
+        return ir.Shape(shape)
 
-
-def _dim(node: Node, dim: int, names: tuple[str, ...], size: int) -> int | str:
-    if not names:
-        return size
-    return names[0] if len(names) == 1 else f"{node.name}_{dim}"
-
-
-def observed(base: dict[Node, Seen], others: dict[str, dict[Node, Seen]]) -> Shapes:
-    """Compare the shapes seen with each axis changed alone to those of the example."""
-    axes = {
-        node: tuple(
-            tuple(name for name, seen in others.items() if seen[node][0][dim] != size) for dim, size in enumerate(shape)
-        )
-        for node, (shape, _) in base.items()
-    }
-    return Shapes({n: s for n, (s, _) in base.items()}, {n: t for n, (_, t) in base.items()}, axes)
+    def kind(self, node: Node) -> ir.TensorType:
+        """Return the type."""
+        return ir.TensorType(from_torch_dtype(self.base[node][1]))
 
 
 def stitch(
-    gm: GraphModule, shapes: Shapes, known: Translations, output_name: str = "sample", initial: Initial = held
+    gm: GraphModule, shapes: Shapes, known: Translations, initial: Initial = held
 ) -> ir.Model:
     """Translate a lowered graph into one ONNX model, segment by segment.
 
@@ -90,39 +112,36 @@ def stitch(
         gm: a lowered graph.
         shapes: the shapes of its tensors.
         known: translations to use again; new ones are added.
-        output_name: the name of the first output.
         initial: gives what holds the values of each parameter.
-
-    Raises:
-        PpclError: a segment cannot be translated.
     """
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="transformer")
     values: dict[Node, ir.Value] = {}
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            values[node] = _value(str(node.target), shapes.types[node], shapes.open_shape(node))
+            values[node] = ir.Value(name=str(node.target), shape=shapes.open_shape(node), type=shapes.kind(node))
             graph.inputs.append(values[node])
-    weights = _Weights(gm, graph, initial)
+    weights = Initializers(gm, graph, initial)
     for number, segment in enumerate(segments(gm)):
         _add(segment, number, graph, values, weights, _translated(segment, shapes, known))
     for index, node in enumerate(gm.graph.output_node().all_input_nodes):
         value = values[node]
-        value.name = output_name if index == 0 else f"{output_name}_{index}"
+        value.name = "sample" if index == 0 else f"sample_{index}"
         value.shape = shapes.open_shape(node)
-        value.dtype = _dtype(shapes.types[node])
+        value.type = shapes.kind(node)
         graph.outputs.append(value)
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="ppcl-fx")
 
 
 def _translated(segment: GraphSegment, shapes: Shapes, known: Translations) -> ir.Graph:
-    described = [f"{shapes.types[n]} {shapes.sizes[n]} {shapes.changing(n)}" for n in segment.inputs]
+    changing = [shapes.changing(n) for n in segment.inputs]
+    seen = [shapes.base[n] for n in segment.inputs]
+    described = [f"{dtype} {size} {dims}" for (size, dtype), dims in zip(seen, changing, strict=True)]
     key = structure(segment, described)
     if key in known.graphs:
         known.reused += 1
         return known.graphs[key]
     # Values do not matter, and memory that nobody writes to costs nothing.
-    examples = [torch.empty(shapes.sizes[n], dtype=shapes.types[n]) for n in segment.inputs]
-    graph = translate(segment, examples, [shapes.changing(n) for n in segment.inputs])
+    graph = translate(segment, [torch.empty(size, dtype=dtype) for size, dtype in seen], changing)
     widen_masks(graph)
     known.graphs[key] = graph
     known.made += 1
@@ -134,7 +153,7 @@ def _add(
     number: int,
     graph: ir.Graph,
     values: dict[Node, ir.Value],
-    weights: _Weights,
+    weights: Initializers,
     translated: ir.Graph,
 ) -> None:
     """Copy a translated segment into the whole, with the segment's own weights."""
@@ -165,16 +184,13 @@ def _add(
         values[fx_node] = value
 
 
-class _Weights:
-    """The initializers of the model: each tensor once, under the name of its parameter."""
+class Initializers:
+    """The initializers of a model: each weight once, under the name of its parameter, and each small constant once."""
 
-    def __init__(self, gm: GraphModule, graph: ir.Graph, initial: Initial) -> None:
-        self.graph, self.initial = graph, initial
-        self.state = {
-            **dict(gm.named_parameters(remove_duplicate=False)),
-            **dict(gm.named_buffers(remove_duplicate=False)),
-        }
+    def __init__(self, module: nn.Module, graph: ir.Graph, initial: Initial) -> None:
+        self.graph, self.initial, self.state = graph, initial, state(module)
         self.seen: dict[tuple[int, torch.Size], ir.Value] = {}
+        self.constants: dict[tuple[object, ...], ir.Value] = {}
 
     def __call__(self, name: str) -> ir.Value:
         tensor = self.state[name]
@@ -182,11 +198,11 @@ class _Weights:
         if key not in self.seen:
             found = self.initial(name, tensor)
             single = len(found) == 1
-            parts = [self._one(name if single else f"{name}{ROWS}{i}", one) for i, one in enumerate(found)]
+            parts = [self._added(name if single else f"{name}{ROWS}{i}", one) for i, one in enumerate(found)]
             self.seen[key] = parts[0] if single else self._joined(name, tensor, parts)
         return self.seen[key]
 
-    def _one(self, name: str, const: ir.TensorProtocol) -> ir.Value:
+    def _added(self, name: str, const: ir.TensorProtocol) -> ir.Value:
         const.name = name
         value = ir.Value(name=name, const_value=const, shape=const.shape, type=ir.TensorType(const.dtype))  # type: ignore[arg-type]
         self.graph.register_initializer(value)
@@ -194,25 +210,21 @@ class _Weights:
 
     def _joined(self, name: str, tensor: torch.Tensor, parts: list[ir.Value]) -> ir.Value:
         """Put rows of one weight together: runtimes do that once, when they load the file."""
-        node = ir.node("Concat", parts, {"axis": 0}, name=f"{name}{ROWS}")
-        node.outputs[0].name = f"{name}{ROWS}"
-        node.outputs[0].shape = ir.Shape(tensor.shape)
-        node.outputs[0].type = ir.TensorType(_dtype(tensor.dtype))
-        self.graph.append(node)
-        return node.outputs[0]
+        kind = ir.TensorType(from_torch_dtype(tensor.dtype))
+        whole = ir.Value(name=f"{name}{ROWS}", shape=ir.Shape(tensor.shape), type=kind)
+        self.graph.append(ir.node("Concat", parts, {"axis": 0}, name=whole.name, outputs=[whole]))
+        return whole
 
     def constant(self, name: str, value: ir.Value) -> ir.Value:
-        new = ir.Value(name=name, const_value=value.const_value, shape=value.shape, type=value.type)
-        self.graph.register_initializer(new)
-        return new
-
-
-def _value(name: str, dtype: torch.dtype, shape: ir.Shape) -> ir.Value:
-    return ir.Value(name=name, shape=shape, type=ir.TensorType(_dtype(dtype)))
-
-
-def _dtype(dtype: torch.dtype) -> ir.DataType:
-    return TorchTensor(torch.empty(0, dtype=dtype)).dtype
+        """Return a constant that no parameter holds; small ones of the same type, shape and bytes are one."""
+        tensor = value.const_value
+        assert tensor is not None
+        small = tensor.size <= SMALL
+        key = (tensor.dtype, tuple(tensor.shape), tensor.tobytes()) if small else (name,)
+        if key not in self.constants:
+            self.constants[key] = ir.Value(name=name, const_value=tensor, shape=value.shape, type=value.type)
+            self.graph.register_initializer(self.constants[key])
+        return self.constants[key]
 
 
 def widen_masks(graph: ir.Graph) -> int:
@@ -222,18 +234,15 @@ def widen_masks(graph: ir.Graph) -> int:
     """
     found = [n for n in graph if n.op_type == "Attention" and len(n.inputs) > 3 and n.inputs[3] is not None]
     for number, node in enumerate(found):
-        query, mask = node.inputs[0], node.inputs[3]
-        assert query is not None and mask is not None
-        ones = ir.node("Constant", [], {"value_ints": [1, 1]}, name=f"mask_ones_{number}")
-        one = ir.node("Constant", [], {"value_ints": [1]}, name=f"mask_one_{number}")
+        tape = ir.tape.Tape()
+        ones = tape.op("Constant", [], {"value_ints": [1, 1]}, name=f"mask_ones_{number}")
+        one = tape.op("Constant", [], {"value_ints": [1]}, name=f"mask_one_{number}")
         # Queries are [batch, heads, tokens, channels] here: PyTorch's exporter never writes the 3-D form.
-        count = ir.node("Shape", [query], {"start": 2, "end": 3}, name=f"mask_queries_{number}")
-        shape = ir.node(
-            "Concat", [ones.outputs[0], count.outputs[0], one.outputs[0]], {"axis": 0}, name=f"mask_shape_{number}"
-        )
-        wide = ir.node("Expand", [mask, shape.outputs[0]], name=f"mask_wide_{number}")
-        for step in (ones, one, count, shape, wide):
+        count = tape.op("Shape", [node.inputs[0]], {"start": 2, "end": 3}, name=f"mask_queries_{number}")
+        shape = tape.op("Concat", [ones, count, one], {"axis": 0}, name=f"mask_shape_{number}")
+        wide = tape.op("Expand", [node.inputs[3], shape], name=f"mask_wide_{number}")
+        for step in tape.nodes:
             step.outputs[0].name = f"{step.name}_out"
-        graph.insert_before(node, [ones, one, count, shape, wide])
-        node.replace_input_with(3, wide.outputs[0])
+        graph.insert_before(node, tape.nodes)
+        node.replace_input_with(3, wide)
     return len(found)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.onnx.graph_run import run_graph
@@ -23,7 +24,7 @@ _STEPS = (16, 8, 4, 2, 1)
 _NUMBER_STEPS = (2, 1, 4, 8, 16)
 """The same for numbers that positions are given by: those count patches already."""
 
-_REFUSALS = (PpclError, RuntimeError, ValueError, IndexError, TypeError, AssertionError)
+REFUSALS = (PpclError, RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 """How models say that a shape does not fit."""
 
 
@@ -51,16 +52,8 @@ class Axis:
 
 
 def widened(kwargs: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Return a call with at least two samples: a size of one would be taken for a constant.
-
-    Args:
-        kwargs: the arguments of a call.
-        batch: its samples, the size of dimension 0 of the batched tensors.
-    """
-    if batch > 1:
-        return dict(kwargs)
-    axis = Axis("batch", tuple((name, 0) for name in _batched(kwargs, batch)), batch, 2)
-    return resized(kwargs, axis)
+    """Return a call of `batch` samples, or with two where it has one, which would be taken for a constant."""
+    return dict(kwargs) if batch > 1 else resized(kwargs, _batch(kwargs, batch, 2))
 
 
 def resized(kwargs: dict[str, Any], axis: Axis) -> dict[str, Any]:
@@ -68,22 +61,21 @@ def resized(kwargs: dict[str, Any], axis: Axis) -> dict[str, Any]:
 
     Lists with one item per sample get longer with the batch.
     """
-    result = dict(kwargs)
+    result, numbers = dict(kwargs), dict(axis.numbers)
     for name, dim in axis.dims:
         result[name] = _stretched(result[name], dim, axis.other)
     for name, value in kwargs.items():
         if isinstance(value, list) and axis.name == "batch" and len(value) == axis.size:
             result[name] = [value[i % axis.size] for i in range(axis.other)]
-        elif axis.numbers and not isinstance(value, torch.Tensor):
-            result[name] = _renumbered(value, dict(axis.numbers))
+        elif numbers and not isinstance(value, torch.Tensor):
+            result[name] = tree_map(lambda leaf: numbers.get(leaf, leaf) if type(leaf) is int else leaf, value)
     return result
 
 
 def _stretched(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     if tensor.is_meta:
         return tensor.new_empty((*tensor.shape[:dim], size, *tensor.shape[dim + 1 :]))
-    index = torch.arange(size) % tensor.shape[dim]
-    out = tensor.index_select(dim, index)
+    out = tensor.index_select(dim, torch.arange(size) % tensor.shape[dim])
     if not out.is_floating_point():
         return out
     generator = torch.Generator().manual_seed(size)
@@ -91,15 +83,9 @@ def _stretched(tensor: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     return out * (0.9 + 0.2 * noise)
 
 
-def _renumbered(value: Any, numbers: dict[int, int]) -> Any:
-    if isinstance(value, (list, tuple)):
-        return type(value)(_renumbered(item, numbers) for item in value)
-    if isinstance(value, dict):
-        return {key: _renumbered(item, numbers) for key, item in value.items()}
-    return numbers.get(value, value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-def find_axes(gm: GraphModule, lowered: GraphModule, kwargs: dict[str, Any], batch: int) -> list[Axis]:
+def find_axes(
+    gm: GraphModule, lowered: GraphModule, kwargs: dict[str, Any], batch: int, found: Sequence[Axis] | None = None
+) -> list[Axis]:
     """Find the sizes of a call that the model lets change, by changing them and running it.
 
     Args:
@@ -107,47 +93,46 @@ def find_axes(gm: GraphModule, lowered: GraphModule, kwargs: dict[str, Any], bat
         lowered: the same after lowering, for its position tables.
         kwargs: a call, with at least two samples.
         batch: its samples.
+        found: sizes that may change in another mixture of the same model, tried first: together, once.
 
     Returns:
-        The batch, then sizes that follow from positions given as Python numbers, then all others, in the
-        order of the inputs.
+        The batch, sizes that follow from positions given as Python numbers, and all others in the order of the inputs.
 
     Raises:
         PpclError: the model does not take another batch size.
     """
-    tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+    if found is not None and _runs(gm, variants(kwargs, found)["all"]):
+        return list(found)
     axes = [_batch_axis(gm, kwargs, batch)]
     axes += _numbered_axes(gm, lowered, kwargs, axes)
-    for name, tensor in tensors.items():
-        for dim in range(tensor.ndim):
-            if not any((name, dim) in axis.dims for axis in axes):
-                found = _try_dim(gm, kwargs, (name, dim), axes)
-                axes += [found] if found is not None else []
+    for dim in _dims(kwargs):
+        if not any(dim in axis.dims for axis in axes):
+            free = _try_dim(gm, kwargs, dim, axes)
+            axes += [free] if free is not None else []
     return axes
 
 
-def still_fit(gm: GraphModule, kwargs: dict[str, Any], axes: Sequence[Axis]) -> bool:
-    """Tell whether another mixture of the same model takes the sizes that were found for the first."""
-    everything = dict(kwargs)
-    for axis in axes:
-        everything = resized(everything, axis)
-    return _runs(gm, everything)
+def _dims(kwargs: dict[str, Any]) -> dict[Dim, int]:
+    """Return the size of every dimension of a call's tensors."""
+    tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+    return {(name, dim): size for name, tensor in tensors.items() for dim, size in enumerate(tensor.shape)}
 
 
 def _runs(gm: GraphModule, kwargs: dict[str, Any]) -> bool:
     try:
         run_graph(gm, kwargs)
-    except _REFUSALS:
+    except REFUSALS:
         return False
     return True
 
 
-def _batched(kwargs: dict[str, Any], batch: int) -> list[str]:
-    return [n for n, v in kwargs.items() if isinstance(v, torch.Tensor) and v.ndim and v.shape[0] == batch]
+def _batch(kwargs: dict[str, Any], batch: int, other: int) -> Axis:
+    dims = tuple((name, dim) for (name, dim), size in _dims(kwargs).items() if dim == 0 and size == batch)
+    return Axis("batch", dims, batch, other)
 
 
 def _batch_axis(gm: GraphModule, kwargs: dict[str, Any], batch: int) -> Axis:
-    axis = Axis("batch", tuple((name, 0) for name in _batched(kwargs, batch)), batch, batch + 1)
+    axis = _batch(kwargs, batch, batch + 1)
     if not _runs(gm, resized(kwargs, axis)):
         raise PpclError(
             f"the model does not take {batch + 1} samples in the shape of the recorded call with {batch}; "
@@ -165,7 +150,7 @@ def _numbered_axes(gm: GraphModule, lowered: GraphModule, kwargs: dict[str, Any]
         changed = resized(kwargs, Axis("", (), 0, 0, numbers))
         try:
             after = tables(lowered, changed)
-        except _REFUSALS:
+        except REFUSALS:
             continue
         pairs = {
             (old, new)
@@ -176,7 +161,7 @@ def _numbered_axes(gm: GraphModule, lowered: GraphModule, kwargs: dict[str, Any]
         if len(pairs) != 1:
             continue
         old, new = pairs.pop()
-        for dims in _groups(kwargs, old, axes, None):
+        for dims in _groups(kwargs, old, axes):
             axis = Axis(f"{dims[0][0]}_{dims[0][1]}", dims, old, new, numbers)
             if _runs(gm, resized(kwargs, axis)):
                 return [axis]
@@ -184,40 +169,20 @@ def _numbered_axes(gm: GraphModule, lowered: GraphModule, kwargs: dict[str, Any]
 
 
 def _other_numbers(kwargs: dict[str, Any]) -> Iterator[tuple[tuple[int, int], ...]]:
-    numbers = sorted({n for v in kwargs.values() if not isinstance(v, torch.Tensor) for n in _ints(v)}, reverse=True)
+    numbers = {leaf for leaf in tree_leaves(kwargs) if type(leaf) is int and leaf > 1}
     for step in _NUMBER_STEPS:
-        for number in numbers:
-            if number > 1:
-                yield ((number, number + step),)
+        for number in sorted(numbers, reverse=True):
+            yield ((number, number + step),)
 
 
-def _ints(value: Any) -> Iterator[int]:
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _ints(item)
-    elif isinstance(value, dict):
-        yield from _ints(list(value.values()))
-    elif isinstance(value, int) and not isinstance(value, bool):
-        yield value
-
-
-def _groups(kwargs: dict[str, Any], size: int, axes: list[Axis], first: Dim | None) -> Iterator[tuple[Dim, ...]]:
-    """Yield sets of free dimensions of one size, small sets first."""
-    taken = {dim for axis in axes for dim in axis.dims}
-    free = [
-        (name, dim)
-        for name, value in kwargs.items()
-        if isinstance(value, torch.Tensor)
-        for dim in range(value.ndim)
-        if value.shape[dim] == size and (name, dim) not in taken
-    ]
-    fixed = (first,) if first is not None else ()
-    rest = [dim for dim in free if dim != first]
-    smallest = 0 if fixed else 1
-    counts = dict.fromkeys([*range(smallest, min(3, len(rest)) + 1), len(rest)])
-    for count in counts:
+def _groups(kwargs: dict[str, Any], size: int, axes: list[Axis], *first: Dim) -> Iterator[tuple[Dim, ...]]:
+    """Yield sets of free dimensions of one size, those in `first` in each of them; small sets first."""
+    taken = {*first, *(dim for axis in axes for dim in axis.dims)}
+    rest = [dim for dim, own in _dims(kwargs).items() if own == size and dim not in taken]
+    smallest = 0 if first else 1
+    for count in dict.fromkeys([*range(smallest, min(3, len(rest)) + 1), len(rest)]):
         for chosen in combinations(rest, count):
-            yield (*fixed, *chosen)
+            yield (*first, *chosen)
 
 
 def _try_dim(gm: GraphModule, kwargs: dict[str, Any], dim: Dim, axes: list[Axis]) -> Axis | None:

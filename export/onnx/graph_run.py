@@ -6,89 +6,114 @@ alike from other runs, and goes on after a guard that breaks.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ppcl_fx.errors import GuardError
-from ppcl_fx.export.onnx.meta_results import MetaResults
+from ppcl_fx.export.onnx.segments import described
 from ppcl_fx.ir.executor import buffers_on_meta, on_meta
+from ppcl_fx.tracing.examples import map_tensors, signature
 
 Seen = tuple[tuple[int, ...], torch.dtype]
 """The shape and the type of a tensor."""
 
-_RESULTS: ContextVar[MetaResults | None] = ContextVar("results without values", default=None)
+
+@dataclass(frozen=True)
+class _Known:
+    """Results without values by what they were computed from, and what describes a module."""
+
+    results: dict[Hashable, Any] = field(default_factory=dict)
+    described: Callable[[nn.Module], str] = field(default_factory=lambda: functools.cache(described))
+
+
+_KNOWN: ContextVar[_Known | None] = ContextVar("results without values", default=None)
 
 
 @contextmanager
 def alike_once() -> Iterator[None]:
     """Let `run_graph` compute what is alike, in blocks and in several runs, once while it works without values."""
-    token = _RESULTS.set(MetaResults())
+    token = _KNOWN.set(_Known())
     try:
         yield
     finally:
-        _RESULTS.reset(token)
+        _KNOWN.reset(token)
 
 
-class ShapeRecorder(Interpreter):
-    """Runs a graph and keeps shape and type of every tensor in `seen`.
+class GraphRun(Interpreter):
+    """Runs a graph without gradients, on inputs by name, and raises errors as they are."""
 
-    Args:
-        gm: the graph.
-        known: results without values, used again and added to; None to compute each.
-    """
-
-    def __init__(self, gm: GraphModule, known: MetaResults | None = None) -> None:
+    def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
         self.extra_traceback = False
+        self.gm = gm
+
+    def on(self, kwargs: Mapping[str, Any]) -> Any:
+        """Return the graph's output; what it does not take is left out."""
+        with torch.no_grad(), buffers_on_meta(self.gm, on_meta(kwargs)):
+            return self.run(*(kwargs[str(node.target)] for node in self.gm.graph.find_nodes(op="placeholder")))
+
+
+class _Shapes(GraphRun):
+    """Keeps shape and type of every tensor in `seen`; results without values are taken from `known` where given."""
+
+    def __init__(self, gm: GraphModule, known: _Known | None) -> None:
+        super().__init__(gm)
         self.seen: dict[Node, Seen] = {}
         self.known = known
 
     def run_node(self, n: Node) -> Any:
         """Run one node, or take its result from one that was alike."""
-        key = None
-        if self.known is not None and n.op in ("call_function", "call_module"):
-            target = self.fetch_attr(n.target) if n.op == "call_module" else n.target  # type: ignore[arg-type]
-            key = self.known.key(target, *self.fetch_args_kwargs_from_env(n))
-        value = self.known.get(key) if self.known is not None else None
-        if value is None:
+        key = self._key(n, self.known) if self.known is not None else None
+        results = self.known.results if self.known is not None and key is not None else {}
+        if key in results:
+            value = map_tensors(results[key], torch.Tensor.detach)  # an object of its own
+        else:
             value = super().run_node(n)
-            if self.known is not None:
-                self.known.add(key, value)
+            if key is not None and _without_values(value):
+                results[key] = map_tensors(value, torch.Tensor.detach)
         if isinstance(value, torch.Tensor):
             self.seen[n] = (tuple(value.shape), value.dtype)
         return value
 
+    def _key(self, n: Node, known: _Known) -> Hashable | None:
+        """Return what decides the result of a node; None where it cannot be told."""
+        if n.op not in ("call_function", "call_module"):
+            return None
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        target = n.target if n.op == "call_function" else known.described(self.gm.get_submodule(str(n.target)))
+        return signature(target, args, kwargs) if _without_values((args, kwargs)) else None
+
+
+def _without_values(tree: Any) -> bool:
+    """Tell whether all tensors in nested containers are on the meta device, where shapes decide what comes out."""
+    return all(leaf.is_meta for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor))
+
 
 def run_graph(gm: GraphModule, kwargs: Mapping[str, Any]) -> tuple[Any, dict[Node, Seen]]:
-    """Run a graph without gradients.
-
-    Args:
-        gm: the graph module.
-        kwargs: its inputs by name; what it does not take is left out. On the meta device shapes alone are computed.
+    """Run a graph without gradients on inputs by name; on the meta device shapes alone are computed.
 
     Returns:
         Its first output, and shape and type of each node's tensor.
     """
-    meta = on_meta(kwargs)
-    recorder = ShapeRecorder(gm, _RESULTS.get() if meta else None)
-    names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad(), buffers_on_meta(gm, meta):
-        result = recorder.run(*(kwargs[name] for name in names))
+    recorder = _Shapes(gm, _KNOWN.get() if on_meta(kwargs) else None)
+    result = recorder.on(kwargs)
     return (result[0] if isinstance(result, (tuple, list)) else result), recorder.seen
 
 
-class _ExampleRefresher(Interpreter):
-    """Runs a graph and notes on each node what its value looks like, as a trace does, and which guards break."""
+class _ExampleRefresher(GraphRun):
+    """Notes on each node what its value looks like, as a trace does, and which guards break."""
 
     def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
-        self.extra_traceback = False
         self.broken: list[Node] = []
 
     def run_node(self, n: Node) -> Any:
@@ -109,14 +134,9 @@ def refresh_examples(gm: GraphModule, kwargs: Mapping[str, Any]) -> None:
     A guard that now breaks is one on the type: the call is that of the trace but for it. It goes, and the graph
     computes in the new type what was traced in the old one. (Some models clamp in float16 alone; `ClampHalf` does that
     for all.)
-
-    Args:
-        gm: the graph module.
-        kwargs: the inputs by name that it was traced with, or others that it takes, in the new type.
     """
     refresher = _ExampleRefresher(gm)
-    with torch.no_grad(), buffers_on_meta(gm, on_meta(kwargs)):
-        refresher.run(*(kwargs[str(node.target)] for node in gm.graph.nodes if node.op == "placeholder"))
+    refresher.on(kwargs)
     for guard in refresher.broken:
         gm.graph.erase_node(guard)
     if refresher.broken:

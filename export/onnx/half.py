@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.onnx.graph_run import run_graph
-from ppcl_fx.export.onnx.inputs import in_type
-from ppcl_fx.export.onnx.writer import Prepared, floats_as
-from ppcl_fx.export.verify.metrics import difference
-from ppcl_fx.export.verify.onnx_runner import run, session
+from ppcl_fx.export.onnx.graph_run import GraphRun, run_graph
+from ppcl_fx.export.onnx.writer import Prepared, floats_as, in_type
+from ppcl_fx.export.verify.onnx_runner import session
 from ppcl_fx.export.verify.reference import Answers
 from ppcl_fx.ir.dtypes import main_dtype
 from ppcl_fx.passes.lowering.lowering import END
@@ -70,11 +68,10 @@ def _floats(tree: Any) -> list[torch.Tensor]:
     return [value for value in tree_leaves(tree) if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
 
-class _NodeByNode(Interpreter):
-    def __init__(self, gm: GraphModule, notes: _Largest) -> None:
+class _NodeByNode(GraphRun):
+    def __init__(self, gm: GraphModule) -> None:
         super().__init__(gm)
-        self.extra_traceback = False
-        self.notes = notes
+        self.notes = _Largest()
 
     def run_node(self, n: Node) -> Any:
         """Run one node, with its name known to the notes."""
@@ -85,26 +82,18 @@ class _NodeByNode(Interpreter):
 def largest_values(gm: GraphModule, calls: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return the largest absolute float16 value of each node of a float16 graph, in the order of computation.
 
-    Args:
-        gm: the graph; what it computes in float32 does not count.
-        calls: its inputs by name, one mapping a call. A value that was finite and no longer is counts as infinite; an
-            infinity that was given, in a mask, does not count.
+    What it computes in float32 does not count. A value that was finite and no longer is counts as infinite; an infinity
+    that was given, in a mask, does not count.
     """
-    notes = _Largest()
-    runner = _NodeByNode(gm, notes)
-    names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad(), notes:
+    runner = _NodeByNode(gm)
+    with runner.notes:
         for call in calls:
-            runner.run(*(call[name] for name in names))
-    return notes.found
+            runner.on(call)
+    return runner.notes.found
 
 
 def check_range(gm: GraphModule, calls: Iterable[Mapping[str, Any]]) -> float:
-    """Show on calls that float16 holds a model; return the largest value there is.
-
-    Args:
-        gm: the graph with float16 weights.
-        calls: as for `largest_values`.
+    """Show on calls that float16 holds a graph with float16 weights; return the largest value there is.
 
     Raises:
         PpclError: a value comes closer to the end of float16 than `MARGIN` allows; the first such node is named.
@@ -156,28 +145,22 @@ def compare_in_float32(prepared: Prepared, path: Path) -> tuple[dict[str, float]
 
     The weights are those of the file, rounded as they are. So the comparison shows to float32's accuracy that the file
     computes what the model computes. How far rounding takes the results is another question: see `rounding`.
-    onnxruntime has few kernels of half precision for the CPU, so the file itself is not run.
-
-    Args:
-        prepared: the graph in half precision.
-        path: its file; the widened one lies beside it meanwhile.
+    onnxruntime has few kernels of half precision for the CPU, so the file itself is not run. The widened one lies
+    beside it meanwhile.
 
     Returns:
         The largest difference for each shape by name; and the widened graph and file, to ask them more.
     """
     ir = need("onnx_ir")
-    wide, found = _in_float32(prepared.gm), {}
+    wide = copy.deepcopy(prepared.gm).float()
+    wide.meta = dict(prepared.gm.meta)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.widened-") as folder:
         model = ir.load(path)
         widen(model)
         twin = Path(folder) / path.name
         ir.save(model, twin, external_data=f"{path.name}.data")
-        running = session(twin)
-    for name, kwargs in prepared.calls.items():
-        expected = run_graph(wide, floats_as(kwargs, torch.float32))[0]
-        feeds = floats_as(prepared.lowered.feeds(kwargs), torch.float32)
-        found[name] = difference(run(running, feeds), expected)
-    return found, Answers.of(prepared, running, wide)
+        answers = Answers(prepared, session(twin), wide)
+    return answers.differences(), answers
 
 
 def widen(model: Any) -> None:
@@ -188,7 +171,8 @@ def widen(model: Any) -> None:
     def wide(tensor: Any) -> Any:
         return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
 
-    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+    inner = [value for node in model.graph for value in node.outputs]
+    for value in (*model.graph.inputs, *model.graph.initializers.values(), *inner):
         if value.dtype in half:
             value.dtype = ir.DataType.FLOAT
             if value.const_value is not None:
@@ -199,24 +183,15 @@ def widen(model: Any) -> None:
                 node.attributes[name] = ir.AttrTensor(name, wide(given.value))
             elif name in ("to", "dtype") and given.type == ir.AttributeType.INT and given.value in half:
                 node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
-        for value in node.outputs:
-            if value.dtype in half:
-                value.dtype = ir.DataType.FLOAT
 
 
-def rounding(prepared: Prepared) -> float:
+def rounding(answers: Answers) -> float:
     """Return how far half precision takes the result of the traced call: the relative error, root mean square.
 
     It compares PyTorch in half precision to PyTorch in float32, with the same rounded weights and inputs. What the
     model itself rounds, a timestep for example, counts.
     """
-    call = prepared.calls["traced"]
-    rounded = run_graph(prepared.gm, call)[0].double()
-    exact = run_graph(_in_float32(prepared.gm), floats_as(call, torch.float32))[0].double()
+    call = answers.prepared.calls["traced"]
+    rounded = run_graph(answers.prepared.gm, call)[0].double()
+    exact = answers.pytorch(floats_as(call, torch.float32)).double()
     return float((rounded - exact).norm() / exact.norm())
-
-
-def _in_float32(gm: GraphModule) -> GraphModule:
-    wide = copy.deepcopy(gm).float()
-    wide.meta = dict(gm.meta)
-    return wide

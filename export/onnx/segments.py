@@ -6,16 +6,21 @@ import functools
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
+from ppcl_fx.export.store.weight_source import state
 from ppcl_fx.ir.graphs import attribute
 from ppcl_fx.ir.liveness import owner
 from ppcl_fx.ir.partition import grouped, parts
 from ppcl_fx.passes.lowering.tuples_apart import holds_tensors
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,19 @@ class GraphSegment:
     parameters: tuple[str, ...]
 
 
+@dataclass
+class Translations:
+    """Segments translated so far, by structure: look-alike blocks, of other students too, are translated once."""
+
+    graphs: dict[str, ir.Graph] = field(default_factory=dict)
+    made: int = 0
+    reused: int = 0
+
+
 def segments(gm: GraphModule) -> list[GraphSegment]:
-    """Cut a graph, in the order of computation.
+    """Cut a lowered graph, in which no tuple of tensors travels between nodes, in the order of computation.
 
     What is no tensor (sizes, types) does not cross a cut: each segment computes it again from the tensors.
-
-    Args:
-        gm: a lowered graph, in which no tuple of tensors travels between nodes.
     """
     own = [n for n in gm.graph.nodes if n.op not in ("placeholder", "output", "get_attr") and _crosses(n)]
     home = parts(own, between=True)
@@ -76,13 +87,8 @@ class _Part:
         if node in self.copies:
             return self.copies[node]
         if node.op == "placeholder" or self.home.get(node, self.index) != self.index:
-            with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
-                last = self.copies[self.inputs[-1]] if self.inputs else None
-                if last is None:
-                    new = self.graph.placeholder(f"in{len(self.inputs)}")
-                else:
-                    with self.graph.inserting_after(last):
-                        new = self.graph.placeholder(f"in{len(self.inputs)}")
+            with self.graph.inserting_after(self.copies[self.inputs[-1]] if self.inputs else None):
+                new = self.graph.placeholder(f"in{len(self.inputs)}")
             new.meta = dict(node.meta)
             self.inputs.append(node)
         else:
@@ -95,33 +101,19 @@ class _Part:
     def finish(self, outputs: list[Node]) -> GraphSegment:
         self.graph.output(tuple(self.copies[node] for node in outputs))
         graph = GraphModule(self.gm, self.graph, class_name="Segment")
-        return GraphSegment(self.name, graph, tuple(self.inputs), tuple(outputs), tuple(_parameters(graph)))
-
-
-def _parameters(gm: GraphModule) -> list[str]:
-    found: dict[str, None] = {}
-    for node in gm.graph.nodes:
-        if node.op == "get_attr":
-            found[str(node.target)] = None
-        elif node.op == "call_module":
-            module = gm.get_submodule(str(node.target))
-            names = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-            found |= {f"{node.target}.{name}": None for name, _ in names}
-    return list(found)
+        return GraphSegment(self.name, graph, tuple(self.inputs), tuple(outputs), tuple(state(graph)))
 
 
 def structure(segment: GraphSegment, inputs: list[str]) -> str:
     """Return a hash that two segments share exactly when one translation serves both, weights aside.
 
-    Args:
-        segment: the segment.
-        inputs: a description of each input (type, sizes, which sizes change).
+    Each of `inputs` describes an input: type, sizes, which sizes change.
     """
-    names: dict[Node, str] = {}
+    numbers: dict[Node, tuple[str, int]] = {}
     order = {name: i for i, name in enumerate(segment.parameters)}
     lines = [*inputs]
     for node in segment.graph.graph.nodes:
-        names[node] = f"n{len(names)}"
+        numbers[node] = ("node", len(numbers))
         what = str(node.target) if node.op in ("call_function", "call_method") else ""
         if node.op == "call_function":
             what = f"{getattr(node.target, '__module__', '')}.{what.partition(' at 0x')[0]} {_value(node.target)}"
@@ -130,20 +122,8 @@ def structure(segment: GraphSegment, inputs: list[str]) -> str:
             what = f"parameter {order[str(node.target)]} {_tensor(tensor)}"
         elif node.op == "call_module":
             what = described(segment.graph.get_submodule(str(node.target)), f"{node.target}.", order)
-        lines.append(f"{node.op} {what} {_written((node.args, node.kwargs), names)}")
+        lines.append(f"{node.op} {what} {map_arg((node.args, node.kwargs), numbers.__getitem__)!r}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _written(value: Any, names: dict[Node, str]) -> str:
-    if isinstance(value, Node):
-        return names[value]
-    if isinstance(value, (list, tuple)):
-        return f"{type(value).__name__}({', '.join(_written(item, names) for item in value)})"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {_written(item, names)}' for key, item in value.items())}}}"
-    if isinstance(value, slice):
-        return _written(("slice", value.start, value.stop, value.step), names)
-    return f"{type(value).__name__} {value!r}"
 
 
 def _tensor(value: Any) -> str:
@@ -162,9 +142,8 @@ def described(module: nn.Module, path: str = "", order: Mapping[str, int] | None
     for name, child in module.named_modules():
         lines.append(f"{name}: {type(child).__module__}.{type(child).__qualname__} training={child.training}")
         lines += _attributes(child, depth=0)
-    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     numbers = order or {}
-    lines += [f"{numbers.get(path + name)}: {name} {_tensor(tensor)}" for name, tensor in tensors]
+    lines += [f"{numbers.get(path + name)}: {name} {_tensor(tensor)}" for name, tensor in state(module).items()]
     return "; ".join(lines)
 
 

@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -14,26 +14,71 @@ import torch
 from torch import nn
 from torch.export import Dim
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.onnx.repeated import open_repeats
+from ppcl_fx.export.extras import log_from
 from ppcl_fx.export.onnx.segments import GraphSegment
+from ppcl_fx.export.store.weight_source import state
 
 OPSET = 23
+
+
+class _Repeated(Sequence[Any]):
+    """A list repeated an open number of times. To read an item is to fix the number, as without it.
+
+    Python asks for the number when it repeats a list, and an export then holds for that number alone. Here the list is
+    remembered with the open number, and a tensor made of it is one of open size.
+    """
+
+    def __init__(self, items: list[Any], times: torch.SymInt) -> None:
+        self.items = items
+        self.times = times
+
+    def __len__(self) -> int:
+        return len(self.items) * int(self.times)
+
+    def __getitem__(self, index: Any) -> Any:
+        return (self.items * int(self.times))[index]
+
+
+class _TensorsOfRepeated(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if func in (torch.tensor, torch.as_tensor) and args and isinstance(args[0], _Repeated):
+            once = func(args[0].items, *args[1:], **given)
+            return once.repeat(args[0].times, *[1] * (once.ndim - 1))
+        return func(*args, **given)
+
+
+@contextlib.contextmanager
+def _open_repeats() -> Iterator[None]:
+    """Within it, a list times a symbolic number is a `_Repeated`, and ``torch.tensor`` of that has the open size."""
+    original = torch.SymInt.__rmul__
+
+    def times(self: torch.SymInt, other: Any) -> Any:
+        return _Repeated(other, self) if type(other) is list and other else original(self, other)
+
+    torch.SymInt.__rmul__ = times  # type: ignore[method-assign]
+    try:
+        with _TensorsOfRepeated():
+            yield
+    finally:
+        torch.SymInt.__rmul__ = original  # type: ignore[method-assign]
 
 
 class _WithWeightsAsInputs(nn.Module):
     def __init__(self, segment: GraphSegment) -> None:
         super().__init__()
-        self._hidden = (segment.graph,)  # in a tuple, so that its parameters are not this module's
-        self._names = segment.parameters
-        self._count = len(segment.inputs)
+        self._hidden = (segment,)  # in a tuple, so that its parameters are not this module's
 
     def forward(self, *tensors: torch.Tensor) -> Any:
         """Run the segment on its inputs followed by its weights."""
-        weights = dict(zip(self._names, tensors[self._count :], strict=True))
-        with open_repeats():
-            return functional_call(self._hidden[0], weights, tensors[: self._count])
+        (segment,) = self._hidden
+        split = len(segment.inputs)
+        weights = dict(zip(segment.parameters, tensors[split:], strict=True))
+        with _open_repeats():
+            return functional_call(segment.graph, weights, tensors[:split])
 
 
 def translate(segment: GraphSegment, inputs: list[torch.Tensor], changing: list[tuple[int, ...]]) -> ir.Graph:
@@ -50,7 +95,9 @@ def translate(segment: GraphSegment, inputs: list[torch.Tensor], changing: list[
     Raises:
         PpclError: PyTorch cannot export the segment, or only for one size of what must stay open.
     """
-    weights = [_like(tensor) for tensor in _tensors(segment)]
+    own = state(segment.graph)
+    # Real for the exporter, and never touched.
+    weights = [torch.empty(own[name].shape, dtype=own[name].dtype) for name in segment.parameters]
     dims: list[Any] = [dict.fromkeys(dims, Dim.DYNAMIC) or None for dims in changing]
     module = _WithWeightsAsInputs(segment).eval()
     try:
@@ -73,30 +120,13 @@ def translate(segment: GraphSegment, inputs: list[torch.Tensor], changing: list[
     return model.graph
 
 
-def _tensors(segment: GraphSegment) -> list[torch.Tensor]:
-    state = {
-        **dict(segment.graph.named_parameters(remove_duplicate=False)),
-        **dict(segment.graph.named_buffers(remove_duplicate=False)),
-    }
-    return [state[name] for name in segment.parameters]
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype)  # real for the exporter, and never touched
-
-
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's notes (about torchvision, about its own deprecations) from the user."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    unprinted = contextlib.redirect_stdout(io.StringIO())
+    with warnings.catch_warnings(), unprinted, log_from("torch.onnx", logging.ERROR):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,32 +1,113 @@
-"""One graph to one checked ONNX file."""
+"""One graph to one checked ONNX file: the call it is exported with, its type, lowering, translation, the file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import PpclError, foreign
 from ppcl_fx.export.extras import check_export, need
-from ppcl_fx.export.onnx.dynamic_axes import Axis, find_axes, resized, still_fit, variants, widened
-from ppcl_fx.export.onnx.graph_run import Seen, run_graph
+from ppcl_fx.export.onnx.dynamic_axes import Axis, find_axes, resized, variants, widened
+from ppcl_fx.export.onnx.graph_run import Seen, refresh_examples, run_graph
 from ppcl_fx.export.store.manifest import Port
 from ppcl_fx.export.store.names import data_path
-from ppcl_fx.export.store.weight_source import state
-from ppcl_fx.export.verify.metrics import difference
-from ppcl_fx.export.verify.onnx_runner import run, session
+from ppcl_fx.export.store.weight_source import weightless
 from ppcl_fx.io.files import need_room
+from ppcl_fx.ir.dtypes import main_dtype
+from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.passes.lowering.lowering import Lowered, lower
+from ppcl_fx.tracing import bind
 
 if TYPE_CHECKING:
+    from ppcl_fx.calls.store import Calls
     from ppcl_fx.export.onnx.assemble import Initial
+    from ppcl_fx.export.onnx.segments import Translations
 
 LARGE = 1 << 30
 """Bytes of weights above which a self-contained graph has them in a file beside it: protobuf ends at 2 GiB."""
+
+
+def in_type(
+    gm: GraphModule, calls: Calls | None, dtype: torch.dtype | None
+) -> tuple[GraphModule, dict[str, Any], int]:
+    """Return a graph with weights of a type, and a call for it in that type, as in a pipeline of that type.
+
+    Args:
+        gm: the graph; stays as it is.
+        calls: where the call comes from, see `example`.
+        dtype: the type; None for the graph's own. Timesteps and other numbers stay as wide as they are.
+
+    Returns:
+        The graph, itself where it is of that type already, else a copy; the arguments of the call; its samples. They
+        are on the CPU; on the meta device where the graph's parameters are there.
+    """
+    kwargs, batch = example(gm, calls)
+    kwargs = floats_as(kwargs, dtype or main_dtype(gm))
+    place = "meta" if weightless(gm) else "cpu"
+    kwargs = {name: v.to(place) if isinstance(v, torch.Tensor) else v for name, v in kwargs.items()}
+    here = all(p.device.type == place for p in gm.parameters())
+    fits = dtype is None or all(p.dtype == dtype for p in gm.parameters() if p.is_floating_point())
+    if here and fits:
+        return gm, kwargs, batch
+    converted = copy.deepcopy(gm)
+    # Buffers are real even where parameters are not, and stay so.
+    converted = converted.to(dtype=dtype) if place == "meta" else converted.to(device="cpu", dtype=dtype)
+    converted.meta = dict(gm.meta)
+    # A trace has the dtypes that the model was traced with written into its casts.
+    new, old = (str(one).removeprefix("torch.") for one in (main_dtype(converted), main_dtype(gm)))
+    with foreign(
+        f"the graph, traced in {old}, cannot be computed in {new}",
+        f"save the model in that type (ppcl_fx.load(STUDENT, dtype=torch.{new}).save(OTHER)) and export OTHER, or "
+        "leave --dtype out",
+    ):
+        refresh_examples(converted, kwargs)
+    return converted, kwargs, batch
+
+
+def example(gm: GraphModule, calls: Calls | None) -> tuple[dict[str, Any], int]:
+    """Return the arguments of one call of a graph and the samples in it; without calls random ones, as in the trace.
+
+    Raises:
+        PpclError: there are no calls in `calls`, or the first lies outside of what was traced.
+    """
+    if calls is not None:
+        if len(calls) == 0:
+            raise PpclError("there are no calls to take an example from; record some")
+        wanted = set(graph_info(gm)["inputs"])
+        # One that has every argument by itself, where there is one.
+        call = next((call for call in calls if wanted <= call.kwargs.keys()), calls[0])
+        return bind(gm, call.kwargs), call.batch
+    generator = torch.Generator().manual_seed(0)
+    kwargs: dict[str, Any] = {str(node.target): node.meta["val"] for node in gm.graph.find_nodes(op="placeholder")}
+    for name, like in kwargs.items():
+        if isinstance(like, torch.Tensor) and like.is_floating_point():
+            kwargs[name] = torch.rand(like.shape, generator=generator).to(like.dtype)
+        elif isinstance(like, torch.Tensor):
+            kwargs[name] = torch.ones(like.shape, dtype=like.dtype)
+    first = [v.shape[0] for v in kwargs.values() if isinstance(v, torch.Tensor) and v.ndim]
+    return kwargs, Counter(first).most_common(1)[0][0]
+
+
+def floats_as(kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return a call with its floating-point tensors in another type, as a pipeline of that type passes them.
+
+    Numbers and lists of numbers never become narrower: a pipeline may pass timesteps in float32 beside bfloat16 latents
+    (SD3's does), and bfloat16 makes 988 of 987.65. A model that wants them narrower converts them itself.
+    """
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return value.to(dtype if value.ndim > 1 else torch.promote_types(value.dtype, dtype))
+
+    return {name: cast(value) for name, value in kwargs.items()}
 
 
 @dataclass(frozen=True)
@@ -55,19 +136,20 @@ def prepare(
         gm: a student's graph, on the CPU, or with its parameters on the meta device.
         kwargs: the arguments of one call, by the names of the graph's inputs, on the same device.
         batch: samples in that call.
-        found: sizes that may change in another mixture of the same model, tried first: together, once.
+        found: as `find_axes` takes it.
 
     Raises:
         PpclError: the graph cannot be lowered, or takes one batch size only.
     """
     lowered = lower(gm)
     example = widened(kwargs, batch)
-    if found is not None and still_fit(gm, example, found):
-        axes = list(found)
-    else:
-        axes = find_axes(gm, lowered.graph, example, max(batch, 2))
+    axes = find_axes(gm, lowered.graph, example, max(batch, 2), found)
     example, axes = _without_ones(lowered, example, axes)
     return Prepared(gm, lowered, tuple(axes), variants(example, axes))
+
+
+def _seen(lowered: Lowered, kwargs: dict[str, Any]) -> dict[Node, Seen]:
+    return run_graph(lowered.graph, lowered.feeds(kwargs))[1]
 
 
 def _without_ones(
@@ -76,26 +158,22 @@ def _without_ones(
     """Give those axes their other size in the example that make a size inside the graph one, as a single patch does:
     translation takes a one for a constant.
     """
-
-    def sizes(kwargs: dict[str, Any]) -> dict[Any, Seen]:
-        return run_graph(lowered.graph, lowered.feeds(kwargs))[1]
-
-    seen, chosen = sizes(example), []
+    seen, chosen = _seen(lowered, example), []
     for axis in axes:
         larger = resized(example, axis)
-        others = sizes(larger)
+        others = _seen(lowered, larger)
         if any(a == 1 < b for node in seen for a, b in zip(seen[node][0], others[node][0], strict=True)):
             example, seen, axis = larger, others, axis.turned()
         chosen.append(axis)
     return example, chosen
 
 
-def translated(prepared: Prepared, known: Any, initial: Initial | None = None) -> Any:
+def translated(prepared: Prepared, known: Translations, initial: Initial | None = None) -> Any:
     """Translate a prepared graph into an `onnx_ir.Model`, and fuse what engines have one kernel for.
 
     Args:
         prepared: the graph.
-        known: a `ppcl_fx.export.onnx.assemble.Translations`, shared by the graphs of one model.
+        known: shared by the graphs of one model.
         initial: gives what holds the values of each parameter; by default the parameters themselves.
 
     Raises:
@@ -103,16 +181,12 @@ def translated(prepared: Prepared, known: Any, initial: Initial | None = None) -
     """
     check_export()
     from ppcl_fx.export.fusing import fuse
-    from ppcl_fx.export.onnx.assemble import ROWS, held, observed, stitch
+    from ppcl_fx.export.onnx.assemble import Shapes, held, stitch
 
-    def seen(name: str) -> dict[Any, Seen]:
-        return run_graph(prepared.lowered.graph, prepared.lowered.feeds(prepared.calls[name]))[1]
-
-    shapes = observed(seen("traced"), {axis.name: seen(f"{axis.name}={axis.other}") for axis in prepared.axes})
-    gm = prepared.lowered.graph
-    model = stitch(gm, shapes, known, initial=initial or held)
-    own = state(gm)
-    fuse(model, {name for name in model.graph.initializers if name in own or name.rpartition(ROWS)[0] in own})
+    lowered, calls = prepared.lowered, prepared.calls
+    others = {axis.name: _seen(lowered, calls[f"{axis.name}={axis.other}"]) for axis in prepared.axes}
+    model = stitch(lowered.graph, Shapes(_seen(lowered, calls["traced"]), others), known, initial or held)
+    fuse(model)
     return model
 
 
@@ -120,10 +194,9 @@ def save(model: Any, path: Path, *, embed: bool) -> Path | None:
     """Write a model and let `onnx.checker` look at it.
 
     Args:
-        model: the `onnx_ir.Model`.
+        model: the `onnx_ir.Model`; it says where the weights lie if they are not embedded.
         path: the file to write.
-        embed: write the weights too: into the same file, or where they are `LARGE` into ``path.data``. Else the model
-            says where they lie.
+        embed: write the weights too: into the same file, or where they are `LARGE` into ``path.data``.
 
     Returns:
         The file of the weights, where they have one of their own.
@@ -151,20 +224,6 @@ def save(model: Any, path: Path, *, embed: bool) -> Path | None:
     return data
 
 
-def compare(prepared: Prepared, path: Path) -> tuple[dict[str, float], Any]:
-    """Run a file in onnxruntime on every shape and compare it to PyTorch.
-
-    Returns:
-        The largest difference for each shape by name, and the open session.
-    """
-    running = session(path)
-    found = {}
-    for name, kwargs in prepared.calls.items():
-        expected = run_graph(prepared.gm, kwargs)[0]
-        found[name] = difference(run(running, prepared.lowered.feeds(kwargs)), expected)
-    return found, running
-
-
 def ports(values: Any) -> list[Port]:
     """Describe the inputs or outputs of an `onnx_ir.Graph`."""
     return [
@@ -184,19 +243,3 @@ def parameters_in(model: Any, gm: GraphModule) -> int:
     names = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
     held = {name: value.const_value.size for name, value in model.graph.initializers.items()}
     return sum(size for name, size in held.items() if name.rpartition(ROWS)[0] in names or name in names)
-
-
-def floats_as(kwargs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return a call with its floating-point tensors in another type, as a pipeline of that type passes them.
-
-    Numbers and lists of numbers never become narrower: a pipeline may pass timesteps in float32 beside bfloat16 latents
-    (SD3's does), and bfloat16 makes 988 of 987.65. A model that wants them narrower converts them itself.
-    """
-    return {
-        name: _as(value, dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in kwargs.items()
-    }
-
-
-def _as(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype if tensor.ndim > 1 else torch.promote_types(tensor.dtype, dtype))

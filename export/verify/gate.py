@@ -10,7 +10,7 @@ import torch
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.onnx.writer import floats_as
-from ppcl_fx.export.verify.metrics import Agreement, Gate, SamplingAgreement, agreement, spread, worst
+from ppcl_fx.export.verify.metrics import Agreement, Gate, agreement, spread, worst
 from ppcl_fx.export.verify.reference import Answers
 from ppcl_fx.export.verify.sampling import SamplingRun, compare_runs
 
@@ -28,46 +28,38 @@ KEPT = "nothing of this file was kept"
 def gated(
     answers: Answers, calls: Calls | None, final: Path, config: ExportConfig, sampling: SamplingRun | None
 ) -> Gate:
-    """Compare a file to PyTorch on recorded calls and over a whole sampling run.
-
-    Args:
-        answers: PyTorch and the file.
-        calls: recorded calls, where there are any.
-        final: what the file is to be called, for messages.
-        config: how many calls are compared, and the relative errors that are allowed.
-        sampling: the sampling run to compare, if any.
-
-    Returns:
-        What was found, and what was not compared.
+    """Compare a file, which is to be called `final`, to PyTorch on recorded calls and over a whole sampling run.
 
     Raises:
         PpclError: the file is further from PyTorch than allowed, scores otherwise, or cannot be run.
     """
-    found = Gate(sampling_tolerance=config.sampling_tolerance if sampling is not None else None)
+    not_checked: list[str] = []
+    on_calls = None
     if calls is None or not config.check_calls:
-        found.not_checked.append(NO_CALLS if calls is None else NONE_WANTED)
+        not_checked.append(NO_CALLS if calls is None else NONE_WANTED)
     else:
-        found.calls = _on_calls(answers, chosen(calls, config.check_calls), found.not_checked)
-        if found.calls is not None and not found.calls.within(config.tolerance):
-            raise PpclError(f"{final}: {_distance(found.calls, config.tolerance)}; {KEPT}; {_advice('--tolerance')}")
+        on_calls = _on_calls(answers, chosen(calls, config.check_calls), not_checked)
+        if on_calls is not None:
+            _check(on_calls, config.tolerance, "--tolerance", f"{final}: ")
     if sampling is None:
-        found.not_checked.append(NO_RUN)
-    else:
-        try:
-            found.sampling = compare_runs(sampling, answers)
-        except PpclError as error:
-            raise PpclError(f"{final}: the sampling run could not be compared: {error}") from error
-        _check_run(found.sampling, config.sampling_tolerance, final)
-    return found
+        not_checked.append(NO_RUN)
+        return Gate(calls=on_calls, not_checked=not_checked)
+    try:
+        on_run = compare_runs(sampling, answers)
+    except PpclError as error:
+        raise PpclError(f"{final}: the sampling run could not be compared: {error}") from error
+    allowed = config.sampling_tolerance
+    _check(on_run, allowed, "--sampling-tolerance", f"{final}: over a whole sampling run ")
+    if on_run.score is not None and on_run.score != on_run.score_pytorch:
+        raise PpclError(
+            f"{final}: pictures drawn with it score {on_run.score:g} and PyTorch's {on_run.score_pytorch:g}, and they "
+            f"must score the same; {KEPT}; report the model"
+        )
+    return Gate(calls=on_calls, sampling=on_run, sampling_tolerance=allowed, not_checked=not_checked)
 
 
 def chosen(calls: Calls, count: int) -> list[Call]:
-    """Return recorded calls to compare, from the earliest timestep to the latest; only these are read.
-
-    Args:
-        calls: all of them.
-        count: how many, at most.
-    """
+    """Return at most `count` recorded calls, from the earliest timestep to the latest; only these are read."""
     return [calls[index] for index in spread([head.timestep for head in calls.heads()], count)]
 
 
@@ -92,28 +84,13 @@ def _on_calls(answers: Answers, calls: list[Call], not_checked: list[str]) -> Ag
     return worst(found) if found else None
 
 
-def _check_run(found: SamplingAgreement, tolerance: float, final: Path) -> None:
+def _check(found: Agreement, tolerance: float, option: str, what: str) -> None:
     if not found.within(tolerance):
         raise PpclError(
-            f"{final}: over a whole sampling run {_distance(found, tolerance)}; {KEPT}; "
-            f"{_advice('--sampling-tolerance')}"
+            f"{what}it differs from PyTorch by a relative error of {found.relative:.2g} at {found.worst}, more than "
+            f"{tolerance:g} (largest difference {found.max_abs:.2g}, cosine {found.cosine:.6f}); {KEPT}; allow more "
+            f"with {option}, or report the model"
         )
-    if found.score is not None and found.score_pytorch is not None and found.score != found.score_pytorch:
-        raise PpclError(
-            f"{final}: pictures drawn with it score {found.score:g} and PyTorch's {found.score_pytorch:g}, and they "
-            f"must score the same; {KEPT}; report the model"
-        )
-
-
-def _distance(found: Agreement, tolerance: float) -> str:
-    return (
-        f"it differs from PyTorch by a relative error of {found.relative:.2g} at {found.worst}, more than "
-        f"{tolerance:g} (largest difference {found.max_abs:.2g}, cosine {found.cosine:.6f})"
-    )
-
-
-def _advice(option: str) -> str:
-    return f"allow more with {option}, or report the model"
 
 
 def compare_artefacts(
@@ -128,9 +105,6 @@ def compare_artefacts(
 ) -> dict[float, Agreement]:
     """Compare every ratio of an exported folder with PyTorch on recorded calls.
 
-    An engine of half precision differs from a float32 model by its rounding; `tolerance` has to allow for that, or the
-    model is given in the engine's type.
-
     Args:
         folder: what ``ppcl-fx export`` wrote.
         model: the model it was made from, on any device; its mixture is put back afterwards.
@@ -138,7 +112,8 @@ def compare_artefacts(
         backend: what runs the files, as for `EngineTransformer`: ``tensorrt`` for the engines.
         device: where to run them, as for `EngineTransformer`.
         check_calls: calls to compare, at most, from the earliest timestep to the latest.
-        tolerance: relative error that is allowed on a call; None only measures.
+        tolerance: relative error that is allowed on a call; None only measures. It has to allow for the rounding of an
+            engine of half precision, or the model is given in the engine's type.
 
     Returns:
         The agreement by ratio, the largest ratio first.

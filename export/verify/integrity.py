@@ -7,11 +7,10 @@ import hashlib
 import os
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
-from ppcl_fx.export.store.manifest import Manifest, WeightFile
+from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.store.names import manifest_path
 from ppcl_fx.io.files import inside, own_file, read_json, sha256_of
 from ppcl_fx.io.reading import open_regular, read_bytes
@@ -58,22 +57,14 @@ def _check(graph: Path, hashes: bool, sha256: Callable[[Path], str]) -> Manifest
     if sha256(graph) != card.sha256:
         raise PpclError(f"{graph}: its content is not what was written (sha256); {AGAIN}")
     for weight in card.weights:
-        _check_weight(graph, weight, sha256 if hashes else None)
+        path = graph.parent / weight.file
+        _check_size(path, weight.size)
+        if not (sha256(path) == weight.sha256 if hashes else weight.sample in (None, sample_of(path))):
+            raise PpclError(
+                f"{path}: its content is not what was written ({'sha256' if hashes else 'a sample of it'}), and "
+                f"{graph.name} was made for that: trained again since, or another file? {AGAIN}"
+            )
     return card
-
-
-def _check_weight(graph: Path, weight: WeightFile, sha256: Callable[[Path], str] | None) -> None:
-    path = graph.parent / weight.file
-    _check_size(path, weight.size)
-    if sha256 is not None:
-        same, how = sha256(path) == weight.sha256, "sha256"
-    else:
-        same, how = weight.sample in (None, sample_of(path)), "a sample of it"
-    if not same:
-        raise PpclError(
-            f"{path}: its content is not what was written ({how}), and {graph.name} was made for that: trained again "
-            f"since, or another file? {AGAIN}"
-        )
 
 
 def _check_size(path: Path, size: int) -> None:
@@ -116,15 +107,15 @@ def external_data(graph: Path) -> list[tuple[str, int, int]]:
     except Exception as error:  # noqa: BLE001 - protobuf's DecodeError has no public home
         reason = " ".join(str(error).split())[:120]
         raise PpclError(f"{graph}: not an ONNX file ({reason}); {AGAIN}") from None
-    return [_place(graph, tensor) for tensor in proto.graph.initializer if tensor.data_location == tensor.EXTERNAL]
-
-
-def _place(graph: Path, tensor: Any) -> tuple[str, int, int]:
-    told = {entry.key: entry.value for entry in tensor.external_data}
-    try:
-        return told["location"], int(told["offset"]), int(told["length"])
-    except (KeyError, ValueError):
-        raise PpclError(f"{graph}: does not say where the weight {tensor.name} lies; {AGAIN}") from None
+    found = []
+    for tensor in proto.graph.initializer:
+        told = {entry.key: entry.value for entry in tensor.external_data}
+        try:
+            if tensor.data_location == tensor.EXTERNAL:
+                found.append((told["location"], int(told["offset"]), int(told["length"])))
+        except (KeyError, ValueError):
+            raise PpclError(f"{graph}: does not say where the weight {tensor.name} lies; {AGAIN}") from None
+    return found
 
 
 def cards_in(folder: Path) -> dict[str, Manifest]:
@@ -163,26 +154,24 @@ def sample_of(path: Path) -> str:
         PpclError: the file cannot be read, or is a safetensors file whose header is damaged.
     """
     try:
-        return _digest(path)
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            places = _places(path, size)
+            found = hashlib.sha256(f"{size} {places}".encode())
+            for first, length in places:
+                last = first + length
+                for at in sorted({first, first + length // 2, max(first, last - SPOT)}):
+                    file.seek(at)
+                    found.update(file.read(min(SPOT, last - at)))
     except OSError as error:
-        raise PpclError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path and its permissions"
-        ) from error
-
-
-def _digest(path: Path) -> str:
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-    if path.suffix == ".safetensors":
-        places = sorted((part.offset, part.nbytes) for part in stored_tensors(path).values())
-    else:
-        step = max(1, -(-size // PIECES))
-        places = [(first, min(step, size - first)) for first in range(0, size, step)]
-    found = hashlib.sha256(f"{size} {places}".encode())
-    with open_regular(path) as file:
-        for first, length in places:
-            last = first + length
-            for at in sorted({first, first + length // 2, max(first, last - SPOT)}):
-                file.seek(at)
-                found.update(file.read(min(SPOT, last - at)))
+        reason = error.strerror or str(error)
+        raise PpclError(f"{path}: cannot be read ({reason}); check the path and its permissions") from error
     return found.hexdigest()
+
+
+def _places(path: Path, size: int) -> list[tuple[int, int]]:
+    """Return first byte and length of each tensor of a file, or of the pieces it is cut into."""
+    if path.suffix == ".safetensors":
+        return sorted((part.offset, part.nbytes) for part in stored_tensors(path).values())
+    step = max(1, -(-size // PIECES))
+    return [(first, min(step, size - first)) for first in range(0, size, step)]

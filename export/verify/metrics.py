@@ -6,14 +6,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
+
+from ppcl_fx.io.files import Record
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class Agreement(_Strict):
+class Agreement(Record):
     """The distance between a file's results and PyTorch's. Every number is the worst over the results compared.
 
     Attributes:
@@ -51,7 +49,7 @@ class SamplingAgreement(Agreement):
     score_pytorch: float | None = None
 
 
-class Gate(_Strict):
+class Gate(Record):
     """What a file was compared on before it was kept.
 
     Attributes:
@@ -64,53 +62,34 @@ class Gate(_Strict):
     calls: Agreement | None = None
     sampling: SamplingAgreement | None = None
     sampling_tolerance: float | None = None
-    not_checked: list[str] = []
+    not_checked: list[str] = Field(default_factory=list)
 
 
 def agreement(found: torch.Tensor, expected: torch.Tensor, name: str) -> Agreement:
-    """Measure one result.
-
-    Args:
-        found: what the exported file gives.
-        expected: what PyTorch gives.
-        name: what to call the result.
-
-    Returns:
-        Its distance; infinite, with a cosine of 0, where shapes differ or a value is not finite.
+    """Measure how far one result is from PyTorch's: infinitely, with a cosine of 0, where shapes differ or a value is
+    not finite.
     """
     if found.shape != expected.shape or not (found.isfinite().all() and expected.isfinite().all()):
         return Agreement(compared=1, relative=math.inf, cosine=0.0, max_abs=math.inf, worst=name)
     mine, theirs = found.double().flatten(), expected.double().flatten()
-    difference = mine - theirs
-    size, own = float(theirs.norm()), float(mine.norm())
-    error = float(difference.norm())
-    if size > 0 and own > 0:
-        cosine = max(-1.0, min(1.0, float(mine @ theirs) / (size * own)))
-    else:
-        cosine = 1.0 if error == 0 else 0.0
-    return Agreement(
-        compared=1,
-        relative=error / size if size > 0 else (0.0 if error == 0 else math.inf),
-        cosine=cosine,
-        max_abs=float(difference.abs().max()) if difference.numel() else 0.0,
-        worst=name,
-    )
+    away = mine - theirs
+    size, own, error = float(theirs.norm()), float(mine.norm()), float(away.norm())
+    # Of a result without length: 1 and no error where both are.
+    cosine, relative = (1.0, 0.0) if error == 0 else (0.0, math.inf)
+    if size > 0:
+        relative = error / size
+        cosine = max(-1.0, min(1.0, float(mine @ theirs) / (size * own))) if own > 0 else 0.0
+    largest = float(away.abs().max()) if away.numel() else 0.0
+    return Agreement(compared=1, relative=relative, cosine=cosine, max_abs=largest, worst=name)
 
 
 def difference(result: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest absolute difference; infinity where the shapes differ or a value is not a number."""
-    if result.shape != expected.shape:
-        return float("inf")
-    largest = float((result.double() - expected.double()).abs().max())
-    return largest if largest == largest else float("inf")
+    """Return the largest absolute difference; infinity where the shapes differ or a value is not finite."""
+    return agreement(result, expected, "").max_abs
 
 
 def worst(found: Sequence[Agreement]) -> Agreement:
-    """Return the agreement over several results.
-
-    Args:
-        found: at least one.
-    """
+    """Return the agreement over several results, at least one."""
     if not found:
         raise RuntimeError("nothing was compared, so there is no agreement")
     return Agreement(
@@ -123,11 +102,7 @@ def worst(found: Sequence[Agreement]) -> Agreement:
 
 
 def spread(timesteps: Sequence[float], count: int) -> list[int]:
-    """Choose calls evenly from the largest timestep to the smallest, both ends among them.
-
-    Args:
-        timesteps: of all calls, in the order of the recording.
-        count: how many calls to choose, at most.
+    """Choose at most `count` calls evenly from the largest timestep to the smallest, both ends among them.
 
     Returns:
         Their indices, the largest timestep first; the same ones each time.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-import time
+import timeit
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,7 @@ from ppcl_fx.export.extras import need
 
 
 def session(path: str | Path, threads: int = 0) -> Any:
-    """Open an ONNX file in onnxruntime, on the CPU.
-
-    Args:
-        path: the file.
-        threads: threads within one operator; 0 lets onnxruntime choose.
+    """Open an ONNX file in onnxruntime, on the CPU, with so many threads within one operator (0: its own choice).
 
     Raises:
         PpclError: onnxruntime is missing, or does not take the file.
@@ -37,9 +33,8 @@ def session(path: str | Path, threads: int = 0) -> Any:
 def runtime_errors() -> tuple[type[Exception], ...]:
     """Return the exceptions by which onnxruntime says that something is wrong with a file or a call."""
     state = need("onnxruntime.capi.onnxruntime_pybind11_state")
-    names = ["Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented"]
-    names.append("RuntimeException")
-    return (RuntimeError, ValueError, OSError, *(getattr(state, name) for name in names))
+    names = "Fail InvalidArgument InvalidGraph InvalidProtobuf NoSuchFile NotImplemented RuntimeException"
+    return (RuntimeError, ValueError, OSError, *(getattr(state, name) for name in names.split()))
 
 
 def one_line(error: BaseException) -> str:
@@ -64,20 +59,7 @@ def run(running: Any, feeds: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 def latency(running: Any, feeds: Mapping[str, torch.Tensor], runs: int = 10, warmup: int = 2) -> float:
-    """Return the median time of one run in milliseconds.
-
-    Args:
-        running: what `session` returned.
-        feeds: the inputs by name.
-        runs: how many runs are timed.
-        warmup: how many come before, untimed.
-    """
+    """Return the median time of one of several runs in milliseconds; those of the warm-up come before, untimed."""
     arrays = {name: tensor.contiguous().numpy() for name, tensor in feeds.items()}
-    for _ in range(warmup):
-        running.run(None, arrays)
-    times = []
-    for _ in range(runs):
-        started = time.perf_counter()
-        running.run(None, arrays)
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times)
+    times = timeit.repeat(lambda: running.run(None, arrays), number=1, repeat=warmup + runs)
+    return 1e3 * statistics.median(times[warmup:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torch.fx import GraphModule
 
 from ppcl_fx.export.onnx.graph_run import run_graph
 from ppcl_fx.export.onnx.writer import Prepared, floats_as
-from ppcl_fx.export.verify.onnx_runner import run
+from ppcl_fx.export.verify.metrics import difference
+from ppcl_fx.export.verify.onnx_runner import run, session
 from ppcl_fx.ir.dtypes import main_dtype
 from ppcl_fx.tracing import bind, with_rows
 
@@ -24,41 +26,33 @@ class Answers:
     """What answers a call of the transformer, once by PyTorch and once by a file.
 
     Attributes:
-        gm: the graph; calls are bound to its inputs.
-        dtype: of the floating-point inputs.
-        pytorch: the reference.
-        exported: the file, in onnxruntime.
+        prepared: the graph; calls are bound to its inputs.
+        running: the file, in onnxruntime.
+        wide: the graph in the type in which both answer, where that is not its own: the file is then one that was
+            widened to that type.
     """
 
-    gm: GraphModule
-    dtype: torch.dtype
-    pytorch: Answer
-    exported: Answer
+    prepared: Prepared
+    running: Any
+    wide: GraphModule | None = None
 
-    @classmethod
-    def of(cls, prepared: Prepared, running: Any, reference: GraphModule | None = None) -> Answers:
-        """Return the answers of a graph and its file.
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the floating-point inputs."""
+        return main_dtype(self.wide if self.wide is not None else self.prepared.gm)
 
-        Args:
-            prepared: the graph.
-            running: the file, open.
-            reference: the graph in the type in which both answer, where that is not its own: the file is then one
-                that was widened to that type.
-        """
-        gm = reference if reference is not None else prepared.gm
-        dtype = main_dtype(gm)
+    def pytorch(self, call: dict[str, Any]) -> torch.Tensor:
+        """Return the reference."""
+        result: torch.Tensor = run_graph(self.wide if self.wide is not None else self.prepared.gm, call)[0]
+        return result
 
-        def pytorch(call: dict[str, Any]) -> torch.Tensor:
-            result: torch.Tensor = run_graph(gm, call)[0]
-            return result
-
-        def exported(call: dict[str, Any]) -> torch.Tensor:
-            if reference is None:
-                return run(running, prepared.lowered.feeds(call))
-            made = prepared.lowered.feeds(floats_as(call, main_dtype(prepared.gm)))  # position tables in its own type
-            return run(running, floats_as(made | {name: call[name] for name in made if name in call}, dtype))
-
-        return cls(prepared.gm, dtype, pytorch, exported)
+    def exported(self, call: dict[str, Any]) -> torch.Tensor:
+        """Return what the file gives."""
+        lowered = self.prepared.lowered
+        if self.wide is None:
+            return run(self.running, lowered.feeds(call))
+        made = lowered.feeds(floats_as(call, main_dtype(self.prepared.gm)))  # position tables in its own type
+        return run(self.running, floats_as(made | {name: call[name] for name in made if name in call}, self.dtype))
 
     def call(self, kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a transformer's keyword arguments by the names of the graph's inputs, floats in `dtype`.
@@ -66,4 +60,19 @@ class Answers:
         Raises:
             GuardError: the graph was traced for another kind of call.
         """
-        return floats_as(bind(self.gm, with_rows(self.gm, kwargs)), self.dtype)
+        return floats_as(bind(self.prepared.gm, with_rows(self.prepared.gm, kwargs)), self.dtype)
+
+    def differences(self) -> dict[str, float]:
+        """Return the largest difference on the calls of every shape, by the shape's name."""
+        calls = {name: floats_as(kwargs, self.dtype) for name, kwargs in self.prepared.calls.items()}
+        return {name: difference(self.exported(call), self.pytorch(call)) for name, call in calls.items()}
+
+
+def compare(prepared: Prepared, path: Path) -> tuple[dict[str, float], Answers]:
+    """Run a file in onnxruntime on every shape and compare it to PyTorch.
+
+    Returns:
+        The largest difference for each shape by name; and graph and file, to ask them more.
+    """
+    answers = Answers(prepared, session(path))
+    return answers.differences(), answers

@@ -42,12 +42,7 @@ class SamplingRun:
 
 
 class InPipeline(PipelineFace):
-    """Stands in the place of a pipeline's transformer and counts its calls.
-
-    Args:
-        answers: what there is to ask.
-        answer: the one of the two that is asked.
-    """
+    """Stands in the place of a pipeline's transformer: one of two answers is asked, and its calls are counted."""
 
     KIND = "a stand-in that compares"
     device = torch.device("cpu")
@@ -62,7 +57,7 @@ class InPipeline(PipelineFace):
         """The teacher's configuration, as diffusers pipelines read it."""
         from diffusers.configuration_utils import FrozenDict
 
-        return FrozenDict(graph_info(self._answers.gm).get("config", {}))
+        return FrozenDict(graph_info(self._answers.prepared.gm).get("config", {}))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,12 +68,8 @@ class InPipeline(PipelineFace):
         return self.config if "_answers" in self.__dict__ else None
 
     def forward(self, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        """Answer a call of the transformer.
-
-        Raises:
-            GuardError: the model was traced for another kind of call.
-        """
-        named = dict(zip(graph_info(self._answers.gm)["signature"], args, strict=False)) | kwargs
+        """Answer a call of the transformer; GuardError where the model was traced for another kind of call."""
+        named = dict(zip(graph_info(self._answers.prepared.gm)["signature"], args, strict=False)) | kwargs
         self.calls += 1
         result = self._answer(self._answers.call(named))
         if not return_dict:
@@ -92,10 +83,6 @@ def compare_runs(run: SamplingRun, answers: Answers) -> SamplingAgreement:
     """Draw the same prompts from the same noise with PyTorch and with an exported file, and compare what comes out.
 
     Latents are compared where the pipeline has a VAE, which is then not run; else its pictures.
-
-    Args:
-        run: what to draw.
-        answers: PyTorch and the file.
 
     Raises:
         PpclError: the pipeline refuses its arguments, never calls its transformer, or gives no tensor.

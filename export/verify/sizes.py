@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ppcl_fx.errors import PpclError
-from ppcl_fx.export.onnx.dynamic_axes import Axis, resized
+from ppcl_fx.export.extras import log_from
+from ppcl_fx.export.onnx.dynamic_axes import REFUSALS, Axis, resized
 from ppcl_fx.export.onnx.graph_run import run_graph
 from ppcl_fx.export.onnx.writer import Prepared
-
-_REFUSALS = (PpclError, RuntimeError, ValueError, IndexError, TypeError, AssertionError)
 
 
 def refused(prepared: Prepared, sizes: Mapping[str, int]) -> str | None:
@@ -65,20 +62,11 @@ def _at(axis: Axis, size: int) -> Axis | None:
 
 
 def _fault(prepared: Prepared, call: dict[str, Any]) -> str | None:
+    # A refusal is an answer here, and torch would log it with its traceback.
+    unlogged = log_from("torch._subclasses.fake_tensor", logging.CRITICAL)
     try:
-        with torch.no_grad(), _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        with torch.no_grad(), unlogged, FakeTensorMode(allow_non_fake_inputs=True):
             run_graph(prepared.gm, call)
-    except _REFUSALS as error:
+    except REFUSALS as error:
         return str(error).splitlines()[0] if str(error) else type(error).__name__
     return None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """A refusal is an answer here, and torch would log it with its traceback."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before

@@ -14,7 +14,6 @@ from torch.fx import GraphModule
 
 from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.export import ExportConfig, Translations, export_graph, lower
-from ppcl_fx.export.fusing import fused_operators, operators
 from ppcl_fx.export.one_graph import Exported
 from ppcl_fx.export.verify.metrics import difference
 from ppcl_fx.export.verify.onnx_runner import run, session
@@ -22,6 +21,7 @@ from ppcl_fx.tracing import bind, trace
 from tests import models
 from tests.coverage import dual
 from tests.coverage.case import EXAMPLE, Case, Shape
+from tests.export.operators import fused_operators, operators
 
 pytestmark = pytest.mark.slow
 

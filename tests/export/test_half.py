@@ -15,18 +15,17 @@ from torch import nn
 from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, export_graph, lower
-from ppcl_fx.export.fusing import fused_operators
 from ppcl_fx.export.onnx import half
 from ppcl_fx.export.onnx.graph_run import run_graph
 from ppcl_fx.export.onnx.half import check_range, largest_values, widen
-from ppcl_fx.export.onnx.inputs import in_type
-from ppcl_fx.export.onnx.writer import floats_as
+from ppcl_fx.export.onnx.writer import floats_as, in_type
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.io.files import read_json
 from ppcl_fx.passes.lowering.lowering import ClampHalf
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.coverage.table import CASES
+from tests.export.operators import fused_operators
 from tests.export.test_runtime_families import qwen, run_of
 
 pytestmark = pytest.mark.slow

@@ -12,11 +12,11 @@ from torch import nn
 from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import DropGuards, PositionsAsInputs, TuplesApart, lower
-from ppcl_fx.export.onnx.assemble import Translations
 from ppcl_fx.export.onnx.dynamic_axes import find_axes, resized, variants, widened
 from ppcl_fx.export.onnx.graph_run import run_graph
-from ppcl_fx.export.onnx.inputs import in_type
-from ppcl_fx.export.onnx.writer import compare, prepare, save, translated
+from ppcl_fx.export.onnx.segments import Translations
+from ppcl_fx.export.onnx.writer import in_type, prepare, save, translated
+from ppcl_fx.export.verify.reference import compare
 from ppcl_fx.ir.graphs import copy_graph_module
 from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.lowering.complex_to_real import complex_nodes
