@@ -181,7 +181,7 @@ def discard(folder: Path, kind: Kind) -> None:
 
 
 def check_file(path: Path, *, mark: bytes = b"", keys: Iterable[str] = ()) -> None:
-    """Refuse to replace a file of another's: without `mark` near an end, or no JSON with `keys`. It may be empty."""
+    """Refuse to replace a file, but an empty one, without `mark` near an end, or that is no JSON with `keys`."""
     check_no_link(path)
     if not path.exists() or (path.is_file() and path.stat().st_size == 0):
         return
