@@ -366,7 +366,7 @@ def test_attention_outputs_are_terms_of_their_own(kind: str, outputs: int, tmp_p
     plain, whole = (Distillation(model, "depth", Weights(attention=weight)) for weight in (0.0, 0.5))
     twice = Distillation(model, "depth", Weights(attention=1.0)).evaluate(calls[0].kwargs)
     first = next(iter(plain.groups))
-    names = terms(whole._graph) - terms(plain._graph)
+    names = terms(whole._distiller(model.graph).gm) - terms(plain._distiller(model.graph).gm)
     assert {f"attention.0.{i}" for i in range(outputs)} <= names
     one, half = (stage.evaluate(calls[0].kwargs)[first] for stage in (plain, whole))
     assert half > one
