@@ -143,7 +143,8 @@ def test_a_stopped_edits_part_of_the_graph_is_not_run(sequential: bool) -> None:
     expected = stage.evaluate(calls[0].kwargs)
 
     def blocks() -> set[str]:
-        return {path.split(".attn")[0] for n in stage._distiller(model.graph).gm.graph.nodes for path in module_paths(n)[:1]}
+        nodes = stage._distiller(model.graph).gm.graph.nodes
+        return {path.split(".attn")[0] for node in nodes for path in module_paths(node)[:1]}
 
     before, mine = blocks(), stage.groups[last]
     stage.stop(last)
