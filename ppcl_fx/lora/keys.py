@@ -116,9 +116,8 @@ def read_lora(
     """Read a LoRA for a transformer.
 
     Args:
-        source: a safetensors file, a folder with one, or its tensors by name.
+        source: a safetensors file, a folder with one (the one called `weight_name`), or its tensors by name.
         prefix: the component whose tensors are wanted, where names begin with one; others are left out.
-        weight_name: which file of the folder.
         metadata: PEFT's settings, with or without the prefix; by default those of the file.
         alphas: alpha of each layer, as diffusers' loaders give them beside the tensors.
         model: what it is for: names that are not its own go through diffusers' converters.

@@ -228,17 +228,12 @@ class GroupOffload(nn.Module):
         offload_type: str = "block_level",
         **options: Any,
     ) -> None:
-        """Keep the weights on one device and compute block by block on another.
+        """Keep the weights on `offload_device` and compute block by block on `onload_device`.
 
-        Args:
-            onload_device: where to compute.
-            offload_device: where the weights rest.
-            offload_type: ``block_level``.
-            options: as diffusers takes them (``num_blocks_per_group``, ``use_stream``, ``non_blocking`` ...).
+        `options` are as diffusers takes them (``num_blocks_per_group``, ``use_stream``, ``non_blocking`` ...).
 
         Raises:
-            PpclError: offloading by leaves or by other modules than the graph's blocks, or the model is offloaded
-                already.
+            PpclError: offloading by leaves or by other modules than the graph's blocks, or it is offloaded already.
         """
         from diffusers.hooks import group_offloading as own
 
@@ -348,14 +343,8 @@ class PipelineModel(LoraModel, GroupOffload, PipelineFace):
         """Trace the model again for another kind of call, with the weights and edits that it has, and return it.
 
         A call of a kind that is new is traced by itself. This chooses the kind that is saved with the model, and that
-        it is exported for.
-
-        Args:
-            example: the arguments of such a call: one with a ControlNet's residuals, with other inputs in another
-                dtype, with a mask. Only shapes and dtypes of tensors count.
-
-        Raises:
-            PpclError: the teacher is no model of diffusers, or such a call cannot be traced; nothing is changed then.
+        it is exported for: with a ControlNet's residuals, with other inputs in another dtype, with a mask. Only shapes
+        and dtypes of tensors count. Nothing changes where such a call cannot be traced.
         """
         self.graph = retraced(self.graph, self._plan, example=example)
         self._adapters.moved(self.graph)

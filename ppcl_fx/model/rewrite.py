@@ -98,8 +98,7 @@ def rewrite_streamed(
         report: told how far it is.
 
     Returns:
-        The pluggable model without weights, plugged as it was saved (every edit, or as `named` says): for its plan and
-        counts.
+        The model without weights, plugged as it was saved (every edit, or as `named` says): for its plan and counts.
 
     Raises:
         PpclError: the plan is for another model, or the disk or the limit is too small.

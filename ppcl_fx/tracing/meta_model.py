@@ -72,12 +72,7 @@ def skeleton(
 ) -> nn.Module:
     """Build a diffusers model without weights, in evaluation mode, with the dtypes that `from_pretrained` gives.
 
-    Args:
-        kind: the class.
-        config: what its ``config.json`` holds.
-        dtype: of the parameters, but for those that the class keeps in float32.
-        room: how large it may become, where the configuration is from outside.
-        where: the file that the configuration is from, for messages.
+    `room` bounds how large it may become, where the configuration is from outside; `where` names its file in messages.
 
     Raises:
         PpclError: the class refuses the configuration, or there is no room for what it asks for.
