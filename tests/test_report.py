@@ -364,7 +364,7 @@ def test_empty_report_is_a_page(tmp_path: Path) -> None:
 
 def test_charts_leave_gaps_and_say_when_there_is_nothing() -> None:
     def chart(x: list[float], y: list[float | None], log_y: bool = False) -> str:
-        return drawn("line_chart", LineChart([Series("s", x, y)], title="t", x_label="x", y_label="y", log_y=log_y))
+        return drawn("line_chart", LineChart([Series("s", x, y)], title="t", labels=("x", "y"), log_y=log_y))
 
     assert len(Page(chart([0, 1, 2, 3], [1.0, None, 2.0, 3.0])).all("polyline")) == 2
     assert "no finite value" in chart([0, 1], [None, float("nan")])

@@ -18,29 +18,17 @@ __all__ = ["PictureGrid", "write_report"]
 
 
 class Parts(TypedDict, total=False):
-    """What a report may hold; a part that is not given leaves no trace.
+    """What a report may hold; a part that is not given leaves no trace."""
 
-    Attributes:
-        redundancy: what the analysis found.
-        plan: what was selected; it is marked in the analysis too.
-        losses: stage -> edit id -> loss of each step.
-        effects: what each student does to the output.
-        ratios: the objects of summary.json, the teacher first.
-        pictures: prompts down, ratios across.
-        title: of the page.
-        lead: one sentence below the title.
-        provenance: where the numbers come from, shown as name and value.
-    """
-
-    redundancy: Redundancy | None
-    plan: Plan | None
-    losses: Losses | None
-    effects: Effects | None
-    ratios: Sequence[Ratio] | None
-    pictures: PictureGrid | None
-    title: str
-    lead: str
-    provenance: Mapping[str, object] | None
+    redundancy: Redundancy | None  # what the analysis found
+    plan: Plan | None  # what was selected; it is marked in the analysis too
+    losses: Losses | None  # stage -> edit id -> loss of each step
+    effects: Effects | None  # what each student does to the output
+    ratios: Sequence[Ratio] | None  # the objects of summary.json, the teacher first
+    pictures: PictureGrid | None  # prompts down, ratios across
+    title: str  # of the page
+    lead: str  # one sentence below the title
+    provenance: Mapping[str, object] | None  # where the numbers come from, shown as name and value
 
 
 def write_report(path: Path, **parts: Unpack[Parts]) -> Path:
@@ -62,7 +50,7 @@ def write_report(path: Path, **parts: Unpack[Parts]) -> Path:
     sections = {
         "ratios": ratios_view(ratios) if ratios else None,
         "pictures": parts.get("pictures"),
-        "plan": plan and {"facts": page.plan_facts(plan, whole), "reason": plan.reason},
+        "plan": plan and {"plan": plan, "whole": whole or plan.teacher_params},
         "analysis": redundancy and analysis_view(redundancy, plan),
         "frontier": redundancy and frontier_view(redundancy, plan),
         "losses": losses_view(losses) if losses else None,

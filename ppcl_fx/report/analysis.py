@@ -13,8 +13,7 @@ from ppcl_fx.schema.analysis import Interval, Redundancy, StackAnalysis, StreamC
 from ppcl_fx.schema.plan import Plan
 
 TEXT_THRESHOLD = 0.999  # the paper's appendix 6
-SIZE = (520, 230)
-"""Of a small chart."""
+SIZE = (520, 230)  # of a small chart
 
 
 def analysis_view(redundancy: Redundancy, plan: Plan | None) -> dict[str, Any]:
@@ -63,10 +62,9 @@ def _delta(stack: StackAnalysis, curves: StreamCurves, interval: Interval) -> Li
             Series("not needed", [stack.first + k for k in rest], [row[k] for k in rest], faint=True),
             Series(name, [stack.first + k for k in walked], [row[k] for k in walked], dots=True),
         ],
-        title=f"Delta from block {interval.first}: the candidate ends at block {interval.last}",
-        x_label="k",
-        y_label="",
-        size=(230, 150),
+        f"Delta from block {interval.first}: the candidate ends at block {interval.last}",
+        ("k", ""),
+        (230, 150),
         band=(interval.first + 0.85, interval.last + 0.15),
     )
 
@@ -84,7 +82,7 @@ def _fits(stack: StackAnalysis) -> LineChart:
         Series(f"{name} stream", _blocks(stack), curves.fit, colour, dots=True)
         for colour, (name, curves) in enumerate(stack.streams.items())
     ]
-    return LineChart(series, "Probe residual of each block", x_label="block", y_label="residual", size=SIZE)
+    return LineChart(series, "Probe residual of each block", ("block", "residual"), SIZE)
 
 
 def _text(stack: StackAnalysis, edits: StackEdits) -> LineChart | None:
@@ -95,15 +93,8 @@ def _text(stack: StackAnalysis, edits: StackEdits) -> LineChart | None:
     series = [Series("1 - CKA of the text stream", _blocks(stack), values, 2, dots=True)]
     if lost:
         series.append(Series("text stream replaced", list(lost), list(lost.values()), 1, line=False, dots=True))
-    return LineChart(
-        series,
-        title="How much each block changes the text stream",
-        x_label="block",
-        y_label="1 - CKA",
-        size=SIZE,
-        log_y=True,
-        rule=1 - TEXT_THRESHOLD,
-    )
+    words, labels = "How much each block changes the text stream", ("block", "1 - CKA")
+    return LineChart(series, words, labels, SIZE, log_y=True, rule=1 - TEXT_THRESHOLD)
 
 
 def _ffns(stack: StackAnalysis, edits: StackEdits) -> LineChart | None:
@@ -121,7 +112,7 @@ def _ffns(stack: StackAnalysis, edits: StackEdits) -> LineChart | None:
     if chosen := [fit for fit in stack.ffn if fit.block in replaced]:
         blocks, errors = [f.block for f in chosen], [f.error for f in chosen]
         series.append(Series("replaced", blocks, errors, 6, line=False, dots=True))
-    return LineChart(series, "Error of an FFN's projector", x_label="block", y_label="error", size=SIZE)
+    return LineChart(series, "Error of an FFN's projector", ("block", "error"), SIZE)
 
 
 def _blocks(stack: StackAnalysis) -> range:

@@ -56,18 +56,20 @@ class BlockMap:
         self.rows = _rows(self.blocks, candidates, edits)
         said = (f"{name}: {', '.join(map(_span, marks)) or 'none'}" for name, marks in self.rows)
         self.title = f"Blocks of {stack.name}: {'; '.join(said)}"
-        self.keys = [("candidate interval", 7)]
-        self.keys += [("depth: one student block for the run", 0)] if edits.depth else []
-        self.keys += [("FFN: linear projector", 1)] if edits.ffn else []
-        self.keys += [("text stream: linear projector", 2)] if edits.text else []
+        keys = (
+            (True, "candidate interval", 7),
+            (edits.depth, "depth: one student block for the run", 0),
+            (edits.ffn, "FFN: linear projector", 1),
+            (edits.text, "text stream: linear projector", 2),
+        )
+        self.keys = [{"name": name, "colour": colour} for there, name, colour in keys if there]
 
 
 def _rows(blocks: range, candidates: Sequence[Interval], edits: StackEdits) -> list[tuple[str, list[Mark]]]:
-    open_ended = {True: ", open-ended", False: ""}
-    found = [
-        Mark(c.first, c.last, "candidate", f"candidate {c.first} to {c.last}{open_ended[c.open_ended]}")
-        for c in candidates
-    ]
+    words = "candidate {} to {}{}"
+    more = [", open-ended" if c.open_ended else "" for c in candidates]
+    spans = [(c.first, c.last) for c in candidates]
+    found = [Mark(*span, "candidate", words.format(*span, end)) for span, end in zip(spans, more, strict=True)]
     rows = [("candidates", found)]
     if not edits:
         return rows

@@ -38,14 +38,9 @@ def _chart(redundancy: Redundancy, points: Sequence[Point], plan: Plan | None) -
         damage = sum(edit.damage or 0.0 for edit in predicted(redundancy, plan).edits)
         if damage > 0:
             series.append(Series("the plan", [100 * plan.params / whole], [damage], 1, line=False, dots=True))
-    return LineChart(
-        series,
-        title="Predicted damage of the best edits for each share of the parameters",
-        x_label="% of the parameters that stay",
-        y_label="predicted damage",
-        log_y=True,
-        whole_x=False,
-    )
+    title = "Predicted damage of the best edits for each share of the parameters"
+    labels = "% of the parameters that stay", "predicted damage"
+    return LineChart(series, title, labels, log_y=True, whole_x=False)
 
 
 def _spaced(points: Sequence[Point]) -> list[Point]:

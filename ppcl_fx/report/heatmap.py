@@ -6,8 +6,6 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ppcl_fx.report.svg import ticks
-
 Matrix = Sequence[Sequence[float | None]]
 
 # Anchors of a scale whose lightness rises evenly, dark blue to pale yellow: it reads in grey too, and for
@@ -57,16 +55,6 @@ class Heatmap:
             for j, value in enumerate(row):
                 if value is not None and math.isfinite(value):
                     yield i, j, value
-
-    @property
-    def block_ticks(self) -> list[float]:
-        """The blocks that are named."""
-        return ticks(self.first, self.first + len(self.matrix) - 1, 8, whole=True)
-
-    @property
-    def value_ticks(self) -> list[float]:
-        """The values that the scale names."""
-        return ticks(self.low, self.high, 5)
 
     def share(self, value: float) -> float:
         """Return where a value lies on the scale, from 0 to 1."""

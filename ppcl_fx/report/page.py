@@ -8,9 +8,8 @@ from typing import Any
 
 import jinja2
 
-from ppcl_fx.report.svg import short
+from ppcl_fx.report.svg import short, ticks
 from ppcl_fx.schema.analysis import Redundancy
-from ppcl_fx.schema.plan import Plan
 
 
 def quantity(value: int | None) -> str:
@@ -41,6 +40,7 @@ _ENVIRONMENT = jinja2.Environment(
     lstrip_blocks=True,
 )
 _ENVIRONMENT.filters |= {"quantity": quantity, "listed": _listed, "short": short}
+_ENVIRONMENT.globals |= {"ticks": ticks}
 
 
 def page(**parts: Any) -> str:
@@ -54,15 +54,6 @@ def page(**parts: Any) -> str:
 def drawn(macro: str, *values: object) -> str:
     """Return what a macro of ``macros.html`` makes of values."""
     return str(getattr(_ENVIRONMENT.get_template("macros.html").module, macro)(*values))
-
-
-def plan_facts(plan: Plan, teacher_params: int | None) -> dict[str, str]:
-    """Return the plan in words: its size and its edits."""
-    whole = teacher_params or plan.teacher_params
-    facts = {"parameters": f"{plan.params:,}" + (f" of {whole:,} ({plan.params / whole:.2%})" if whole else "")}
-    for name, kind in (("depth", "depth"), ("FFN", "ffn"), ("text stream", "text_stream")):
-        facts[name] = ", ".join(e.id.partition(":")[2] for e in plan.edits if e.kind == kind) or "none"
-    return facts
 
 
 def provenance(facts: Mapping[str, object], redundancy: Redundancy | None) -> dict[str, object]:

@@ -25,9 +25,8 @@ _SIDE, _GAP, _LEFT, _TOP = 96, 8, 210, 28  # of a contact sheet
 class PictureGrid:
     """Pictures by prompt and by ratio.
 
-    ``images[i][j]`` is the picture of ``prompts[i]`` by ``columns[j]``: a PIL image, the bytes of a PNG, or a
-    path to one; None leaves the place empty. ``marks[i][j]`` says whether the picture passed its check (None:
-    not checked).
+    ``images[i][j]`` is the picture of ``prompts[i]`` by ``columns[j]``: a PIL image, the bytes of a PNG, a path to one,
+    or None. ``marks[i][j]`` says whether it passed its check (None: not checked).
     """
 
     prompts: Sequence[str]
@@ -36,13 +35,10 @@ class PictureGrid:
     marks: Sequence[Sequence[bool | None]] | None = None
 
     def __post_init__(self) -> None:
-        for name, rows in (("images", self.images), ("marks", self.marks)):
-            if rows is None:
-                continue
+        for name, rows in (("images", self.images), ("marks", self.images if self.marks is None else self.marks)):
             if len(rows) != len(self.prompts) or any(len(row) != len(self.columns) for row in rows):
                 shape = f"{len(self.prompts)} x {len(self.columns)}"
                 raise PpclError(f"report: {name} of the picture grid must be {shape} (prompts x columns)")
-
 
     def rows(self) -> Iterator[tuple[str, list[dict[str, Any] | None]]]:
         """Return each prompt with what the page shows of its pictures."""
@@ -66,11 +62,9 @@ class PictureGrid:
 
 def label(ratio: Ratio) -> str:
     """Return a ratio's name: its own ``name`` where it has one, else made of ``keep`` and ``finetuned``."""
-    if ratio.get("name"):
-        return str(ratio["name"])
     keep = ratio.get("keep")
     share = f"{keep:.0%}" if isinstance(keep, int | float) else "?"
-    return share + (", fine-tuned" if ratio.get("finetuned") else "")
+    return str(ratio.get("name") or share + (", fine-tuned" if ratio.get("finetuned") else ""))
 
 
 def headline(ratios: Sequence[Ratio]) -> list[tuple[str, str]]:
@@ -79,12 +73,13 @@ def headline(ratios: Sequence[Ratio]) -> list[tuple[str, str]]:
         return []
     first, last = ratios[0], min(ratios, key=lambda r: (r.get("params") or math.inf, not r.get("finetuned")))
     cards = [(quantity(first.get("params")), "parameters of the teacher")]
-    if last is not first:
-        cards.append((quantity(last.get("params")), f"parameters at {label(last)}"))
-        if _overall(last) is not None and _overall(first) is not None:
-            cards.append((f"{_overall(last):.3f}", f"score at {label(last)}; teacher {_overall(first):.3f}"))
-        if last.get("speedup") is not None:
-            cards.append((f"{last['speedup']:.2f}×", "faster than the teacher in onnxruntime"))
+    if last is first:
+        return cards
+    cards.append((quantity(last.get("params")), f"parameters at {label(last)}"))
+    if _overall(last) is not None and _overall(first) is not None:
+        cards.append((f"{_overall(last):.3f}", f"score at {label(last)}; teacher {_overall(first):.3f}"))
+    if last.get("speedup") is not None:
+        cards.append((f"{last['speedup']:.2f}×", "faster than the teacher in onnxruntime"))
     return cards
 
 
@@ -107,20 +102,16 @@ def ratios_view(ratios: Sequence[Ratio]) -> dict[str, Any]:
         Series("fine-tuned", shares(tuned), [_overall(r) for r in tuned], 1, line=False, dots=True),
     ]
     times = [Series("latency", shares(plain), [r.get("latency_ms") for r in plain], 5, dots=True)]
-    x_label, size = "parameters left, %", (520, 220)
+    left, size = "parameters left, %", (520, 220)
     return view | {
-        "scores": LineChart(scores, "Score over size", x_label, "score", size, y_range=(0, 1.02)),
-        "times": LineChart(times, "Latency over size", x_label, "ms", size),
+        "scores": LineChart(scores, "Score over size", (left, "score"), size, y_range=(0, 1.02)),
+        "times": LineChart(times, "Latency over size", (left, "ms"), size),
         "orange": " Orange: after fine-tuning." if tuned else "",
     }
 
 
 def open_picture(image: Any) -> Any:
-    """Return a PIL image, the bytes of a picture file, or a path to one as an RGB image without metadata.
-
-    Raises:
-        PpclError: it is no picture.
-    """
+    """Return a PIL image, the bytes of a picture file, or a path to one as an RGB image without metadata."""
     from PIL import Image
 
     from ppcl_fx.train.images import pictures
@@ -139,13 +130,7 @@ def _overall(ratio: Ratio) -> float | None:
 
 
 def write_contact_sheet(folder: Path, grid: PictureGrid) -> Path:
-    """Write the grid, prompts down and ratios across, to ``folder/grid.png`` and return that path.
-
-    The folder is replaced as a whole or not at all.
-
-    Raises:
-        PpclError: the file cannot be written or a picture cannot be read.
-    """
+    """Write the grid to ``folder/grid.png`` and return that path; the folder is replaced as a whole or not at all."""
     from PIL import Image, ImageDraw, ImageFont
 
     columns, rows = len(grid.columns), len(grid.prompts)

@@ -30,17 +30,13 @@ class LineChart:
 
     A series without a finite value is not drawn; without any, the chart says so.
 
-    Attributes:
-        title: what screen readers say.
-        band: a shaded span of x.
-        rule: a dashed horizontal line.
-        whole_x: ticks at integers only.
+    `title` is what screen readers say, `labels` of x and y, `band` a shaded span of x, `rule` a dashed horizontal line;
+    `whole_x` asks for ticks at integers only.
     """
 
     series: Sequence[Series]
     title: str
-    x_label: str
-    y_label: str
+    labels: tuple[str, str]
     size: tuple[float, float] = (720, 250)
     log_y: bool = False
     y_range: tuple[float, float] | None = None
@@ -49,14 +45,8 @@ class LineChart:
     whole_x: bool = True
 
     @property
-    def keys(self) -> list[tuple[str, int]]:
-        """The names and colours of the series."""
-        return [(one.name, one.colour) for one in self.series]
-
-    @property
     def margins(self) -> tuple[float, float, float, float]:
-        """The pixels at the top, right, bottom, left."""
-        return (8, 8, 36, 46) if self._narrow else (10, 10, 38, 62)
+        return (8, 8, 36, 46) if self._narrow else (10, 10, 38, 62)  # top, right, bottom, left
 
     @cached_property
     def points(self) -> list[tuple[float, float]]:
@@ -85,12 +75,10 @@ class LineChart:
 
     @property
     def x_ticks(self) -> list[float]:
-        """Round numbers on the horizontal axis."""
         return ticks(*self._x_span, 5 if self._narrow else 12, self.whole_x)
 
     @property
     def y_ticks(self) -> list[float]:
-        """Round numbers on the vertical axis."""
         low, high = self._y_span
         if not self.log_y:
             return ticks(low, high, 4 if self._narrow else 5)

@@ -28,14 +28,9 @@ def smooth(values: Sequence[float], points: int = _POINTS) -> tuple[list[float],
 def _stage(name: str, curves: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     named = {edit: values for edit, values in curves.items() if values}
     steps = max(map(len, named.values()))
-    chart = LineChart(
-        [Series(edit, *smooth(values), colour=i) for i, (edit, values) in enumerate(named.items())],
-        title=f"Loss of each edit over {steps} steps of the stage {name}",
-        x_label="step",
-        y_label="loss",
-        size=(520, 270),
-        log_y=True,
-    )
+    series = [Series(edit, *smooth(values), colour=i) for i, (edit, values) in enumerate(named.items())]
+    title = f"Loss of each edit over {steps} steps of the stage {name}"
+    chart = LineChart(series, title, ("step", "loss"), (520, 270), log_y=True)
     tenths = [(edit, values, max(1, len(values) // 10)) for edit, values in named.items()]
     rows = [(edit, sum(values[:n]) / n, sum(values[-n:]) / n) for edit, values, n in tenths]
     return {"name": name, "steps": steps, "chart": chart, "rows": rows}
@@ -44,16 +39,10 @@ def _stage(name: str, curves: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 def effects_view(effects: Effects) -> dict[str, Any]:
     """Return the effects, and the chart of predicted against measured error for several sizes of the model."""
     shares = [100 * mixture.keep for mixture in effects.mixtures]
-    chart = LineChart(
-        [
-            Series("predicted", shares, [mixture.predicted for mixture in effects.mixtures], 0, dots=True),
-            Series("measured", shares, [mixture.measured for mixture in effects.mixtures], 1, dots=True),
-        ],
-        title="Predicted and measured error of the output for each share of the parameters",
-        x_label="% of the parameters that may stay",
-        y_label="relative error",
-        size=(720, 260),
-        log_y=True,
-        whole_x=False,
-    )
-    return {"effects": effects, "chart": chart}
+    series = [
+        Series("predicted", shares, [mixture.predicted for mixture in effects.mixtures], 0, dots=True),
+        Series("measured", shares, [mixture.measured for mixture in effects.mixtures], 1, dots=True),
+    ]
+    title = "Predicted and measured error of the output for each share of the parameters"
+    labels = "% of the parameters that may stay", "relative error"
+    return {"effects": effects, "chart": LineChart(series, title, labels, (720, 260), log_y=True, whole_x=False)}
