@@ -21,21 +21,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ppcl_fx._names import lazy
-from ppcl_fx._version import __version__
-from ppcl_fx.errors import GuardError, PpclError, Refusal
+from ppcl_fx._version import __version__ as __version__
+from ppcl_fx.errors import GuardError as GuardError
+from ppcl_fx.errors import PpclError as PpclError
+from ppcl_fx.errors import Refusal as Refusal
 
 if TYPE_CHECKING:
-    from ppcl_fx.calls.record import record
-    from ppcl_fx.calls.store import Calls
-    from ppcl_fx.export.runtime.engine import EngineTransformer
-    from ppcl_fx.ir.stacks import Stack, stacks
-    from ppcl_fx.model.pluggable import PluggableModel, load
-    from ppcl_fx.model.rewrite import rewrite
-    from ppcl_fx.passes.analysis.analyze import analyze
-    from ppcl_fx.passes.selection.select import select
-    from ppcl_fx.schema.analysis import Redundancy
-    from ppcl_fx.schema.plan import Plan
-    from ppcl_fx.tracing import trace
+    from ppcl_fx.calls.record import record as record
+    from ppcl_fx.calls.store import Calls as Calls
+    from ppcl_fx.export.runtime.engine import EngineTransformer as EngineTransformer
+    from ppcl_fx.ir.stacks import Stack as Stack
+    from ppcl_fx.ir.stacks import stacks as stacks
+    from ppcl_fx.model.pluggable import PluggableModel as PluggableModel
+    from ppcl_fx.model.pluggable import load as load
+    from ppcl_fx.model.rewrite import rewrite as rewrite
+    from ppcl_fx.passes.analysis.analyze import analyze as analyze
+    from ppcl_fx.passes.selection.select import select as select
+    from ppcl_fx.schema.analysis import Redundancy as Redundancy
+    from ppcl_fx.schema.plan import Plan as Plan
+    from ppcl_fx.tracing import trace as trace
+
 
 _HOME = {
     "Calls": "ppcl_fx.calls",
@@ -53,26 +58,7 @@ _HOME = {
     "trace": "ppcl_fx.tracing",
 }
 
-__all__ = [
-    "Calls",
-    "EngineTransformer",
-    "GuardError",
-    "Plan",
-    "PluggableModel",
-    "PpclError",
-    "Redundancy",
-    "Refusal",
-    "Stack",
-    "__version__",
-    "analyze",
-    "load",
-    "record",
-    "rewrite",
-    "select",
-    "stacks",
-    "trace",
-]
-
+__all__ = sorted([*_HOME, "GuardError", "PpclError", "Refusal", "__version__"])
 
 if not TYPE_CHECKING:  # a type checker sees the imports above, and reports other names
     __getattr__ = lazy(__name__, _HOME)

@@ -74,12 +74,7 @@ MOVED = {
 
 
 def lazy(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a package's ``__getattr__`` (PEP 562), which imports a public name when it is first used.
-
-    Args:
-        package: its name.
-        home: public name -> the module that it stands in.
-    """
+    """Return a package's ``__getattr__`` (PEP 562), which imports a public name when it is first used."""
 
     def get(name: str) -> Any:
         if name not in home:

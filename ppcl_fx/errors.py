@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -29,10 +30,7 @@ class Stopped(PpclError):
 class OptionError(PpclError):
     """A value that an options model does not take.
 
-    Attributes:
-        option: its name; empty where several are at odds.
-        reason: why.
-        part: the entry of a list that is wrong; empty where it is the whole.
+    `option` is empty where several are at odds; `part` is the wrong entry of a list, empty where it is the whole.
     """
 
     def __init__(self, option: str, reason: str, part: str = "") -> None:
@@ -56,16 +54,9 @@ def near(name: str, known: Iterable[str], cutoff: float = 0.5) -> str:
 
 @contextmanager
 def foreign(what: str, advice: str) -> Iterator[None]:
-    """Tell in one line what another library raises on data from outside; it may be an exception of any kind.
+    """Raise what another library raises on data from outside as one line: `what` cannot be done, why, and `advice`.
 
     What this package raises itself passes through: its own broken invariants stay loud.
-
-    Args:
-        what: the file or model, and what cannot be done with it.
-        advice: what the user can do.
-
-    Raises:
-        PpclError: the block raised in code that is not this package's.
     """
     try:
         yield
@@ -84,13 +75,8 @@ _STAND_IN = "ppcl_fx.tracing.proxies"
 
 def _ours(error: Exception) -> bool:
     """Tell whether an exception was raised by a line of this package."""
-    names: list[str] = []
-    step = error.__traceback__
-    while step is not None:
-        names.append(str(step.tb_frame.f_globals.get("__name__")))
-        step = step.tb_next
-    while names and names[-1] == _STAND_IN:
-        names.pop()
-    name = names[-1] if names else ""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    names = [str(frame.f_globals.get("__name__")) for frame in frames]
+    name = next((name for name in reversed(names) if name != _STAND_IN), "")
     # The classes of `shapes` are built from files as those of any library are.
     return name.partition(".")[0] == "ppcl_fx" and not name.startswith("ppcl_fx.shapes.")

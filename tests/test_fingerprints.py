@@ -10,7 +10,7 @@ from accelerate import cpu_offload, disk_offload
 from torch import nn
 
 import ppcl_fx
-from ppcl_fx.cli.teacher import Recorded, open_pipeline, open_teacher
+from ppcl_fx.cli.options import Recorded, open_pipeline, open_teacher
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io.fingerprint import fingerprint

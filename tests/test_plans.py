@@ -198,8 +198,8 @@ def test_an_analysis_beside_the_name_says_what_each_edit_costs(tmp_path: Path) -
     stack = random_stack(1, 60, "transformer_blocks", grows=True)
     analysis = analysis_of(stack)
     analysis.save(tmp_path / "analysis.json")
-    wish = Wish(tmp_path / "analysis.json", "paper:qwen-image-14b", None, RewriteConfig())
-    plan = wish.plan_given(wish.named())
+    wish, config = Wish(analysis=tmp_path / "analysis.json", plan="paper:qwen-image-14b"), RewriteConfig()
+    plan = wish.plan_given(wish.named(config), config)
     assert plan is not None and plan.model == analysis.model
     assert plan.ids == named("paper:qwen-image-10b").plan().ids
     damages = {edit.id: edit.damage for edit in plan.edits}

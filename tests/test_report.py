@@ -17,10 +17,10 @@ from ppcl_fx.passes.selection.frontier import frontier
 from ppcl_fx.passes.selection.select import Options
 from ppcl_fx.report import PictureGrid, write_report
 from ppcl_fx.report.blockmap import StackEdits
-from ppcl_fx.report.heatmap import colour, heatmap, value_range
-from ppcl_fx.report.html import Html, join, tag
+from ppcl_fx.report.heatmap import Heatmap, value_range
+from ppcl_fx.report.page import drawn
 from ppcl_fx.report.results import write_contact_sheet
-from ppcl_fx.report.svg import Series, line_chart, short, ticks
+from ppcl_fx.report.svg import LineChart, Series, short, ticks
 from ppcl_fx.report.training import smooth
 from ppcl_fx.schema.analysis import BlockSavings, FfnFit, Interval, Redundancy, StackAnalysis, StreamCurves
 from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
@@ -258,13 +258,13 @@ def test_heatmaps_have_a_cell_for_every_pair_of_every_stream(tmp_path: Path) -> 
 
 
 def test_heatmap_leaves_undefined_pairs_empty() -> None:
-    page = Page(heatmap([[1.0, None], [float("nan"), 0.5]], 0.0, 1.0, title="t"))
+    page = Page(drawn("heatmap", Heatmap([[1.0, None], [float("nan"), 0.5]], 0.0, 1.0, stream="image")))
     assert [w for w in page.words if w.startswith("blocks")] == [
         "blocks 0 and 0: 1.0000",
         "blocks 1 and 1: 0.5000",
     ]
-    assert colour(0.0) == "#161848"
-    assert colour(1.0) == colour(7.0) == "#fcec96"
+    assert Heatmap.shade(0.0) == "#161848"
+    assert Heatmap.shade(1.0) == Heatmap.shade(7.0) == "#fcec96"
     assert value_range([[[0.57, 1.0]], [[None, 0.73]]]) == (0.5, 1.0)
 
 
@@ -363,14 +363,12 @@ def test_empty_report_is_a_page(tmp_path: Path) -> None:
 
 
 def test_charts_leave_gaps_and_say_when_there_is_nothing() -> None:
-    gap = Page(
-        line_chart([Series("s", [0, 1, 2, 3], [1.0, None, 2.0, 3.0])], title="t", x_label="x", y_label="y")
-    )
-    assert len(gap.all("polyline")) == 2
-    none = line_chart([Series("s", [0, 1], [None, float("nan")])], title="t", x_label="x", y_label="y")
-    assert "no finite value" in none
-    log = Page(line_chart([Series("s", [0, 1], [0.0, 0.1])], title="t", x_label="x", y_label="y", log_y=True))
-    assert len(log.all("polyline")) == 1
+    def chart(x: list[float], y: list[float | None], log_y: bool = False) -> str:
+        return drawn("line_chart", LineChart([Series("s", x, y)], title="t", labels=("x", "y"), log_y=log_y))
+
+    assert len(Page(chart([0, 1, 2, 3], [1.0, None, 2.0, 3.0])).all("polyline")) == 2
+    assert "no finite value" in chart([0, 1], [None, float("nan")])
+    assert len(Page(chart([0, 1], [0.0, 0.1], log_y=True)).all("polyline")) == 1
 
 
 def test_ticks_are_round_and_inside() -> None:
@@ -378,15 +376,6 @@ def test_ticks_are_round_and_inside() -> None:
     assert ticks(0.3, 4.2, 12, whole=True) == [1, 2, 3, 4]
     assert ticks(2, 2, 4) == [2]
     assert [short(v) for v in (0, 0.25, 1e-4, 2.5e-5, 3e6)] == ["0", "0.25", "1e-4", "2.5e-5", "3e6"]
-
-
-def test_markup_is_escaped_unless_it_is_markup() -> None:
-    assert tag("p", "<b>", Html("<i></i>"), [1, 2.5], None) == "<p>&lt;b&gt;<i></i>12.5</p>"
-    assert (
-        tag("td", class_="a", data_x='"', hidden=True, title=None)
-        == '<td class="a" data-x="&quot;" hidden></td>'
-    )
-    assert join("a", Html("&amp;")) == "a&amp;"
 
 
 def test_contact_sheet_shows_the_pictures_in_their_places(tmp_path: Path) -> None:

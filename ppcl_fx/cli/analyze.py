@@ -8,21 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ppcl_fx.cli import options as common
 from ppcl_fx.cli.boundary import CommandResult
 from ppcl_fx.cli.flags import flagged
-from ppcl_fx.cli.options import Model, Overwrite, check_device, check_folder, check_output, refuse
-from ppcl_fx.cli.teacher import open_calls, open_checkpoint, open_teacher
+from ppcl_fx.cli.options import Model, Overwrite
 from ppcl_fx.cli.terminal import Terminal, quiet_diffusers
 from ppcl_fx.errors import PpclError, foreign
-from ppcl_fx.io.owned_folders import (
-    ANALYSING,
-    REPORT_MARK,
-    check_file,
-    check_no_link,
-    check_replaceable,
-    discard,
-)
-from ppcl_fx.io.owned_folders import CALLS as RECORDED
+from ppcl_fx.io import owned_folders as owned
 from ppcl_fx.io.reading import read_text
 from ppcl_fx.model.sources import check_source
 from ppcl_fx.passes.options import AnalyzeConfig
@@ -61,13 +53,13 @@ def analyze(
     if prompts is not None and calls is not None:
         raise PpclError("--prompts, --calls: recorded calls need no prompts; give one of the two")
     if calls is not None:
-        refuse(config, ("batch_size", "steps", "seed"), "nothing is recorded with --calls; leave it out")
-    check_device(config.device, config.memory_limit is not None)
+        common.refuse(config, ("batch_size", "steps", "seed"), "nothing is recorded with --calls; leave it out")
+    common.check_device(config.device, config.memory_limit is not None)
     if config.memory_limit is not None and calls is None:
         raise PpclError("--memory-limit: the model is never loaded, so nothing can be recorded; give --calls FOLDER")
     _check_out(out, calls is None, overwrite, [model, prompts, calls])
     check_source(model)
-    check_folder(calls, "recorded calls", "index.json")
+    common.check_folder(calls, "recorded calls", "index.json")
     texts = read_prompts(prompts) if prompts is not None else None
 
     import ppcl_fx
@@ -77,8 +69,8 @@ def analyze(
     with terminal.step("loading the model"):
         source = open_source(model)
     if calls is not None and config.memory_limit is not None:
-        recorded = open_calls(calls, terminal).calls
-        checkpoint = open_checkpoint(model, terminal, {calls: recorded.model})
+        recorded = common.open_calls(calls, terminal).calls
+        checkpoint = common.open_checkpoint(model, terminal, {calls: recorded.model})
         from ppcl_fx.passes.analysis.analyze import calibration_on_disk, conclude
         from ppcl_fx.passes.calibration.run_store import MEMORY
 
@@ -90,15 +82,15 @@ def analyze(
             transformer, recorded = _record(source, texts, config, terminal)
             recorded.save(out / CALLS, overwrite=overwrite)
         else:
-            recorded = open_calls(calls, terminal).calls
-            transformer = open_teacher(model, terminal, {calls: recorded.model})
+            recorded = common.open_calls(calls, terminal).calls
+            transformer = common.open_teacher(model, terminal, {calls: recorded.model})
         with terminal.step("tracing"):
             graph = ppcl_fx.trace(transformer, recorded.examples())
         with terminal.step("analysing") as progress:
             analysis = ppcl_fx.analyze(graph, recorded, config, progress=progress)
     analysis.save(out / ANALYSIS)
     # Not before the result is safe: a run killed in between goes on from here.
-    discard(out / WORK, ANALYSING)
+    owned.discard(out / WORK, owned.ANALYSING)
     write_report(out / REPORT, redundancy=analysis, title=f"{source.name}: analysis", provenance={"model": source.name})
     return _result(out, calls or out / CALLS, analysis)
 
@@ -114,18 +106,18 @@ def read_prompts(path: Path) -> list[str]:
 
 def _check_out(out: Path, recording: bool, overwrite: bool, reads: Iterable[str | Path | None]) -> None:
     """Refuse a RUN that holds results already, or others' files in their place, or cannot be written."""
-    check_output(out)
+    common.check_output(out)
     for place in (out / CALLS, out / ANALYSIS, out / REPORT, out / WORK):
-        check_no_link(place)
-    if recording and (out / CALLS).exists() and not overwrite:
-        raise PpclError(f"{out / CALLS}: already exists; use it with --calls {out / CALLS}, or give --overwrite")
+        owned.check_no_link(place)
     if recording:
-        check_replaceable(out / CALLS, RECORDED, [read for read in reads if read is not None])
+        if (out / CALLS).exists() and not overwrite:
+            raise PpclError(f"{out / CALLS}: already exists; use it with --calls {out / CALLS}, or give --overwrite")
+        owned.check_replaceable(out / CALLS, owned.CALLS, [read for read in reads if read is not None])
     if (out / ANALYSIS).exists() and not overwrite:
         raise PpclError(f"{out / ANALYSIS}: already exists; choose another output, or give --overwrite")
-    check_file(out / ANALYSIS, keys=("stacks", "calls_used"))
-    check_file(out / REPORT, mark=REPORT_MARK)
-    check_replaceable(out / WORK, ANALYSING)
+    owned.check_file(out / ANALYSIS, keys=("stacks", "calls_used"))
+    owned.check_file(out / REPORT, mark=owned.REPORT_MARK)
+    owned.check_replaceable(out / WORK, owned.ANALYSING)
 
 
 def _record(
@@ -134,22 +126,17 @@ def _record(
     import ppcl_fx
 
     if source.kind != "pipeline":
-        raise PpclError(
-            f"{source.name}: a bare transformer draws no prompts; give its whole pipeline, or --calls FOLDER"
-        )
+        more = "give its whole pipeline, or --calls FOLDER"
+        raise PpclError(f"{source.name}: a bare transformer draws no prompts; {more}")
     missing = f"{source.name}: no prompts to record; give --prompts FILE, one prompt a line"
     wanted = texts if texts is not None else shipped_prompts(source, config.seed, missing)
     with terminal.step("loading the pipeline"), quiet_diffusers():
         pipeline = source.pipeline()
     broken = foreign(f"{source.name}: its pipeline does not draw", "mend its files, or download it again")
+    size, steps = config.batch_size, config.steps
     with broken, terminal.step(f"recording {len(wanted)} prompts") as progress:
         calls = ppcl_fx.record(
-            pipeline,
-            wanted,
-            batch_size=config.batch_size,
-            num_inference_steps=config.steps,
-            seed=config.seed,
-            progress=progress,
+            pipeline, wanted, batch_size=size, num_inference_steps=steps, seed=config.seed, progress=progress
         )
     return pipeline.transformer, calls
 
@@ -178,10 +165,7 @@ def _result(out: Path, calls: Path, analysis: Redundancy) -> CommandResult:
         "model": analysis.model,
         "params": analysis.teacher_params,
         "blocks": blocks,
-        "calls_used": analysis.calls_used,
-        "held_out": analysis.held_out,
-        "few": analysis.few,
-        "stream": analysis.stream,
+        **{name: getattr(analysis, name) for name in ("calls_used", "held_out", "few", "stream")},
         "candidates": found,
     }
     lines = [f"{analysis.teacher_params:,} parameters in {blocks} blocks, {analysis.calls_used} calls"]

@@ -38,22 +38,23 @@ def guarded(run: Callable[[list[str]], object], argv: Sequence[str]) -> int:
     A `PpclError`, a wrong option and an `OSError` become one line on stderr and 2, Ctrl-C becomes 130, SIGTERM 143
     (after every open result was cleaned up). With `--json` among the arguments stdout gets exactly one object, the
     result or ``{"error": line}``, and everything else that is printed goes to stderr. Other exceptions are faults
-    of this program and pass through with their traceback.
-
-    Args:
-        run: the parsed program; returns a `CommandResult`, an exit code or None.
-        argv: the arguments, without the program's name.
+    of this program and pass through with their traceback. `run` returns a `CommandResult`, an exit code or None.
     """
     arguments = list(argv)
     as_json = "--json" in arguments and "--help" not in arguments
     with _sigterm_unwinds(), _only_json(as_json) as stdout:
+
+        def fail(line: str, code: int) -> int:
+            print(f"ppcl-fx: {line}", file=sys.stderr)  # noqa: T201
+            if as_json:
+                _print_json({"error": line}, stdout)
+            return code
+
         try:
             _check_arguments(arguments)
             outcome = run(arguments)
-        except Stopped as error:
-            return _fail(_line(error), error.code, stdout if as_json else None)
         except (PpclError, TyperException, OSError) as error:
-            return _fail(_line(error), USER_ERROR, stdout if as_json else None)
+            return fail(_line(error), error.code if isinstance(error, Stopped) else USER_ERROR)
         except KeyboardInterrupt:
             outcome = INTERRUPTED
         except Exception as error:
@@ -61,27 +62,14 @@ def guarded(run: Callable[[list[str]], object], argv: Sequence[str]) -> int:
                 _print_json({"error": f"internal error: {type(error).__name__}: {error}"}, stdout)
             raise
         if isinstance(outcome, CommandResult):
-            _show(outcome, as_json, stdout)
+            if as_json:
+                _print_json(outcome.data, stdout)
+            for line in () if as_json else outcome.lines:
+                print(printable(line), file=stdout)
             return 0
-        code = outcome if isinstance(outcome, int) else 0
-        if code == INTERRUPTED:
-            return _fail("interrupted: nothing half-written was left", code, stdout if as_json else None)
-        return code
-
-
-def _show(result: CommandResult, as_json: bool, stdout: TextIO) -> None:
-    if as_json:
-        _print_json(result.data, stdout)
-        return
-    for line in result.lines:
-        print(printable(line), file=stdout)
-
-
-def _fail(line: str, code: int, stdout: TextIO | None) -> int:
-    print(f"ppcl-fx: {line}", file=sys.stderr)  # noqa: T201
-    if stdout is not None:
-        _print_json({"error": line}, stdout)
-    return code
+        if outcome == INTERRUPTED:
+            return fail("interrupted: nothing half-written was left", INTERRUPTED)
+        return outcome if isinstance(outcome, int) else 0
 
 
 def _print_json(data: dict[str, Any], stdout: TextIO) -> None:
@@ -98,11 +86,7 @@ def printable(text: str) -> str:
 
 
 def _check_arguments(arguments: Sequence[str]) -> None:
-    """Refuse what no option has a use for: nothing, and bytes that are no text, which no result could be written with.
-
-    Raises:
-        PpclError: there is such an argument.
-    """
+    """Refuse what no option has a use for: nothing, and bytes that are no text, which no result could hold."""
     for before, argument in zip(["", *arguments], arguments, strict=False):
         if _HALVES.search(argument):
             raise PpclError(f"{argument}: holds bytes that are not UTF-8; give another name")

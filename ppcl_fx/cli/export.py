@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ppcl_fx.cli import options as common
 from ppcl_fx.cli.analyze import shipped_prompts
 from ppcl_fx.cli.boundary import CommandResult
 from ppcl_fx.cli.flags import flagged
-from ppcl_fx.cli.options import Overwrite, check_folder, check_output, refuse
-from ppcl_fx.cli.teacher import Recorded, open_calls, open_pipeline, open_student
+from ppcl_fx.cli.options import Overwrite, Recorded
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.config import FOLDERS, KEEPS, ExportConfig
@@ -29,10 +29,8 @@ if TYPE_CHECKING:
     from ppcl_fx.model.pluggable import PluggableModel
     from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder
 
-SAMPLES = 2
-"""Pictures of a sampling run, if nothing else is said."""
-SEED = 42
-"""Of the first picture's noise, as when calls are recorded."""
+SAMPLES = 2  # pictures of a sampling run, if nothing else is said
+SEED = 42  # of the first picture's noise, as when calls are recorded
 
 
 @flagged
@@ -77,22 +75,22 @@ def export(
     """
     _check_uses(config, calls, pipeline, {"--samples": samples, "--sample-steps": sample_steps})
     if config.format in FOLDERS:
-        check_output(out, kind=PRUNED_RATIOS, overwrite=config.overwrite, reads=[student])
+        common.check_output(out, kind=PRUNED_RATIOS, overwrite=config.overwrite, reads=[student])
     else:
-        check_output(out)  # other ratios may be there: what is refused is a graph of the same name
+        common.check_output(out)  # other ratios may be there: what is refused is a graph of the same name
     if pipeline is not None:
         check_source(pipeline)
     # In a student there are fine-tuned models alone, and a missing one has a line of its own.
     if not (student.parent / str(SAVED.manifest)).is_file():
-        check_folder(student, "what 'ppcl-fx rewrite' wrote")
-    check_folder(calls, "recorded calls", "index.json")
+        common.check_folder(student, "what 'ppcl-fx rewrite' wrote")
+    common.check_folder(calls, "recorded calls", "index.json")
 
     from ppcl_fx.export.exporting import export as run
     from ppcl_fx.export.store.weight_source import stays_on_disk
     from ppcl_fx.model.pluggable import PluggableModel
     from ppcl_fx.model.student_folder import FinetunedFolder
 
-    recorded = open_calls(calls, terminal) if calls is not None else None
+    recorded = common.open_calls(calls, terminal) if calls is not None else None
     model = _opened(student, config, terminal, recorded)
     tuned = isinstance(model, FinetunedFolder)
     teacher = (model if isinstance(model, PluggableModel) else model.model).plan.model
@@ -104,16 +102,9 @@ def export(
         sampling = replace(sampling, prompts=sampling.prompts[: samples or SAMPLES], steps=sample_steps)
     notes: list[str] = []
     what = "the fine-tuned model" if tuned else f"{len(config.keep or KEEPS)} ratios"
+    used = recorded.calls if recorded is not None else None
     with terminal.step(f"exporting {what}") as progress:
-        exported = run(
-            model,
-            out,
-            config,
-            calls=recorded.calls if recorded is not None else None,
-            sampling=sampling,
-            progress=progress,
-            note=notes.append,
-        )
+        exported = run(model, out, config, calls=used, sampling=sampling, progress=progress, note=notes.append)
     return _result(exported, config, notes)
 
 
@@ -128,7 +119,7 @@ def build(
 
     What is not said here is taken from ENGINES/build.json, which 'ppcl-fx export --onnx-only' wrote.
     """
-    check_folder(folder, "what 'ppcl-fx export' wrote")
+    common.check_folder(folder, "what 'ppcl-fx export' wrote")
     from ppcl_fx.export.tensorrt.request import read_request
 
     config = read_request(folder).over(given)
@@ -153,9 +144,9 @@ def _check_uses(
         if value is not None and pipeline is None:
             raise PpclError(f"{name}: a sampling run needs the teacher's pipeline; give --pipeline MODEL")
     if calls is None:
-        refuse(config, ["check_calls"], "there are no recorded calls; give --calls, or leave it out")
+        common.refuse(config, ["check_calls"], "there are no recorded calls; give --calls, or leave it out")
     if pipeline is None:
-        refuse(config, ["sampling_tolerance"], "there is no sampling run; give --pipeline, or leave it out")
+        common.refuse(config, ["sampling_tolerance"], "there is no sampling run; give --pipeline, or leave it out")
 
 
 def _opened(
@@ -169,7 +160,7 @@ def _opened(
         with terminal.step("opening the fine-tuned model"):
             return FinetunedFolder.open(student)
     if config.format in FOLDERS or not (student / CARD).is_file():
-        return open_student(student, terminal, recorded)
+        return common.open_student(student, terminal, recorded)
     with terminal.step("opening the student"):
         return StudentFolder.open(student)
 
@@ -184,7 +175,7 @@ def _open_sampling(name: str, student: Path, model: str, recorded: Recorded | No
         texts = list(dict.fromkeys(text for call in recorded.calls.heads() for text in call.prompts))
     else:
         texts = shipped_prompts(source, SEED, f"--pipeline {name}: no prompts to draw; give recorded calls: --calls")
-    pipeline = open_pipeline("--pipeline", source, student, model, terminal)
+    pipeline = common.open_pipeline("--pipeline", source, student, model, terminal)
     pipeline.transformer = None  # the run puts others there, and its weights are in memory once more
     if source.name != SHAPES:
         return SamplingRun(pipeline, texts, SEED)
@@ -201,6 +192,7 @@ def _result(exported: ExportResult, config: ExportConfig, notes: list[str]) -> C
         ]
         lines = [f"{one.keep:<5g} {one.params:>14,}  {one.folder}" for one in exported.folders]
         return CommandResult({"format": config.format, "folders": found}, ["keep      parameters  folder", *lines])
+    scores: list[str] = []
     lines = [f"{'keep':<5} {'parameters':>14} {'ms':>8}   difference  relative    cosine  sampling  file"]
     for ratio in exported.ratios:
         ms = "-" if ratio.latency_ms is None else f"{ratio.latency_ms:.2f}"
@@ -208,16 +200,11 @@ def _result(exported: ExportResult, config: ExportConfig, notes: list[str]) -> C
         calls, run = (ratio.gate.calls, ratio.gate.sampling) if ratio.gate is not None else (None, None)
         relative, cosine = (f"{calls.relative:.2g}", f"{calls.cosine:.6f}") if calls is not None else ("-", "-")
         sampled = "-" if run is None else f"{run.relative:.2g}"
-        lines.append(
-            f"{ratio.keep:<5g} {ratio.params:>14,} {ms:>8}   {largest:>10}  {relative:>8}  {cosine:>8}  {sampled:>8}  "
-            f"{ratio.engine or ratio.onnx}"
-        )
-    lines += [
-        f"{ratio.keep:g}: its pictures score {run.score:g}, and PyTorch's {run.score_pytorch:g}"
-        for ratio in exported.ratios
-        if ratio.gate and (run := ratio.gate.sampling) and run.score is not None
-    ]
-    lines += notes
+        how = f"{ms:>8}   {largest:>10}  {relative:>8}  {cosine:>8}  {sampled:>8}"
+        lines.append(f"{ratio.keep:<5g} {ratio.params:>14,} {how}  {ratio.engine or ratio.onnx}")
+        if run is not None and run.score is not None:
+            scores.append(f"{ratio.keep:g}: its pictures score {run.score:g}, and PyTorch's {run.score_pytorch:g}")
+    lines += [*scores, *notes]
     if exported.script is not None:
         lines.append(f"build the engines with: sh {exported.script}")
     elif config.onnx_only:

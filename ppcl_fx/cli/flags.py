@@ -54,7 +54,7 @@ def flagged(function: Callable[..., Any]) -> Callable[..., Any]:
             del typed["json"]  # the boundary looks at it
         made = {}
         for name, (model, checked) in models.items():
-            texts = {field: typed.pop(field) for field in _names(model)}
+            texts = {field: typed.pop(field) for field in _fields(model)}
             made[name] = _made(model, texts) if checked else _given(model, texts)
         return function(**typed, **made)
 
@@ -68,19 +68,13 @@ def _parameter(name: str, annotation: Any, default: Any = None) -> inspect.Param
 
 
 def _flags(model: type[BaseModel]) -> list[inspect.Parameter]:
-    """Return a parameter for each field of a model, those of an options model in it included."""
     found = []
-    for name, field in model.model_fields.items():
+    for name, (flag, field) in _fields(model).items():
         kind, mark = plain_type(field.annotation), meta_of(field)
-        if is_config(kind):
-            found += _flags(kind)
-        if is_config(kind) or mark.hidden:
-            continue
-        flag, mapping = flag_of(model, name), _is_mapping(kind)
         flags = [f"{flag}/--no-{flag[2:]}"] if kind is bool else [flag, *mark.also]
         metavar = None if kind is bool else mark.metavar or _metavar(kind)
         option = typer.Option(*flags, metavar=metavar, help=_help(field), show_default=False)
-        typed = bool if kind is bool else list[str] if mapping else str
+        typed = bool if kind is bool else list[str] if _is_mapping(kind) else str
         found.append(_parameter(name, Annotated[typed | None, option]))
     return found
 
@@ -111,15 +105,15 @@ def _is_mapping(kind: Any) -> bool:
     return get_origin(kind) is dict or (isinstance(kind, type) and issubclass(kind, BaseModel))
 
 
-def _names(model: type[BaseModel]) -> dict[str, str]:
-    """Return the flags of a model, those of the models in it included, by their fields' names."""
-    found: dict[str, str] = {}
+def _fields(model: type[BaseModel]) -> dict[str, tuple[str, FieldInfo]]:
+    """Return the flags and the fields of a model, those of the models in it included, by their fields' names."""
+    found: dict[str, tuple[str, FieldInfo]] = {}
     for name, field in model.model_fields.items():
         kind = plain_type(field.annotation)
         if is_config(kind):
-            found |= _names(kind)
+            found |= _fields(kind)
         elif not meta_of(field).hidden:
-            found[name] = flag_of(model, name)
+            found[name] = flag_of(model, name), field
     return found
 
 
@@ -176,7 +170,6 @@ def typed_error(error: OptionError, model: type[BaseModel], texts: Mapping[str, 
     """Return an options model's refusal in the words of the command line: the flag and what was typed."""
     if not error.option:
         return error
-    text = texts.get(error.option)
-    text = error.part or text
+    text = error.part or texts.get(error.option)
     typed = f" {','.join(text) if isinstance(text, list) else text}" if isinstance(text, (str, list)) else ""
-    return PpclError(f"{_names(model)[error.option]}{typed}: {error.reason}")
+    return PpclError(f"{_fields(model)[error.option][0]}{typed}: {error.reason}")

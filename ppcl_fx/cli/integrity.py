@@ -2,42 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
+from ppcl_fx.formats.components import check_component, is_model, open_weights
+from ppcl_fx.formats.layout import open_layout
+from ppcl_fx.formats.pruned import PRUNED, Pruned
+from ppcl_fx.io.files import inside, read_json, sha256_of
 from ppcl_fx.io.fingerprint import tensor_digest
 from ppcl_fx.io.shards import AGAIN, Shards, check_weight
+from ppcl_fx.model.pluggable import STUDENTS, TEACHER
+from ppcl_fx.model.sources import is_released, open_source, transformer_folder
+from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder
+from ppcl_fx.schema.analysis import Redundancy
+from ppcl_fx.schema.curves import LOSSES, Losses
+from ppcl_fx.schema.measured_effects import EFFECTS, load_effects
+from ppcl_fx.train.core.checkpoints import read
 
 
 @dataclass(frozen=True)
 class Checked:
-    """A part of a folder that is whole.
-
-    Attributes:
-        path: the file or folder.
-        what: what it is, in words.
-        compared: what it was compared with.
-    """
+    """A part of a folder that is whole: its place, what it is, and what it was compared with, in words."""
 
     path: Path
     what: str
     compared: str
 
 
-def verify(folder: str | Path, note: Callable[[Path], None] = lambda path: None) -> list[Checked]:
+def verify(folder: str | Path) -> list[Checked]:
     """Read everything that this package, or diffusers, wrote into a folder and the folders in it.
-
-    Args:
-        folder: a student, exported engines, recorded calls, checkpoints, an analysis, a model, or what holds some of
-            them.
-        note: told each part before it is read.
-
-    Returns:
-        What was read, and what it was compared with.
 
     Raises:
         PpclError: the first thing that is missing or damaged, by its file and tensor; or nothing here is known.
@@ -45,13 +43,13 @@ def verify(folder: str | Path, note: Callable[[Path], None] = lambda path: None)
     folder = Path(folder)
     if not folder.is_dir():
         raise PpclError(f"{folder}: no such folder; give a folder that ppcl-fx or diffusers wrote")
-    found = list(_walk(folder, note))
+    found = list(_walk(folder))
     if not found:
         raise PpclError(f"{folder}: holds nothing that ppcl-fx or diffusers wrote; give a student, engines or calls")
     return found
 
 
-def _walk(folder: Path, note: Callable[[Path], None]) -> Iterator[Checked]:
+def _walk(folder: Path) -> Iterator[Checked]:
     done: set[str] = set()
     for sign, check, covered in (
         ("ppcl.json", _student, {"teacher"}),
@@ -67,18 +65,13 @@ def _walk(folder: Path, note: Callable[[Path], None]) -> Iterator[Checked]:
     ):
         if check.__name__ not in done and any(folder.glob(sign)):
             done |= {check.__name__, *covered}
-            note(folder)
             yield from check(folder)
     for place in sorted(path for path in folder.iterdir() if path.is_dir() and path.name not in done):
         if place.resolve().is_relative_to(folder.resolve()):  # or a link could lead round and round
-            yield from _walk(place, note)
+            yield from _walk(place)
 
 
 def _student(folder: Path) -> Iterator[Checked]:
-    from ppcl_fx.model.pluggable import STUDENTS, TEACHER
-    from ppcl_fx.model.student_folder import StudentFolder
-    from ppcl_fx.schema.measured_effects import EFFECTS, load_effects
-
     opened = StudentFolder.open(folder)
     opened.release()
     yield Checked(folder, "student", "plan, teacher's fingerprint, traced call")
@@ -93,8 +86,6 @@ def _student(folder: Path) -> Iterator[Checked]:
 
 
 def _finetuned(folder: Path) -> Iterator[Checked]:
-    from ppcl_fx.model.student_folder import FinetunedFolder
-
     yield _weights(folder, "fine-tuned model", Shards.one_file(FinetunedFolder.open(folder).file))
 
 
@@ -109,7 +100,6 @@ def _engines(folder: Path) -> Iterator[Checked]:
     from ppcl_fx.export.store.names import manifest_path
     from ppcl_fx.export.tensorrt.manifest import EngineManifest
     from ppcl_fx.export.verify.integrity import check_artefacts
-    from ppcl_fx.io.files import inside, read_json, sha256_of
 
     ratios = artefacts(folder)
     for card in check_artefacts(folder):
@@ -131,23 +121,16 @@ def _engines(folder: Path) -> Iterator[Checked]:
 
 
 def _calls(folder: Path) -> Iterator[Checked]:
-    from ppcl_fx.calls.store import Calls
-
     calls = Calls.open(folder)
     yield Checked(folder, "calls", f"sha256 of every tensor of {len(calls)} calls, and of all of them")
 
 
 def _checkpoint(folder: Path) -> Iterator[Checked]:
-    from ppcl_fx.train.core.checkpoints import read
-
     found = read(folder)
     yield Checked(folder, "checkpoint", f"sha256 of every file, {len(found.tensors)} tensors")
 
 
 def _analysis(folder: Path) -> Iterator[Checked]:
-    from ppcl_fx.calls.store import Calls
-    from ppcl_fx.schema.analysis import Redundancy
-
     path, calls = folder / "analysis.json", folder / "calls"
     found = Redundancy.load(path)
     beside = (calls / "index.json").is_file()
@@ -157,16 +140,11 @@ def _analysis(folder: Path) -> Iterator[Checked]:
 
 
 def _losses(folder: Path) -> Iterator[Checked]:
-    from ppcl_fx.schema.curves import Losses
-
-    Losses.open(folder / "losses.json")
-    yield Checked(folder / "losses.json", "losses", "nothing beside its form")
+    Losses.open(folder / LOSSES)
+    yield Checked(folder / LOSSES, "losses", "nothing beside its form")
 
 
 def _pipeline(folder: Path) -> Iterator[Checked]:
-    from ppcl_fx.formats.components import check_component, is_model, open_weights
-    from ppcl_fx.model.sources import open_source, transformer_folder
-
     source = open_source(str(folder))
     yield from _transformer(transformer_folder(folder))
     for name, kind in source.parts().items():
@@ -178,11 +156,6 @@ def _pipeline(folder: Path) -> Iterator[Checked]:
 
 
 def _transformer(folder: Path) -> Iterator[Checked]:
-    from ppcl_fx.formats.layout import open_layout
-    from ppcl_fx.formats.pruned import PRUNED, Pruned
-    from ppcl_fx.io.files import read_json
-    from ppcl_fx.model.sources import is_released, open_source
-
     if (folder / PRUNED).is_file():
         read_json(folder / PRUNED, Pruned)
     if is_released(folder):

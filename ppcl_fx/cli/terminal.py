@@ -8,7 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Protocol
 
 from ppcl_fx.cli.boundary import printable
@@ -34,19 +34,15 @@ _PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"))
 
 
 class Terminal:
-    """Progress bars on a terminal, a line now and then where stderr is a file. `verbose` adds notes and log lines.
+    """Progress bars on a terminal, a line now and then where stderr is a file; nothing where it is `silent`.
 
-    With `silent` nothing is shown: another process shows it.
+    `verbose` adds notes and log lines.
     """
 
     def __init__(self, verbose: bool = False, silent: bool = False) -> None:
         self.verbose = verbose and not silent
         self._silent = silent
         _set_up_libraries(self.verbose)
-
-    def quieter(self, silent: bool) -> Terminal:
-        """Return this terminal, or one that shows nothing."""
-        return Terminal(self.verbose, silent=True) if silent else self
 
     def note(self, line: str) -> None:
         """Say something that only `-v` wants to know."""
@@ -57,10 +53,7 @@ class Terminal:
     def step(self, label: str) -> Iterator[ProgressReport]:
         """Show how far one step of the work is; the block reports by calling what it is given."""
         started = time.monotonic()
-        if self._silent:
-            yield _nothing
-            return
-        show = _bar(label) if sys.stderr.isatty() else _lines(label)
+        show = nullcontext(_nothing) if self._silent else _bar(label) if sys.stderr.isatty() else _lines(label)
         with show as report:
             yield report
         self.note(f"{label}: {time.monotonic() - started:.1f} s")
@@ -88,8 +81,7 @@ def quiet_diffusers() -> Iterator[None]:
             diffusers_logging.enable_progress_bar()
 
 
-def _progress(last: ProgressColumn, width: int | None = 40) -> Progress:
-    """Return bars on stderr with a column of one's own."""
+def _progress(last: ProgressColumn, width: int = 40) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -161,38 +153,28 @@ def _set_up_libraries(verbose: bool) -> None:
         warnings.simplefilter("ignore")
 
 
-@contextmanager
-def watching(clock: Callable[[], float] = time.monotonic) -> Iterator[Callable[[LogRow], None]]:
+def watching(clock: Callable[[], float] = time.monotonic) -> AbstractContextManager[Callable[[LogRow], None]]:
     """Yield what is to be told each step's row; it shows them on stderr."""
-    if sys.stderr.isatty():
-        with _row_bar() as show:
-            yield show
-    else:
-        yield _row_lines(clock)
+    return _row_bar() if sys.stderr.isatty() else nullcontext(_row_lines(clock))
 
 
 def words(row: LogRow) -> str:
     """Say in one line where a training stands: no estimate of the end before there is one."""
-    parts = [f"loss {row.loss:.4g}"]
-    if row.held_out:
-        parts.append(f"held-out {sum(row.held_out.values()):.4g}")
-    if row.score is not None:
-        parts.append(f"score {row.score:.3f}")
-    if row.samples_per_second is not None:
-        parts.append(f"{row.samples_per_second:.3g} samples/s")
-    if row.flops_per_second:
-        parts.append(_flops(row.flops_per_second))
-    parts.append(f"peak {size_words(row.peak_bytes)}")
-    if row.left:
-        parts.append(f"about {time_words(row.left)} left in this stage")
-    return f"{row.stage}: {row.step} of {row.steps}, {', '.join(parts)}"
+    parts = [
+        f"loss {row.loss:.4g}",
+        f"held-out {sum(row.held_out.values()):.4g}" if row.held_out else "",
+        "" if row.score is None else f"score {row.score:.3f}",
+        "" if row.samples_per_second is None else f"{row.samples_per_second:.3g} samples/s",
+        _flops(row.flops_per_second) if row.flops_per_second else "",
+        f"peak {size_words(row.peak_bytes)}",
+        f"about {time_words(row.left)} left in this stage" if row.left else "",
+    ]
+    return f"{row.stage}: {row.step} of {row.steps}, {', '.join(filter(None, parts))}"
 
 
 def _flops(rate: float) -> str:
-    for size, prefix in _PREFIXES:
-        if rate >= size:
-            return f"{rate / size:.3g} {prefix}FLOP/s"
-    return f"{rate:.0f} FLOP/s"
+    size, prefix = next((pair for pair in _PREFIXES if rate >= pair[0]), (1.0, ""))
+    return f"{rate / size:.3g} {prefix}FLOP/s" if prefix else f"{rate:.0f} FLOP/s"
 
 
 def _row_lines(clock: Callable[[], float]) -> Callable[[LogRow], None]:

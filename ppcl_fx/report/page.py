@@ -1,67 +1,71 @@
-"""The page around the sections: head, cards, navigation, provenance."""
+"""The page: what the templates are filled with, and the words that several of them need."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from ppcl_fx.report.html import Html, definitions, quantity, section, tag
+import jinja2
+
+from ppcl_fx.report.svg import short, ticks
 from ppcl_fx.schema.analysis import Redundancy
-from ppcl_fx.schema.plan import Plan
-
-# Nothing may be fetched, whatever a file from outside says: only pictures inside the page and its own style.
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-
-_STYLE = Path(__file__).parent / "templates" / "style.css"
-_NAMES = {
-    "ratios": "Ratios",
-    "pictures": "Pictures",
-    "plan": "Plan",
-    "analysis": "Analysis",
-    "frontier": "Sizes",
-    "losses": "Distillation",
-    "effects": "Effects",
-    "provenance": "Provenance",
-}
 
 
-def page(title: str, sections: Mapping[str, Html], cards: Sequence[tuple[str, str]], lead: str) -> str:
-    """Return the whole document; `sections` maps an anchor of the page to its section, in the order shown."""
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        tag("meta", name_="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", title),
-        tag("style", Html(_STYLE.read_text(encoding="utf-8"))),
-    )
-    links = [tag("a", _NAMES.get(anchor, anchor), href=f"#{anchor}") for anchor in sections]
-    nav = tag("nav", links, aria_label="Sections") if len(links) > 1 else None
-    shown = [tag("div", tag("b", value), tag("span", words)) for value, words in cards]
-    lines = tag("h1", title), tag("p", lead, class_="lead"), nav, tag("div", shown, class_="cards") if cards else None
-    top = tag("header", *lines, class_="top")
-    body = tag("body", top, tag("main", list(sections.values())), tag("footer", "Made by ppcl-fx."))
-    return "<!doctype html>\n" + tag("html", head, body, lang="en") + "\n"
+def quantity(value: int | None) -> str:
+    """Return a number of parameters in words that fit a table: ``4.83 M``, ``20.43 B``, ``8 000``."""
+    if value is None:
+        return "–"
+    for unit, name in ((10**9, " B"), (10**6, " M")):
+        if value >= unit:
+            return f"{value / unit:.2f}{name}"
+    return f"{value:,}".replace(",", " ")
 
 
-def plan_section(plan: Plan, teacher_params: int | None) -> Html:
-    """Return the plan in words: sizes, the edits, and the selector's reasons."""
-    whole = teacher_params or plan.teacher_params
-    facts = {"parameters": f"{plan.params:,}" + (f" of {whole:,} ({plan.params / whole:.2%})" if whole else "")}
-    for name, kind in (("depth", "depth"), ("FFN", "ffn"), ("text stream", "text_stream")):
-        facts[name] = ", ".join(e.id.partition(":")[2] for e in plan.edits if e.kind == kind) or "none"
-    why = [tag("h3", "Why"), tag("ul", [tag("li", line) for line in plan.reason], class_="reasons")]
-    return section("plan", "Plan", "", definitions(facts), why if plan.reason else None)
+def _listed(value: object) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def provenance_section(facts: Mapping[str, object], redundancy: Redundancy | None) -> Html:
+def _plain(value: object) -> object:
+    """Return what is shown of a value: nothing of None, and at most six digits of a number."""
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
+
+
+_ENVIRONMENT = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    finalize=_plain,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+_ENVIRONMENT.filters |= {"quantity": quantity, "listed": _listed, "short": short}
+_ENVIRONMENT.globals |= {"ticks": ticks}
+
+
+def page(**parts: Any) -> str:
+    """Return the whole document: `title`, `lead`, `cards` as (value, words), and `sections` by their anchor.
+
+    What a section holds is the `view` of the template of its anchor's name. All text is escaped.
+    """
+    return _ENVIRONMENT.get_template("page.html").render(parts) + "\n"
+
+
+def drawn(macro: str, *values: object) -> str:
+    """Return what a macro of ``macros.html`` makes of values."""
+    return str(getattr(_ENVIRONMENT.get_template("macros.html").module, macro)(*values))
+
+
+def provenance(facts: Mapping[str, object], redundancy: Redundancy | None) -> dict[str, object]:
     """Return where the numbers come from: what the caller says, and the fingerprints of model and calls."""
-    known: dict[str, object] = dict(facts)
-    if redundancy is not None:
-        known.setdefault("model fingerprint", redundancy.model)
-        known.setdefault("calls fingerprint", redundancy.calls)
-        known.setdefault("analysed", f"{redundancy.calls_used} calls, {redundancy.samples_used} samples")
-    return section("provenance", "Provenance", "", definitions(known))
+    if redundancy is None:
+        return dict(facts)
+    known = {
+        "model fingerprint": redundancy.model,
+        "calls fingerprint": redundancy.calls,
+        "analysed": f"{redundancy.calls_used} calls, {redundancy.samples_used} samples",
+    }
+    return {**facts, **{name: value for name, value in known.items() if name not in facts}}
 
 
 def analysis_cards(redundancy: Redundancy) -> list[tuple[str, str]]:

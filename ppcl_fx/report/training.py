@@ -1,23 +1,20 @@
-"""Loss curves of the distillation, one line an edit, one chart a stage."""
+"""Distillation: the loss of each edit in each stage, and what each student does to the output."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from ppcl_fx.report.html import Html, join, section, table, tag
-from ppcl_fx.report.svg import COLOURS, Series, line_chart
+from ppcl_fx.report.svg import LineChart, Series
+from ppcl_fx.schema.measured_effects import Effects
 
 Losses = Mapping[str, Mapping[str, Sequence[float]]]  # stage -> edit id -> loss of each step
 _POINTS = 240
 
 
-def losses_section(losses: Losses) -> Html:
-    """Return one chart for each stage that has steps, with a table of first and last losses."""
-    stages = [_stage(name, curves) for name, curves in losses.items() if any(curves.values())]
-    if not stages:
-        stages = [tag("p", "No step was trained.", class_="note")]
-    words = "One line an edit, one chart a stage. The scale is logarithmic."
-    return section("losses", "Distillation", words, stages)
+def losses_view(losses: Losses) -> list[dict[str, Any]]:
+    """Return a chart for each stage that has steps, and the rows of a table of first and last losses."""
+    return [_stage(name, curves) for name, curves in losses.items() if any(curves.values())]
 
 
 def smooth(values: Sequence[float], points: int = _POINTS) -> tuple[list[float], list[float]]:
@@ -28,26 +25,24 @@ def smooth(values: Sequence[float], points: int = _POINTS) -> tuple[list[float],
     return steps, [sum(piece) / len(piece) for piece in pieces]
 
 
-def _stage(name: str, curves: Mapping[str, Sequence[float]]) -> Html:
-    named = [(edit, list(values)) for edit, values in curves.items() if len(values)]
-    series = [Series(edit, *smooth(values), colour=i % COLOURS) for i, (edit, values) in enumerate(named)]
-    steps = max(len(values) for _, values in named)
-    drawn = line_chart(
-        series,
-        title=f"Loss of each edit over {steps} steps of the stage {name}",
-        x_label="step",
-        y_label="loss",
-        size=(520, 270),
-        log_y=True,
-    )
-    rows = [_row(index, edit, values) for index, (edit, values) in enumerate(named)]
-    compared = table(["edit", "first", "last"], rows, "Means of the first and the last tenth of the steps.")
-    head = tag("h3", f"{name} ", tag("small", f"{steps} steps"))
-    return join(head, tag("div", tag("figure", drawn), compared, class_="pair"))
+def _stage(name: str, curves: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    named = {edit: values for edit, values in curves.items() if values}
+    steps = max(map(len, named.values()))
+    series = [Series(edit, *smooth(values), colour=i) for i, (edit, values) in enumerate(named.items())]
+    title = f"Loss of each edit over {steps} steps of the stage {name}"
+    chart = LineChart(series, title, ("step", "loss"), (520, 270), log_y=True)
+    tenths = [(edit, values, max(1, len(values) // 10)) for edit, values in named.items()]
+    rows = [(edit, sum(values[:n]) / n, sum(values[-n:]) / n) for edit, values, n in tenths]
+    return {"name": name, "steps": steps, "chart": chart, "rows": rows}
 
 
-def _row(index: int, edit: str, values: Sequence[float]) -> tuple[list[str | Html], str, str]:
-    tenth = max(1, len(values) // 10)
-    begin, end = sum(values[:tenth]) / tenth, sum(values[-tenth:]) / tenth
-    style = "display:inline-block;width:14px;height:4px;margin-right:8px"
-    return [tag("i", class_=f"k{index % COLOURS}", style=style), edit], f"{begin:.4g}", f"{end:.4g}"
+def effects_view(effects: Effects) -> dict[str, Any]:
+    """Return the effects, and the chart of predicted against measured error for several sizes of the model."""
+    shares = [100 * mixture.keep for mixture in effects.mixtures]
+    series = [
+        Series("predicted", shares, [mixture.predicted for mixture in effects.mixtures], 0, dots=True),
+        Series("measured", shares, [mixture.measured for mixture in effects.mixtures], 1, dots=True),
+    ]
+    title = "Predicted and measured error of the output for each share of the parameters"
+    labels = "% of the parameters that may stay", "relative error"
+    return {"effects": effects, "chart": LineChart(series, title, labels, (720, 260), log_y=True, whole_x=False)}

@@ -1,8 +1,6 @@
 """What analysis found, as a versioned JSON file: probes, CKA curves, candidate intervals, width sites, sizes.
 
-Blocks are named by their index in their `ModuleList` (block ``transformer_blocks.3`` is 3) in every field
-that holds an index. Lists and matrices run over the stack instead: entry 0 belongs to the stack's first
-block.
+A field that holds an index counts blocks in their `ModuleList`; lists and matrices begin at the stack's first block.
 """
 
 from __future__ import annotations
@@ -19,9 +17,9 @@ Matrix = list[list[float | None]]
 
 
 class Interval(Record):
-    """Blocks `first` to `last` (inclusive, indices in the ModuleList) that one student block could replace.
+    """Blocks `first` to `last` (inclusive) that one student block could replace.
 
-    `open_ended` is true where Delta keeps falling up to the end of the stack, so that Eq. 5 names no end.
+    `open_ended`: Delta keeps falling up to the end of the stack, so that Eq. 5 names no end.
     """
 
     first: int = Field(ge=0)
@@ -72,10 +70,9 @@ class StreamCurves(Record):
 
 
 class FfnFit(Record):
-    """How well ``h + W h + b`` stands in for one feed-forward (appendix 6).
+    """How well ``h + W h + b`` stands in for one feed-forward (appendix 6), over all tokens held out.
 
-    error: squared error relative to the squared norm of what the feed-forward adds. similarity: cosine
-    between the block's state after the feed-forward and after the projector, over all tokens held out.
+    error: squared, relative to what the feed-forward adds. similarity: cosine between the states after the two.
     """
 
     block: int = Field(ge=0)
@@ -85,12 +82,10 @@ class FfnFit(Record):
 
 
 class BlockSavings(Record):
-    """Parameters that an edit at this block saves, projectors already paid; None where the edit is not
-    possible.
+    """Parameters that an edit at this block saves, projectors already paid; None where it is not possible.
 
-    ffn: all streams' feed-forwards. ffn_without_text: the same, once the block's text stream is gone. text:
-    the text stream, in the middle of a group. text_last: the text stream, as the last block of a group (one
-    projector more).
+    ffn: all streams' feed-forwards; ffn_without_text: once the text stream is gone. text: the text stream, in the
+    middle of a group; text_last: as its last block (one projector more).
     """
 
     ffn: int | None = None
@@ -100,10 +95,9 @@ class BlockSavings(Record):
 
 
 class StackAnalysis(Record):
-    """One stack: `name`, its ModuleList's path and its first block's index there, module paths and sizes of
-    the blocks.
+    """One stack: `name`, its ModuleList's path and its first block's index there, its blocks' module paths and sizes.
 
-    text_similarity: per block, the CKA between its text input and its text output. savings: per block.
+    text_similarity: per block, the CKA between its text input and its text output.
     """
 
     name: str
@@ -118,23 +112,15 @@ class StackAnalysis(Record):
 
     @model_validator(mode="after")
     def _one_entry_a_block(self) -> StackAnalysis:
-        count = len(self.blocks)
-        lengths = {
-            "block_params": len(self.block_params),
-            "text_similarity": len(self.text_similarity),
-            "savings": len(self.savings),
-        } | {f"streams.{name}": len(curves.fit) for name, curves in self.streams.items()}
-        for name, length in lengths.items():
-            if length != count:
-                raise ValueError(f"{name} has {length} entries for {count} blocks")
-        inside = range(self.first, self.first + count)
+        lists = {name: getattr(self, name) for name in ("block_params", "text_similarity", "savings")}
+        for name, values in (lists | {f"streams.{name}": one.fit for name, one in self.streams.items()}).items():
+            if len(values) != len(self.blocks):
+                raise ValueError(f"{name} has {len(values)} entries for {len(self.blocks)} blocks")
         for name, curves in self.streams.items():
-            for interval in curves.candidates:
-                if interval.first not in inside or interval.last not in inside:
-                    raise ValueError(
-                        f"{name} candidate [{interval.first}, {interval.last}] leaves stack {self.name} "
-                        f"[{inside.start}, {inside.stop - 1}]"
-                    )
+            for found in curves.candidates:
+                if found.first < self.first or found.last > self.last:
+                    where = f"leaves stack {self.name} [{self.first}, {self.last}]"
+                    raise ValueError(f"{name} candidate [{found.first}, {found.last}] {where}")
         return self
 
     @property
@@ -143,29 +129,22 @@ class StackAnalysis(Record):
         return self.first + len(self.blocks) - 1
 
     def curves(self, stream: str) -> StreamCurves:
-        """The curves of `stream`; a stack of one stream answers with that one, whatever its name.
-
-        Raises:
-            PpclError: the stack has several streams and none is called `stream`.
-        """
-        if stream in self.streams:
-            return self.streams[stream]
-        if len(self.streams) == 1:
-            return next(iter(self.streams.values()))
-        known = ", ".join(self.streams)
-        raise PpclError(
-            f"stack {self.name} has no stream {stream!r}{near(stream, self.streams)}; its streams are {known}"
-        )
+        """Return the curves of `stream`, or of the only one; PpclError where several have other names."""
+        if stream not in self.streams and len(self.streams) == 1:
+            (stream,) = self.streams
+        if stream not in self.streams:
+            known = f"{near(stream, self.streams)}; its streams are {', '.join(self.streams)}"
+            raise PpclError(f"stack {self.name} has no stream {stream!r}{known}")
+        return self.streams[stream]
 
 
 class Redundancy(Record, Sealed):
-    """The result of `ppcl_fx.analyze`, saved as ``analysis.json``.
+    """The result of `ppcl_fx.analyze`, saved as ``analysis.json``; model and calls are fingerprints.
 
-    model and calls are fingerprints; teacher_params counts the transformer's parameters; calls_used counts
-    the recorded calls that were run and samples_used the sample-timesteps whose activations the CKA curves
-    average over. held_out is what fits are judged on: calls that their maps were not solved from, or samples or
-    tokens of the only call; None in files of version 1, whose fits are of the tokens that they were solved from. few
-    has a line for each stream whose maps were solved from few tokens.
+    calls_used: the recorded calls that were run. samples_used: the sample-timesteps that the CKA curves average over.
+    held_out: what fits are judged on, calls that their maps were not solved from, or samples or tokens of the only
+    call; None in files of version 1, whose fits are of the tokens that they were solved from. few: a line for each
+    stream whose maps were solved from few tokens.
     """
 
     version: Literal[1, 2] = 2
@@ -180,9 +159,8 @@ class Redundancy(Record, Sealed):
     stacks: list[StackAnalysis]
 
     def stack(self, name: str) -> StackAnalysis:
-        """The stack called `name`. Raises PpclError where no stack has this name."""
-        for stack in self.stacks:
-            if stack.name == name:
-                return stack
-        names = [stack.name for stack in self.stacks]
-        raise PpclError(f"analysis has no stack {name!r}{near(name, names)}; it has {', '.join(names)}")
+        """Return the stack called `name`; PpclError where there is none."""
+        stacks = {stack.name: stack for stack in self.stacks}
+        if name not in stacks:
+            raise PpclError(f"analysis has no stack {name!r}{near(name, stacks)}; it has {', '.join(stacks)}")
+        return stacks[name]

@@ -1,10 +1,8 @@
-"""What each block costs in time, and what each edit leaves of it: a versioned JSON file that a benchmark writes.
-
-``python -m benchmarks.blocks`` measures it for one model, one call and one machine. All times are milliseconds.
-"""
+"""What each block costs in milliseconds, and what each edit leaves of it: the JSON file of `benchmarks.blocks`."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -13,20 +11,14 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.io.files import Record
 
 Time = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-"""Milliseconds."""
 
 
 class BlockCost(Record):
     """One block's milliseconds, projectors included; None where an edit is not possible or was not measured.
 
     A block that a depth edit removes costs nothing, and its interval's student what the interval's first block costs.
-
-    Attributes:
-        whole: the teacher's block.
-        ffn: with projectors for its feed-forwards.
-        text: without its text stream, in the middle of a group.
-        text_last: without its text stream, as the last block of a group (one projector more).
-        text_last_ffn: as `text_last`, and with projectors for the feed-forwards that are left.
+    ffn: with projectors for its feed-forwards. text: without its text stream, in the middle of a group. text_last:
+    as the last block of one (one projector more). text_last_ffn: and with projectors for the feed-forwards left.
     """
 
     whole: Time
@@ -45,15 +37,9 @@ class StackCost(Record):
 
 
 class Costs(Record):
-    """What a model's parts cost in one call.
+    """What the parts of a model (its fingerprint) cost in one call of these inputs' shapes, on one machine.
 
-    Attributes:
-        model: the model's fingerprint.
-        machine: what it ran on: processor, cores, versions, threads, device, dtype.
-        inputs: the shape of each tensor that the call was given.
-        repeats: runs that the medians are over.
-        rest: what lies outside of the blocks.
-        forward: the whole graph, uncut: what `total` should come near.
+    repeats: runs that the medians are over. rest: what lies outside of the blocks. forward: the whole graph, uncut.
     """
 
     version: Literal[1] = 1
@@ -68,12 +54,10 @@ class Costs(Record):
 
     @model_validator(mode="after")
     def _apart(self) -> Costs:
-        seen: set[tuple[str, int]] = set()
-        for stack in self.stacks:
-            for index in range(stack.first, stack.first + len(stack.blocks)):
-                if (stack.path, index) in seen:
-                    raise ValueError(f"block {stack.path}.{index} is there twice")
-                seen.add((stack.path, index))
+        names = Counter(f"{one.path}.{one.first + i}" for one in self.stacks for i in range(len(one.blocks)))
+        for name, count in names.items():
+            if count > 1:
+                raise ValueError(f"block {name} is there twice")
         return self
 
     @property
@@ -82,10 +66,7 @@ class Costs(Record):
         return self.rest + sum(block.whole for stack in self.stacks for block in stack.blocks)
 
     def milliseconds(self, latency: float | str) -> float:
-        """Return what a latency budget stands for.
-
-        Args:
-            latency: a share of the teacher's time, in (0, 1]; or milliseconds as words, such as ``120ms``.
+        """Return what a share of the teacher's time, in (0, 1], or a time such as ``120ms`` stands for.
 
         Raises:
             PpclError: it is neither.

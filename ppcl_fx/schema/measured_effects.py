@@ -20,12 +20,11 @@ _log = logging.getLogger("ppcl_fx")
 
 
 class Effect(Record):
-    """One edit's effect.
+    """The effect of an edit, by its id.
 
     Attributes:
-        edit: its id.
-        error: relative squared error of the model's output against the teacher's, with this edit plugged alone: the
-            sum of the squared differences over the sum of the teacher's squares. With `on`, what it adds to theirs.
+        error: the sum of the squared differences of the model's output to the teacher's over the sum of the teacher's
+            squares, with this edit plugged alone. With `on`, what it adds to theirs.
         on: the edits that were plugged too, because this one changes their student and nothing else.
         loss: its distillation loss on held-out calls, where training measured it.
     """
@@ -37,15 +36,7 @@ class Effect(Record):
 
 
 class Mixture(Record):
-    """One share of the parameters: which students were plugged, what was predicted, what was measured.
-
-    Attributes:
-        keep: the share of the teacher's parameters that may stay.
-        params: the parameters that stay.
-        students: the edits plugged.
-        predicted: the sum of their effects.
-        measured: relative squared error of the mixture's own output.
-    """
+    """One share of the parameters: the students plugged, the sum of their effects, the mixture's own error."""
 
     keep: float = Field(gt=0, le=1)
     params: int = Field(gt=0)
@@ -58,13 +49,11 @@ class Effects(Record):
     """Every edit's effect on the output of one trained model.
 
     Attributes:
-        plan: digest of the plan (`ppcl_fx.schema.plan.plan_digest`).
-        students: digest of the students' weights (`ppcl_fx.io.fingerprint.state_digest`).
-        calls: fingerprint of the calls.
+        plan: its digest (`ppcl_fx.schema.plan.plan_digest`).
+        students: digest of their weights (`ppcl_fx.io.fingerprint.state_digest`).
+        calls: their fingerprint.
         measured_on: positions of the calls that it was measured on.
-        samples: samples in them.
         edits: one entry for each edit of the plan, in its order.
-        mixtures: predicted against measured, for some shares.
     """
 
     version: Literal[1] = 1
@@ -89,11 +78,6 @@ class Effects(Record):
 
 def load_effects(folder: str | Path, plan: Plan, weights: Mapping[str, torch.Tensor]) -> Effects | None:
     """Return the effects in a student folder; None where there are none, or other weights' ones (with a warning).
-
-    Args:
-        folder: what `PluggableModel.save` wrote.
-        plan: the plan of the model in it.
-        weights: the students' weights, as they are in the folder.
 
     Raises:
         PpclError: the file is damaged or belongs to another plan.

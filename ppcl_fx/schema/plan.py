@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.io.files import Record
@@ -17,17 +17,16 @@ INITS = ("first", "middle")
 
 
 class _Edit(Record):
+    """An edit in the `ModuleList` at a path; `damage` is predicted, in the units of the rule that chose it."""
+
     stack: str
     damage: float | None = None
 
 
 class DepthEdit(_Edit):
-    """Blocks ``first`` to ``last`` (inclusive) of a `ModuleList` become one student block.
+    """Blocks ``first`` to ``last`` (inclusive) become one student block.
 
-    Attributes:
-        stack: path of the `ModuleList`.
-        init: whose weights the student starts from: block ``first`` (Sec. 3.3) or the one in the middle.
-        damage: predicted loss of quality, in the units of the rule that chose it.
+    `init` says whose weights it starts from: block ``first`` (Sec. 3.3) or the one in the middle.
     """
 
     kind: Literal["depth"] = "depth"
@@ -81,18 +80,14 @@ class TextStreamEdit(_Edit):
 Edit = Annotated[DepthEdit | FfnEdit | TextStreamEdit, Field(discriminator="kind")]
 
 
-class Plan(BaseModel):
-    """Edits of one model.
+class Plan(Record, frozen=False):
+    """Edits of one model, in the order in which they were chosen.
 
     Attributes:
         model: fingerprint of the teacher it was made for; empty in a plan written by hand.
-        teacher_params: parameters of the teacher.
         params: parameters with every edit applied.
-        edits: the edits, in the order in which they were chosen.
         reason: why these, in words, for the report.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     version: Literal[1] = 1
     model: str = ""
@@ -113,13 +108,10 @@ class Plan(BaseModel):
 
     def check(self) -> None:
         """Raise `PpclError` where edits overlap or are given twice."""
-        seen: set[str] = set()
-        for edit in self.edits:
-            if edit.id in seen:
-                raise PpclError(f"the plan holds {edit.id} twice; remove one")
-            seen.add(edit.id)
-        intervals = self.depth()
-        for before, after in itertools.pairwise(intervals):
+        for name in self.ids:
+            if self.ids.count(name) > 1:
+                raise PpclError(f"the plan holds {name} twice; remove one")
+        for before, after in itertools.pairwise(self.depth()):
             if before.stack == after.stack and after.first <= before.last:
                 raise PpclError(
                     f"the intervals [{before.first}, {before.last}] and [{after.first}, {after.last}] of "
