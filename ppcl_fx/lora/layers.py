@@ -11,6 +11,7 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -172,12 +173,27 @@ def merged(
     `tensors` are the module's parameters without the changes, on the device where to compute; they are overwritten.
     """
     base = _stand_in(module, tensors)
-    for layer, strength in changes:
-        tuner = copy.deepcopy(layer.tuner, {id(layer.tuner.base_layer): base})
-        tuner._move_adapter_to_device_of_base_layer(layer.name)
-        tuner.set_scale(layer.name, strength)
+    for _, run in groupby(changes, key=lambda change: type(change[0].tuner)):
+        together = list(run)
+        tuner = _joined([layer for layer, _ in together], base)
+        for layer, strength in together:
+            tuner._move_adapter_to_device_of_base_layer(layer.name)
+            tuner.set_scale(layer.name, strength)
         try:
-            tuner.merge(safe_merge=True, adapter_names=[layer.name])
+            tuner.merge(safe_merge=True, adapter_names=[layer.name for layer, _ in together])
         except FAULTS as error:
             raise PpclError(f"PEFT cannot merge the LoRA ({line(error)}); merge it into the teacher instead") from error
     return {name: parameter.detach() for name, parameter in base.named_parameters(recurse=False)}
+
+
+def _joined(layers: list[Layer], base: nn.Module) -> Any:
+    """Return one layer of PEFT's over `base` that has all adapters: what one of them does may depend on the weight."""
+    tuners = [copy.deepcopy(layer.tuner, {id(layer.tuner.base_layer): base}) for layer in layers]
+    first = tuners[0]
+    for layer, tuner in zip(layers[1:], tuners[1:], strict=True):
+        first.adapter_layer_names = tuple(dict.fromkeys(first.adapter_layer_names + tuner.adapter_layer_names))
+        for name in (*tuner.adapter_layer_names, *tuner.other_param_names, "lora_variant"):
+            mine, theirs = getattr(first, name, None), getattr(tuner, name, None)
+            if mine is not None and theirs is not None and layer.name in theirs:
+                mine[layer.name] = theirs[layer.name]
+    return first
