@@ -27,8 +27,8 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt, prompts
 from ppcl_fx.shapes.checker import check
+from ppcl_fx.shapes.drawing import draw_prompts
 from ppcl_fx.shapes.pipeline import SIDE, ShapesPipeline, pack
-from ppcl_fx.shapes.scenes import draw_prompts
 from ppcl_fx.shapes.score import generate
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "img_mlp.net.0.proj", "img_mlp.net.2"]

@@ -17,7 +17,7 @@ from PIL import Image
 import ppcl_fx
 from ppcl_fx.cli.app import main
 from ppcl_fx.io.files import read_safetensors
-from ppcl_fx.shapes import scenes
+from ppcl_fx.shapes import drawing
 from ppcl_fx.shapes.captions import parse
 from tests.cli_place import Place
 from tests.shapes_folder import BLOCKS, save_pipeline
@@ -198,7 +198,7 @@ def test_train_records_prompts_as_it_goes(place: Place) -> None:
 def test_train_takes_pictures_with_captions(place: Place) -> None:
     pictures = place.folder / "pictures"
     pictures.mkdir()
-    drawn = scenes.draw_prompts([parse(text) for text in PROMPTS], random.Random(0))
+    drawn = drawing.draw_prompts([parse(text) for text in PROMPTS], random.Random(0))
     for number, picture in enumerate(drawn):
         array = ((picture + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
         Image.fromarray(array).save(pictures / f"{number}.png")

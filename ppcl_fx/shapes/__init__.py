@@ -20,13 +20,8 @@ def weights_folder() -> Path:
 
 
 def load_pipeline(dtype: torch.dtype | None = None) -> ShapesPipeline:
-    """Load the shipped pipeline from disk; nothing is downloaded.
-
-    Args:
-        dtype: of the transformer and the text encoder; float32 when None.
-
-    Raises:
-        PpclError: the weights are missing from the installation.
+    """Load the shipped pipeline from disk, its modules in `dtype` (float32 when None); nothing is downloaded. Raises
+    PpclError where the weights are missing from the installation.
     """
     import torch
 

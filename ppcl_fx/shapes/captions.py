@@ -16,8 +16,7 @@ CATEGORIES: tuple[str, ...] = ("single_object", "two_object", "counting", "color
 NUMBERS: dict[int, str] = {2: "two", 3: "three", 4: "four"}
 RELATIONS: tuple[str, ...] = ("left of", "right of", "above", "below")
 PAD = "<pad>"
-MAX_WORDS = 10
-"""Words in an encoded caption; shorter captions are padded."""
+MAX_WORDS = 10  # words in an encoded caption; shorter captions are padded
 VOCABULARY: tuple[str, ...] = (
     *(PAD, "a", "and"),
     *SHAPES,
@@ -31,17 +30,13 @@ _INDEX: dict[str, int] = {word: index for index, word in enumerate(VOCABULARY)}
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a caption asks for.
-
-    ``shapes`` and ``colours`` have one entry for each object; a colour of None leaves it free.
-    ``relation`` says where the first object lies, seen from the second.
-    """
+    """What a caption asks for, with one entry for each object."""
 
     text: str
     category: str
     shapes: tuple[str, ...]
-    colours: tuple[str | None, ...]
-    relation: str | None = None
+    colours: tuple[str | None, ...]  # None leaves it free
+    relation: str | None = None  # where the first object lies, seen from the second
 
 
 _ORDERED = list(itertools.permutations(SHAPES, 2))
@@ -79,13 +74,8 @@ def every_prompt(category: str) -> tuple[Prompt, ...]:
 
 
 def prompts(category: str, count: int, seed: int) -> list[Prompt]:
-    """Return ``count`` prompts of a category in a seeded order.
-
-    Every distinct prompt comes once before any comes again, so the list is as balanced as can be.
-    The same arguments always give the same list.
-
-    Raises:
-        PpclError: the category is unknown, or ``count`` is negative.
+    """Return ``count`` prompts of a category in a seeded order, each distinct one once before any comes again. Raises
+    PpclError where the category is unknown, or ``count`` is negative.
     """
     if count < 0:
         raise PpclError(f"count is {count}; ask for 0 prompts or more")
@@ -99,28 +89,21 @@ def prompts(category: str, count: int, seed: int) -> list[Prompt]:
 
 
 def parse(text: str) -> Prompt:
-    """Return what a caption asks for.
-
-    Raises:
-        PpclError: the text is not one of the captions this module writes.
-    """
+    """Return what a caption asks for. Raises PpclError where it is not one that this module writes."""
     if text not in _BY_TEXT:
         raise PpclError(f"caption {text!r} is unknown; write one like 'a red circle and a blue square'")
     return _BY_TEXT[text]
 
 
 def encode(text: str) -> list[int]:
-    """Return the ``MAX_WORDS`` vocabulary indices of a text; the empty text gives pad words only.
-
-    Raises:
-        PpclError: a word is not in the vocabulary, or there are too many words.
+    """Return the ``MAX_WORDS`` vocabulary indices of a text; the empty text gives pad words only. Raises PpclError
+    where a word is not in the vocabulary, or there are too many.
     """
     words = text.lower().split()
     if len(words) > MAX_WORDS:
         raise PpclError(f"prompt {text!r} has {len(words)} words; use at most {MAX_WORDS}")
     unknown = [word for word in words if word not in _INDEX or word == PAD]
     if unknown:
-        raise PpclError(
-            f"prompt {text!r} has the unknown word {unknown[0]!r}; known words: {', '.join(VOCABULARY[1:])}"
-        )
+        known = ", ".join(VOCABULARY[1:])
+        raise PpclError(f"prompt {text!r} has the unknown word {unknown[0]!r}; known words: {known}")
     return [_INDEX[word] for word in words] + [0] * (MAX_WORDS - len(words))

@@ -1,9 +1,7 @@
 """Read the objects back from the pixels of a picture, and say whether it shows what a prompt asks.
 
-The checker knows how objects look (``drawing.sprites``), not where they were put.  It finds the
-patches that differ from the background, then names the shape and the colour of each by the best
-fitting sprite.  A patch that fits no sprite, or whose colour is off, is an unknown object, and a
-picture with one is always wrong.
+It finds the patches that differ from the background, then names the shape and the colour of each by the best fitting
+sprite. One that fits no sprite, or whose colour is off, is an unknown object, and a picture with one is always wrong.
 """
 
 from __future__ import annotations
@@ -11,22 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.shapes.captions import COLOURS, SHAPES, Prompt
-from ppcl_fx.shapes.drawing import BACKGROUND, CELL, PALETTE, SIZE, sprites
-from ppcl_fx.shapes.scenes import holds
+from ppcl_fx.shapes.drawing import BACKGROUND, CELL, PALETTE, SIZE, holds, sprites
 
-COVERED = 0.6
-"""A pixel belongs to an object when its colour is further than this share of the way from the background."""
-SPECK = 4
-"""Patches of fewer pixels than this are ignored."""
-COLOUR_LIMIT = 0.6
-"""Largest distance of an object's colour from the palette's colour (RGB units)."""
+COVERED = 0.6  # a pixel is an object's when its colour is further than this share of the way from the background
+SPECK = 4  # patches of fewer pixels than this are ignored
+COLOUR_LIMIT = 0.6  # largest distance of an object's colour from the palette's colour (RGB units)
 MISFIT_LIMIT = 0.25
 """Largest squared misfit of an object to its best sprite, as a share of the sprite's own square."""
-RELATION_PIXELS = 4.0
-"""Least distance along the named direction for a relation to hold."""
+RELATION_PIXELS = 4.0  # least distance along the named direction for a relation to hold
+
+_BACKGROUND = torch.tensor(BACKGROUND)
+_INKS = torch.tensor(PALETTE) - _BACKGROUND
 
 
 @dataclass(frozen=True)
@@ -43,31 +40,26 @@ def _components(mask: torch.Tensor) -> list[torch.Tensor]:
     """Return the 4-connected patches of a mask (24, 24), in reading order of their last pixel."""
     labels = torch.arange(1, mask.numel() + 1).reshape(mask.shape) * mask
     while True:
-        padded = torch.nn.functional.pad(labels, (1, 1, 1, 1))
-        around = torch.stack(
-            [labels, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
-        )
-        spread = around.amax(dim=0) * mask
+        padded = functional.pad(labels, (1, 1, 1, 1))
+        around = [labels, padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]]
+        spread = torch.stack(around).amax(dim=0) * mask
         if torch.equal(spread, labels):
-            break
+            return [labels == label for label in labels.unique().tolist() if label]
         labels = spread
-    return [labels == label for label in labels.unique().tolist() if label]
 
 
 def _coverage(picture: torch.Tensor) -> torch.Tensor:
     """Return how far each pixel (24, 24) is on its way from the background to its likeliest colour."""
-    background = torch.tensor(BACKGROUND)
-    way = picture.permute(1, 2, 0) - background
-    ink = torch.tensor(PALETTE) - background
-    length = ink.norm(dim=1)
-    likeliest = (way @ (ink / length[:, None]).T).argmax(dim=-1)
+    way = picture.permute(1, 2, 0) - _BACKGROUND
+    length = _INKS.norm(dim=1)
+    likeliest = (way @ (_INKS / length[:, None]).T).argmax(dim=-1)
     coverage: torch.Tensor = way.norm(dim=-1) / length[likeliest]
     return coverage
 
 
 def _name_colour(pixels: torch.Tensor) -> tuple[int, bool]:
     """Return the palette's nearest colour to an object's strongest pixels, and whether it is near enough."""
-    strength = (pixels - torch.tensor(BACKGROUND)).norm(dim=-1)
+    strength = (pixels - _BACKGROUND).norm(dim=-1)
     core = pixels[strength.topk(max(1, len(pixels) // 2)).indices].median(dim=0).values
     distance = (torch.tensor(PALETTE) - core).norm(dim=-1)
     best = int(distance.argmin())
@@ -79,9 +71,8 @@ def _name_shape(cover: torch.Tensor, y: float, x: float) -> str | None:
 
     All sprites are tried in the nine cells that start within one pixel of the cell around the middle.
     """
-    margin = CELL
-    padded = torch.nn.functional.pad(cover, (margin, margin, margin, margin))
-    top, left = (round(middle - (CELL - 1) / 2) + margin - 1 for middle in (y, x))
+    padded = functional.pad(cover, (CELL, CELL, CELL, CELL))
+    top, left = (round(middle - (CELL - 1) / 2) + CELL - 1 for middle in (y, x))
     area = padded[top : top + CELL + 2, left : left + CELL + 2]
     windows = area.unfold(0, CELL, 1).unfold(1, CELL, 1).reshape(-1, CELL * CELL)
     table = sprites().flatten(0, 2).flatten(1)
@@ -97,56 +88,36 @@ def _read(picture: torch.Tensor, patch: torch.Tensor, others: torch.Tensor) -> F
     rows, columns = torch.nonzero(patch, as_tuple=True)
     y, x = float(rows.float().mean()), float(columns.float().mean())
     colour, near = _name_colour(picture[:, patch].T)
-    background = torch.tensor(BACKGROUND)
-    ink = torch.tensor(PALETTE)[colour] - background
-    cover = ((picture.permute(1, 2, 0) - background) @ ink / (ink @ ink)).clamp(0, 1)
-    halo = torch.nn.functional.max_pool2d(patch[None, None].float(), 3, 1, 1)[0, 0].bool()
-    cover = cover * (halo & ~others)
-    return Found(_name_shape(cover, y, x), COLOURS[colour] if near else None, y, x)
+    ink = _INKS[colour]
+    cover = ((picture.permute(1, 2, 0) - _BACKGROUND) @ ink / (ink @ ink)).clamp(0, 1)
+    halo = functional.max_pool2d(patch[None, None].float(), 3, 1, 1)[0, 0].bool()
+    return Found(_name_shape(cover * (halo & ~others), y, x), COLOURS[colour] if near else None, y, x)
 
 
 def find_objects(picture: torch.Tensor) -> list[Found]:
-    """Read the objects of one picture.
-
-    Args:
-        picture: shape (3, 24, 24), values in [-1, 1].
-
-    Raises:
-        PpclError: the picture has another shape.
-    """
+    """Read the objects of one picture of shape (3, 24, 24), values in [-1, 1]; PpclError where it has another shape."""
     if picture.shape != (3, SIZE, SIZE):
         raise PpclError(f"picture has shape {tuple(picture.shape)}; give (3, {SIZE}, {SIZE})")
     picture = picture.detach().float().cpu()
-    mask = _coverage(picture) > COVERED
-    patches = [patch for patch in _components(mask) if int(patch.sum()) >= SPECK]
-    everything = torch.zeros(SIZE, SIZE, dtype=torch.bool)
-    for patch in patches:
-        everything |= patch
+    patches = [patch for patch in _components(_coverage(picture) > COVERED) if int(patch.sum()) >= SPECK]
+    everything = sum(patches, start=torch.zeros(SIZE, SIZE, dtype=torch.bool))
     return [_read(picture, patch, everything & ~patch) for patch in patches]
-
-
-def _fits(found: list[Found], prompt: Prompt) -> bool:
-    """Say whether objects, taken in the prompt's order, have its shapes, colours and relation."""
-    for item, shape, colour in zip(found, prompt.shapes, prompt.colours, strict=True):
-        if item.shape != shape or item.colour is None or (colour is not None and item.colour != colour):
-            return False
-    if prompt.relation is None:
-        return True
-    first, second = found
-    return holds(prompt.relation, (first.y, first.x), (second.y, second.x), RELATION_PIXELS)
 
 
 def check(picture: torch.Tensor, prompt: Prompt) -> int:
     """Return 1 when a picture (3, 24, 24) in [-1, 1] shows just what a prompt asks, else 0.
 
     All objects count: a missing, an extra or an unknown object makes the picture wrong.
-
-    Raises:
-        PpclError: the picture has another shape.
     """
     found = find_objects(picture)
     if len(found) != len(prompt.shapes):
         return 0
     if len(found) == 2 and prompt.shapes[0] != prompt.shapes[1] and found[0].shape != prompt.shapes[0]:
         found = found[::-1]
-    return int(_fits(found, prompt))
+    for item, shape, colour in zip(found, prompt.shapes, prompt.colours, strict=True):
+        if item.shape != shape or item.colour is None or colour not in (None, item.colour):
+            return 0
+    if prompt.relation is None:
+        return 1
+    first, second = found
+    return int(holds(prompt.relation, (first.y, first.x), (second.y, second.x), RELATION_PIXELS))

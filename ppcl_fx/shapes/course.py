@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,68 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImageTransformer2DModel
 from safetensors.torch import load_file
+from torch.nn import functional
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io import owned_folders as owned
 from ppcl_fx.io.files import new_folder, safetensors_metadata, write_safetensors
-from ppcl_fx.shapes.fastpath import speed_up
 from ppcl_fx.shapes.pipeline import CHANNELS, ShapesPipeline
 from ppcl_fx.shapes.words import WordEncoder
 
-SHIFT = 3.0
-"""Timestep shift towards noise of the pipeline's scheduler."""
+SHIFT = 3.0  # timestep shift towards noise of the pipeline's scheduler
 STATE = "state.safetensors"
 LATEST = "latest"
+FACTS = ("blocks", "step", "stage_step", "seconds")
 WIDTH, HEADS, WORD_CHANNELS = 96, 6, 64
 _BLOCK = re.compile(r"^transformer_blocks\.(\d+)\.(.+)$")
+
+
+class RealAttention:
+    """Attention processor of diffusers' ``QwenImageTransformerBlock`` that computes with real numbers.
+
+    Products of complex ones, as diffusers has them, are not fused by ``torch.compile``: teaching takes twice as long.
+    """
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        encoder_hidden_states_mask: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert image_rotary_emb is not None and attention_mask is None
+        words = encoder_hidden_states.shape[1]
+        of_picture, of_caption = image_rotary_emb
+        cos, sin = torch.view_as_real(torch.cat([of_caption, of_picture]))[None, :, None].unbind(-1)
+
+        def heads(layer: Any, tokens: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = layer(tokens).unflatten(-1, (attn.heads, -1))
+            return out
+
+        def rotated(caption: torch.Tensor, picture: torch.Tensor) -> torch.Tensor:
+            a, b = torch.cat([caption, picture], dim=1).unflatten(-1, (-1, 2)).unbind(-1)
+            return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+
+        caption, picture = encoder_hidden_states, hidden_states
+        query = rotated(attn.norm_added_q(heads(attn.add_q_proj, caption)), attn.norm_q(heads(attn.to_q, picture)))
+        key = rotated(attn.norm_added_k(heads(attn.add_k_proj, caption)), attn.norm_k(heads(attn.to_k, picture)))
+        value = torch.cat([heads(attn.add_v_proj, caption), heads(attn.to_v, picture)], dim=1)
+        query, key, value = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))
+        mixed = functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        return attn.to_out[0](mixed[:, words:]), attn.to_add_out(mixed[:, :words])
+
+
+def speed_up(transformer: Any, compiled: bool) -> None:
+    """Make a transformer quick to teach, in place; its weights and answers stay the same.
+
+    ``compiled`` also compiles its blocks, which needs a C++ compiler.
+    """
+    for block in transformer.transformer_blocks:
+        block.attn.set_processor(RealAttention())
+    if compiled:
+        transformer.compile_repeated_blocks()
 
 
 def empty_transformer(blocks: int) -> Any:
@@ -60,13 +107,12 @@ def grow(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """
     wide: dict[str, torch.Tensor] = {}
     for name, weight in state.items():
-        match = _BLOCK.match(name)
-        if match is None:
-            wide[name] = weight.clone()
-            continue
-        half = weight.clone()
+        half, match = weight.clone(), _BLOCK.match(name)
         if "_mod.1." in name:  # a modulation's rows are shift, scale, gate, twice over
             half.unflatten(0, (2, 3, -1))[:, 2] *= 0.5
+        if match is None:
+            wide[name] = half
+            continue
         for copy in range(2):
             wide[f"transformer_blocks.{2 * int(match[1]) + copy}.{match[2]}"] = half.clone()
     return wide
@@ -74,18 +120,15 @@ def grow(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @dataclass
 class Course:
-    """A teaching run: the transformer, its averaged weights, and how far it has come.
-
-    ``stage_step`` counts from the last growth; ``seconds`` is the time used so far.
-    """
+    """A teaching run."""
 
     model: Any
-    average: dict[str, torch.Tensor]
-    optimizers: Sequence[torch.optim.Optimizer]
+    average: dict[str, torch.Tensor]  # of the weights
+    optimizers: list[torch.optim.Optimizer]
     blocks: int
     step: int = 0
-    stage_step: int = 0
-    seconds: float = 0.0
+    stage_step: int = 0  # counts from the last growth
+    seconds: float = 0.0  # used so far
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the transformer's weights by name, not copied."""
@@ -93,24 +136,19 @@ class Course:
 
 
 def _optimizers(model: Any) -> list[torch.optim.Optimizer]:
-    """Return Muon for the blocks' attention and MLP matrices, and AdamW for all else."""
-    turned: list[Any] = []
-    others: list[Any] = []
-    for name, weight in model.named_parameters():
-        inner = "transformer_blocks." in name and "_mod." not in name and weight.dim() == 2
-        (turned if inner else others).append(weight)
+    named = dict(model.named_parameters())
+    inner = [n for n, w in named.items() if "transformer_blocks." in n and "_mod." not in n and w.dim() == 2]
+    others = [weight for name, weight in named.items() if name not in inner]
     return [
-        torch.optim.Muon(turned, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon([named[name] for name in inner], weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
 
 
 def begin(blocks: int, seed: int, compiled: bool, weights: dict[str, torch.Tensor] | None = None) -> Course:
     """Start a course with new weights, or with given ones."""
-    if weights is None:
-        model = new_transformer(blocks, seed)
-    else:
-        model = empty_transformer(blocks)
+    model = new_transformer(blocks, seed)
+    if weights is not None:
         model.load_state_dict(weights)
     speed_up(model, compiled)
     course = Course(model.train(), {}, _optimizers(model), blocks)
@@ -146,8 +184,7 @@ def save(course: Course, out: Path, words: WordEncoder, blocks: int) -> None:
     for optimizer in course.optimizers:
         for weight, slots in optimizer.state.items():
             tensors |= {f"optimizer/{names[id(weight)]}/{key}": value for key, value in slots.items()}
-    facts = {name: getattr(course, name) for name in ("blocks", "step", "stage_step", "seconds")}
-    save_state(out / STATE, tensors, facts)
+    save_state(out / STATE, tensors, {name: getattr(course, name) for name in FACTS})
 
     average, count = course.average, course.blocks
     while count < blocks:
@@ -156,17 +193,12 @@ def save(course: Course, out: Path, words: WordEncoder, blocks: int) -> None:
     pipeline.transformer.bfloat16()
     with new_folder(out / LATEST, replaces=owned.PIPELINE) as beside:
         pipeline.save_pretrained(beside)
-        for path in beside.rglob("*"):
-            if path.is_file():
-                path.chmod(0o644)  # safetensors writes files that their owner alone can read
+        for path in beside.rglob("*.safetensors"):
+            path.chmod(0o644)  # safetensors writes files that their owner alone can read
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the transformer's weights of a pipeline folder, in float32.
-
-    Raises:
-        PpclError: there is no such pipeline.
-    """
+    """Return the transformer's weights of a pipeline folder, in float32. Raises PpclError where there is none."""
     file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     if not file.is_file():
         raise PpclError(f"no transformer weights at {file}; give a pipeline folder that teach wrote")
@@ -188,17 +220,16 @@ def load_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
 def resume(out: Path, compiled: bool) -> Course:
     """Return the course of the checkpoint in a folder. Raises PpclError where there is no checkpoint."""
     tensors, facts = load_state(out / STATE)
-    parts: dict[str, dict[str, torch.Tensor]] = {"model": {}, "average": {}, "optimizer": {}}
-    for name, value in tensors.items():
-        kind, rest = name.split("/", 1)
-        parts[kind][rest] = value
-    course = begin(int(facts["blocks"]), 0, compiled, parts["model"])
-    course.average = parts["average"]
-    course.step, course.stage_step = int(facts["step"]), int(facts["stage_step"])
-    course.seconds = facts["seconds"]
+
+    def part(kind: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(kind): value for name, value in tensors.items() if name.startswith(kind)}
+
+    course = begin(int(facts["blocks"]), 0, compiled, part("model/"))
+    course.average = part("average/")
+    course.step, course.stage_step, course.seconds = int(facts["step"]), int(facts["stage_step"]), facts["seconds"]
     weights = dict(course.model.named_parameters())
     owners = {w: one for one in course.optimizers for group in one.param_groups for w in group["params"]}
-    for name, value in parts["optimizer"].items():
+    for name, value in part("optimizer/").items():
         weight, key = name.rsplit("/", 1)
         owners[weights[weight]].state[weights[weight]][key] = value
     return course

@@ -14,16 +14,11 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.shapes.drawing import SIZE
 from ppcl_fx.shapes.words import WordEncoder
 
-PATCH = 3
-"""Side of a patch in pixels."""
-SIDE = SIZE // PATCH
-"""Patches along each axis."""
-CHANNELS = 3 * PATCH * PATCH
-"""Channels of a token: the values of one patch."""
-STEPS = 10
-"""Default number of denoising steps."""
-GUIDANCE = 1.5
-"""Default guidance scale."""
+PATCH = 3  # side of a patch in pixels
+SIDE = SIZE // PATCH  # patches along each axis
+CHANNELS = 3 * PATCH * PATCH  # channels of a token: the values of one patch
+STEPS = 10  # default number of denoising steps
+GUIDANCE = 1.5  # default guidance scale
 
 
 def pack(pictures: torch.Tensor) -> torch.Tensor:
@@ -39,14 +34,7 @@ def unpack(tokens: torch.Tensor) -> torch.Tensor:
 
 
 class ShapesPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Text to 24x24 pictures, in pixel space.
-
-    Args:
-        transformer: diffusers' ``QwenImageTransformer2DModel``, or a module that is called alike and
-            has ``config`` and ``dtype``.
-        scheduler: the flow-matching Euler scheduler.
-        text_encoder: the word encoder.
-    """
+    """Text to 24x24 pictures, in pixel space, by diffusers' ``QwenImageTransformer2DModel`` or what is called alike."""
 
     def __init__(
         self,
@@ -86,18 +74,24 @@ class ShapesPipeline(DiffusionPipeline):  # type: ignore[misc]
         Args:
             prompt: a caption or a list of captions; see ``ppcl_fx.shapes.captions``.
             num_inference_steps: denoising steps, at least 1.
-            guidance_scale: how strongly to follow the prompt.  Above 1 each step calls the
+            guidance_scale: how strongly to follow the prompt. Above 1 each step calls the
                 transformer twice: with the captions, then with empty captions.
             generator: the source of the starting noise; a list has one for each prompt.
             output_type: "pil", "np" (batch, 24, 24, 3 in [0, 1]) or "pt" (batch, 3, 24, 24 in [0, 1]).
             return_dict: give an ``ImagePipelineOutput`` rather than a tuple.
 
         Raises:
-            PpclError: a word is unknown, an argument is out of range, or the number of generators
-                is not the number of prompts.
+            PpclError: a word is unknown, an argument is out of range, or the number of generators is wrong.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
-        _check(texts, num_inference_steps, generator, output_type)
+        if not texts:
+            raise PpclError("prompt is an empty list; give at least one caption")
+        if num_inference_steps < 1:
+            raise PpclError(f"num_inference_steps is {num_inference_steps}; use 1 or more")
+        if isinstance(generator, list) and len(generator) != len(texts):
+            raise PpclError(f"generator has {len(generator)} entries for {len(texts)} prompts; give one for each")
+        if output_type not in ("pil", "np", "pt"):
+            raise PpclError(f"output_type is {output_type!r}; use 'pil', 'np' or 'pt'")
         device = self.text_encoder.device
         words = self.text_encoder.encode(texts).to(device)
         guided = guidance_scale > 1
@@ -120,20 +114,3 @@ class ShapesPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         images = self.image_processor.postprocess(unpack(tokens), output_type=output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
-
-
-def _check(
-    texts: list[str],
-    steps: int,
-    generator: torch.Generator | list[torch.Generator] | None,
-    output_type: str,
-) -> None:
-    """Refuse arguments that cannot work, before any computing."""
-    if not texts:
-        raise PpclError("prompt is an empty list; give at least one caption")
-    if steps < 1:
-        raise PpclError(f"num_inference_steps is {steps}; use 1 or more")
-    if isinstance(generator, list) and len(generator) != len(texts):
-        raise PpclError(f"generator has {len(generator)} entries for {len(texts)} prompts; give one for each")
-    if output_type not in ("pil", "np", "pt"):
-        raise PpclError(f"output_type is {output_type!r}; use 'pil', 'np' or 'pt'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -12,8 +13,7 @@ from ppcl_fx.shapes.captions import CATEGORIES, Prompt, parse, prompts
 from ppcl_fx.shapes.checker import check
 from ppcl_fx.shapes.pipeline import GUIDANCE, STEPS
 
-BATCH = 64
-"""Pictures drawn at once."""
+BATCH = 64  # pictures drawn at once
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,9 @@ def generate(
     guidance: float = GUIDANCE,
     batch: int = BATCH,
 ) -> torch.Tensor:
-    """Draw one picture for each prompt, each from its own seeded noise.
+    """Draw one picture for each prompt, each from its own seeded noise: the batch size does not change it.
 
-    The noise of prompt i depends on ``seed`` and i only, so the batch size does not change it.
-
-    Returns:
-        Pictures of shape (len(wanted), 3, 24, 24) in [-1, 1], float32.
+    Pictures are of shape (len(wanted), 3, 24, 24) in [-1, 1], float32.
     """
     parts = [torch.zeros(0, 3, 24, 24)]
     for start in range(0, len(wanted), batch):
@@ -58,45 +55,27 @@ def generate(
 
 
 def score_pictures(
-    pipeline: Callable[..., object],
-    per_category: int = 64,
-    seed: int = 0,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    batch: int = BATCH,
+    pipeline: Callable[..., object], per_category: int = 64, seed: int = 0, batch: int = BATCH, **how: Any
 ) -> list[Drawn]:
-    """Draw and check ``per_category`` pictures in each of the six categories.
+    """Draw and check ``per_category`` pictures in each of the six categories, ``batch`` at once.
 
-    Args:
-        pipeline: a ``ShapesPipeline``, or a callable with the same arguments.
-        per_category: prompts in each category, at least 1.
-        seed: fixes the order of the prompts and all noise.
-        steps: denoising steps.
-        guidance: guidance scale.
-        batch: pictures drawn at once.
-
-    Raises:
-        PpclError: ``per_category`` or ``batch`` is below 1.
+    The pipeline is a ``ShapesPipeline``, or a callable with the same arguments. ``seed`` fixes the order of the
+    prompts and all noise; ``how`` are ``steps`` and ``guidance``, as for `generate`. Raises PpclError where a number
+    is below 1.
     """
     if per_category < 1 or batch < 1:
         raise PpclError(f"per_category is {per_category} and batch is {batch}; both must be 1 or more")
     wanted = [prompt for category in CATEGORIES for prompt in prompts(category, per_category, seed)]
-    pictures = generate(pipeline, wanted, seed, steps, guidance, batch)
-    return [
-        Drawn(prompt, picture, check(picture, prompt))
-        for prompt, picture in zip(wanted, pictures, strict=True)
-    ]
+    pictures = generate(pipeline, wanted, seed, batch=batch, **how)
+    return [Drawn(asked, picture, check(picture, asked)) for asked, picture in zip(wanted, pictures, strict=True)]
 
 
 def share_right(pictures: torch.Tensor, texts: Sequence[str]) -> float:
     """Return the share of pictures that show what their captions ask.
 
-    Args:
-        pictures: of shape (batch, 3, 24, 24) in [0, 1], as the pipeline gives them with ``output_type="pt"``.
-        texts: a caption for each; or for each of several pictures in a row.
-
-    Raises:
-        PpclError: a caption is not one of ``ppcl_fx.shapes.captions``.
+    Pictures are of shape (batch, 3, 24, 24) in [0, 1], as the pipeline gives them with ``output_type="pt"``; there is
+    a caption for each, or for each of several in a row. Raises PpclError where it is none of
+    ``ppcl_fx.shapes.captions``.
     """
     times = len(pictures) // max(1, len(texts))
     wanted = [parse(text) for text in texts for _ in range(times)]
@@ -115,16 +94,6 @@ def summarise(drawn: list[Drawn]) -> dict[str, float]:
     return means
 
 
-def score(
-    pipeline: Callable[..., object],
-    per_category: int = 64,
-    seed: int = 0,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
-    batch: int = BATCH,
-) -> dict[str, float]:
-    """Return the share of right pictures in each category, and "overall", their mean.
-
-    Arguments are those of ``score_pictures``, which gives the pictures too.
-    """
-    return summarise(score_pictures(pipeline, per_category, seed, steps, guidance, batch))
+def score(pipeline: Callable[..., object], per_category: int = 64, seed: int = 0, **how: Any) -> dict[str, float]:
+    """Return the share of right pictures in each category, and "overall", their mean; see `score_pictures`."""
+    return summarise(score_pictures(pipeline, per_category, seed, **how))

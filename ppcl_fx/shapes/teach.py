@@ -1,13 +1,10 @@
 """Teach the shapes model from nothing: ``python -m ppcl_fx.shapes.teach --out DIR``.
 
-The transformer learns by flow matching: the picture x0 and noise are mixed to
-``x_t = (1 - s) * x0 + s * noise`` and the transformer learns the velocity ``noise - x0``.  It starts
-with a quarter of its blocks and is grown twice by doubling (``course.grow``), because early steps then
-cost less.  The learning rate and the growth follow the share of the time budget that is used up, so a
-run takes the same time on any machine, and a slower machine takes fewer steps.
+The transformer learns by flow matching. It starts with a quarter of its blocks and is grown twice by doubling
+(``course.grow``), because early steps then cost less. The learning rate and the growth follow the share of the time
+budget that is used up, so a run takes the same time on any machine, and a slower machine takes fewer steps.
 
-DIR holds ``latest/``, a pipeline folder with the averaged weights, and ``state.safetensors``, from
-which ``--resume`` goes on.
+DIR holds ``latest/``, a pipeline folder with the averaged weights, and the state from which ``--resume`` goes on.
 """
 
 from __future__ import annotations
@@ -25,22 +22,20 @@ import torch
 from torch import distributed
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io import owned_folders as owned
 from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
 from ppcl_fx.shapes.course import LATEST, STATE, Course, begin, grown, pipeline_of, read_weights, resume, save
+from ppcl_fx.shapes.drawing import draw_prompts
 from ppcl_fx.shapes.pipeline import SIDE, pack
-from ppcl_fx.shapes.scenes import draw_prompts
 from ppcl_fx.shapes.score import score
 from ppcl_fx.shapes.words import WordEncoder
 
-SHARES = (1.0, 1.5, 3.0, 1.0, 3.0, 2.5)
-"""How often each category is taught, relative to the others, in the order of ``CATEGORIES``."""
-DROPOUT = 0.1
-"""Share of captions that are replaced by the empty one."""
-WARM_UP = 100
-"""Steps over which the learning rate rises, at the start and after each growth."""
+SHARES = (1.0, 1.5, 3.0, 1.0, 3.0, 2.5)  # how often each category is taught, in the order of ``CATEGORIES``
+DROPOUT = 0.1  # share of captions that are replaced by the empty one
+WARM_UP = 100  # steps over which the learning rate rises, at the start and after each growth
 
 
 def blocks_at(share: float, blocks: int, growth: tuple[float, float]) -> int:
@@ -54,27 +49,23 @@ def rate_at(share: float, stage_step: int, peak: float) -> float:
     return peak * min(1.0, (stage_step + 1) / WARM_UP) * max(0.002, cosine)
 
 
-def _batch(step: int, words: WordEncoder, args: argparse.Namespace) -> tuple[torch.Tensor, ...]:
-    """Return (picture tokens, word vectors, noise levels, noise); the step number alone decides them."""
-    source = random.Random(f"{args.seed}/{step}/{args.worker}")
+def _slope(course: Course, words: WordEncoder, args: argparse.Namespace) -> torch.Tensor:
+    """Compute the gradients of one step, whose number alone decides its data, and return its loss."""
+    source = random.Random(f"{args.seed}/{course.step}/{args.worker}")
     names = source.choices(CATEGORIES, args.shares, k=args.batch)
     prompts = [source.choice(every_prompt(name)) for name in names]
     texts = ["" if source.random() < DROPOUT else prompt.text for prompt in prompts]
-    generator = torch.Generator().manual_seed((args.seed * 64 + args.worker) * 10_000_019 + step)
+    generator = torch.Generator().manual_seed((args.seed * 64 + args.worker) * 10_000_019 + course.step)
     # Noise levels lean towards noise: that is where the layout is decided.
     level = torch.sigmoid(torch.randn(args.batch, generator=generator) * 1.1 + args.lean)
     pictures = pack(draw_prompts(prompts, source))
-    return pictures, words.encode(texts), level, torch.randn(pictures.shape, generator=generator)
-
-
-def _slope(course: Course, words: WordEncoder, args: argparse.Namespace) -> torch.Tensor:
-    """Compute the gradients of one step and return its loss."""
-    pictures, captions, level, noise = _batch(course.step, words, args)
+    noise = torch.randn(pictures.shape, generator=generator)
     mix = level[:, None, None]
-    with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
+    # The fused CPU kernel's bfloat16 backward is many times slower than plain products.
+    with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32), sdpa_kernel(SDPBackend.MATH):
         velocity = course.model(
             hidden_states=(1 - mix) * pictures + mix * noise,
-            encoder_hidden_states=captions,
+            encoder_hidden_states=words.encode(texts),
             timestep=level,
             img_shapes=[[(1, SIDE, SIDE)]] * args.batch,
             return_dict=False,
@@ -91,15 +82,13 @@ def _share(course: Course) -> None:
     """Give all workers the mean of their gradients, and the first worker's clock."""
     slopes = [weight.grad for weight in course.model.parameters()]
     clock = torch.tensor([course.seconds if distributed.get_rank() == 0 else 0.0])
-    flat = torch.cat([slope.flatten() for slope in slopes] + [clock])
+    flat = torch.nn.utils.parameters_to_vector([*slopes, clock])
     distributed.all_reduce(flat)
     course.seconds = float(flat[-1])
-    parts = (flat[:-1] / distributed.get_world_size()).split([slope.numel() for slope in slopes])
-    torch._foreach_copy_(slopes, [part.view_as(slope) for part, slope in zip(parts, slopes, strict=True)])
+    torch.nn.utils.vector_to_parameters(flat[:-1] / distributed.get_world_size(), slopes)
 
 
 def _learn(course: Course, words: WordEncoder, args: argparse.Namespace, rate: float) -> float:
-    """Take one step and return its loss."""
     loss = _slope(course, words, args)
     if args.workers > 1:
         _share(course)
@@ -117,37 +106,9 @@ def _learn(course: Course, words: WordEncoder, args: argparse.Namespace, rate: f
     return float(loss)
 
 
-def _warm(course: Course, words: WordEncoder, args: argparse.Namespace) -> None:
-    """Compile: the first worker alone, then the others, who find its work in the cache."""
-    for turn in (True, False):
-        if turn == (args.worker == 0):
-            _slope(course, words, args)
-        if args.workers > 1:
-            distributed.barrier()
-    course.model.zero_grad(set_to_none=True)
-
-
 def _say(line: str) -> None:
-    """Write a line of the log at once."""
     sys.stdout.write(line + "\n")
     sys.stdout.flush()
-
-
-def _report(course: Course, words: WordEncoder, count: int, head: str) -> None:
-    """Print the scores of the averaged weights."""
-    if count:
-        means = score(pipeline_of(course.average, course.blocks, words), count)
-        _say(f"{head} {json.dumps({name: round(value, 3) for name, value in means.items()})}")
-
-
-def _first_course(args: argparse.Namespace) -> Course:
-    """Return the course to go on with: a checkpoint's, one from a pipeline's weights, or a new one."""
-    compiled = not args.no_compile
-    if args.resume:
-        return resume(Path(args.out), compiled)
-    if args.start:
-        return begin(args.blocks, args.seed, compiled, read_weights(Path(args.start)))
-    return begin(args.blocks // 4, args.seed, compiled)
 
 
 def teach(args: argparse.Namespace) -> None:
@@ -158,8 +119,24 @@ def teach(args: argparse.Namespace) -> None:
     """
     words, out, first = WordEncoder(), Path(args.out), args.worker == 0
     budget, compiled = args.minutes * 60, not args.no_compile
-    course = _first_course(args)
-    _warm(course, words, args)
+    if args.resume:
+        course = resume(out, compiled)
+    elif args.start:
+        course = begin(args.blocks, args.seed, compiled, read_weights(Path(args.start)))
+    else:
+        course = begin(args.blocks // 4, args.seed, compiled)
+    for turn in (True, False):  # compile: the first worker alone, then the others, who find its work in the cache
+        if turn == first:
+            _slope(course, words, args)
+        if args.workers > 1:
+            distributed.barrier()
+    course.model.zero_grad(set_to_none=True)
+
+    def report(head: str) -> None:
+        if args.score_prompts:
+            means = score(pipeline_of(course.average, course.blocks, words), args.score_prompts)
+            _say(f"{head} {json.dumps({name: round(value, 3) for name, value in means.items()})}")
+
     saved = tested = clock = time.monotonic()
     total = 0.0
     while course.seconds < budget:
@@ -184,15 +161,14 @@ def teach(args: argparse.Namespace) -> None:
             save(course, out, words, args.blocks)
             saved = now
         if now - tested > args.score_every * 60:
-            _report(course, words, args.score_prompts, "score")
+            report("score")
             tested = now
     if first:
         save(course, out, words, args.blocks)
-        _report(course, words, args.score_prompts, "final score")
+        report("final score")
 
 
 def _work(worker: int, args: argparse.Namespace) -> None:
-    """Be one worker: join the others and teach."""
     args.worker = worker
     torch.set_num_threads(args.threads)
     if args.workers > 1:

@@ -11,16 +11,10 @@ from ppcl_fx.shapes.captions import MAX_WORDS, VOCABULARY, encode
 
 
 class WordEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Look up one fixed vector for each word of a caption.
+    """Look up one fixed vector, of length ``channels``, for each word of a caption.
 
-    The vectors are drawn once from a normal distribution and never trained; the transformer learns
-    what they mean.  They are saved with the pipeline, so a loaded encoder does not depend on the
-    random generator of the torch version at hand.
-
-    Args:
-        channels: length of a word vector.
-        words: number of words in the table; the vocabulary's size.
-        seed: seed of the random vectors.
+    The vectors are drawn once and never trained; the transformer learns what they mean. They are saved with the
+    pipeline, so that they do not depend on torch's random generator.
     """
 
     @register_to_config  # type: ignore[untyped-decorator]
@@ -35,10 +29,8 @@ class WordEncoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return nn.functional.embedding(ids, self.table)
 
     def encode(self, texts: list[str]) -> torch.Tensor:
-        """Return word vectors of shape (batch, 10, channels); the empty text is all pad words.
-
-        Raises:
-            PpclError: a text has an unknown word or more than 10 words.
+        """Return word vectors of shape (batch, 10, channels); the empty text is all pad words. Raises PpclError where a
+        text has an unknown word or more than 10 words.
         """
         ids = torch.tensor([encode(text) for text in texts], dtype=torch.long).reshape(-1, MAX_WORDS)
         vectors: torch.Tensor = self(ids.to(self.table.device))

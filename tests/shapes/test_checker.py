@@ -10,8 +10,7 @@ import torch
 from ppcl_fx.errors import PpclError
 from ppcl_fx.shapes.captions import CATEGORIES, parse, prompts
 from ppcl_fx.shapes.checker import check, find_objects
-from ppcl_fx.shapes.drawing import BACKGROUND
-from ppcl_fx.shapes.scenes import draw_prompts
+from ppcl_fx.shapes.drawing import BACKGROUND, draw_prompts
 
 COUNT = 200
 

@@ -7,8 +7,7 @@ import random
 import torch
 
 from ppcl_fx.shapes.captions import CATEGORIES, prompts
-from ppcl_fx.shapes.drawing import BACKGROUND, OFFSETS, PALETTE, draw, sprites
-from ppcl_fx.shapes.scenes import draw_prompts
+from ppcl_fx.shapes.drawing import BACKGROUND, OFFSETS, PALETTE, draw, draw_prompts, sprites
 
 
 def _scene(shape: int, colour: int, cell: int, offset: tuple[int, int] = (3, 3)) -> torch.Tensor:

@@ -13,8 +13,7 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io.owned_folders import PIPELINE, foreign
-from ppcl_fx.shapes.course import empty_transformer, grow, load_state, new_transformer, save_state
-from ppcl_fx.shapes.fastpath import speed_up
+from ppcl_fx.shapes.course import empty_transformer, grow, load_state, new_transformer, save_state, speed_up
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.shapes.teach import main, read_arguments, teach
 
