@@ -1,32 +1,170 @@
-"""What the demo measures and shows: scores, pictures, latencies, the table, summary.json and the report."""
+"""What the demo does, measures and shows: record, trace, analyse, select, rewrite, distil, score, export, report.
+
+Every step is a call of the public interface, with fixed seeds.
+"""
 
 from __future__ import annotations
 
+import random
+import shutil
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
 from torch.fx import GraphModule
 
+import ppcl_fx
+from ppcl_fx.calls.store import Calls
+from ppcl_fx.demo import SEED, DemoSettings, fitting_steps
+from ppcl_fx.export import ExportConfig, Origin, Translations, export, export_graph, lower
+from ppcl_fx.export.store.names import graph_path, ratio_name
+from ppcl_fx.export.verify.onnx_runner import latency, session
+from ppcl_fx.io.files import write_json
+from ppcl_fx.model.student_folder import NAME as FINETUNED
 from ppcl_fx.model.pluggable import PluggableModel
-from ppcl_fx.report import PictureGrid
+from ppcl_fx.report import PictureGrid, write_report
 from ppcl_fx.report.machine import describe
+from ppcl_fx.report.results import write_contact_sheet
+from ppcl_fx.schema.analysis import Redundancy
 from ppcl_fx.schema.plan import DepthEdit, Plan
-from ppcl_fx.shapes.captions import CATEGORIES
+from ppcl_fx.shapes import load_pipeline
+from ppcl_fx.shapes.captions import CATEGORIES, every_prompt
+from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.shapes.score import Drawn, score_pictures, summarise
 from ppcl_fx.tracing import bind
+from ppcl_fx.train import StageCurves, train
+from ppcl_fx.train.config import Weights
 
-if TYPE_CHECKING:
-    from rich.table import Table
+SHOWN = 2  # prompts of each category in the grid of pictures
+ROUNDS = 15  # runs of each exported file that are timed
+EMA = 0.995
+BETAS = (0.9, 0.99)  # of fine-tuning: its gradients are noisy, and a longer memory of their squares steadies them
+LEADS = {
+    "ppcl": "Pruned by the paper's method: candidate intervals, non-sequential distillation, fine-tuning at the end.",
+    "uniform": "A control: evenly spaced blocks removed, whatever they do; the same budget, training and steps.",
+    "sequential": "A control: each student distilled on what the students before it give; the same plan and steps.",
+}
 
-    from ppcl_fx.calls.store import Calls
-    from ppcl_fx.shapes.pipeline import ShapesPipeline
 
-SHOWN = 2
-"""Prompts of each category in the grid of pictures."""
+@dataclass
+class Clock:
+    """Prints each stage with its seconds, and keeps them."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Callable[[str], None]]:
+        """Time a stage; what is said to the yielded function stands beside its seconds."""
+        said: list[str] = []
+        begin = time.perf_counter()
+        with self.console.status(f"{name} ..."):
+            yield said.append
+        spent = self.seconds[name] = round(time.perf_counter() - begin, 1)
+        self.console.print(f"{name:<10} {spent:7.1f} s   {'; '.join(said)}", highlight=False, soft_wrap=True)
+
+
+def run(settings: DemoSettings, command: str) -> None:
+    """Run the pipeline, write everything to ``settings.out``, and print its stages and two tables.
+
+    ``command`` is the command line, for the report. Raises PpclError where a setting makes no sense.
+    """
+    out, own = settings.out, settings.weights
+    console = Console()
+    clock = Clock(console)
+    with clock.stage("load") as say:
+        pipeline = load_pipeline() if own is None else ShapesPipeline.from_pretrained(own)
+        pipeline.set_progress_bar_config(disable=True)
+        say(f"{sum(p.numel() for p in pipeline.transformer.parameters()):,} parameters")
+    calls, analysis, plan, model = _prune(settings, clock, pipeline)
+    curves, finetuned = _train(settings, clock, model, calls)
+    with clock.stage("score") as say:
+        rows = score_ratios(pipeline, model, settings.keeps, finetuned, settings.per_category)
+        say(", ".join(f"{row.name} {row.score['overall']:.3f}" for row in rows))
+    with clock.stage("export") as say:
+        engines = export_ratios(out / "engines", model, settings.keeps, finetuned, calls)
+        say(f"{len(engines)} ONNX files, each checked on {engines[0]['shapes']:.0f} shapes")
+    with clock.stage("report"):
+        blocks = sum(len(stack.blocks) for stack in analysis.stacks)
+        ratios = summary(rows, engines, model, blocks)
+        grid = picture_grid(rows)
+        write_contact_sheet(out / "pictures", grid)
+        write_report(
+            out / "report.html",
+            redundancy=analysis,
+            plan=plan,
+            losses={stage.label: stage.losses for stage in curves},
+            ratios=ratios,
+            pictures=grid,
+            title="shapes: one teacher, and what is left of it",
+            lead=LEADS[settings.variant],
+            provenance=provenance(command, clock.seconds),
+        )
+        write_json(out / "summary.json", ratios)
+    for table in tables(ratios):
+        console.print(table)
+
+
+def _prune(
+    settings: DemoSettings, clock: Clock, pipeline: ShapesPipeline
+) -> tuple[Calls, Redundancy, Plan, PluggableModel]:
+    """Record every prompt there is, with other noise than that of the scores; trace, analyse, select and rewrite."""
+    with clock.stage("record") as say:
+        texts = [prompt.text for category in CATEGORIES for prompt in every_prompt(category)] * settings.recorded
+        random.Random(SEED).shuffle(texts)
+        calls = ppcl_fx.record(pipeline, texts, batch_size=settings.batch, seed=SEED)
+        calls.save(settings.out / "calls")
+        say(f"{len(calls)} calls of {settings.batch} samples, from {len(texts)} prompts")
+    with clock.stage("trace") as say:
+        gm = ppcl_fx.trace(pipeline.transformer, calls.examples())
+        say(f"{len(gm.graph.nodes)} nodes, {sum(len(stack.blocks) for stack in ppcl_fx.stacks(gm))} blocks")
+    some = calls[:: max(1, len(calls) // settings.analysed)]
+    with clock.stage("analyze") as say:
+        analysis = ppcl_fx.analyze(gm, some)
+        analysis.save(settings.out / "analysis.json")
+        found = sum(len(stack.curves(analysis.stream).candidates) for stack in analysis.stacks)
+        say(f"{analysis.calls_used} calls, {found} candidate intervals")
+    with clock.stage("select") as say:
+        uniform = settings.variant == "uniform"
+        options = {"rule": "uniform", "width": False} if uniform else {"rule": "paper"}
+        plan = ppcl_fx.select(analysis, keep=min(settings.keeps), **options)
+        write_json(settings.out / "plan.json", plan)
+        say(f"{plan.params:,} of {plan.teacher_params:,} parameters stay; {len(plan.edits)} edits")
+    with clock.stage("rewrite"):
+        model = ppcl_fx.rewrite(gm, plan, some)
+    return calls, analysis, plan, model
+
+
+def _train(
+    settings: DemoSettings, clock: Clock, model: PluggableModel, calls: Calls
+) -> tuple[list[StageCurves], GraphModule]:
+    """Distil depth and width, fine-tune the smallest mixture, save both; return the curves and the fine-tuned model."""
+    steps = fitting_steps(settings.steps, {edit.kind for edit in model.plan.edits})
+    folder = settings.out / "train"
+    curves: list[StageCurves] = []
+    common: dict[str, Any] = {
+        "out": folder, "seed": SEED, "sequential": settings.variant == "sequential", "weights": Weights(relative=1.0),
+    }  # fmt: skip
+    distil: dict[str, Any] = {"batch": settings.distil_calls, "lr": settings.lr}
+    finetune = {"batch": settings.finetune_calls, "lr": settings.finetune_lr, "ema": EMA, "betas": BETAS}
+    for name, stages, own in (("distil", ("depth", "width"), distil), ("finetune", ("finetune",), finetune)):
+        with clock.stage(name) as say:
+            some = {stage: steps[stage] for stage in stages}
+            trained = train(model, calls, stages=stages, steps=some, finetune_lr=own["lr"], **common, **own)
+            curves += trained.stages
+            say(", ".join(f"{one.label} {one.steps} steps in {one.seconds:.0f} s" for one in trained.stages))
+    assert trained.finetuned_model is not None
+    student = model.save(settings.out / "student")
+    shutil.copytree(folder / FINETUNED, student / FINETUNED)  # where `ppcl-fx train` writes it, and export looks
+    return curves, trained.finetuned_model
 
 
 @dataclass
@@ -88,13 +226,9 @@ def export_ratios(
 ) -> list[dict[str, float]]:
     """Export `model` at each ratio and the fine-tuned model to ONNX, and time them all in turn.
 
-    Returns:
-        For each, in the order of the rows: ``latency_ms`` (median of one call with the samples of a recorded one) and
-        ``parity_max_abs`` (largest difference between onnxruntime and PyTorch over ``shapes`` shapes).
+    For each, in the order of the rows, it returns ``latency_ms`` (median of one call with the samples of a recorded
+    one) and ``parity_max_abs`` (largest difference between onnxruntime and PyTorch over ``shapes`` shapes).
     """
-    from ppcl_fx.export import ExportConfig, Origin, Translations, export, export_graph, lower
-    from ppcl_fx.export.store.names import graph_path, ratio_name
-
     known = Translations()  # blocks of one structure are translated once for all files
     done = list(export(model, folder, ExportConfig(keep=tuple(keeps)), calls=calls[:1], known=known).ratios)
     graphs = [model.plug(keep=keep).graph_module() for keep in keeps]
@@ -105,28 +239,17 @@ def export_ratios(
         done.append(export_graph(finetuned, path, calls=calls[:1], origin=origin, known=known))
         graphs.append(finetuned)
     feeds = [lower(graph).feeds(bind(graph, calls[0].kwargs)) for graph in graphs]
-    medians = latencies([one.onnx for one in done], feeds)
+    running = [session(one.onnx) for one in done]
+    # In turns, so that whatever else the machine does falls on all of them alike.
+    rounds = [
+        [latency(one, given, runs=1, warmup=1) for one, given in zip(running, feeds, strict=True)]
+        for _ in range(ROUNDS)
+    ]
+    medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
     return [
         {"latency_ms": median, "parity_max_abs": max(one.parity.values()), "shapes": len(one.parity)}
         for median, one in zip(medians, done, strict=True)
     ]
-
-
-def latencies(
-    files: Sequence[Path], feeds: Sequence[Mapping[str, torch.Tensor]], rounds: int = 15
-) -> list[float]:
-    """Return the median milliseconds of one run of each file.
-
-    They take turns, so that whatever else the machine does falls on all of them alike.
-    """
-    from ppcl_fx.export.verify.onnx_runner import latency, session
-
-    running = [session(path) for path in files]
-    times: list[list[float]] = [[] for _ in files]
-    for _ in range(rounds):
-        for own, one, given in zip(times, running, feeds, strict=True):
-            own.append(latency(one, given, runs=1, warmup=1))
-    return [statistics.median(own) for own in times]
 
 
 def picture_grid(rows: Sequence[Row]) -> PictureGrid:
@@ -144,8 +267,6 @@ def picture_grid(rows: Sequence[Row]) -> PictureGrid:
 
 def to_image(picture: torch.Tensor) -> Any:
     """Return pixels (3, height, width) in [-1, 1] as a PIL image."""
-    from PIL import Image
-
     pixels = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0)
     return Image.fromarray(pixels.contiguous().numpy())
 
@@ -187,14 +308,11 @@ def provenance(command: str, seconds: Mapping[str, float]) -> dict[str, Any]:
 
 def tables(ratios: Sequence[Mapping[str, Any]]) -> list[Table]:
     """Return the summary as two tables for the terminal: sizes and speeds, then scores by category."""
-    from rich.table import Table
-
     sizes = Table()
     scores = Table(title="Score: share of pictures that the checker accepts", title_justify="left")
-    for shown, names in (
-        (sizes, ("parameters", "blocks", "score", "drop", "ms", "speed-up", "parity")),
-        (scores, (*CATEGORIES, "overall")),
-    ):
+    all_scores = (*CATEGORIES, "overall")
+    columns = ("parameters", "blocks", "score", "drop", "ms", "speed-up", "parity")
+    for shown, names in ((sizes, columns), (scores, all_scores)):
         shown.add_column("model")
         for name in names:
             shown.add_column(name.replace("_", "\n"), justify="right")
@@ -210,5 +328,5 @@ def tables(ratios: Sequence[Mapping[str, Any]]) -> list[Table]:
             f"{ratio['speedup']:.2f}x",
             f"{ratio['parity_max_abs']:.0e}",
         )
-        scores.add_row(ratio["name"], *(f"{score[name]:.2f}" for name in (*CATEGORIES, "overall")))
+        scores.add_row(ratio["name"], *(f"{score[name]:.2f}" for name in all_scores))
     return [sizes, scores]
