@@ -28,8 +28,8 @@ from ppcl_fx.export import ExportConfig, Origin, Translations, export, export_gr
 from ppcl_fx.export.store.names import graph_path, ratio_name
 from ppcl_fx.export.verify.onnx_runner import latency, session
 from ppcl_fx.io.files import write_json
-from ppcl_fx.model.student_folder import NAME as FINETUNED
 from ppcl_fx.model.pluggable import PluggableModel
+from ppcl_fx.model.student_folder import NAME as FINETUNED
 from ppcl_fx.report import PictureGrid, write_report
 from ppcl_fx.report.machine import describe
 from ppcl_fx.report.results import write_contact_sheet

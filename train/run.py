@@ -36,7 +36,6 @@ from ppcl_fx.train.distributed.consensus import (
     listening,
     refuse_on_ranks,
     share_checkpoints,
-    students_alone,
 )
 from ppcl_fx.train.distributed.edit_parallel import EditParallel
 from ppcl_fx.train.distributed.process_group import ProcessGroup, current
@@ -201,7 +200,7 @@ class _Runner:
             if resumed is None:
                 self.writer.curves.append(StageCurves(name=name, label=name + _suffix(config) * (name == "finetune")))
             else:
-                self.writer.restore(students_alone(self.ranks, resumed, self.writer.students))
+                self.writer.restore(resumed)
                 self.model.weights_changed()
             train_only(self.model, name)
             stage = self._stage(name)

@@ -24,10 +24,7 @@ def fingerprint(model: nn.Module, read: Callable[[str], torch.Tensor] | None = N
     weights that accelerate offloads those count that its hooks hold. Where the model was loaded from does not count.
     `read` gives the tensors by name where the model itself has none; their values count in the model's dtypes.
     """
-    config = getattr(model, "config", None)
-    # Names with an underscore in front say where a model came from, not what it is.
-    entries = config.items() if isinstance(config, Mapping) else ()
-    said = [type(model).__name__, {name: value for name, value in entries if not name.startswith("_")}]
+    said = [type(model).__name__, config_of(model)]
     digest = hashlib.sha256(json.dumps(said, sort_keys=True, default=_plain).encode())
     offloaded = {} if read is not None else _offloaded(model)
     for name, tensor in sorted(model.state_dict().items()):
@@ -64,6 +61,13 @@ def tensor_digest(tensor: torch.Tensor) -> str:
     digest = hashlib.sha256(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
     digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def config_of(model: object) -> dict[str, Any]:
+    """Return what a model or a part of a pipeline was made with; empty where it does not say."""
+    config = getattr(model, "config", None)
+    # Names with an underscore in front say where a model came from, not what it is.
+    return {k: v for k, v in config.items() if not k.startswith("_")} if isinstance(config, Mapping) else {}
 
 
 def _plain(value: object) -> str:

@@ -37,7 +37,7 @@ from ppcl_fx.train import config
 from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.core import checkpoints
 from ppcl_fx.train.images.captions import open_pairs
-from ppcl_fx.train.images.encode import _open as open_picture
+from ppcl_fx.train.images.pictures import open_picture
 from tests import models
 from tests.fuzz import mutations as m
 from tests.lora import loras

@@ -103,7 +103,7 @@ def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert current() == ProcessGroup()
     with joined() as ranks:
         assert (ranks.alone, ranks.first) == (True, True)
-        assert ranks.words("x") == "x"
+        assert ranks.from_first("x") == "x"
         assert ranks.any(True)
         assert not dist.is_initialized()
 

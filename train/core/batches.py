@@ -15,9 +15,7 @@ from ppcl_fx.calls.store import Call, Calls, check_finite, collate, hold_out, ma
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io.fingerprint import tensor_digest
 from ppcl_fx.train.config import TrainConfig
-from ppcl_fx.train.data.bad_samples import BadSamples
-from ppcl_fx.train.data.sampler import SampledSource, Sampler
-from ppcl_fx.train.data.source import DataSource, DistributedSource, Feed
+from ppcl_fx.train.data.source import BadSamples, DataSource, DistributedSource, Feed, SampledSource
 from ppcl_fx.train.distributed.batch_split import SplitBatch, cut, portion
 from ppcl_fx.train.distributed.process_group import ProcessGroup
 
@@ -52,13 +50,12 @@ class Batches(SampledSource):
         only: Sequence[int] | None = None,
         split: bool = False,
     ) -> None:
-        super().__init__()
         self._all = range(len(calls)) if only is None else only
         if not len(self._all):
             raise PpclError("no calls to train on: record some prompts first")
+        super().__init__(groups(calls, self._all), batch, seed)
         self._calls, self._split = calls, split
         self._place = torch.device(device), dtype
-        self._order = Sampler(groups(calls, self._all), batch, seed)
         self._ranks = ranks or ProcessGroup()
         self.skips = BadSamples("the recorded calls", len(self._all), self._ranks)
 
@@ -66,10 +63,6 @@ class Batches(SampledSource):
     def fingerprint(self) -> str:
         """The calls' fingerprint."""
         return self._calls.fingerprint
-
-    def indices(self, step: int) -> tuple[int, ...]:
-        """Return the positions in `calls` of the batch of `step` (from 0)."""
-        return self._order.indices(step)
 
     def kwargs(self, step: int) -> dict[str, Any]:
         """Return the transformer's keyword arguments of the batch of `step`, on the device. Raises PpclError where

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -97,34 +98,30 @@ class LoadedCheckpoint:
     folder: Path
 
 
-def save(
-    folder: Path,
-    state: State,
-    tensors: Mapping[str, Tensor],
-    *,
-    put: Callable[[Path, Mapping[str, Tensor]], str] | None = None,
-) -> Path:
-    """Write a checkpoint into `folder`, drop all but the last `KEPT`, and return the new checkpoint's folder.
+@contextmanager
+def writing(folder: Path, state: State) -> Iterator[Path]:
+    """Yield the folder for the tensors of a new checkpoint in `folder`; drop all but the last `KEPT` at the end.
 
-    Later checkpoints are dropped too: the run went on from an earlier one because they were damaged. `put` writes the
-    tensors into the folder in another form and returns the name of the file that says how. Raises PpclError where the
-    place cannot be written; the checkpoints that were there still are.
+    Later checkpoints are dropped too: the run went on from an earlier one because they were damaged. Raises PpclError
+    where the place cannot be written; the checkpoints that were there still are.
     """
-
-    def plain(beside: Path, tensors: Mapping[str, Tensor]) -> str:
-        write_safetensors(beside / TENSORS, tensors)
-        return TENSORS
-
     target = folder / f"{state.stage:02d}-{state.step:08d}"
     with new_folder(target, replaces=owned.CHECKPOINT) as beside:
-        written = (put or plain)(beside, tensors)
+        yield beside
         write_json(beside / STATE, state)
-        write_text(beside / SUMS, "".join(f"{sha256_of(beside / name)}  {name}\n" for name in (written, STATE)))
+        names = (PIECES if (beside / PIECES).exists() else TENSORS, STATE)
+        write_text(beside / SUMS, "".join(f"{sha256_of(beside / name)}  {name}\n" for name in names))
     found = existing(folder)
     place = found.index(target) + 1
     for old in found[: max(0, place - KEPT)] + found[place:]:
         owned.discard(old, owned.CHECKPOINT)
-    return target
+
+
+def save(folder: Path, state: State, tensors: Mapping[str, Tensor]) -> Path:
+    """Write a checkpoint into `folder`, as `writing`, and return its folder."""
+    with writing(folder, state) as beside:
+        write_safetensors(beside / TENSORS, tensors)
+    return folder / f"{state.stage:02d}-{state.step:08d}"
 
 
 @dataclass

@@ -1,27 +1,27 @@
 """What a pipeline's calls look like: which argument is the noisy latent, which the time, and what the rest does.
 
-Found by running the pipeline, not from a table of models. What does not behave like a rectified flow on latents that
-are only laid out anew is refused in one line.
+Found by running the pipeline. What is no rectified flow on latents that are only laid out anew is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ppcl_fx.calls.record import TIMES, first_call, record
 from ppcl_fx.calls.store import Call, map_tensors
 from ppcl_fx.errors import PpclError
+from ppcl_fx.io.files import Record
 from ppcl_fx.io.fingerprint import tensor_digest
-from ppcl_fx.train.data.probing import Noise, standing_still
 from ppcl_fx.train.images.flow import Shift, noised, shifted
 
-STEPS = 3
-"""Denoising steps of the run that shows how the time is passed."""
+STEPS = 3  # denoising steps of the run that shows how the time is passed
 
 
 class Unsupported(PpclError):
@@ -31,43 +31,27 @@ class Unsupported(PpclError):
         super().__init__(f"{type(pipeline).__name__}: {why}; use --prompts or --calls with this pipeline")
 
 
-class Template(BaseModel):
-    """How to make a call of the transformer from a clean latent and a noise level.
+class Template(Record):
+    """How to make a call of the transformer from a clean latent and a noise level."""
 
-    Attributes:
-        version: Of this layout.
-        noisy: Paths of the tensors that are the noisy latent, such as "hidden_states" or "x.0".
-        repeats: How often the latent is in each of them, along its rows: 2 where both branches of guidance are.
-        time: The argument that is the time.
-        scale: The time at sigma 1, or at sigma 0 where `inverted`.
-        inverted: Whether the time runs from 0 (noise) upwards.
-        shift: How the scheduler shifts noise levels.
-        amount: The static shift; unused with the others, whose `mu` belongs to each sample.
-        noise: Shape of the noise that the pipeline drew in the run that was looked at.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
     version: Literal[1] = 1
-    noisy: tuple[str, ...]
-    repeats: int
-    time: str
-    scale: float
+    noisy: tuple[str, ...]  # paths of the tensors that are the noisy latent, such as "hidden_states" or "x.0"
+    repeats: int  # how often it is in each of them, along its rows: 2 where both branches of guidance are
+    time: str  # the argument that is the time
+    scale: float  # the time at sigma 1, or at sigma 0 where it is inverted
     inverted: bool
     shift: Shift
-    amount: float
-    noise: tuple[int, ...]
+    amount: float  # the static shift; unused with the others, whose `mu` belongs to each sample
+    noise: tuple[int, ...]  # shape of the noise that the pipeline drew in the run that was looked at
 
     def sigma(self, u: float, mu: float | None) -> float:
         """Return the noise level u after the scheduler's shift; `mu` is the sample's."""
         return shifted(u, self.shift, self.amount if mu is None else mu)
 
     def at(self, kwargs: dict[str, Any], sigma: float, generator: torch.Generator) -> dict[str, Any]:
-        """Return a call's arguments at noise level `sigma`.
+        """Return a call's arguments at noise level `sigma`, in (0, 1), from those with the clean latent in its place.
 
-        Args:
-            kwargs: The arguments with the clean latent in the noisy one's place.
-            sigma: In (0, 1).
-            generator: Draws the noise. Rows that hold the same picture (guidance) get the same noise.
+        Rows that hold the same picture (guidance) get the same noise.
         """
         state = generator.get_state()
 
@@ -89,15 +73,10 @@ class Template(BaseModel):
 
 
 def find_template(pipeline: Any, caption: str, given: Mapping[str, Any] | None = None) -> Template:
-    """Run a pipeline and find out how its transformer is called.
+    """Run a pipeline for a few steps, its transformer answering zero, and find out how that is called.
 
-    Args:
-        pipeline: The pipeline. Its transformer runs a few steps and is made to answer zero.
-        caption: Any prompt that it takes.
-        given: Further arguments of the pipeline, such as height and width.
-
-    Raises:
-        Unsupported: It is not a rectified flow, or it does more to its latents than lay them out.
+    `given` are further arguments of the pipeline, such as height and width. Raises Unsupported where it is no
+    rectified flow, or does more to its latents than lay them out.
     """
     given = given or {}
     noisy, noise = _noisy(pipeline, caption, given)
@@ -110,16 +89,11 @@ def find_template(pipeline: Any, caption: str, given: Mapping[str, Any] | None =
     _check_steady(pipeline, calls, {*noisy, time})
     scale, inverted = _scale(pipeline, calls, value)
     shift, amount = _shift(pipeline)
+    repeats = tensors_of(calls[0].kwargs)[noisy[0]].numel() // noise.numel()
     return Template(
-        noisy=noisy,
-        repeats=tensors_of(calls[0].kwargs)[noisy[0]].numel() // noise.numel(),
-        time=time,
-        scale=scale,
-        inverted=inverted,
-        shift=shift,
-        amount=amount,
+        noisy=noisy, repeats=repeats, time=time, scale=scale, inverted=inverted, shift=shift, amount=amount,
         noise=tuple(noise.shape),
-    )
+    )  # fmt: skip
 
 
 def is_laid_out(tensor: Tensor, clean: Tensor, times: int) -> bool:
@@ -204,3 +178,73 @@ def _shift(pipeline: Any) -> tuple[Shift, float]:
     if not isinstance(amount, int | float):
         raise Unsupported(pipeline, "its scheduler has no shift of noise levels")
     return "static", float(amount)
+
+
+class Noise(TorchFunctionMode):
+    """Notes in `drawn` what `torch.randn` gives, and puts a known tensor in the place of the noise of its shape.
+
+    A pipeline of rectified flow begins with noise at sigma 1. With a clean latent in the noise's place, the first call
+    of its transformer holds that latent as the pipeline itself lays it out. Sizes of 1 do not count in the shape of
+    `known`, and `used` says how often it was given.
+    """
+
+    def __init__(self, known: Tensor | None = None) -> None:
+        super().__init__()
+        self.known, self.used = known, 0
+        self.drawn: list[Tensor] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.randn:
+            if self.known is not None and plain_shape(result) == plain_shape(self.known):
+                result = self.known.reshape(result.shape).to(result)
+                self.used += 1
+            self.drawn.append(result)
+        return result
+
+
+def plain_shape(tensor: Tensor) -> tuple[int, ...]:
+    """Return a tensor's shape without the sizes of 1."""
+    return tuple(size for size in tensor.shape if size != 1)
+
+
+@contextmanager
+def noted(owner: Any, method: str) -> Iterator[list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """Yield a list that gets the arguments of each call of a method; of an owner that is None, none."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    if owner is None:
+        yield seen
+        return
+    original = getattr(owner, method)
+
+    @functools.wraps(original)  # pipelines look at the signature
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        seen.append((args, kwargs))
+        return original(*args, **kwargs)
+
+    setattr(owner, method, noting)
+    try:
+        yield seen
+    finally:
+        delattr(owner, method)
+
+
+@contextmanager
+def standing_still(transformer: nn.Module) -> Iterator[None]:
+    """Let the transformer answer zero velocity, in the form of its own answers."""
+
+    def zeros(_: str, tensor: Tensor) -> Tensor:
+        return torch.zeros_like(tensor)
+
+    def still(module: nn.Module, args: Any, output: Any) -> Any:
+        if not isinstance(output, dict):
+            return map_tensors(output, zeros)
+        for key in list(output):  # a diffusers output, which is set by key
+            output[key] = map_tensors(output[key], zeros)
+        return output
+
+    handle = transformer.register_forward_hook(still)
+    try:
+        yield
+    finally:
+        handle.remove()

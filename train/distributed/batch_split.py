@@ -15,23 +15,19 @@ from ppcl_fx.train.distributed.process_group import ProcessGroup
 class SplitBatch(dict[str, Any]):
     """One rank's part of a batch: the transformer's arguments, like any batch's.
 
-    Attributes:
-        samples: samples of the batch in it; 0 where there are fewer samples than ranks. The arguments are then one
-            sample of another rank's, to be computed (all ranks must take part) and not to be counted.
-        total: samples of the whole batch.
+    `samples` are in it, of `total` in the whole batch. Where there are fewer samples than ranks it has none: its
+    arguments are then one of another rank's, to be computed (all ranks must take part) and not to be counted.
     """
 
     def __init__(self, kwargs: dict[str, Any], samples: int, total: int) -> None:
         super().__init__(kwargs)
-        self.samples = samples
-        self.total = total
+        self.samples, self.total = samples, total
 
 
 def portion(total: int, ranks: ProcessGroup) -> tuple[int, int, int]:
-    """Return a rank's first sample of `total`, the one after its last, and how many of them count.
+    """Return a rank's first sample of `total`, the one after its last, and how many of them count (see `SplitBatch`).
 
-    Portions are in the order of the ranks and differ by one sample at most. One without a sample of its own is a
-    sample of another rank's that does not count.
+    Portions are in the order of the ranks and differ by one sample at most.
     """
     first, last = total * ranks.rank // ranks.world, total * (ranks.rank + 1) // ranks.world
     if first < last:
@@ -46,19 +42,17 @@ def cut(calls: Sequence[Call], first: int, last: int) -> list[Call]:
     begin = 0
     for call in calls:
         low, high = max(first - begin, 0), min(last - begin, call.batch)
-        if low < high:
-            found.append(call if (low, high) == (0, call.batch) else _samples(call, low, high))
+        if high - low == call.batch:
+            found.append(call)
+        elif low < high:
+            kwargs = {name: _part(value, call.batch, low, high) for name, value in call.kwargs.items()}
+            found.append(replace(call, kwargs=kwargs, batch=high - low))
         begin += call.batch
     return found
 
 
-def _samples(call: Call, low: int, high: int) -> Call:
-    """The same rules as `ppcl_fx.calls.collate.collate`, read backwards."""
-    kwargs = {name: _part(value, call.batch, low, high) for name, value in call.kwargs.items()}
-    return replace(call, kwargs=kwargs, batch=high - low)
-
-
 def _part(value: Any, batch: int, low: int, high: int) -> Any:
+    """The same rules as `ppcl_fx.calls.collate.collate`, read backwards."""
     if isinstance(value, Tensor):
         return value[low:high] if value.ndim and value.shape[0] == batch else value
     if isinstance(value, dict):

@@ -8,68 +8,49 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.passes.calibration.initialise import fit_projectors
 from ppcl_fx.train.config import TrainConfig
 from ppcl_fx.train.core import checkpoints
-from ppcl_fx.train.core.checkpoints import LoadedCheckpoint
-from ppcl_fx.train.distributed.process_group import ProcessGroup
+from ppcl_fx.train.core.checkpoints import CheckpointWriter, LoadedCheckpoint
+from ppcl_fx.train.core.stages import Stage
+from ppcl_fx.train.distributed.process_group import ALONE, ProcessGroup
 
-if TYPE_CHECKING:
-    from ppcl_fx.model.pluggable import PluggableModel
-    from ppcl_fx.train.core.checkpoints import CheckpointWriter
-    from ppcl_fx.train.core.stages import Stage
-
-CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}
-"""The signals that are listened to, and the exit codes that they ask for."""
-FAULT = "!"
-"""What rank 0's word begins with where it is about a fault."""
+CODES = {signal.SIGTERM: 143, signal.SIGINT: 130}  # the signals that are listened to, and their exit codes
 
 
 def refuse_on_ranks(ranks: ProcessGroup, options: TrainConfig, scored: bool) -> None:
     """Raise PpclError for what only one process can do."""
-    if ranks.alone:
-        return
-    mend = "run it on one process"
-    if options.sequential:
-        raise PpclError(
-            f"sequential distillation feeds each student the one before it, and is not split over ranks; {mend}"
-        )
-    if options.optimizer == "adamw8bit" and "finetune" in options.stages:
-        raise PpclError(f"training option optimizer: adamw8bit does not know sharded parameters; take adamw, or {mend}")
-    if scored:
-        raise PpclError(f"no rank has the whole model while it trains, so it cannot be scored on the way; {mend}")
+    sequential = "sequential distillation feeds each student the one before it, and is not split over ranks; "
+    eight_bit = options.optimizer == "adamw8bit" and "finetune" in options.stages
+    for asked, why in (
+        (options.sequential, sequential),
+        (eight_bit, "training option optimizer: adamw8bit does not know sharded parameters; take adamw, or "),
+        (scored, "no rank has the whole model while it trains, so it cannot be scored on the way; "),
+    ):
+        if asked and not ranks.alone:
+            raise PpclError(f"{why}run it on one process")
 
 
 class StopRequest:
     """Whether a signal has asked to stop, and which one; of several ranks, whether it asked any of them.
 
     All ranks ask this at the same points, and get the same answer.
-
-    Args:
-        ranks: This process among the others.
     """
 
-    def __init__(self, ranks: ProcessGroup | None = None) -> None:
+    def __init__(self, ranks: ProcessGroup = ALONE) -> None:
         self.by: signal.Signals | None = None
-        self._ranks = ranks or ProcessGroup()
+        self._ranks = ranks
 
     def __bool__(self) -> bool:
         """Ask the others. Raises PpclError where one is lost."""
-        if self._ranks.alone:
-            return self.by is not None
-        given = torch.zeros(len(signal.Signals) + 64)
-        if self.by is not None:
-            given[int(self.by)] = 1
-        found = self._ranks.sum(given).nonzero()
-        if len(found):
-            self.by = signal.Signals(int(found[-1]))
-        return bool(len(found))
+        if not self._ranks.any(self.by is not None):
+            return False
+        self.by = max(by for by in self._ranks.gather(self.by) if by is not None)
+        return True
 
     @property
     def words(self) -> str:
@@ -94,10 +75,13 @@ def listening(ranks: ProcessGroup) -> Iterator[StopRequest]:
         return
     before: dict[signal.Signals, Any] = {}
 
-    def note(signum: int, frame: FrameType | None) -> None:
-        asked.by = signal.Signals(signum)
+    def restore() -> None:
         for known, handler in before.items():
             signal.signal(known, handler)
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        asked.by = signal.Signals(signum)
+        restore()
 
     for known in CODES:
         before[known] = signal.getsignal(known) or signal.SIG_DFL
@@ -105,37 +89,16 @@ def listening(ranks: ProcessGroup) -> Iterator[StopRequest]:
     try:
         yield asked
     finally:
-        for known, handler in before.items():
-            signal.signal(known, handler)
+        restore()
 
 
 def begin(ranks: ProcessGroup, find: Callable[[], LoadedCheckpoint | None]) -> LoadedCheckpoint | None:
-    """Let rank 0 look for the checkpoint to go on from, and have every rank open the same one.
-
-    Raises:
-        PpclError: Rank 0 found a fault, or a rank is lost.
+    """Let rank 0 look for the checkpoint to go on from, and have every rank open the same one. Raises PpclError, on all
+    ranks, where rank 0 found a fault.
     """
-    if ranks.alone:
-        return find()
-    if not ranks.first:
-        where = heard(ranks)
-        return checkpoints.read(Path(where), check=False) if where else None
-    try:
-        found = find()
-    except PpclError as error:
-        ranks.words(f"{FAULT}{error}")
-        raise
-    ranks.words(str(found.folder) if found is not None else "")
-    return found
-
-
-def students_alone(ranks: ProcessGroup, start: LoadedCheckpoint, students: Mapping[str, Tensor]) -> LoadedCheckpoint:
-    """Return a checkpoint with the tensors of the students; one process takes it as it is."""
-    if ranks.alone:
-        return start
-    from ppcl_fx.train.distributed.distributed_checkpoint import students_of
-
-    return students_of(start, students)
+    found = ranks.each(lambda: find() if ranks.first else None)
+    where = ranks.from_first("" if found is None else str(found.folder))
+    return checkpoints.read(Path(where), check=False) if where and not ranks.first else found
 
 
 def share_checkpoints(
@@ -144,27 +107,15 @@ def share_checkpoints(
     """Have several ranks write a stage's checkpoints together; return what `start` holds for this one."""
     if ranks.alone:
         return start
-    from ppcl_fx.train.distributed.distributed_checkpoint import DistributedCheckpoints
+    from ppcl_fx.train.distributed.distributed_checkpoint import DistributedCheckpoints  # slow to import
 
     shared = DistributedCheckpoints(ranks, stage, writer.students)
     writer.save = shared.save
     return shared.local(start) if start is not None else None
 
 
-def heard(ranks: ProcessGroup) -> str:
-    """Return rank 0's word on another rank. Raises PpclError where it is about a fault."""
-    word = ranks.words("")
-    if word.startswith(FAULT):
-        raise PpclError(word.removeprefix(FAULT))
-    return word
-
-
 def fit_again(model: PluggableModel, calls: Iterable[Mapping[str, Any]], ranks: ProcessGroup) -> None:
-    """Fit the projectors in students to what "depth" made of these; every rank gets the first one's.
-
-    Raises:
-        PpclError: A call cannot be used, or a rank is lost.
-    """
+    """Fit the projectors in students to what "depth" made of these; every rank gets the first one's."""
     home = model.device
     fitted = fit_projectors(model.graph, calls, in_students=True, device=ranks.device)
     model.graph.to(home)

@@ -1,22 +1,23 @@
 """Interval parallelism: each rank trains some of a stage's edits, and runs the teacher as far as these need it.
 
-No gradient is ever sent. With non-sequential distillation (Sec. 3.3) every edit is a problem of its own, so the
-students come out the same, to the bit, as those of one process. A step sends two numbers an edit: its loss and the
-length of its gradient.
+No gradient is ever sent, only an edit's loss and gradient norm: with non-sequential distillation (Sec. 3.3) every edit
+is a problem of its own, so the students come out the same, to the bit, as those of one process.
 """
 
 from __future__ import annotations
 
 import itertools
 import logging
+import operator
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.ir.graphs import ancestors
+from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.tracing.leaves import has_attention
 from ppcl_fx.train.config import Weights
 from ppcl_fx.train.core.batches import moved
@@ -25,31 +26,17 @@ from ppcl_fx.train.core.distiller import Groups, edit_parameters, live_nodes
 from ppcl_fx.train.core.stages import Compute, Distillation, Stage
 from ppcl_fx.train.distributed.process_group import ProcessGroup
 
-if TYPE_CHECKING:
-    from ppcl_fx.model.pluggable import PluggableModel
-
-BACKWARD = 3
-"""Cost of a node that trains, forward and backward, over that of its forward pass alone."""
+BACKWARD = 3  # cost of a node that trains, forward and backward, over that of its forward pass alone
 _log = logging.getLogger("ppcl_fx.train")
 
 
 class EditParallel(Stage):
     """Stage "depth" or "width", of which this rank trains its share of the edits.
 
-    Where there are more ranks than edits, the spare ones have nothing to do in this stage.
-
-    Args:
-        model: As for `Distillation`; every rank has all of it. What its share needs is moved to the rank's device.
-        name: "depth" or "width".
-        weights: The weights of the loss terms.
-        ranks: This process among the others.
-        compute: How it computes.
-
-    Attributes:
-        groups: Edit id -> the parameters that train for it on this rank; none for the edits of the others. Which
-            edits there are is the same on all ranks, so that all decide alike.
-        whole: Edit id -> its parameters, for all edits of the stage.
-        owners: Edit id -> the rank that trains it.
+    Where there are more ranks than edits, the spare ones have nothing to do. Every rank has all of the model, and
+    moves what its share needs to its device. In `groups` the edits of other ranks have no parameters; which edits
+    there are is the same on all ranks, so that all decide alike. `whole` has all parameters of all edits, `owners` the
+    rank that trains each.
     """
 
     separate = True
@@ -62,12 +49,9 @@ class EditParallel(Stage):
         shares = assign(graph, ranks.world)
         self.owners = {edit: rank for rank, share in enumerate(shares) for edit in share}
         if ranks.first and len(shares) < ranks.world:
-            _log.warning(
-                "stage %s has %d students for %d ranks: the last %d have nothing to do in it",
-                name, len(shares), ranks.world, ranks.world - len(shares),
-            )  # fmt: skip
-        self._ranks = ranks
-        self._home, self._device = model.device, ranks.device or model.device
+            told = "stage %s has %d students for %d ranks: the last %d have nothing to do in it"
+            _log.warning(told, name, len(shares), ranks.world, ranks.world - len(shares))
+        self._ranks, self._home, self._device = ranks, model.device, ranks.device or model.device
         self._edits = list(self.whole)
         self._stage: Distillation | None = None
         if ranks.rank < len(shares):
@@ -76,15 +60,10 @@ class EditParallel(Stage):
         self.groups: Groups = {}
         self._regroup(self._edits)
 
-    def step(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+    def losses(self, kwargs: Mapping[str, Any], target: Tensor | None, scale: float | None) -> dict[str, Tensor]:
         """See `Stage`: gradients for this rank's edits, the losses of all. Raises PpclError where a rank is lost."""
         busy = self._stage if self._stage is not None and self._stage.groups else None
-        return self._everyones(busy.step(moved(kwargs, self._device), scale=scale) if busy is not None else {})
-
-    def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
-        """See `Stage`: the losses of all edits."""
-        busy = self._stage if self._stage is not None and self._stage.groups else None
-        return self._everyones(busy.evaluate(moved(kwargs, self._device)) if busy is not None else {})
+        return self._everyones({} if busy is None else busy.losses(moved(kwargs, self._device), target, scale))
 
     def norms(self, mine: dict[str, Tensor]) -> dict[str, Tensor]:
         """See `Stage`: all ranks know all of them, so that all stop an edit whose gradient is not finite."""
@@ -117,18 +96,21 @@ class EditParallel(Stage):
 
 
 def assign(graph: GraphModule, world: int) -> list[list[str]]:
-    """SplitBatch a distillation graph's edits out, so that the costliest share costs as little as possible.
+    """Divide a distillation graph's edits over ranks, so that the costliest share costs as little as possible.
 
     A share costs what its students cost, and the teacher's pass as far as the last of them needs it. So a share is
     a run of consecutive edits, and the first ones, whose teacher is short, hold more students. Among all such
-    divisions the best is found.
-
-    Returns:
-        The edits of each share; as many shares as ranks, or as edits where these are fewer.
+    divisions the best is found. There are as many shares as ranks, or as edits where these are fewer.
     """
     nodes = [n for n in graph.graph.nodes if n.op == "call_function" and n.target is pairs]
     edits = [str(node.args[0]) for node in nodes]
-    table = _Table(graph, nodes)
+    needs = [ancestors([node]) for node in nodes]
+    costs = _costs(graph, needs)
+    table = {
+        (begin, end): sum(costs[node] for node in needed)
+        for begin in range(len(needs))
+        for end, needed in enumerate(itertools.accumulate(needs[begin:], operator.or_), start=begin + 1)
+    }
     # best[j]: how to divide the first j edits among the shares so far: the largest cost, and where the last begins.
     never: tuple[float, list[int]] = (float("inf"), [])
     best: list[tuple[float, list[int]]] = [(0.0, []), *[never] * len(edits)]
@@ -145,34 +127,14 @@ def assign(graph: GraphModule, world: int) -> list[list[str]]:
 def division_cost(graph: GraphModule, shares: Sequence[Sequence[str]]) -> float:
     """Return what a step of the costliest of some shares costs, in the units of `node_cost`."""
     nodes = {str(n.args[0]): n for n in graph.graph.nodes if n.op == "call_function" and n.target is pairs}
+    needs = [ancestors([nodes[edit] for edit in share]) for share in shares]
+    costs = _costs(graph, needs)
+    return max(sum(costs[node] for node in needed) for needed in needs)
+
+
+def _costs(graph: GraphModule, needs: Sequence[set[Node]]) -> dict[Node, float]:
     live = live_nodes(graph)
-    needed = [ancestors([nodes[edit] for edit in share]) for share in shares]
-    return max(sum(_cost(graph, node, live) for node in need) for need in needed)
-
-
-class _Table:
-    """The cost of every run of consecutive edits."""
-
-    def __init__(self, graph: GraphModule, nodes: Sequence[Node]) -> None:
-        live = live_nodes(graph)
-        needs = [ancestors([node]) for node in nodes]
-        costs = {node: _cost(graph, node, live) for node in set[Node]().union(*needs)}
-        self._costs: dict[tuple[int, int], float] = {}
-        for begin in range(len(nodes)):
-            union: set[Node] = set()
-            total = 0.0
-            for end in range(begin, len(nodes)):
-                fresh = needs[end] - union
-                union |= fresh
-                total += sum(costs[node] for node in fresh)
-                self._costs[begin, end + 1] = total
-
-    def __getitem__(self, run: tuple[int, int]) -> float:
-        return self._costs[run]
-
-
-def _cost(graph: GraphModule, node: Node, live: set[Node]) -> float:
-    return node_cost(graph, node) * (BACKWARD if node in live else 1)
+    return {node: node_cost(graph, node) * (BACKWARD if node in live else 1) for node in set[Node]().union(*needs)}
 
 
 def node_cost(graph: GraphModule, node: Node) -> float:
@@ -184,7 +146,8 @@ def node_cost(graph: GraphModule, node: Node) -> float:
     if node.op != "call_module":
         return float(value.numel()) if isinstance(value, Tensor) and node.op.startswith("call") else 0.0
     module = graph.get_submodule(str(node.target))
-    shapes = [t.shape for t in map(_example, node.all_input_nodes) if t is not None and t.ndim]
+    given = (source.meta.get("val") for source in node.all_input_nodes)
+    shapes = [tensor.shape for tensor in given if isinstance(tensor, Tensor) and tensor.ndim]
     rows = max((t[:-1].numel() for t in shapes), default=1)
     cost = float(rows * sum(p.numel() for p in module.parameters() if p.ndim > 1))
     if has_attention(module):
@@ -192,8 +155,3 @@ def node_cost(graph: GraphModule, node: Node) -> float:
         tokens = sum(shape[1] for shape in sequences)
         cost += 2.0 * tokens**2 * max((shape[0] * shape[2] for shape in sequences), default=0)
     return cost
-
-
-def _example(node: Node) -> Tensor | None:
-    value = node.meta.get("val")
-    return value if isinstance(value, Tensor) else None

@@ -1,7 +1,6 @@
 """Fine-tuning on several ranks: teacher and student sharded block by block with PyTorch's FSDP2, the batch split.
 
-The gradients of the ranks' shares of a batch are added up with the weights that make them the gradients of the whole
-batch: the losses and the weights are those of one process, but for the order of the sums.
+The ranks' gradients add up to those of the whole batch: what comes out is as on one process, but for the order of sums.
 """
 
 from __future__ import annotations
@@ -9,10 +8,11 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.fx import GraphModule
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from ppcl_fx.errors import PpclError, Refusal
 from ppcl_fx.ir.partition import regions
 from ppcl_fx.model.mixtures import mixture
+from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.passes.edits.outline import outline
 from ppcl_fx.train.core.batches import moved
 from ppcl_fx.train.core.distiller import Groups, casting, inputs
@@ -31,56 +32,34 @@ from ppcl_fx.train.core.stages import WHOLE, Compute, FineTuning, prediction
 from ppcl_fx.train.distributed.batch_split import SplitBatch
 from ppcl_fx.train.distributed.process_group import ProcessGroup, collective
 
-if TYPE_CHECKING:
-    from ppcl_fx.model.pluggable import PluggableModel
-
 
 class FSDPFineTuning(FineTuning):
     """Stage "finetune" on several ranks: `step` takes this rank's `SplitBatch` of a batch.
 
     Each rank keeps its part of every parameter of teacher and student, of the gradients and of the optimiser's state;
     a block is whole on a rank only while it computes. The pluggable model itself is left as it is, on its own device.
-
-    Args:
-        model: The pluggable model.
-        students: The edits of the mixture to fine-tune.
-        ranks: This process among the others.
-        compute: How it computes.
     """
 
-    def __init__(
-        self, model: PluggableModel, students: Sequence[str], ranks: ProcessGroup, compute: Compute | None = None
-    ) -> None:
-        self._ranks, self._compute = ranks, compute or Compute()
+    def __init__(self, model: PluggableModel, students: Sequence[str], ranks: ProcessGroup, compute: Compute) -> None:
+        self._ranks, self._compute = ranks, compute
         self._model, self._students = model, list(students)
         self._teacher = sharded(mixture(model, ()), ranks, Compute(), trains=False)
         self.student = sharded(mixture(model, students), ranks, self._compute, trains=True)
         self._device = ranks.device or model.device
         self.groups: Groups = {WHOLE: list(self.student.parameters())}
 
-    def step(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None, scale: float = 1.0) -> dict[str, Tensor]:
+    def losses(self, kwargs: Mapping[str, Any], target: Tensor | None, scale: float | None) -> dict[str, Tensor]:
         """See `Stage`. Raises PpclError where a rank is lost."""
         with collective():
-            loss = self._loss(kwargs, target)
-            torch.autograd.backward(loss * scale)
-        return {WHOLE: self._ranks.sum(loss.detach())}
-
-    def evaluate(self, kwargs: Mapping[str, Any], *, target: Tensor | None = None) -> dict[str, Tensor]:
-        """See `Stage`."""
-        with collective(), torch.no_grad():
-            loss = self._loss(kwargs, target)
-        return {WHOLE: self._ranks.sum(loss)}
+            mine = super().losses(kwargs, target, scale)
+        return {WHOLE: self._ranks.sum(mine[WHOLE])}
 
     def target(self, kwargs: Mapping[str, Any]) -> Tensor:
         """Return the teacher's output for this rank's share of a batch."""
         return super().target(moved(kwargs, self._device))
 
     def _teacher_for(self, kwargs: Mapping[str, Any]) -> GraphModule:
-        """Return the teacher, whose parameters are cut for one graph.
-
-        Raises:
-            PpclError: the call is of another kind than that graph is for.
-        """
+        """Return the teacher, whose parameters are cut for one graph; PpclError for a call of another kind."""
         if self._model.graph_for(kwargs) is not self._model.graph:
             raise PpclError(
                 "the calls are of several kinds, and on several processes a fine-tuning takes those of one; fine-tune "
@@ -104,47 +83,33 @@ class FSDPFineTuning(FineTuning):
         whole = copy.deepcopy(mixture(self._model, self._students)) if self._ranks.first else None
         with collective(), torch.no_grad():
             for name, parameter in self.student.named_parameters():
-                value = full(parameter)
+                value = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
                 if whole is not None:
                     whole.get_parameter(name).copy_(value)
         return whole.requires_grad_(False) if whole is not None else None
-
-
-def full(tensor: Tensor) -> Tensor:
-    """Return a tensor whole: that of a sharded one is gathered, which takes all ranks."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded(gm: GraphModule, ranks: ProcessGroup, compute: Compute, *, trains: bool) -> GraphModule:
     """Return a graph module like `gm` whose parameters are sharded over all ranks, block by block.
 
     The modules are new, `gm` and its parameters stay as they are; names are the same. Each outlined block is one unit
-    of FSDP2, and what lies outside of the blocks is another. A block that cannot be outlined, since a projector
-    stands between its nodes, is one unit of the modules in it.
-
-    Args:
-        gm: The graph module to copy.
-        ranks: This process among the others.
-        compute: Whether outlined blocks are checkpointed and compiled.
-        trains: Whether the parameters get gradients.
+    of FSDP2, checkpointed and compiled as `compute` says, and what lies outside of the blocks is another. A block that
+    cannot be outlined, since a projector stands between its nodes, is one unit of the modules in it.
     """
-    mine = copy.deepcopy(gm, {id(p): p for p in gm.parameters()})
-    units = _units(mine, compute)
-    _own_parameters(mine, trains)
+    # Parameters of its own over the same storage: sharding replaces them.
+    mine = copy.deepcopy(gm, {id(p): Parameter(p.detach(), requires_grad=trains) for p in gm.parameters()})
+    units: list[list[nn.Module]] = [*_units(mine, compute), [mine]]
     dtype = next(mine.parameters()).dtype
     # Gradients in 16 bits are added up in 32.
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32 if dtype in (torch.bfloat16, torch.float16) else None)
-    mesh = ranks.mesh()
+    mesh = init_device_mesh(ranks.device.type if ranks.device is not None else "cpu", (ranks.world,))
     for unit in units:
         if trains and not compute.backend:
             for module in unit:
                 module.forward = functools.partial(_without_views, module.forward)
+        # The outermost unit is cut again too: a forward pass without a backward one would leave it whole, and what is
+        # written into its parts afterwards would not be seen.
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    if trains and not compute.backend:
-        mine.forward = functools.partial(_without_views, mine.forward)
-    # The outermost unit is cut again too: a forward pass without a backward one would leave it whole, and what is
-    # written into its parts afterwards would not be seen.
-    fully_shard(mine, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in mine.modules():
         if isinstance(module, FSDPModule):
             # The shares' weights add up to 1 already, and gloo knows no other reduction than the sum.
@@ -184,13 +149,3 @@ def _without_views(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> An
     if not torch.is_grad_enabled():
         return outputs
     return tree_map_only(Tensor, lambda t: t.clone() if t._is_view() else t, outputs)
-
-
-def _own_parameters(gm: GraphModule, trains: bool) -> None:
-    """Give the modules of `gm` parameters of their own over the same storage: sharding replaces them."""
-    fresh: dict[int, Parameter] = {}
-    for module in gm.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) not in fresh:
-                fresh[id(parameter)] = Parameter(parameter.detach(), requires_grad=trains)
-            setattr(module, name, fresh[id(parameter)])

@@ -1,8 +1,4 @@
-"""Processes that train together: who this one is, and the few words they say to each other.
-
-`torchrun` and `accelerate launch` tell each process its rank in environment variables. A process that was started
-alone is a world of one, and everything here then does nothing.
-"""
+"""Processes that train together: who this one is, and what they say to each other. Alone, all of it does nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -21,12 +17,8 @@ from torch import Tensor
 
 from ppcl_fx.errors import PpclError
 
-if TYPE_CHECKING:
-    from torch.distributed.device_mesh import DeviceMesh
-
 T = TypeVar("T")
-TIMEOUT = 600.0
-"""Seconds that a rank waits for the others before it takes them for lost."""
+TIMEOUT = 600.0  # seconds that a rank waits for the others before it takes them for lost
 SECONDS = 90.0
 """How late a network disk may show what another node wrote; NFS remembers a missing name for up to 60 s."""
 _SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", "timeout", "tcpstore", "socket")
@@ -34,17 +26,11 @@ _SIGNS = ("gloo", "nccl", "connection closed", "connection reset", "timed out", 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This process among those that train together.
+    """This process among those that train together."""
 
-    Attributes:
-        rank: its number, from 0. Rank 0 alone prints and writes what is written once.
-        world: how many there are.
-        device: where its part of the work is done; None for wherever the model is.
-    """
-
-    rank: int = 0
-    world: int = 1
-    device: torch.device | None = None
+    rank: int = 0  # from 0; rank 0 alone prints and writes what is written once
+    world: int = 1  # how many there are
+    device: torch.device | None = None  # where its part of the work is done; None for wherever the model is
 
     @property
     def alone(self) -> bool:
@@ -56,22 +42,12 @@ class ProcessGroup:
         """Whether this is rank 0."""
         return self.rank == 0
 
-    def mesh(self) -> DeviceMesh:
-        """Return all ranks in one row, on the devices they compute on."""
-        from torch.distributed.device_mesh import init_device_mesh  # slow, and not always needed
-
-        return init_device_mesh(self.device.type if self.device is not None else "cpu", (self.world,))
-
     def barrier(self) -> None:
         """Wait until every rank is here. Raises PpclError where one is lost."""
         self.sum(torch.zeros(1))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Return the sum over all ranks of a tensor that each gives; it travels by way of the CPU.
-
-        Raises:
-            PpclError: a rank is lost.
-        """
+        """Return the sum over all ranks of a tensor that each gives, by way of the CPU. PpclError where one is lost."""
         if self.alone:
             return tensor
         total = tensor.detach().cpu().clone()
@@ -103,10 +79,8 @@ class ProcessGroup:
         return found
 
     def each(self, work: Callable[[], T]) -> T:
-        """Do this rank's part of some work, and return what came of it once every rank has done its own.
-
-        Raises:
-            PpclError: one rank or more was refused; all raise the same line, that of the first. Or a rank is lost.
+        """Do this rank's part of some work, and return what came of it once every rank has done its own. Raises
+        PpclError where a rank was refused, on all with the line of the first, or is lost.
         """
         if self.alone:
             return work()
@@ -115,35 +89,32 @@ class ProcessGroup:
             found = work()
         except PpclError as error:
             fault = str(error)
-        faults = [line for line in self.gather(fault) if line]
-        if faults:
-            raise PpclError(faults[0])
+        for line in self.gather(fault):
+            if line:
+                raise PpclError(line)
         return cast(T, found)
 
-    def words(self, text: str) -> str:
-        """Return the text that rank 0 gives. Raises PpclError where it is lost."""
-        return str(self.gather(text if self.first else "")[0])
+    def from_first(self, item: T | None) -> T:
+        """Return what rank 0 gives (anything small), on every rank. Raises PpclError where one is lost."""
+        return cast(T, self.gather(item if self.first else None)[0])
+
+
+ALONE = ProcessGroup()  # a world of one
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a source's tensors go.
-
-    Attributes:
-        device: their device.
-        dtype: what the floating tensors of the calls' main dtype become; None leaves them.
-        ranks: this process among the others; None for what `torch.distributed` says.
-    """
+    """Where a source's tensors go."""
 
     device: torch.device | str = "cpu"
-    dtype: torch.dtype | None = None
-    ranks: ProcessGroup | None = None
+    dtype: torch.dtype | None = None  # what the floating ones of the calls' main dtype become; None leaves them
+    ranks: ProcessGroup | None = None  # None for what `torch.distributed` says
 
 
 def current() -> ProcessGroup:
     """Return this process's place in `torch.distributed`, or a world of one where that was not begun."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return ProcessGroup()
+        return ALONE
     return ProcessGroup(dist.get_rank(), dist.get_world_size(), _device())
 
 
@@ -152,13 +123,8 @@ def joined(timeout: float = TIMEOUT) -> Iterator[ProcessGroup]:
     """Join the ranks that the environment names (`torchrun` and `accelerate launch` set it), and leave them after.
 
     gloo carries what is on the CPU, NCCL what is on a GPU; each rank of a node takes the GPU of its local number.
-    Where `torch.distributed` was begun already, it is used and left as it is.
-
-    Args:
-        timeout: seconds to wait for the others, at the start and later.
-
-    Raises:
-        PpclError: the environment is incomplete, a rank has no GPU of its own, or the others do not come.
+    Where `torch.distributed` was begun already, it is used and left as it is. `timeout` is how many seconds one waits
+    for the others. Raises PpclError where the environment is incomplete, a rank has no GPU, or the others do not come.
     """
     if _number("WORLD_SIZE", 1) == 1 or dist.is_initialized():
         yield current()
@@ -185,29 +151,22 @@ def joined(timeout: float = TIMEOUT) -> Iterator[ProcessGroup]:
 
 @contextmanager
 def collective(what: str = "another rank is lost or does not answer") -> Iterator[None]:
-    """Make an error of the communication between ranks one line: what is done inside needs all of them.
-
-    Raises:
-        PpclError: a rank closed its connection, or did not answer within the timeout.
-    """
+    """Make an error of the communication between ranks a PpclError: what is done inside needs all of them."""
     try:
         yield
     except RuntimeError as error:
         text = " ".join(str(error).split())
-        known = isinstance(error, dist.DistError) or any(sign in text.lower() for sign in _SIGNS)
-        if not known:
+        if not isinstance(error, dist.DistError) and not any(sign in text.lower() for sign in _SIGNS):
             raise
-        raise PpclError(
-            f"{_name()}{what} ({_short(text)}); the last checkpoint is good, start again with --resume"
-        ) from error
+        rank = f"rank {os.environ['RANK']}: " if os.environ.get("RANK") else ""
+        # Without the source file that it begins with.
+        plain = text.partition("] ")[2] if text.startswith("[") else text
+        short = plain.split(". This may")[0].split(". Original")[0][:160]
+        raise PpclError(f"{rank}{what} ({short}); the last checkpoint is good, start again with --resume") from error
 
 
 def wait_for(path: Path, ranks: ProcessGroup) -> None:
-    """Wait until this rank sees what another one has written.
-
-    Raises:
-        PpclError: It does not come to be seen.
-    """
+    """Wait until this rank sees what another one has written; PpclError where it does not come to be seen."""
     end = time.monotonic() + SECONDS
     while not ranks.alone and not path.exists():
         if time.monotonic() > end:
@@ -218,31 +177,20 @@ def wait_for(path: Path, ranks: ProcessGroup) -> None:
         time.sleep(0.1)
 
 
-def _name() -> str:
-    return f"rank {os.environ['RANK']}: " if os.environ.get("RANK") else ""
-
-
-def _short(text: str) -> str:
-    """The words of a communication error without the source file it begins with."""
-    plain = text.partition("] ")[2] if text.startswith("[") else text
-    return plain.split(". This may")[0].split(". Original")[0][:160]
-
-
 def _device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     local, count = _number("LOCAL_RANK", 0), torch.cuda.device_count()
     if local >= count:
-        raise PpclError(
-            f"local rank {local} has no GPU of its own, there are {count}; start {count} ranks on this node"
-        )
+        why = f"local rank {local} has no GPU of its own, there are {count}"
+        raise PpclError(f"{why}; start {count} ranks on this node")
     return torch.device("cuda", local)
 
 
 def _number(name: str, default: int | None = None) -> int:
-    text = os.environ.get(name, "") if default is not None else _given(name)
-    if default is not None and not text:
+    if default is not None and not os.environ.get(name):
         return default
+    text = _given(name)
     if not text.isdigit() or (name == "WORLD_SIZE" and int(text) < 1):
         raise PpclError(f"the environment variable {name} is {text!r}, not a number of ranks; start with torchrun")
     return int(text)

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import csv
 import io
+import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PureWindowsPath
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO
 
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.io.files import inside
-from ppcl_fx.io.reading import INDEX_BYTES, parse_json, read_bytes, read_text, text_of
+from ppcl_fx.io.reading import INDEX_BYTES, open_regular, parse_json, read_bytes, read_text, text_of
 from ppcl_fx.train.images.pictures import PICTURE_BYTES
 
 METADATA, TABLE = "metadata.jsonl", "metadata.csv"
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jp2", "avif")
 """Endings of pictures in shards, and of those that have their caption beside them; of two, the first counts."""
-TEXTS = ("txt", "caption", "json")
-"""Endings of captions there; of two, the first counts."""
+TEXTS = ("txt", "caption", "json")  # endings of captions there; of two, the first counts
 CAPTION_KEYS = ("text", "caption", "prompt", "prompt_en", "caption_en", "prompt_zh")
 """Under which names a JSON object or a table holds a caption; the first one that holds text counts."""
-CAPTION_BYTES = 2**20
-"""A caption, and its file, may be this large."""
-EMPTY = "its caption is empty"
+CAPTION_BYTES = 2**20  # a caption, and its file, may be this large
+HEADER_BYTES = 2**20  # what describes one member of a shard may be this large
+_AGAIN = "write the shard again with plain files under relative names"
 _ELSEWHERE = {
-    f"*/{METADATA}": "give the folder that it is in",
-    f"*/{TABLE}": "give the folder that it is in",
-    "*.parquet": f"tables of this kind are not read, write names and captions to {METADATA}",
-    "*/*.parquet": f"tables of this kind are not read, write names and captions to {METADATA}",
-    "*.arrow": f"tables of this kind are not read, write names and captions to {METADATA}",
-    "*.tar.*": "compressed shards are not read, unpack it to a plain .tar",
-    "*.tgz": "compressed shards are not read, unpack it to a plain .tar",
+    **dict.fromkeys((f"*/{METADATA}", f"*/{TABLE}"), "give the folder that it is in"),
+    **dict.fromkeys(
+        ("*.parquet", "*/*.parquet", "*.arrow"),
+        f"tables of this kind are not read, write names and captions to {METADATA}",
+    ),
+    **dict.fromkeys(("*.tar.*", "*.tgz"), "compressed shards are not read, unpack it to a plain .tar"),
 }
 """Layouts that are not read, by what tells them, and what to do."""
 
@@ -41,11 +40,7 @@ _ELSEWHERE = {
 class Pair:
     """One picture and its caption.
 
-    Attributes:
-        name: Where it lies, for messages.
-        caption: What it shows.
-        read: Reads the picture's file; raises OSError.
-        problem: Why it cannot be used; None when nothing is known to be wrong.
+    `name` is for messages, `read` reads the picture's file or raises OSError, `problem` says why it cannot be used.
     """
 
     name: str
@@ -60,13 +55,9 @@ def open_pairs(path: str | Path) -> list[Pair]:
     A folder holds ``metadata.jsonl`` or ``metadata.csv`` (Hugging Face's imagefolder); or shards, or pictures, in
     folders of any depth, each picture with its caption beside it: ``0001.jpg`` and ``0001.txt``, or ``0001.json``.
     What begins with a dot, and macOS' ``__MACOSX``, is nobody's data. No picture is read, nothing is unpacked to disk.
-
-    Raises:
-        PpclError: There is no such data, or none that can be used; a name leads out of the folder or archive, or an
-            archive is damaged.
+    Raises PpclError where there is no such data, or none that can be used, and where a name leads out of the folder or
+    archive.
     """
-    from ppcl_fx.train.images.webdataset import open_shard
-
     path = Path(path)
     if path.suffix == ".tar" and path.exists() and not path.is_dir():
         pairs = open_shard(path, path.name)
@@ -77,13 +68,13 @@ def open_pairs(path: str | Path) -> list[Pair]:
     elif (path / TABLE).exists():
         pairs = _table(path)
     elif path.is_dir():
-        names = _names(path)
+        every = (file.relative_to(path).as_posix() for file in path.rglob("*") if not file.is_dir())  # pipes too
+        names = sorted(name for name in every if not hidden(name))
         shards = [name for name in names if name.endswith(".tar")]
         pairs = [pair for name in shards for pair in open_shard(inside(path, name), name)] or _beside(path, names)
     else:
         pairs = []
-    usable = any(pair.problem is None for pair in pairs)
-    if not usable:
+    if not any(pair.problem is None for pair in pairs):
         raise _no_data(path, pairs)
     return pairs
 
@@ -101,8 +92,7 @@ def plain_name(name: str) -> str:
 def caption_among(files: Mapping[str, Callable[[int], bytes]]) -> tuple[str, str | None]:
     """Return a sample's caption, and what is wrong with it, if anything is.
 
-    Args:
-        files: The sample's files by their endings; each reads its file of at most so many bytes, or raises OSError.
+    `files` are the sample's, by their endings; each reads its file of at most so many bytes, or raises OSError.
     """
     kind = next((kind for kind in TEXTS if kind in files), None)
     if kind is None:
@@ -112,7 +102,7 @@ def caption_among(files: Mapping[str, Callable[[int], bytes]]) -> tuple[str, str
         text: str | None = _caption(parse_json(data, finite=False)) if kind == "json" else text_of(data)
     except (OSError, ValueError) as error:
         return "", f"its caption ({kind}) cannot be read ({error})"
-    return _checked(text) if text is not None else ("", f"its json holds no caption under {', '.join(CAPTION_KEYS)}")
+    return _checked(text, "its json holds")
 
 
 def _caption(entry: Any) -> str | None:
@@ -121,10 +111,12 @@ def _caption(entry: Any) -> str | None:
     return next((text for text in found if text.strip()), found[0] if found else None)
 
 
-def _checked(text: str) -> tuple[str, str | None]:
+def _checked(text: str | None, holder: str) -> tuple[str, str | None]:
+    if text is None:
+        return "", f"{holder} no caption under {', '.join(CAPTION_KEYS)}"
     text = text.strip().strip("\ufeff").strip()
     if not text:
-        return "", EMPTY
+        return "", "its caption is empty"
     if "\0" in text:
         return "", "its caption holds NUL"
     return (text, None) if len(text) <= CAPTION_BYTES else ("", f"its caption has more than {CAPTION_BYTES} characters")
@@ -161,18 +153,8 @@ def _listed(folder: Path, name: str, entry: dict[str, Any]) -> Pair:
         return Pair(name, problem="has no 'file_name'")
     # A name that leaves the folder is no damage but an attack or a mistake: it stops the run.
     picture = inside(folder, plain_name(file))
-    name = f"{name} ({file})"
-    text = _caption(entry)
-    if text is None:
-        return Pair(name, problem=f"has no caption under {', '.join(CAPTION_KEYS)}")
-    caption, problem = _checked(text)
-    return Pair(name, caption, lambda: _read(picture, PICTURE_BYTES), problem)
-
-
-def _names(folder: Path) -> list[str]:
-    """The files of a folder at any depth, pipes and the like among them, by their names from there."""
-    found = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-    return sorted(name for name in found if not hidden(name))
+    caption, problem = _checked(_caption(entry), "has")
+    return Pair(f"{name} ({file})", caption, partial(_read, picture, PICTURE_BYTES), problem)
 
 
 def _beside(folder: Path, names: Sequence[str]) -> list[Pair]:
@@ -210,3 +192,88 @@ def _no_data(path: Path, pairs: Sequence[Pair]) -> PpclError:
     guess = "" if path.exists() else near(path.name, beside)
     kinds = f"a folder with {METADATA} or {TABLE}, one of pictures with .txt files beside them, or one with .tar shards"
     return PpclError(f"{path}: no pictures with captions{guess}{odd or f'; give {kinds}'}")
+
+
+def open_shard(path: Path, name: str) -> list[Pair]:
+    """Return the pairs of a shard, called `name` in messages, in its order: files with one stem are one sample.
+
+    A sample is ``STEM.jpg`` (or another ending of `PICTURES`) with ``STEM.txt``, or with ``STEM.json`` that holds the
+    caption. A stem ends at its first dot, so ``STEM.1.0.jpg``, as the paper's shards have it, is a picture of STEM.
+    Raises PpclError where the archive is damaged or compressed, or a member is a link, a device, or under a name that
+    leads out of it.
+    """
+    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
+    twice: set[str] = set()
+    try:
+        with open_regular(path) as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:  # type: ignore[call-overload]
+            for member in tar:
+                inner = _plain_member(path, member)
+                if member.isdir() or hidden(inner):
+                    continue
+                stem, kind = _stem(inner)
+                if kind.rpartition(".")[2] not in (*PICTURES, *TEXTS):
+                    continue
+                if kind in samples.setdefault(stem, {}):
+                    twice.add(stem)
+                samples[stem][kind] = member
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise PpclError(f"{path}: not a whole uncompressed tar archive ({reason}); copy it again") from None
+    return [_pair(path, f"{name}:{stem}", members, stem in twice) for stem, members in samples.items()]
+
+
+class _Headers:
+    """A shard's file as `tarfile` reads it for the headers: a damaged one cannot ask for gigabytes at once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return self._read(size)
+
+
+def _plain_member(path: Path, member: tarfile.TarInfo) -> str:
+    """The name of a member that can be read, with the slashes of this system."""
+    plain = plain_name(member.name)
+    name = PurePosixPath(plain)
+    if name.is_absolute() or ".." in name.parts or "\\" in plain or "\0" in plain:
+        raise PpclError(f"{path}: the member {member.name!r} leaves the archive; {_AGAIN}")
+    if member.size < 0 or member.issparse() or not (member.isreg() or member.isdir()):
+        what = "a link" if member.issym() or member.islnk() else "no plain file"
+        raise PpclError(f"{path}: the member {member.name!r} is {what}; {_AGAIN}")
+    return plain
+
+
+def _stem(name: str) -> tuple[str, str]:
+    """A WebDataset name: the stem ends at the first dot of the last part."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, kind = last.partition(".")
+    return folder + slash + stem, kind.lower()
+
+
+def _pair(path: Path, name: str, members: dict[str, tarfile.TarInfo], twice: bool) -> Pair:
+    pictures = [kind for kind in members if kind.rpartition(".")[2] in PICTURES]
+    if twice:
+        return Pair(name, problem="has two files of one kind")
+    if not pictures:
+        return Pair(name, problem=f"has no picture ({', '.join(PICTURES)})")
+    # Of a.jpg and a.mask.png the first is the picture; of a.1.jpg and a.2.jpg nobody can tell.
+    plain = [kind for kind in pictures if kind in PICTURES] or pictures
+    if len(plain) > 1 and not set(plain) <= set(PICTURES):
+        return Pair(name, problem=f"has several pictures ({', '.join(plain)})")
+    picture = members[min(plain, key=lambda kind: PICTURES.index(kind.rpartition(".")[2]))]
+    caption, problem = caption_among({kind: partial(_read_member, path, member) for kind, member in members.items()})
+    return Pair(name, caption, partial(_read_member, path, picture, PICTURE_BYTES), problem)
+
+
+def _read_member(path: Path, member: tarfile.TarInfo, limit: int) -> bytes:
+    if member.size > limit:
+        raise OSError(f"larger than {limit} bytes")
+    with open_regular(path) as file:
+        file.seek(member.offset_data)
+        data = file.read(member.size)
+    if len(data) != member.size:
+        raise OSError("cut short")
+    return data

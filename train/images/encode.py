@@ -16,28 +16,31 @@ from torch import Tensor, nn
 from ppcl_fx.calls.record import first_call, quiet
 from ppcl_fx.calls.store import Call
 from ppcl_fx.errors import PpclError
-from ppcl_fx.io.fingerprint import fingerprint
-from ppcl_fx.train.data.probing import Noise, noted_decoding, noted_mu, plain_shape, standing_still
-from ppcl_fx.train.data.template import STEPS, Template, Unsupported, find_template, is_laid_out, tensors_of
-from ppcl_fx.train.images.pictures import open_picture as _open
+from ppcl_fx.io.fingerprint import config_of, fingerprint
+from ppcl_fx.train.data.template import (
+    STEPS,
+    Noise,
+    Template,
+    Unsupported,
+    find_template,
+    is_laid_out,
+    noted,
+    plain_shape,
+    standing_still,
+    tensors_of,
+)
+from ppcl_fx.train.images.pictures import open_picture
 
-LAYOUT = 2
-"""Goes up when the same picture would be encoded differently."""
-CLOSE = 0.02
-"""What a latent may lose on the way through a pipeline in 16 bits, relative to its largest value."""
+LAYOUT = 2  # goes up when the same picture would be encoded differently
+CLOSE = 0.02  # what a latent may lose on the way through a pipeline in 16 bits, relative to its largest value
 
 
 class Encoder:
-    """Turns pictures with captions into calls whose noisy latent is still clean.
+    """Turns pictures with captions into calls whose noisy latent is still clean, for a pipeline of a rectified flow.
 
-    A picture is cut to the given size around its centre, after scaling; without a size it keeps its own, cut to what
-    the pipeline takes. A pipeline without a VAE works on the pixels, in [-1, 1].
-
-    Args:
-        pipeline: A pipeline of a rectified flow.
-        height: Of the pictures, in pixels; None for their own.
-        width: Of the pictures, in pixels; None for their own.
-        arguments: Further arguments of the pipeline (``guidance_scale``), part of what the cache belongs to.
+    A picture is cut to the given size in pixels around its centre, after scaling; without a size it keeps its own, cut
+    to what the pipeline takes. A pipeline without a VAE works on the pixels, in [-1, 1]. `arguments` are further ones
+    of the pipeline (``guidance_scale``), part of what the cache belongs to.
 
     Raises:
         PpclError: One of height and width is given without the other, or is not a multiple of what the pipeline takes.
@@ -56,6 +59,8 @@ class Encoder:
         self._vae: Any = getattr(pipeline, "vae", None)
         known = inspect.signature(pipeline.__call__).parameters
         self._sized = "height" in known and "width" in known
+        # Sides are multiples of this: pipelines of transformers take the latents in patches of two.
+        self._step = 2 * int(getattr(pipeline, "vae_scale_factor", 1))
         self._size = self._wanted(height, width)
         self._only: tuple[int, int] | None = None
 
@@ -68,28 +73,26 @@ class Encoder:
         parts: dict[str, Any] = {}
         for name, part in sorted(self.pipeline.components.items()):
             if name == "transformer":
-                parts[name] = _config(part)
+                parts[name] = config_of(part)
             elif isinstance(part, nn.Module):
                 parts[name] = fingerprint(part)
             elif part is not None:
-                parts[name] = [type(part).__name__, _config(part), _length(part)]
+                vocabulary = len(part) if hasattr(part, "__len__") else None  # a tokenizer's
+                parts[name] = [type(part).__name__, config_of(part), vocabulary]
         plain = [LAYOUT, type(self.pipeline).__name__, parts, self._size, self._given]
         return hashlib.sha256(json.dumps(plain, sort_keys=True, default=repr).encode()).hexdigest()
 
     def encode(self, data: bytes, caption: str) -> tuple[Call, float | None]:
-        """Return the call of one picture, and the `mu` of the scheduler's shift at its size.
-
-        Raises:
-            Unsupported: Nothing can be encoded for this pipeline.
-            PpclError: This picture or caption is damaged.
+        """Return the call of one picture, and the `mu` of the scheduler's shift at its size. Raises Unsupported where
+        nothing can be encoded for this pipeline, PpclError where this picture or caption is damaged.
         """
-        pixels = self._pixels(_open(data), caption)
+        pixels = self._pixels(open_picture(data), caption)
         size = self._arguments(pixels)
         if self.template is None:
             self.template = find_template(self.pipeline, caption, size)
             self._prove(pixels, caption, self.template)
         latent = self._latent(pixels)
-        with Noise(latent) as noise, noted_mu(self.pipeline.scheduler) as mu:
+        with Noise(latent) as noise, noted(self.pipeline.scheduler, "set_timesteps") as timesteps:
             call = first_call(self.pipeline, caption, **size)
         template = self.template
         tensors = tensors_of(call.kwargs)
@@ -100,7 +103,8 @@ class Encoder:
                 f"a latent of shape {list(latent.shape)} does not take the place of its noise "
                 f"({', '.join(str(list(t.shape)) for t in noise.drawn) or 'none'})",
             )
-        return call, mu[-1] if mu and template.shift != "static" else None
+        mu = timesteps[-1][1].get("mu") if timesteps and template.shift != "static" else None
+        return call, None if mu is None else float(mu)
 
     def _prove(self, pixels: Tensor, caption: str, template: Template) -> None:
         """Let the pipeline decode what was encoded: the scale of its latents must come out right."""
@@ -113,20 +117,19 @@ class Encoder:
             quiet(self.pipeline),
             Noise(clean),
             standing_still(self.pipeline.transformer),
-            noted_decoding(self._vae) as decoded,
+            noted(self._vae, "decode") as decoded,
         ):
             pictures = self.pipeline(**arguments).images
         if self._vae is None:
             came, wanted = torch.as_tensor(pictures), (pixels + 1) / 2
         elif decoded:
-            came, wanted = decoded[-1], self._raw(pixels)
+            args, kwargs = decoded[-1]
+            came, wanted = args[0] if args else next(iter(kwargs.values())), self._raw(pixels)
         else:
             raise Unsupported(self.pipeline, "it does not decode its latents by vae.decode")
-        came, wanted = came.float().cpu().flatten(), wanted.float().cpu().flatten()
-        close = came.numel() == wanted.numel() and bool(
-            (came - wanted).abs().max() <= CLOSE * wanted.abs().max().clamp(min=1e-6)
-        )
-        if not close:
+        came, wanted = came.detach().float().cpu().flatten(), wanted.float().cpu().flatten()
+        limit = CLOSE * wanted.abs().max().clamp(min=1e-6)
+        if came.numel() != wanted.numel() or not (came - wanted).abs().max() <= limit:  # NaN is not close either
             raise Unsupported(self.pipeline, "it does not decode a latent to what its VAE encoded")
 
     def _latent(self, pixels: Tensor) -> Tensor:
@@ -159,8 +162,10 @@ class Encoder:
         return latent
 
     def _pixels(self, picture: Image.Image, caption: str) -> Tensor:
-        wanted = self._size or self._only_size(caption)
-        height, width = wanted or self._own_size(picture)
+        wanted, step = self._size or self._only_size(caption), self._step
+        height, width = wanted or (picture.height // step * step, picture.width // step * step)
+        if not height or not width:
+            raise PpclError(f"the picture is {picture.width}x{picture.height} and {step}x{step} is the smallest")
         if (picture.height, picture.width) != (height, width):
             scale = max(height / picture.height, width / picture.width)
             if wanted is not None and scale != 1.0:
@@ -183,17 +188,6 @@ class Encoder:
             self._only = (shape[-2] * factor, shape[-1] * factor)
         return self._only
 
-    def _own_size(self, picture: Image.Image) -> tuple[int, int]:
-        step = self._multiple()
-        height, width = picture.height // step * step, picture.width // step * step
-        if not height or not width:
-            raise PpclError(f"the picture is {picture.width}x{picture.height} and {step}x{step} is the smallest")
-        return height, width
-
-    def _multiple(self) -> int:
-        """Sides must be a multiple of this: pipelines of transformers take the latents in patches of two."""
-        return 2 * int(getattr(self.pipeline, "vae_scale_factor", 1))
-
     def _wanted(self, height: int | None, width: int | None) -> tuple[int, int] | None:
         if height is None and width is None:
             return None
@@ -201,21 +195,10 @@ class Encoder:
             raise PpclError("height and width belong together; give both, or neither for the pictures' own")
         if not self._sized:
             raise PpclError(f"{type(self.pipeline).__name__} draws pictures of one size; leave out height and width")
-        step = self._multiple()
-        if height < 1 or width < 1 or height % step or width % step:
-            raise PpclError(f"pictures of {width}x{height}: sides must be multiples of {step}")
+        if height < 1 or width < 1 or height % self._step or width % self._step:
+            raise PpclError(f"pictures of {width}x{height}: sides must be multiples of {self._step}")
         return height, width
 
     def _arguments(self, pixels: Tensor) -> dict[str, Any]:
         size = {"height": pixels.shape[-2], "width": pixels.shape[-1]} if self._sized else {}
         return {**self._given, **size}
-
-
-def _config(part: Any) -> dict[str, Any]:
-    config = getattr(part, "config", None)
-    return {k: v for k, v in dict(config).items() if not k.startswith("_")} if isinstance(config, dict) else {}
-
-
-def _length(part: Any) -> int | None:
-    """The size of a tokenizer's vocabulary."""
-    return len(part) if hasattr(part, "__len__") else None

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ppcl_fx.errors import PpclError, near
 
-DENSITIES = ("logit-normal", "uniform")
-"""How a noise level is drawn before the shift."""
+DENSITIES = ("logit-normal", "uniform")  # how a noise level is drawn before the shift
 Shift = Literal["static", "exponential", "linear"]
 """How a scheduler shifts noise levels: by its `shift`, or by a `mu` that depends on the number of tokens."""
 
@@ -22,13 +21,8 @@ Shift = Literal["static", "exponential", "linear"]
 class Density:
     """The density of noise levels u in (0, 1), before the scheduler's shift.
 
-    Attributes:
-        name: "logit-normal" (u = sigmoid(n), n normal; Esser et al. 2024, arXiv 2403.03206, Sec. 3.1) or "uniform".
-        mean: Of n.
-        std: Of n, above 0.
-
-    Raises:
-        PpclError: The name is unknown, or the standard deviation is not above 0.
+    It is "logit-normal" (u = sigmoid(n), n normal with `mean` and `std`; Esser et al. 2024, arXiv 2403.03206, Sec.
+    3.1) or "uniform". Raises PpclError where it is another, or the standard deviation is not above 0.
     """
 
     name: str = "logit-normal"
@@ -37,8 +31,7 @@ class Density:
 
     def __post_init__(self) -> None:
         if self.name not in DENSITIES:
-            known = " or ".join(DENSITIES)
-            raise PpclError(f"noise levels {self.name!r}{near(self.name, DENSITIES)}; use {known}")
+            raise PpclError(f"noise levels {self.name!r}{near(self.name, DENSITIES)}; use {' or '.join(DENSITIES)}")
         if not (math.isfinite(self.mean) and 0 < self.std < math.inf):
             raise PpclError(f"noise levels of mean {self.mean} and deviation {self.std}; use finite ones above 0")
 
@@ -53,13 +46,10 @@ class Density:
 
 
 def shifted(u: float, kind: Shift, amount: float) -> float:
-    """Return sigma, the noise level u after a scheduler's shift.
+    """Return sigma, the noise level u, in (0, 1), after a scheduler's shift.
 
-    Args:
-        u: In (0, 1).
-        kind: Which shift.
-        amount: The scheduler's `shift` s, sigma = s u / (1 + (s - 1) u), or the pipeline's `mu` m:
-            sigma = a / (a + 1 / u - 1) with a = exp(m) ("exponential") or a = m ("linear").
+    `amount` is the scheduler's `shift` s, sigma = s u / (1 + (s - 1) u), or the pipeline's `mu` m, sigma = a / (a + 1
+    / u - 1) with a = exp(m) ("exponential") or a = m ("linear").
     """
     if kind == "static":
         return amount * u / (1 + (amount - 1) * u)

@@ -1,9 +1,7 @@
 """Pictures from outside as 8-bit RGB: upright, over white, each of Pillow's modes by its own rule.
 
-- More than 8 bits: the upper 8 count. Pillow's modes I and F say no range of values and are refused; a PGM says it.
-- Transparency, of any kind, is laid over white, as viewers show it.
-- Several frames: the first one counts (GIF, APNG, WebP, pages of a TIFF).
-- Colour profiles are not applied. LAB is converted from D50; CMYK by its inks alone.
+Of more than 8 bits the upper 8 count; Pillow's modes I and F say no range of values and are refused, a PGM says it. Of
+several frames the first counts. Colour profiles are not applied: LAB is converted from D50, CMYK by its inks alone.
 """
 
 from __future__ import annotations
@@ -19,8 +17,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io.reading import read_bytes
 
-PICTURE_BYTES = 256 * 2**20
-"""A picture's file may be this large."""
+PICTURE_BYTES = 256 * 2**20  # a picture's file may be this large
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "JPEG2000", "PPM", "AVIF")
 """What is read. Pillow knows more formats: some of them hand the file to other programs."""
 _PHOTOMETRIC, _SAMPLE_FORMAT, _BITS = 262, 339, 258
@@ -29,9 +26,8 @@ _PHOTOMETRIC, _SAMPLE_FORMAT, _BITS = 262, 339, 258
 def open_picture(source: bytes | str | Path) -> Image.Image:
     """Return the content of a picture's file, or the file of that name, as an upright RGB picture.
 
-    Raises:
-        PpclError: it is no picture of a known format, is damaged, has too many pixels for Pillow's bound, or its mode
-            does not say what its values mean.
+    Raises PpclError where it is no picture of a known format, is damaged, too large for Pillow's bound, or its mode
+    does not say what its values mean.
     """
     data = source if isinstance(source, bytes) else read_bytes(source, PICTURE_BYTES)
     try:
@@ -54,11 +50,7 @@ def open_picture(source: bytes | str | Path) -> Image.Image:
 
 
 def as_rgb(picture: Image.Image) -> Image.Image:
-    """Return a picture in memory as RGB, as it is shown.
-
-    Raises:
-        PpclError: its mode does not say what its values mean.
-    """
+    """Return a picture in memory as RGB, as it is shown; PpclError where its mode does not say what its values mean."""
     if picture.mode in ("I", "F"):
         kind = "whole numbers" if picture.mode == "I" else "fractions"
         raise PpclError(f"its values are {kind} of no known range (mode {picture.mode}); save it with 8 or 16 bits")
@@ -67,8 +59,7 @@ def as_rgb(picture: Image.Image) -> Image.Image:
         return _gray(values >> 8 if clear is None else np.where(values == clear, 255, values >> 8))
     if not picture.has_transparency_data:
         return picture.convert("RGB")
-    whole = picture.convert("LA") if picture.mode == "La" else picture
-    whole = whole.convert("RGBA")
+    whole = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA")
     shown = Image.new("RGB", whole.size, "white")
     shown.paste(whole.convert("RGB"), mask=whole.getchannel("A"))
     return shown

@@ -14,8 +14,7 @@ from ppcl_fx.io.fingerprint import fingerprint
 from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.shapes.pipeline import ShapesPipeline
 from ppcl_fx.train import train
-from ppcl_fx.train.data.parts import Recording
-from ppcl_fx.train.data.prompts import PromptSource
+from ppcl_fx.train.data.prompts import PromptSource, Recording
 from ppcl_fx.train.distributed.process_group import Place
 from ppcl_fx.train.images.encode import Encoder
 from ppcl_fx.train.images.images import ImageSource, open_images

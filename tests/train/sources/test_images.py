@@ -60,7 +60,7 @@ def test_the_template_of_the_shapes_pipeline(pipeline: Any, few: Path) -> None:
 def test_a_sample_is_the_picture_at_its_noise_level(pipeline: Any, few: Path) -> None:
     source = few_source(pipeline, few)
     assert isinstance(source, DataSource)
-    got, (epoch, indices) = source.kwargs(0), source._order.place(0)
+    got, (epoch, indices) = source.kwargs(0), source.place(0)
     reference = record(pipeline, CAPTIONS, num_inference_steps=1, guidance_scale=1.0)[0].kwargs
     assert got.keys() == reference.keys()
     assert got["img_shapes"] == reference["img_shapes"][:1] * BATCH

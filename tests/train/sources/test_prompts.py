@@ -14,9 +14,8 @@ from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.io.fingerprint import fingerprint
 from ppcl_fx.shapes.pipeline import ShapesPipeline
-from ppcl_fx.train.data import parts
-from ppcl_fx.train.data.parts import Recording
-from ppcl_fx.train.data.prompts import PromptSource
+from ppcl_fx.train.data import prompts as module
+from ppcl_fx.train.data.prompts import PromptSource, Recording
 from ppcl_fx.train.data.source import DataSource
 from tests.shapes_folder import save_pipeline
 
@@ -115,7 +114,7 @@ def test_a_kill_within_a_part_costs_one_run_of_the_pipeline(
             raise KeyboardInterrupt
         return record(*args, **how)
 
-    monkeypatch.setattr(parts, "record", killed)
+    monkeypatch.setattr(module, "record", killed)
     with pytest.raises(KeyboardInterrupt):
         source(pipeline, tmp_path / "killed").kwargs(0)
     assert same(source(pipeline, tmp_path / "killed").kwargs(0), expected)

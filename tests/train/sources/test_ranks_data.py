@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.train.data import bad_samples, cache, parts
+from ppcl_fx.train.data import cache
+from ppcl_fx.train.data import prompts as module
+from ppcl_fx.train.data import source as sources
 from ppcl_fx.train.data.source import DistributedSource
 from ppcl_fx.train.distributed import process_group
 from ppcl_fx.train.distributed.batch_split import SplitBatch
@@ -56,9 +58,9 @@ class _Count:
 
 def two_ranks(folder: Path, rank: int) -> dict[str, Any]:
     """Train on prompts and on pictures; look at the batches; then at what is corrupt or refused."""
-    cache.PART, bad_samples.LIMIT = PART, LIMIT
+    cache.PART, sources.LIMIT = PART, LIMIT
     drawn, encoded = _Count(), _Count()
-    drawn.spy(parts, "record")
+    drawn.spy(module, "record")
     encoded.spy(Encoder, "encode")
     encoded.listen()
     found: dict[str, Any] = {"prompts": trained(prompts(folder / "rec"), folder / "prompts", ["depth", "finetune"])}
@@ -69,7 +71,7 @@ def two_ranks(folder: Path, rank: int) -> dict[str, Any]:
     found["skipped"] = [line for line in encoded.lines if "is skipped" in line]
     found["batches"] = {"prompts": _batches(prompts(folder / "rec")), "pictures": _batches(source)}
     found["refused"] = _refused(folder, rank)
-    bad_samples.LIMIT = 4 * LIMIT
+    sources.LIMIT = 4 * LIMIT
     encoded.lines.clear()
     hurt = pictures(folder / "hurt")
     shares = hurt.split()
@@ -99,7 +101,7 @@ def _plain(share: dict[str, Any]) -> tuple[dict[str, Any], int, int]:
 def _refused(folder: Path, rank: int) -> dict[str, str]:
     """Return the lines: a second corrupt picture, that rank 1 finds; what only rank 1 cannot do; other sources."""
     lines = {}
-    spied = parts.record
+    spied = module.record
 
     def never(*_: Any, **__: Any) -> Any:
         raise PpclError("rank 1 cannot draw")
@@ -110,7 +112,7 @@ def _refused(folder: Path, rank: int) -> dict[str, str]:
         "alone": lambda: trained(prompts(folder / "rec", ranks=ProcessGroup()), folder / "x", ["depth"]),
         "bare": lambda: trained(_Bare(), folder / "x", ["depth"]),
     }.items():
-        parts.record = never if name == "draw" and rank == 1 else spied
+        module.record = never if name == "draw" and rank == 1 else spied
         try:
             work()
         except PpclError as error:
@@ -126,7 +128,7 @@ class _Bare:
 
 def three_ranks(folder: Path, rank: int) -> dict[str, Any]:
     """Go on with what two ranks began."""
-    cache.PART, bad_samples.LIMIT = PART, LIMIT
+    cache.PART, sources.LIMIT = PART, LIMIT
     return _gone_on(folder, 3)
 
 
@@ -143,7 +145,7 @@ def small() -> Iterator[None]:
     """Parts of a few pictures, of which one may be corrupt, so that a few are enough."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "PART", PART)
-        patch.setattr(bad_samples, "LIMIT", LIMIT)
+        patch.setattr(sources, "LIMIT", LIMIT)
         yield
 
 
@@ -256,7 +258,7 @@ def test_what_one_rank_finds_stops_all_with_one_line(runs: Path) -> None:
 
 
 def test_a_damaged_sample_that_one_rank_reads_is_left_out_by_all(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bad_samples, "LIMIT", 4 * LIMIT)
+    monkeypatch.setattr(sources, "LIMIT", 4 * LIMIT)
     alone = pictures(runs / "hurt")
     whole = [alone.kwargs(step) for step in range(len(alone))]
     assert sum(len(batch["timestep"]) for batch in whole) == PICTURES - 4

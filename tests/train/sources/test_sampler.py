@@ -6,9 +6,7 @@ import pytest
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.train.core.batches import Batches
-from ppcl_fx.train.data.bad_samples import BadSamples
-from ppcl_fx.train.data.sampler import Sampler
-from ppcl_fx.train.data.source import DataSource
+from ppcl_fx.train.data.source import BadSamples, DataSource, Sampler
 from tests.models import qwen_kwargs
 from tests.train.test_data import _calls
 
