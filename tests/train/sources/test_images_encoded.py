@@ -103,7 +103,7 @@ def test_qwen_image_with_a_vae_of_videos(tmp_path: Path) -> None:
         raw = pipe.vae.encode(pixels).latent_dist.mode()[:, :, 0]
     mean, std = torch.tensor([0.1, 0.2, 0.3, 0.4]), torch.tensor([1.0, 2.0, 3.0, 4.0])
     clean = pipe._pack_latents((raw - mean.view(1, 4, 1, 1)) / std.view(1, 4, 1, 1), 1, 4, 4, 6)
-    stored = source._parts[0].calls()[0].kwargs["hidden_states"]
+    stored = source._calls(source._parts[0].folder)[0].kwargs["hidden_states"]
     torch.testing.assert_close(stored, clean, rtol=1e-6, atol=1e-6)
 
 
