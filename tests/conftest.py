@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import Any
 
 # Before torch is imported. On some processors MKL's last bits depend on the address of a tensor otherwise, and weights
-# that are mapped from a file lie at any address.
-os.environ.setdefault("MKL_CBWR", "AVX2")
+# that are mapped from a file lie at any address. With AVX2 they do so on Intel's processors that have more.
+os.environ.setdefault(
+    "MKL_CBWR",
+    "AVX512"
+    if os.path.exists("/proc/cpuinfo") and {"GenuineIntel", "avx512f"} <= set(Path("/proc/cpuinfo").read_text().split())
+    else "AVX2",
+)
 
 import pytest
 import torch

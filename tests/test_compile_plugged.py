@@ -142,7 +142,7 @@ def test_a_mixture_that_cannot_be_made_is_not_plugged(copying: Any, monkeypatch:
     def refuse(*given: Any) -> Any:
         raise PpclError("no place for it")
 
-    monkeypatch.setattr("ppcl_fx.passes.edits.plug.plugged", refuse)
+    monkeypatch.setattr("ppcl_fx.model.pluggable.plugged", refuse)
     with pytest.raises(PpclError, match="no place for it"):
         model.plug(students=model.edits)
     assert model.students == ()

@@ -44,7 +44,7 @@ READERS: list[Callable[[Path], Any]] = [
     tensor_shapes,
     sha256_of,
     read_prompts,
-    config.read,
+    config.resolve,
     stored_tensors,
     sample_of,
     external_data,
@@ -95,7 +95,7 @@ def test_a_missing_file_is_named_with_a_near_one(read: Callable[[Path], Any], tm
 def test_files_are_bounded_before_they_are_read(tmp_path: Path) -> None:
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2**42)
-    for read in (lambda p: read_bytes(p, 10), read_text, lambda p: read_json(p, Numbers), read_prompts, config.read):
+    for read in (lambda p: read_bytes(p, 10), read_text, lambda p: read_json(p, Numbers), read_prompts, config.resolve):
         with pytest.raises(PpclError, match="larger than the .* that such a file may have"):
             read(tmp_path / "sparse")
     (tmp_path / "ten").write_bytes(b"0123456789")

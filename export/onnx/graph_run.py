@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from ppcl_fx.errors import GuardError
 from ppcl_fx.export.onnx.segments import described
@@ -124,7 +124,7 @@ class _ExampleRefresher(GraphRun):
             self.broken.append(n)
             return None
         if n.op != "output":
-            n.meta["val"] = tree_map_only(torch.Tensor, lambda t: t.detach().to("meta"), value)
+            n.meta["val"] = map_tensors(value, lambda t: t.detach().to("meta"))
         return value
 
 

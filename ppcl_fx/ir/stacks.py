@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_arg
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.ir.graphs import ancestors, attribute, descendants, module_paths
@@ -131,11 +130,24 @@ def shape_of_block(gm: GraphModule, path: str, nodes: Iterable[Node]) -> str:
                 kind += str([type(module).__qualname__ for module in owner.modules()])
             elif isinstance(owner, torch.Tensor):
                 kind = str(tuple(owner.shape))
-        text = repr(map_arg((node.args, node.kwargs), name))
+        text = repr(_renamed((node.args, node.kwargs), name))
         leaves_at = [position for owner, position in node.meta.get("block_out", ()) if owner == path]
         local[node] = f"n{len(lines)}"
         lines.append(f"{node.op} {target} {kind} {text} {leaves_at}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _renamed(argument: object, name: Callable[[Node], str]) -> object:
+    """Return arguments with the names of their nodes; a tuple is as good as a list, which ``map_arg`` tells apart."""
+    if isinstance(argument, Node):
+        return name(argument)
+    if isinstance(argument, (list, tuple)):
+        return [_renamed(item, name) for item in argument]
+    if isinstance(argument, dict):
+        return {key: _renamed(item, name) for key, item in argument.items()}
+    if isinstance(argument, slice):
+        return ["slice", *(_renamed(item, name) for item in (argument.start, argument.stop, argument.step))]
+    return str(argument)
 
 
 def _runs(gm: GraphModule, regions: dict[str, list[Node]]) -> list[list[str]]:

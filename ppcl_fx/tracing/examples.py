@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 from ppcl_fx.ir.graphs import ancestors
 from ppcl_fx.tracing.guards import is_guard
@@ -65,8 +65,15 @@ def signature(target: Any, args: Any, kwargs: Any) -> Hashable | None:
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """Change every tensor in nested lists, tuples and dicts; everything else stays as it is."""
-    return tree_map_only(torch.Tensor, change, value)
+    """Change every tensor in nested lists, tuples and dicts; everything else stays as it is, a `torch.Size` too."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+        items = [map_tensors(item, change) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return value
 
 
 class _Unknown(Exception):
