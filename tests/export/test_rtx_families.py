@@ -1,0 +1,81 @@
+"""Engines of Qwen-Image, FLUX and Chroma, whole and pruned, built by NVIDIA's own compiler without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import GraphModule
+
+from ppcl_fx.calls.store import Call, Calls
+from ppcl_fx.export import ExportConfig, Translations, export_graph
+from ppcl_fx.export.onnx.writer import floats_as
+from ppcl_fx.export.tensorrt.build import build_engine
+from ppcl_fx.export.tensorrt.manifest import EngineManifest
+from ppcl_fx.export.tensorrt.options import BuildOptions
+from ppcl_fx.export.tensorrt.profiles import Spec
+from ppcl_fx.export.tensorrt.request import BuildConfig
+from ppcl_fx.export.tensorrt_api import load_builder
+from ppcl_fx.model.rewrite import rewrite
+from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.tracing import trace
+from tests.coverage.case import EXAMPLE
+from tests.export.test_families import FAMILIES
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        # The libraries come with the extra [dev], but for macOS.
+        importlib.util.find_spec("tensorrt_rtx_bindings") is None,
+        reason="needs the packages tensorrt-rtx-cu13-libs and -bindings",
+    ),
+]
+STACK = "transformer_blocks"
+STUDENTS: dict[str, Edit | None] = {
+    "teacher": None,
+    "depth": DepthEdit(stack=STACK, first=1, last=2),
+    "feed-forward": FfnEdit(stack=STACK, block=0),
+    "text stream": TextStreamEdit(stack=STACK, source=0, last=1),
+}
+BUILT = ("qwen", "flux", "chroma")
+"""Families that are exported in bfloat16."""
+
+
+@pytest.fixture(scope="module", params=BUILT)
+def family(request: pytest.FixtureRequest) -> tuple[str, GraphModule, Calls, Translations]:
+    """A family's teacher, traced in bfloat16."""
+    case = FAMILIES[request.param]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers' Chroma uses a name that diffusers has moved
+        model = case.build()
+    kwargs = floats_as(case.kwargs(), torch.bfloat16)
+    calls = Calls([Call(kwargs=kwargs, prompts=("a", "b"), timestep=0.5, index=0, batch=EXAMPLE.batch)])
+    return request.param, trace(model.to(torch.bfloat16), kwargs), calls, Translations()
+
+
+def build(onnx: Path) -> EngineManifest:
+    """Build an engine for several pictures, texts and batches."""
+    request = BuildConfig(spec=Spec(batch="1-4", tokens="4-64", text="1-16"), library="rtx")
+    options = BuildOptions(gpu=("8.9",), level=0)
+    api = load_builder("", "rtx")
+    return build_engine(onnx, onnx.with_suffix(".engine"), request.profiles(onnx), options, api=api)
+
+
+@pytest.mark.parametrize("student", STUDENTS)
+def test_an_engine_is_built(family: Any, student: str, tmp_path: Path) -> None:
+    name, teacher, calls, known = family
+    edit = STUDENTS[student]
+    graph = teacher
+    if edit is not None:
+        model = rewrite(teacher, Plan(edits=[edit]))
+        graph = model.plug(students=model.edits).graph_module()
+    exported = export_graph(graph, tmp_path / "one.onnx", ExportConfig(runs=1), calls=calls, known=known)
+    card = build(exported.onnx)
+    assert (card.dtype, card.library, card.capabilities) == ("bfloat16", "rtx", ["8.9"])
+    weights = exported.onnx.stat().st_size
+    assert weights < card.engine.bytes < weights + 2**24, name
+    assert card.layers is not None and card.layers > 100
