@@ -143,7 +143,8 @@ def _check_tuned(tuned: FinetunedFolder, config: ExportConfig) -> None:
         raise PpclError(f"--keep {asked}: the model beside {tuned.student}: is, which has one size; leave it out")
     way = f"leave it out, or export {tuned.student}"
     if config.format in ENGINES:
-        way = "export it with --dtype bf16, and then run 'ppcl-fx build' on the result"
+        library = " --for rtx" if config.library == "rtx" else ""
+        way = f"export it with --dtype bf16, and then run 'ppcl-fx build{library}' on the result"
     if config.format != "onnx":
         raise PpclError(f"--format {config.format}: not for a fine-tuned model; {way}")
 

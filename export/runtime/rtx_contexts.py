@@ -10,6 +10,7 @@ from typing import Any
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.runtime.options import RuntimeOptions
 from ppcl_fx.export.store.names import kernel_cache_path
+from ppcl_fx.export.tensorrt.loading import LoadedEngine
 from ppcl_fx.export.tensorrt_api import Api
 from ppcl_fx.io.files import new_file
 from ppcl_fx.io.reading import read_bytes
@@ -25,9 +26,9 @@ class RtxContexts:
     beside the engine when this object goes, or the program ends.
     """
 
-    def __init__(self, api: Api, engine: Any, path: Path, options: RuntimeOptions) -> None:
-        self.api, self.engine = api, engine
-        self.config = api.call("ICudaEngine.create_runtime_config", engine)
+    def __init__(self, loaded: LoadedEngine, path: Path, options: RuntimeOptions) -> None:
+        api, self.loaded = loaded.api, loaded
+        self.config = api.call("ICudaEngine.create_runtime_config", loaded.engine)
         graphs = {
             True: api.value("CudaGraphStrategy.WHOLE_GRAPH_CAPTURE"),
             False: api.value("CudaGraphStrategy.DISABLED"),
@@ -46,23 +47,25 @@ class RtxContexts:
 
     def make(self) -> Any:
         """Return a new context; None where there is no memory for it."""
-        return self.api.call("ICudaEngine.create_execution_context", self.engine, runtime_config=self.config)
+        api, engine = self.loaded.api, self.loaded.engine
+        return api.call("ICudaEngine.create_execution_context", engine, runtime_config=self.config)
 
     def _keep(self, path: Path) -> None:
-        cache = self.api.call("IRuntimeConfig.create_runtime_cache", self.config)
+        api = self.loaded.api
+        cache = api.call("IRuntimeConfig.create_runtime_cache", self.config)
         known = b""
         try:
             known = read_bytes(path, CACHE_BYTES) if path.is_file() else b""
         except PpclError as error:
             LOG.warning("%s", error)
-        if known and not self.api.call("IRuntimeCache.deserialize", cache, blob=known):
+        if known and not api.call("IRuntimeCache.deserialize", cache, blob=known):
             LOG.warning("%s: is of another card, driver or version; kernels are compiled again", path)
             known = b""
-        if not self.api.call("IRuntimeConfig.set_runtime_cache", self.config, cache=cache):
+        if not api.call("IRuntimeConfig.set_runtime_cache", self.config, cache=cache):
             LOG.warning("%s: kernels are not kept: the library does not take the cache", path)
             return
-        # The engine and its configuration have to outlive the cache.
-        weakref.finalize(self, _save, self.api, cache, path, known, (self.config, self.engine))
+        # The engine, with all that it needs, and its configuration have to outlive the cache.
+        weakref.finalize(self, _save, api, cache, path, known, (self.config, self.loaded))
 
 
 def _save(api: Api, cache: Any, path: Path, known: bytes, alive: Any) -> None:

@@ -47,7 +47,7 @@ class TensorRTSession:
             self.api, self.engine = self._loaded.api, self._loaded.engine
             self._rtx = None
             if self.api.kind == "rtx":
-                self._rtx = RtxContexts(self.api, self.engine, choice.file, choice.options)
+                self._rtx = RtxContexts(self._loaded, choice.file, choice.options)
                 self.without_graphs = self.without_graphs or f"{self.api.name} makes its own"
             self.context = self._context()
             self._stream = torch.cuda.Stream(self.device)

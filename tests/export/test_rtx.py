@@ -20,6 +20,7 @@ from ppcl_fx.cli.app import main
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import mark_of
 from ppcl_fx.export.tensorrt import process
+from ppcl_fx.export.tensorrt.agreement import check_agreement
 from ppcl_fx.export.tensorrt.build import build_engine
 from ppcl_fx.export.tensorrt.folder import build_folder
 from ppcl_fx.export.tensorrt.loading import invalid, load_engine
@@ -150,6 +151,21 @@ def test_sizes_that_contradict_each_other_are_found_before_the_compiler_sees_the
     with pytest.raises(PpclError, match=words) as e:
         build_folder(tmp_path, BuildConfig(spec=other, library="rtx", options=QUICK))
     assert "\n" not in str(e.value) and files(tmp_path) == ["keep-1.onnx"]
+
+
+def test_a_table_of_other_positions_than_there_are_tokens_is_a_contradiction(tmp_path: Path) -> None:
+    def tensor(name: str, *shape: int | str) -> Any:
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, list(shape))
+
+    node = helper.make_node("RotaryEmbedding", ["x", "cos", "sin"], ["y"], name="blocks.0/1/rotary")
+    shape = ["batch", 2, "tokens", 8]
+    tables = [tensor(name, "batch", "positions", 4) for name in ("cos", "sin")]
+    made = helper.make_graph([node], "graph", [tensor("x", *shape), *tables], [tensor("y", *shape)])
+    path = tmp_path / "keep-1.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 23)]), path)
+    check_agreement(path, [sizes(batch=2, tokens=9, positions=9)])
+    with pytest.raises(PpclError, match="RotaryEmbedding blocks.0/1/rotary: 9 tokens, and 8 in cos.; give sizes"):
+        check_agreement(path, [sizes(batch=2, tokens=9, positions=8)])
 
 
 def sizes(**given: int) -> Profile:

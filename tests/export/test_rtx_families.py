@@ -5,23 +5,27 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch.fx import GraphModule
 
+import ppcl_fx
 from ppcl_fx.calls.store import Call, Calls
-from ppcl_fx.export import ExportConfig, Translations, export_graph
+from ppcl_fx.export import ExportConfig, Translations, export, export_graph
 from ppcl_fx.export.onnx.writer import floats_as
+from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.tensorrt.build import build_engine
 from ppcl_fx.export.tensorrt.manifest import EngineManifest
 from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.profiles import Spec
-from ppcl_fx.export.tensorrt.request import BuildConfig
+from ppcl_fx.export.tensorrt.request import BuildConfig, EngineConfig
 from ppcl_fx.export.tensorrt_api import load_builder
+from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.model.rewrite import rewrite
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
+from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.tracing import trace
 from tests.coverage.case import EXAMPLE
 from tests.export.test_families import FAMILIES
@@ -34,6 +38,7 @@ pytestmark = [
         reason="needs the packages tensorrt-rtx-cu13-libs and -bindings",
     ),
 ]
+QUICK = BuildOptions(gpu=("8.9",), level=0)
 STACK = "transformer_blocks"
 STUDENTS: dict[str, Edit | None] = {
     "teacher": None,
@@ -60,9 +65,8 @@ def family(request: pytest.FixtureRequest) -> tuple[str, GraphModule, Calls, Tra
 def build(onnx: Path) -> EngineManifest:
     """Build an engine for several pictures, texts and batches."""
     request = BuildConfig(spec=Spec(batch="1-4", tokens="4-64", text="1-16"), library="rtx")
-    options = BuildOptions(gpu=("8.9",), level=0)
     api = load_builder("", "rtx")
-    return build_engine(onnx, onnx.with_suffix(".engine"), request.profiles(onnx), options, api=api)
+    return build_engine(onnx, onnx.with_suffix(".engine"), request.profiles(onnx), QUICK, api=api)
 
 
 @pytest.mark.parametrize("student", STUDENTS)
@@ -79,3 +83,40 @@ def test_an_engine_is_built(family: Any, student: str, tmp_path: Path) -> None:
     weights = exported.onnx.stat().st_size
     assert weights < card.engine.bytes < weights + 2**24, name
     assert card.layers is not None and card.layers > 100
+
+
+RATIOS = (1.0, 0.7, 0.6, 0.5)
+TYPES: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("bf16",)
+"""Types that `shapes` is built in at every ratio."""
+
+
+@pytest.fixture(scope="module")
+def shapes() -> tuple[PluggableModel, Calls]:
+    """The shipped model with edits of every kind, and a call of it."""
+    pipeline = load_pipeline()
+    calls = ppcl_fx.record(pipeline, ["a red circle", "two blue squares"], num_inference_steps=1)
+    edits = [
+        *(DepthEdit(stack=STACK, first=first, last=last) for first, last in ((1, 4), (5, 8))),
+        FfnEdit(stack=STACK, block=10),
+        TextStreamEdit(stack=STACK, source=12, last=15),
+    ]
+    return rewrite(trace(pipeline.transformer, calls[0].kwargs), Plan(edits=edits)), calls
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_shapes_has_an_engine_at_each_ratio(
+    shapes: tuple[PluggableModel, Calls], dtype: Literal["bf16", "fp16", "fp32"], tmp_path: Path
+) -> None:
+    model, calls = shapes
+    build = EngineConfig(options=QUICK)
+    config = ExportConfig(keep=RATIOS, format="rtx", dtype=dtype, runs=1, check_calls=1, build=build)
+    done = export(model, tmp_path, config, calls=calls)
+    assert [one.name for one in done.engines] == ["keep-1", "keep-0.7", "keep-0.6", "keep-0.5"]
+    for ratio, one in zip(done.ratios, done.engines, strict=True):
+        assert one.engine == ratio.engine == ratio.onnx.with_suffix(".engine") and one.engine.is_file()
+        assert (one.manifest.library, one.manifest.onnx) == ("rtx", ratio.onnx.name)
+        assert one.manifest.dtype == {"bf16": "bfloat16", "fp16": "float16", "fp32": "float"}[dtype]
+    sizes = [one.manifest.engine.bytes for one in done.engines]
+    assert sizes == sorted(sizes, reverse=True)
+    found = artefacts(tmp_path)
+    assert [found[keep].engine for keep in RATIOS] == [one.engine for one in done.engines]
