@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.tensorrt.manifest import (
@@ -18,9 +18,6 @@ from ppcl_fx.export.tensorrt.monitor import Messages
 from ppcl_fx.export.tensorrt_api import Api, errors_of, load_tensorrt
 from ppcl_fx.io.files import inside
 from ppcl_fx.io.reading import open_regular
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 
 @dataclass(frozen=True)
@@ -71,7 +68,7 @@ def load_engine(
     return LoadedEngine(loaded, manifest, api, (runtime, messages.logger))
 
 
-def invalid(api: Api, runtime: Any, engine: Buffer) -> str | None:
+def invalid(api: Api, runtime: Any, engine: bytes | mmap.mmap) -> str | None:
     """Tell why an engine of TensorRT for RTX cannot run here, as its header says; None where it can."""
     validity, faults = api.call("Runtime.get_engine_validity", runtime, buffer=engine)
     if validity != api.value("EngineValidity.INVALID"):

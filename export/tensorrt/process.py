@@ -1,4 +1,7 @@
-"""A build in a process of its own: the compiler may end by itself, or take all memory, and only the build ends."""
+"""A build in a process of its own: the compiler may end by itself, or take all memory, and only the build ends.
+
+A job goes there in a line of JSON on stdin; what happens comes back in lines of JSON on stdout.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,13 @@ from contextlib import suppress
 from typing import IO, Any, NoReturn
 
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.tensorrt.compiling import Compiled, Job
-from ppcl_fx.export.tensorrt.monitor import Report, silent
-from ppcl_fx.export.tensorrt_api import LIBRARIES, short
+from ppcl_fx.export.tensorrt.compiling import Compiled, Job, compile_graph
+from ppcl_fx.export.tensorrt.monitor import Messages, Monitor, Report, silent
+from ppcl_fx.export.tensorrt_api import LIBRARIES, load_builder, short
 from ppcl_fx.io.memory import peak_memory, size_words
 
-WORKER = "ppcl_fx.export.tensorrt.worker"
+WORKER = "ppcl_fx.export.tensorrt.process"
+"""This module, as a program: `main`."""
 LOOK = 0.1
 """Seconds between two looks at the process's memory, and at Ctrl-C."""
 GRACE = 10.0
@@ -137,3 +141,41 @@ class _Build:
             f"{self.job.onnx}: the compiler of {LIBRARIES[self.job.kind].name} ended by itself, {name}{memory}"
             f"{f' ({said})' if said else ''}; export with another --dtype, or build smaller sizes; the ONNX file stays"
         )
+
+
+def main() -> None:
+    """Be the process that a build runs in: compile the job on stdin.
+
+    A further line there stops it at its next step; where stdin ends, so does this process.
+    """
+    channel = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    lock = threading.Lock()
+
+    def tell(**what: Any) -> None:
+        with lock:
+            channel.write(json.dumps(what) + "\n")
+
+    job = Job.model_validate_json(sys.stdin.readline())
+    monitor = Monitor(lambda *step: tell(progress=step))
+
+    def listen() -> None:
+        while sys.stdin.readline():
+            monitor.stop.set()
+        os._exit(1)  # who asked for the engine is gone
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        api = load_builder("the ONNX file stays", job.kind)
+        done = compile_graph(api, job, monitor, Messages(api, lambda said: tell(said=said)))
+        tell(done=done.model_dump())
+    except PpclError as error:
+        tell(refused=str(error))
+    except OSError as error:
+        tell(unwritten=[error.errno or 0, error.strerror or str(error)])
+    channel.flush()
+    os._exit(0)  # the library's own end is not waited for: it may crash there, and all is written
+
+
+if __name__ == "__main__":
+    main()

@@ -12,9 +12,15 @@ from pydantic import Field, JsonValue
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.store.names import ratio_of, typed_graph_path
-from ppcl_fx.export.tensorrt.agreement import check_agreement
 from ppcl_fx.export.tensorrt.options import BuildOptions
-from ppcl_fx.export.tensorrt.profiles import Profile, Spec, check_spec, default_profile, resolve
+from ppcl_fx.export.tensorrt.profiles import (
+    Profile,
+    Spec,
+    check_agreement,
+    check_spec,
+    default_profile,
+    resolve,
+)
 from ppcl_fx.export.tensorrt_api import Kind
 from ppcl_fx.io.files import Record, inside, own_file, read_json, write_json
 from ppcl_fx.io.options import Config, Flag, flag_of

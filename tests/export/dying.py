@@ -1,4 +1,4 @@
-"""A compiler that says something, begins, and ends by a signal: `ppcl_fx.export.tensorrt.worker` in the worst case."""
+"""A compiler that says something, begins, and ends by a signal: `ppcl_fx.export.tensorrt.process` in the worst case."""
 
 from __future__ import annotations
 

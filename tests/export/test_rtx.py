@@ -20,14 +20,13 @@ from ppcl_fx.cli.app import main
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import mark_of
 from ppcl_fx.export.tensorrt import process
-from ppcl_fx.export.tensorrt.agreement import check_agreement
 from ppcl_fx.export.tensorrt.build import build_engine
 from ppcl_fx.export.tensorrt.folder import build_folder
 from ppcl_fx.export.tensorrt.loading import invalid, load_engine
 from ppcl_fx.export.tensorrt.manifest import EngineManifest, read_engine_manifest
 from ppcl_fx.export.tensorrt.monitor import Messages
 from ppcl_fx.export.tensorrt.options import PORTABLE, BuildOptions
-from ppcl_fx.export.tensorrt.profiles import Profile, Range, Spec
+from ppcl_fx.export.tensorrt.profiles import Profile, Range, Spec, check_agreement
 from ppcl_fx.export.tensorrt.request import BuildConfig, read_request
 from ppcl_fx.export.tensorrt_api import Gpu, find_gpu, load_builder, load_tensorrt, short
 from tests.export.fake_trt import working
