@@ -31,7 +31,7 @@ import torch
 
 from benchmarks.clock import RESULTS, parser
 from benchmarks.latency_models import DTYPES, SIZES, TABLE_1, Spec, specs, stored_bytes
-from benchmarks.latency_worker import BLOCK, ENGINES, ONNXRUNTIME, RUNTIMES, Job, Worker
+from benchmarks.latency_worker import BLOCK, ENGINES, ONNXRUNTIME, RTX, RUNTIMES, Job, Worker
 from ppcl_fx.errors import PpclError, near
 from ppcl_fx.io.files import need_room, write_json
 from ppcl_fx.io.memory import size_words
@@ -117,7 +117,7 @@ def check_runtime(runtime: str, subject: Subject, device: torch.device, folder: 
     elif device.type != "cuda":
         raise PpclError(f"TensorRT runs on NVIDIA GPUs, not on {device}")
     else:
-        load_tensorrt("the other runtimes are measured")
+        load_tensorrt("the other runtimes are measured", device.index or 0, "rtx" if runtime == RTX else "tensorrt")
     # The weights, and in float32 the two copies with which each file is compared to PyTorch.
     size = stored_bytes(subject.model)
     needed, free = size * (4 if subject.spec.dtype == "fp32" else 2), free_memory(torch.device("cpu"))
@@ -292,7 +292,9 @@ def _measure_all(options: argparse.Namespace, scratch: Path) -> Path:
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     result: dict[str, Any] = {
         "what": "latency",
-        **describe(("torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "ppcl-fx")),
+        **describe(
+            ("torch", "diffusers", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx-cu13-libs", "ppcl-fx")
+        ),
         "device": gpu or "cpu",
         "threads": torch.get_num_threads(),
         "size": options.size,

@@ -28,10 +28,12 @@ from benchmarks.streaming import held as resident
 from ppcl_fx.errors import PpclError
 from ppcl_fx.ir.stacks import stacks
 
-EAGER, COMPILE, ONNXRUNTIME, TENSORRT = "eager", "torch.compile", "onnxruntime", "tensorrt"
+EAGER, COMPILE, ONNXRUNTIME, TENSORRT, RTX = "eager", "torch.compile", "onnxruntime", "tensorrt", "rtx"
 BLOCK = "block"
-RUNTIMES = (EAGER, COMPILE, ONNXRUNTIME, TENSORRT)
-ENGINES = (ONNXRUNTIME, TENSORRT)
+BUILT = (TENSORRT, RTX)
+"""Runtimes that run engines, by the libraries that build them."""
+RUNTIMES = (EAGER, COMPILE, ONNXRUNTIME, *BUILT)
+ENGINES = (ONNXRUNTIME, *BUILT)
 """Runtimes that run exported files."""
 
 WARM = 2
@@ -208,7 +210,8 @@ def whole(job: Job, device: torch.device) -> Held:
     if job.runtime in ENGINES:
         from ppcl_fx.export import EngineTransformer
 
-        engine = EngineTransformer(job.folder, keep=job.keep, backend=job.runtime, device=device)
+        backend = TENSORRT if job.runtime in BUILT else job.runtime
+        engine = EngineTransformer(job.folder, keep=job.keep, backend=backend, device=device)
         call = job.spec.call(job.spec.pluggable().graph, device)
         return Held({"whole": lambda: engine(**call, return_dict=False)}, {"params": engine.param_count()})
     model = job.spec.pluggable().plug(students=job.students)
@@ -226,8 +229,8 @@ def exported(job: Job, device: torch.device) -> Held:
     model = job.spec.pluggable()
     materialise(model.graph, torch.device("cpu"))
     keeps = tuple(ratio.keep for ratio in job.spec.ratios)
-    format = "tensorrt" if job.runtime == TENSORRT else "onnx"
-    export(model, job.folder, ExportConfig(keep=keeps, format=format, runs=1))
+    format = job.runtime if job.runtime in BUILT else "onnx"
+    export(model, job.folder, ExportConfig(keep=keeps, runs=1), format=format)
     return Held({})
 
 
@@ -242,7 +245,7 @@ def block(job: Job, device: torch.device) -> Held:
     paths = [stack.blocks[1].path for stack in stacks(gm)]
     if job.runtime == ONNXRUNTIME:
         return Held({_list(path): _onnx_block(job, gm, call, path, device) for path in paths})
-    if job.runtime == TENSORRT:
+    if job.runtime in BUILT:
         raise PpclError("no engine is built for a block alone")
     timed = cut(gm, stacks(gm), ())
     pieces = {path: timed.gm.get_submodule(f"submod_{timed.owners.index(path)}") for path in paths}
@@ -341,4 +344,7 @@ def _session(
     return lambda: (run(), keep)
 
 
-__all__ = ["BLOCK", "COMPILE", "EAGER", "ENGINES", "ONNXRUNTIME", "RUNTIMES", "TENSORRT", "Job", "Worker", "one_line"]
+__all__ = [
+    "BLOCK", "BUILT", "COMPILE", "EAGER", "ENGINES", "ONNXRUNTIME", "RTX", "RUNTIMES", "TENSORRT", "Job", "Worker",
+    "one_line",
+]

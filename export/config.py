@@ -7,16 +7,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from ppcl_fx.export.tensorrt.profiles import check_spec
-from ppcl_fx.export.tensorrt.request import BuildConfig
+from ppcl_fx.export.tensorrt.request import EngineConfig
+from ppcl_fx.export.tensorrt_api import Kind
 from ppcl_fx.io.options import MOST, Bytes, Config, Count, Flag, Shares, Tolerance, flag_of
 
 if TYPE_CHECKING:
     import torch
 
+Format = Literal["onnx", "tensorrt", "rtx", "trtexec", "diffusers", "released"]
+
 KEEPS = (1.0, 0.7, 0.6, 0.5)
 """The shares that are exported if nothing else is said."""
-ENGINES = ("tensorrt", "trtexec")
-"""Formats that TensorRT engines are built from."""
+ENGINES = ("tensorrt", "rtx", "trtexec")
+"""Formats that engines are built from."""
 FOLDERS = ("diffusers", "released")
 """Formats that are model folders; they need neither onnxruntime nor calls."""
 COMPARING = ("tolerance", "check_calls", "sampling_tolerance", "runs")
@@ -41,11 +44,11 @@ class ExportConfig(Config):
         description="shares of the parameters that stay, with commas; one file each. 1.0,0.7,0.6,0.5 if left out; a "
         "fine-tuned model has one",
     )
-    format: Annotated[Literal["onnx", "tensorrt", "trtexec", "diffusers", "released"], Flag(metavar="NAME")] = Field(
+    format: Annotated[Format, Flag(metavar="NAME")] = Field(
         "onnx",
-        description="'onnx', 'tensorrt' for an engine beside each ONNX file, 'trtexec' for a script that builds them, "
-        "'diffusers' for folders that diffusers loads by itself (depth edits alone), or 'released' for the layout of "
-        "the paper's checkpoints",
+        description="'onnx'; 'tensorrt' or 'rtx' (TensorRT for RTX) for an engine beside each ONNX file; 'trtexec' for "
+        "a script that builds them; 'diffusers' for folders that diffusers loads by itself (depth edits alone); or "
+        "'released' for the layout of the paper's checkpoints",
     )
     dtype: Annotated[Literal["stored", "fp32", "bf16", "fp16"], BeforeValidator(_dtype), Flag(metavar="NAME")] = Field(
         "stored",
@@ -71,7 +74,12 @@ class ExportConfig(Config):
         False, description="build no engine; 'ppcl-fx build ENGINES' does so, on another machine perhaps"
     )
     overwrite: bool = Field(False, description="replace the files of these shares where they exist")
-    build: BuildConfig = Field(BuildConfig(), description="for which sizes, and how, engines are built")
+    build: EngineConfig = Field(EngineConfig(), description="for which sizes, and how, engines are built")
+
+    @property
+    def library(self) -> Kind:
+        """The library that engines are built with."""
+        return "rtx" if self.format == "rtx" else "tensorrt"
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
@@ -85,8 +93,7 @@ class ExportConfig(Config):
     def _fits(self) -> ExportConfig:
         if self.format not in ENGINES:
             asked = ["--onnx-only"] if self.onnx_only else []
-            parts = (self.build.spec, self.build.options)
-            asked += [flag_of(type(part), name) for part in parts for name in part.given(type(part).model_fields)]
+            asked += self.build.asked()
             if asked:
                 raise ValueError(
                     f"{asked[0]}: only for --format {' or '.join(ENGINES)}; leave it out, or name that format"
@@ -97,4 +104,5 @@ class ExportConfig(Config):
             for name in self.given((*COMPARING, "dtype", "embed", "memory_limit")):
                 raise ValueError(f"{flag_of(ExportConfig, name)}: {compared if name in COMPARING else other}")
         check_spec(self.build.spec)
+        self.build.options.check(self.library)
         return self

@@ -104,8 +104,8 @@ def export(
 
     Raises:
         PpclError: an option is unknown or makes no sense, a ratio cannot be reached, a library is missing, the model
-            cannot be exported, there is no room, or a file differs from PyTorch by more than is allowed. For
-            ``tensorrt`` without TensorRT or without a GPU it is raised last, and the ONNX files stay.
+            cannot be exported, there is no room, or a file differs from PyTorch by more than is allowed. Where
+            the library that builds is missing, or TensorRT finds no GPU, it is raised last, and the ONNX files stay.
     """
     config, folder = ExportConfig.merged(config, options), Path(out)
     if isinstance(model, FinetunedFolder):
@@ -143,7 +143,8 @@ def _check_tuned(tuned: FinetunedFolder, config: ExportConfig) -> None:
         raise PpclError(f"--keep {asked}: the model beside {tuned.student}: is, which has one size; leave it out")
     way = f"leave it out, or export {tuned.student}"
     if config.format in ENGINES:
-        way = "export it with --dtype bf16, and then run 'ppcl-fx build' on the result"
+        library = " --for rtx" if config.library == "rtx" else ""
+        way = f"export it with --dtype bf16, and then run 'ppcl-fx build{library}' on the result"
     if config.format != "onnx":
         raise PpclError(f"--format {config.format}: not for a fine-tuned model; {way}")
 
@@ -154,7 +155,7 @@ def _engines(
     """Write the graphs in the engines' type and what to build from them; then build, where that is wanted."""
     progress(0, 1, "writing bfloat16 graphs")
     example = write_typed(model, done.ratios, job)
-    config = job.config.build.model_copy(update={"example": example})
+    config = job.config.build.request(job.config.library, example)
     for onnx in find_graphs(done.folder).values():
         config.profiles(onnx)
     config.save(done.folder)
@@ -257,10 +258,11 @@ def export_graph(
 def write_typed(
     model: PluggableModel | StudentFolder, exported: Sequence[Exported], job: Job
 ) -> dict[str, int]:
-    """Export each ratio that is in float32 once more in bfloat16, for TensorRT, over one converted copy of the weights.
+    """Export each ratio that is in float32 once more in bfloat16, for engines, over one converted copy of the weights.
 
-    The types of an ONNX file rule in TensorRT. A ratio that was exported in another type is built as it is. Sizes to
-    build for that the model does not take are refused here, where the model is; its mixture is another one afterwards.
+    The types of an ONNX file are its engine's. A ratio in another type, or that was asked for in float32, is built as
+    it is. Sizes to build for that the model does not take are refused here, where the model is; its mixture is another
+    one afterwards.
 
     Returns:
         The sizes of the example, by the names of the open sizes.
@@ -270,7 +272,7 @@ def write_typed(
     graphs = [opened.model.plug(students=ratio.students).graph_module() for ratio in exported]
     prepared = prepare(*in_type(graphs[0], job.calls, None))
     sizes = {axis.name: axis.size for axis in prepared.axes}
-    onnx, request = exported[0].onnx, config.build.model_copy(update={"example": sizes})
+    onnx, request = exported[0].onnx, config.build.request(config.library, sizes)
     for profile in request.profiles(onnx):
         for end in ("max", "min"):
             reason = refused(prepared, {name: getattr(size, end) for name, size in profile.sizes.items()})
@@ -279,7 +281,7 @@ def write_typed(
     mixtures = [
         ExportedMixture(gm, ratio.keep, ratio.students, typed_graph_path(ratio.onnx))
         for gm, ratio in zip(graphs, exported, strict=True)
-        if read_json(manifest_path(ratio.onnx), Manifest).dtype == "float32"
+        if job.config.dtype != "fp32" and read_json(manifest_path(ratio.onnx), Manifest).dtype == "float32"
     ]
     if mixtures:
         with claimed(onnx.parent, [mixture.path for mixture in mixtures]):

@@ -1,7 +1,7 @@
-"""The one door to TensorRT: every class, value, method and keyword is named here by a literal string.
+"""The one door to TensorRT and to TensorRT for RTX: every class, value, method and keyword is a literal string here.
 
 A test reads those strings out of this package's source and looks each up in NVIDIA's compiled bindings, so a name that
-does not exist is found on a machine without a GPU. That is why no other module may touch ``tensorrt`` itself.
+does not exist is found on a machine without a GPU. That is why no other module may touch the libraries themselves.
 """
 
 from __future__ import annotations
@@ -12,10 +12,31 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
-from typing import Any
+from typing import Any, Literal
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
+
+Kind = Literal["tensorrt", "rtx"]
+"""Which of NVIDIA's two libraries, as ``--for`` names it."""
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of NVIDIA's two libraries: what people call it, the module of its bindings, the module that has to be loaded
+    before it, and the extra that brings both.
+    """
+
+    name: str
+    module: str
+    first: str
+    extra: str
+
+
+LIBRARIES: dict[Kind, Library] = {
+    "tensorrt": Library("TensorRT", "tensorrt", "", "tensorrt"),
+    "rtx": Library("TensorRT for RTX", "tensorrt_rtx_bindings", "tensorrt_rtx_libs", "rtx"),
+}
 
 
 @dataclass(frozen=True)
@@ -30,16 +51,28 @@ class Gpu:
 
 
 class Api:
-    """TensorRT (the module ``tensorrt``), and the GPU that it builds for and runs on."""
+    """One of the libraries, and the GPU that it builds for and runs on; None where it builds without one.
 
-    def __init__(self, module: Any, gpu: Gpu) -> None:
+    Attributes:
+        separate: whether builds run in a process of their own, as they do with a real library.
+    """
+
+    separate = True
+
+    def __init__(self, module: Any, gpu: Gpu | None, kind: Kind = "tensorrt") -> None:
         self.module = module
         self.gpu = gpu
+        self.kind: Kind = kind
 
     @property
     def version(self) -> str:
-        """TensorRT's version, ``11.4.0.106``."""
+        """The library's version, ``11.4.0.106``."""
         return str(self.value("__version__"))
+
+    @property
+    def name(self) -> str:
+        """What people call the library."""
+        return LIBRARIES[self.kind].name
 
     def value(self, path: str) -> Any:
         """Return an enumeration member or a constant."""
@@ -81,28 +114,68 @@ class Api:
 
 
 def errors_of(api: Api, errors: Iterable[Any]) -> str:
-    """Return the first of a parser's errors in one line."""
-    return "; ".join(str(api.call("ParserError.desc", error)) for error in islice(errors, 3))
+    """Return the first of a parser's errors in one line: the operator, the module that it comes from, and why.
+
+    The nodes of an exported graph are called by their module, ``transformer_blocks.0/4/node_Attention_7``.
+    """
+    found = []
+    for error in islice(errors, 3):
+        operator = str(api.call("ParserError.node_operator", error))
+        node = str(api.call("ParserError.node_name", error))
+        why = str(api.call("ParserError.desc", error))
+        module = node.partition("/")[0] if "/" in node else ""
+        parts = (operator, f"in {module}" if module else "", f"({node})" if node else "")
+        where = " ".join(part for part in parts if part)
+        found.append(f"{where}: {why}" if where else why)
+    return "; ".join(found)
 
 
-def load_tensorrt(left: str, index: int = 0) -> Api:
-    """Return TensorRT on the GPU that CUDA counts as `index`.
+def short(words: str) -> str:
+    """Return what a library says of a fault without its own functions, files and lines."""
+    text = " ".join(words.split())
+    text = re.sub(r"^(\w+::\w+: )?Error Code \d+: [\w /]*\(", "(", text)
+    text = re.sub(r"\[\w+\.\w+:\d+: \w+\] ", "", text)
+    text = re.sub(r"\s*In [\w:<>~]+(\(\))? at /\S+", "", text)
+    text = text.removeprefix("(").strip().rstrip(".")
+    while text.endswith(")") and text.count(")") > text.count("("):
+        text = text[:-1].rstrip(" .")
+    return text
+
+
+def load_tensorrt(left: str, index: int = 0, kind: Kind = "tensorrt") -> Api:
+    """Return a library on the GPU that CUDA counts as `index`.
 
     Args:
         left: what stays without them, for the message: "the ONNX files stay in ENGINES".
 
     Raises:
-        PpclError: TensorRT is not installed, or there is no NVIDIA GPU.
+        PpclError: the library is not installed, or there is no NVIDIA GPU.
     """
-    module = need("tensorrt", extra="tensorrt", left=left)
+    module = _module(kind, left)
     gpu = find_gpu(index)
     if gpu is None:
-        which = f" {index}" if index else ""
+        library, which = LIBRARIES[kind], f" {index}" if index else ""
+        does = "runs on one" if kind == "rtx" else "builds for the GPU it runs on"
+        there = "there" if kind == "rtx" else "on a machine with one and export there"
         raise PpclError(
-            f"there is no NVIDIA GPU{which} (or no driver) here, and TensorRT builds for the GPU it runs on: pip "
-            f'install "ppcl-fx[tensorrt]" on a machine with one and export there; {left}'
+            f"there is no NVIDIA GPU{which} (or no driver) here, and {library.name} {does}: pip install "
+            f'"ppcl-fx[{library.extra}]" {there}; {left}'
         )
-    return Api(module, gpu)
+    return Api(module, gpu, kind)
+
+
+def load_builder(left: str, kind: Kind) -> Api:
+    """Return a library that builds: TensorRT for the GPU of this machine, TensorRT for RTX without one; `PpclError` as
+    `load_tensorrt`.
+    """
+    return Api(_module(kind, left), None, kind) if kind == "rtx" else load_tensorrt(left)
+
+
+def _module(kind: Kind, left: str) -> Any:
+    library = LIBRARIES[kind]
+    if library.first:
+        need(library.first, extra=library.extra, left=left)
+    return need(library.module, extra=library.extra, left=left)
 
 
 def version_numbers(text: str) -> tuple[int, ...]:

@@ -34,6 +34,8 @@ DISTRIBUTIONS = {
     "onnxruntime": "onnxruntime-gpu",
     "pydantic_core": "pydantic",
     "tensorrt_bindings": "tensorrt",
+    "tensorrt_rtx_bindings": "tensorrt-rtx-cu13-bindings",
+    "tensorrt_rtx_libs": "tensorrt-rtx-cu13-libs",
 }
 """Where a distribution's name is not the name it is imported by."""
 
@@ -166,7 +168,7 @@ def declared(*extras: str) -> set[str]:
 
 
 def test_every_import_is_declared() -> None:
-    assert imported_distributions() <= declared("export", "lora", "tensorrt", "train")
+    assert imported_distributions() <= declared("export", "lora", "rtx", "tensorrt", "train")
 
 
 def test_every_requirement_is_imported() -> None:

@@ -11,6 +11,7 @@ from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.input_adapter import InputAdapter
 from ppcl_fx.export.runtime.model_spec import MODEL_SPEC, check_model_spec, pluggable_graph, read_model_spec
+from ppcl_fx.export.runtime.options import RuntimeOptions
 from ppcl_fx.export.runtime.sessions import (
     AUTO,
     SessionChoice,
@@ -37,8 +38,10 @@ class EngineTransformer(PipelineFace):
         folder: the folder of the exported files.
         keep: the ratio to begin with; by default the largest.
         backend: ``tensorrt``, ``onnxruntime``, ``onnxruntime-tensorrt`` (onnxruntime's TensorRT provider) or ``torch``;
+            ``tensorrt`` is the ratio's engine, with the library that built it, TensorRT for RTX perhaps;
             by default the first of TensorRT, onnxruntime and PyTorch that is there (`ppcl_fx.export.runtime.sessions`).
         device: where to run; by default the first GPU that PyTorch sees, else the CPU.
+        options: how engines run there.
 
     Raises:
         PpclError: the folder is not one of an export, the ratio is not in it, or nothing here can run it.
@@ -53,12 +56,14 @@ class EngineTransformer(PipelineFace):
         keep: float | None = None,
         backend: str = AUTO,
         device: str | torch.device | None = None,
+        options: RuntimeOptions | None = None,
     ) -> None:
         super().__init__()
         self.folder = Path(folder)
         self._found = artefacts(self.folder)
         self._spec = read_model_spec(self.folder)
         self._backend = backend
+        self._options = options
         self._device = device_of(device)
         self._sessions = Sessions()
         # A plain dictionary, so that torch does not take graphs without weights for submodules: type -> graph, and
@@ -163,7 +168,7 @@ class EngineTransformer(PipelineFace):
                 f"{export_command(keep, self.folder)}"
             )
         check_model_spec(self._spec, self._found[keep].manifest, self.folder)
-        return choose(self._found[keep], self._backend, device)
+        return choose(self._found[keep], self._backend, device, self._options)
 
     # ---- running -----------------------------------------------------------------------------------------------
 

@@ -16,9 +16,11 @@ from ppcl_fx.errors import PpclError, near
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.runtime.folder import Artefact
 from ppcl_fx.export.runtime.input_adapter import InputAdapter
+from ppcl_fx.export.runtime.options import RuntimeOptions
 from ppcl_fx.export.store.manifest import FileManifest, Port
 from ppcl_fx.export.tensorrt.manifest import EngineManifest, rebuild_command
 from ppcl_fx.export.tensorrt.profiles import Range
+from ppcl_fx.export.tensorrt_api import LIBRARIES, Library
 from ppcl_fx.export.verify.integrity import check_artefacts
 
 AUTO = "auto"
@@ -28,6 +30,8 @@ ONNXRUNTIME_TENSORRT = "onnxruntime-tensorrt"
 TORCH = "torch"
 BACKENDS = (AUTO, TENSORRT, ONNXRUNTIME, ONNXRUNTIME_TENSORRT, TORCH)
 
+
+DEFAULTS = RuntimeOptions()
 
 TYPES: dict[str, torch.dtype] = {
     "float": torch.float32,
@@ -54,11 +58,12 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class SessionChoice:
-    """A ratio, the device, and what is to run it: one of `BACKENDS`, never ``auto``."""
+    """A ratio, the device, what is to run it, one of `BACKENDS`, never ``auto``, and how."""
 
     backend: str
     artefact: Artefact
     device: torch.device
+    options: RuntimeOptions = DEFAULTS
 
     @property
     def file(self) -> Path:
@@ -115,25 +120,30 @@ def device_of(wanted: str | torch.device | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-def choose(artefact: Artefact, backend: str, device: torch.device) -> SessionChoice:
+def choose(
+    artefact: Artefact, backend: str, device: torch.device, options: RuntimeOptions | None = None
+) -> SessionChoice:
     """Choose what runs a ratio.
 
-    Without a name: TensorRT where the ratio has an engine, the device is a GPU and TensorRT is installed; else
+    Without a name: the engine where the ratio has one, the device is a GPU and the library that built it, TensorRT or
+    TensorRT for RTX, is installed; else
     onnxruntime where it has a provider for the device, and for a CPU where the file is not in half precision, for which
     it has few kernels there; else PyTorch. `PpclError` where a name is unknown, or what it needs is not there.
     """
     if backend not in BACKENDS:
         raise PpclError(f"no backend {backend!r}{near(backend, BACKENDS)}; it is one of {', '.join(BACKENDS)}")
+    options = options or DEFAULTS
     if backend == AUTO:
-        return SessionChoice(_best(artefact, device), artefact, device)
-    choice = SessionChoice(backend, artefact, device)
+        return SessionChoice(_best(artefact, device), artefact, device, options)
+    choice = SessionChoice(backend, artefact, device, options)
     if backend in (TENSORRT, ONNXRUNTIME_TENSORRT) and device.type != "cuda":
         raise PpclError(f"TensorRT runs on NVIDIA GPUs, not on {device}; use backend='onnxruntime' there")
     if backend == TENSORRT:
         if artefact.engine is None:
             keep = f"{artefact.manifest.keep:g}"
             raise PpclError(f"{artefact.graph.parent}: no engine for the ratio {keep}; run: {choice.again}")
-        need("tensorrt", extra="tensorrt", left="backend='onnxruntime' runs the ONNX file")
+        library = _library(artefact)
+        need(library.module, extra=library.extra, left="backend='onnxruntime' runs the ONNX file")
     elif backend == TORCH:
         need("onnx_ir")
     else:
@@ -141,8 +151,14 @@ def choose(artefact: Artefact, backend: str, device: torch.device) -> SessionCho
     return choice
 
 
+def _library(artefact: Artefact) -> Library:
+    """Return the library that built a ratio's engine."""
+    built = artefact.engine_manifest
+    return LIBRARIES["tensorrt" if built is None else built.library]
+
+
 def _best(artefact: Artefact, device: torch.device) -> str:
-    if device.type == "cuda" and artefact.engine is not None and find_spec("tensorrt"):
+    if device.type == "cuda" and artefact.engine is not None and find_spec(_library(artefact).module):
         return TENSORRT
     kernels = device.type != "cpu" or artefact.manifest.dtype not in ("bfloat16", "float16")
     providers = need("onnxruntime").get_available_providers() if kernels and find_spec("onnxruntime") else []

@@ -1,4 +1,4 @@
-"""Run a TensorRT engine on PyTorch's memory and stream, with a CUDA graph for each kind of call that comes back."""
+"""Run an engine on PyTorch's memory and stream, with a CUDA graph for each kind of call that comes back."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.runtime.rtx_contexts import RtxContexts
 from ppcl_fx.export.runtime.sessions import SessionChoice
 from ppcl_fx.export.tensorrt.loading import load_engine
 from ppcl_fx.export.tensorrt_api import Api
@@ -39,11 +40,15 @@ class TensorRTSession:
 
     def __init__(self, choice: SessionChoice) -> None:
         self.choice, self.device = choice, choice.device
-        self.without_graphs: str | None = None
+        self.without_graphs: str | None = None if choice.options.cuda_graphs else "the options switch them off"
         with torch.cuda.device(self.device):  # TensorRT works on CUDA's current GPU
             # Whole, because the engine needs what it keeps alive.
             self._loaded = load_engine(choice.file, gpu_index=self.device.index or 0)
             self.api, self.engine = self._loaded.api, self._loaded.engine
+            self._rtx = None
+            if self.api.kind == "rtx":
+                self._rtx = RtxContexts(self._loaded, choice.file, choice.options)
+                self.without_graphs = self.without_graphs or f"{self.api.name} makes its own"
             self.context = self._context()
             self._stream = torch.cuda.Stream(self.device)
         self.outputs = _outputs(self.api, self.engine, choice)
@@ -70,13 +75,18 @@ class TensorRTSession:
             return kept.outputs[self._first].clone()  # the next replay writes there again
 
     def _context(self) -> Any:
-        context = self.api.call("ICudaEngine.create_execution_context", self.engine)
+        context = self._new_context()
         if context is None:
             torch.cuda.empty_cache()  # what PyTorch keeps for later is of no use to TensorRT
-            context = self.api.call("ICudaEngine.create_execution_context", self.engine)
+            context = self._new_context()
         if context is None:
             raise PpclError(f"{self.choice.file}: no GPU memory for running it; free some, or choose a smaller ratio")
         return context
+
+    def _new_context(self) -> Any:
+        if self._rtx is not None:
+            return self._rtx.make()
+        return self.api.call("ICudaEngine.create_execution_context", self.engine)
 
     def _take(self, context: Any, profile: int) -> None:
         """Let a context use a profile, before shapes are set; changing it costs time."""

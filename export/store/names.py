@@ -52,6 +52,11 @@ def engine_manifest_path(engine: Path) -> Path:
     return engine.with_name(f"{engine.name}.json")
 
 
+def kernel_cache_path(engine: Path) -> Path:
+    """Return where the kernels that a card compiled of an RTX engine lie: ``OUT/keep-0.7.bf16.engine.cache``."""
+    return engine.with_name(f"{engine.name}.cache")
+
+
 def ratio_of(graph: Path) -> float | None:
     """Return the ratio that a graph or its manifest is called by; None for a graph in another type, or another file."""
     found = _RATIO.fullmatch(graph.stem)

@@ -9,12 +9,13 @@ from typing import Any
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import mark_of
 from ppcl_fx.export.store.names import TIMINGS, engine_path, manifest_path
-from ppcl_fx.export.tensorrt.build import build_engine, check_version
+from ppcl_fx.export.tensorrt.build import build_engine, check_library
 from ppcl_fx.export.tensorrt.manifest import EngineManifest, check_engine, read_engine_manifest
 from ppcl_fx.export.tensorrt.monitor import Report, silent
+from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.profiles import Profile
-from ppcl_fx.export.tensorrt.request import BuildConfig, BuildOptions, Origin, find_graphs, read_request
-from ppcl_fx.export.tensorrt_api import Api, load_tensorrt
+from ppcl_fx.export.tensorrt.request import BuildConfig, Origin, find_graphs, read_request
+from ppcl_fx.export.tensorrt_api import Api, load_builder
 from ppcl_fx.export.verify.integrity import check_artefacts
 from ppcl_fx.io.files import own_file, read_json
 
@@ -49,7 +50,7 @@ def build_folder(
 
     Args:
         config: what to build; by default what ``build.json`` in the folder says.
-        api: TensorRT and the GPU; found if left out.
+        api: the library, with the GPU that it builds for; found if left out.
         report: told the share that is done of all builds in percent, 100, and what is being done.
 
     Raises:
@@ -59,8 +60,8 @@ def build_folder(
     graphs = find_graphs(folder)
     config = config or read_request(folder)
     profiles = {name: config.profiles(onnx) for name, onnx in graphs.items()}
-    api = api or load_tensorrt(f"the ONNX files stay in {folder}")
-    check_version(api.version, config.options)
+    api = api or load_builder(f"the ONNX files stay in {folder}", config.library)
+    check_library(api, config.options)
     for onnx in graphs.values():
         if manifest_path(onnx).is_file():
             check_artefacts(onnx, sha256=lambda path: mark_of(path).sha256)
@@ -94,7 +95,7 @@ def _wanted(engine: Path, profiles: list[Profile], options: BuildOptions, api: A
         check_engine(manifest, engine, api, read_weights=True)
     except PpclError as error:
         raise PpclError(f"{engine}: is there already and does not fit; replace it with --overwrite") from error
-    if manifest.profiles != profiles or manifest.options != options:
+    if manifest.profiles != profiles or manifest.options.wanted != options.wanted:
         raise PpclError(f"{engine}: is there already with other profiles or options; replace it with --overwrite")
     return manifest
 

@@ -22,7 +22,7 @@ from ppcl_fx.io.reading import open_regular
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """TensorRT's ``ICudaEngine``, weights and all, its manifest, and what it needs as long as it lives."""
+    """The library's ``ICudaEngine``, weights and all, its manifest, and what it needs as long as it lives."""
 
     engine: Any
     manifest: EngineManifest
@@ -36,33 +36,54 @@ def load_engine(
     """Load an engine that `build_engine` wrote.
 
     Args:
-        api: TensorRT and the GPU; found if left out.
+        api: the library that built it, and the GPU; found if left out.
         gpu_index: which GPU, as CUDA counts them; it has to be CUDA's current one.
         read_weights: compare the weight files with the manifest by their hashes, not by their sizes alone. By default
             for an engine without weights: others than those it was built from give wrong pictures without a word.
 
     Raises:
-        PpclError: the engine is missing or truncated, is for another GPU, version or graph, its weights are missing or
-            changed, or TensorRT does not take it.
+        PpclError: the engine is missing, truncated or damaged, is for another GPU, version or graph, its weights are
+            missing or changed, or the library does not take it.
     """
     path = Path(engine)
     manifest = read_engine_manifest(path)
     options = manifest.options
-    api = api or load_tensorrt(f"{path} stays", gpu_index)
+    api = api or load_tensorrt(f"{path} stays", gpu_index, manifest.library)
     check_engine(manifest, path, api, options.stripped if read_weights is None else read_weights)
     messages = Messages(api)
     runtime = api.make("Runtime", logger=messages.logger)
     # It is TensorRT's default: an engine that brings code for the host is refused, as no code of a folder is run.
     api.set("Runtime.engine_host_code_allowed", runtime, False)
     with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        reason = invalid(api, runtime, data) if api.kind == "rtx" else None
+        if reason is not None:
+            raise PpclError(f"{path}: {reason}{messages.why()}; build it again: {rebuild_command(path)}")
         loaded = api.call("Runtime.deserialize_cuda_engine", runtime, serialized_engine=data)
     if loaded is None:
-        raise PpclError(f"{path}: TensorRT cannot read it{messages.why()}; build it here: {rebuild_command(path)}")
+        raise PpclError(f"{path}: {api.name} cannot read it{messages.why()}; build it here: {rebuild_command(path)}")
     if options.stripped:
         refit(loaded, inside(path.parent, manifest.onnx), api=api, messages=messages)
     if options.weight_streaming is not None:
         _stream(loaded, options.weight_streaming, api, path, messages)
     return LoadedEngine(loaded, manifest, api, (runtime, messages.logger))
+
+
+def invalid(api: Api, runtime: Any, engine: bytes | mmap.mmap) -> str | None:
+    """Tell why an engine of TensorRT for RTX cannot run here, as its header says; None where it can."""
+    validity, faults = api.call("Runtime.get_engine_validity", runtime, buffer=engine)
+    if validity != api.value("EngineValidity.INVALID"):
+        return None
+    known = {
+        api.value("EngineInvalidityDiagnostics.VERSION_MISMATCH"): "it is of another version of the library",
+        api.value("EngineInvalidityDiagnostics.UNSUPPORTED_CC"): "it was not built for this card",
+        api.value("EngineInvalidityDiagnostics.OLD_CUDA_DRIVER"): "the driver is too old; install a newer one",
+        api.value("EngineInvalidityDiagnostics.OLD_CUDA_RUNTIME"): "the CUDA runtime is too old; install a newer one",
+        api.value("EngineInvalidityDiagnostics.INSUFFICIENT_GPU_MEMORY"): "the card has too little memory for it",
+        api.value("EngineInvalidityDiagnostics.MALFORMED_ENGINE"): "it is damaged",
+        api.value("EngineInvalidityDiagnostics.CUDA_ERROR"): "CUDA failed",
+    }
+    found = [words for fault, words in known.items() if int(fault) & int(faults)]
+    return ", and ".join(found) or "the library says that it is not valid here"
 
 
 def _stream(engine: Any, budget: int, api: Api, path: Path, messages: Messages) -> None:

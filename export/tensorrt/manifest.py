@@ -12,9 +12,9 @@ from ppcl_fx._version import __version__
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.manifest import FileManifest, FileMark, mark_of
 from ppcl_fx.export.store.names import engine_manifest_path
+from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.profiles import Profile
-from ppcl_fx.export.tensorrt.request import BuildOptions
-from ppcl_fx.export.tensorrt_api import Api
+from ppcl_fx.export.tensorrt_api import LIBRARIES, Api, Kind
 from ppcl_fx.io.files import inside, own_file, read_json
 
 NOT_COMPARED = "the engine was not compared with PyTorch: the build does not run it"
@@ -26,12 +26,15 @@ class EngineManifest(FileManifest):
     Attributes:
         onnx: name of the ONNX file it was built from, in the same folder; `graph` is its size and hash.
         weights: size and hash of each file with weights, by its path from that folder.
-        cuda: the newest version of CUDA that the driver took.
-        gpu: the GPU it was built on, and for.
+        library: what built it; `tensorrt` is its version.
+        cuda: the newest version of CUDA that the driver took. With `gpu` and `capability`, the GPU it was built on and
+            for, None for an engine of TensorRT for RTX, which is for all cards of these `capabilities`.
         profiles: the shapes it takes, in the order of TensorRT's profile indices.
         timing_cache: path of the timing cache from that folder; ``None`` where there was none.
         parity: the engine's difference to PyTorch for each call it was compared on; ``None`` if it was not.
         graph_parity: what the ONNX file's own manifest says of its difference to PyTorch.
+        layers: layers of the network before the compiler fused any; None in older manifests.
+        peak_memory: the most bytes that the process that built it held; None where that is unknown.
         seconds: what the build took.
     """
 
@@ -41,16 +44,20 @@ class EngineManifest(FileManifest):
     onnx: str
     graph: FileMark
     weights: dict[str, FileMark]
+    library: Kind = "tensorrt"
     tensorrt: str
-    cuda: str
-    gpu: str
-    capability: str
+    cuda: str | None
+    gpu: str | None
+    capability: str | None
+    capabilities: list[str] = Field([])
     profiles: list[Profile]
     options: BuildOptions
     timing_cache: str | None
     parity: dict[str, float] | None = None
     graph_parity: JsonValue = None
     not_checked: list[str] = Field([NOT_COMPARED])
+    layers: int | None = None
+    peak_memory: int | None = None
     seconds: float
     made_by: str = __version__
 
@@ -87,11 +94,16 @@ def _fault(manifest: EngineManifest, engine: Path, api: Api, read_weights: bool)
     size, wanted = engine.stat().st_size, manifest.engine.bytes
     if size != wanted:
         return f"has {size} bytes and {wanted} are expected: truncated or replaced"
-    gpu = f"{api.gpu.name} ({api.gpu.capability})"
-    if gpu != f"{manifest.gpu} ({manifest.capability})":
-        return f"built for {manifest.gpu} ({manifest.capability}), and this is {gpu}"
+    if manifest.library != api.kind:
+        return f"built with {LIBRARIES[manifest.library].name}, and this is {api.name}"
+    if api.gpu is not None:
+        gpu, cards = f"{api.gpu.name} ({api.gpu.capability})", manifest.capabilities
+        if cards and api.gpu.capability not in cards:
+            return f"built for cards of compute capability {', '.join(cards)}, and this is {gpu}"
+        if not cards and gpu != f"{manifest.gpu} ({manifest.capability})":
+            return f"built for {manifest.gpu} ({manifest.capability}), and this is {gpu}"
     if manifest.tensorrt != api.version:
-        return f"built with TensorRT {manifest.tensorrt}, and this is {api.version}"
+        return f"built with {api.name} {manifest.tensorrt}, and this is {api.version}"
     for name, mark in {manifest.onnx: manifest.graph, **manifest.weights}.items():
         path = inside(engine.parent, name)
         if not path.is_file():

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from typing import Any, TypeVar
 
-from ppcl_fx.export.tensorrt_api import Api
+from ppcl_fx.export.tensorrt_api import Api, short
 
 LOOK = 0.2
 """Seconds after which a waiting thread looks for Ctrl-C: a signal just before it waits does not wake it."""
@@ -81,15 +81,19 @@ class Monitor:
 
 
 class Messages:
-    """Keeps what TensorRT tells its `logger` that is wrong, so that the one line of an error can say why."""
+    """Keeps what a library tells its `logger` that is wrong, so that the one line of an error can say why; `tell` gets
+    each at once, for a process that may not live to say it.
+    """
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: Api, tell: Callable[[str], None] = lambda said: None) -> None:
         self.errors: list[str] = []
         worst = {int(api.value("ILogger.Severity.INTERNAL_ERROR")), int(api.value("ILogger.Severity.ERROR"))}
 
         def log(severity: Any, msg: str) -> None:
-            if int(severity) in worst:
-                self.errors.append(" ".join(str(msg).split()))
+            # Where there is no GPU, what asks for one is said at every turn, and is never why a build fails.
+            if int(severity) in worst and not (api.gpu is None and "cudaError" in str(msg)):
+                self.errors.append(short(str(msg)))
+                tell(self.errors[-1])
 
         self.logger = api.implement("ILogger", log=log)
 

@@ -12,9 +12,18 @@ from pydantic import Field, JsonValue
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.store.names import ratio_of, typed_graph_path
-from ppcl_fx.export.tensorrt.profiles import Profile, Spec, check_spec, default_profile, resolve
+from ppcl_fx.export.tensorrt.options import BuildOptions
+from ppcl_fx.export.tensorrt.profiles import (
+    Profile,
+    Spec,
+    check_agreement,
+    check_spec,
+    default_profile,
+    resolve,
+)
+from ppcl_fx.export.tensorrt_api import Kind
 from ppcl_fx.io.files import Record, inside, own_file, read_json, write_json
-from ppcl_fx.io.options import Bytes, Config, Flag
+from ppcl_fx.io.options import Config, Flag, flag_of
 from ppcl_fx.schema.plan import Plan
 
 if TYPE_CHECKING:
@@ -89,30 +98,23 @@ class Origin(Record, extra="ignore"):
     parity: JsonValue = None
 
 
-class BuildOptions(Config):
-    """How an engine is built.
+class EngineConfig(Config):
+    """Which engines: the options that ``ppcl-fx build`` and an export have in common."""
 
-    Without a word about `refit`, `stripped` makes it ``identical``: the weights come back from the weight store when
-    the engine is loaded.
-    """
+    spec: Spec = Field(Spec(), description="the sizes that engines take")
+    options: BuildOptions = Field(BuildOptions(), description="how they are built")
 
-    workspace: Bytes | None = Field(None, description="GPU memory that a kernel may use for itself, such as 4GiB")
-    level: int | None = Field(None, ge=0, le=5, description="builder's effort; TensorRT's default is 3")
-    refit: Annotated[Literal["none", "identical", "any"], Flag(metavar="KIND")] = Field(
-        "none", description="weights that can be put in later: 'none', 'identical' ones, or 'any' (slower)"
-    )
-    stripped: bool = Field(False, description="engines without weights; they come at load")
-    weight_streaming: Bytes | None = Field(
-        None, description="weights that stay on the GPU, such as 8GiB; the rest streams"
-    )
+    def asked(self) -> list[str]:
+        """Return the flags of what somebody gave."""
+        parts = (self.spec, self.options)
+        return [flag_of(type(part), name) for part in parts for name in part.given(type(part).model_fields)]
 
-    @property
-    def refitting(self) -> Literal["none", "identical", "any"]:
-        """How weights can be put in, with what `stripped` asks for."""
-        return "identical" if self.stripped and self.refit == "none" else self.refit
+    def request(self, library: Kind, example: Mapping[str, int]) -> BuildConfig:
+        """Return what is to be built with a library, by the sizes of an example."""
+        return BuildConfig(spec=self.spec, options=self.options, library=library, example=dict(example))
 
 
-class BuildConfig(Config):
+class BuildConfig(EngineConfig):
     """Every option of ``ppcl-fx build``, and the file ``build.json`` of an exported folder.
 
     ``example`` has the sizes of the call that the graphs were exported with, by the names of the open sizes.
@@ -120,8 +122,11 @@ class BuildConfig(Config):
 
     version: Annotated[Literal[1], Flag(hidden=True)] = 1
     kind: Annotated[Literal["tensorrt-build"], Flag(hidden=True)] = "tensorrt-build"
-    spec: Spec = Field(Spec(), description="the sizes that engines take")
-    options: BuildOptions = Field(BuildOptions(), description="how they are built")
+    library: Annotated[Kind, Flag("--for", metavar="NAME")] = Field(
+        "tensorrt",
+        description="'tensorrt', for the GPU of this machine; or 'rtx', TensorRT for RTX, which needs no GPU to build. "
+        "What build.json says if left out",
+    )
     example: Annotated[dict[str, int], Flag(hidden=True)] = Field({}, description="sizes of the example")
 
     def over(self, given: Mapping[str, Any]) -> BuildConfig:
@@ -132,9 +137,11 @@ class BuildConfig(Config):
         made = BuildConfig(
             spec=Spec(**self.spec.model_dump() | spec),
             options=BuildOptions(**self.options.model_dump() | options),
+            library=given.get("library", self.library),
             example=self.example,
         )
         check_spec(made.spec)
+        made.options.check(made.library)
         if made.options.stripped and options.get("refit") == "none":
             raise PpclError("--stripped --refit none: weights must come back somehow; leave --refit out")
         return made
@@ -147,8 +154,11 @@ class BuildConfig(Config):
         """Return the profiles for one graph: those asked for, or one around the example."""
         spec, graph = self.spec, read_graph(onnx)
         if spec.shapes or spec.tokens or spec.batch or spec.text or spec.sizes or not self.example:
-            return resolve(spec, graph.inputs, graph.outputs, str(onnx))
-        return [default_profile(graph.inputs, self.example)]
+            found = resolve(spec, graph.inputs, graph.outputs, str(onnx))
+        else:
+            found = [default_profile(graph.inputs, self.example)]
+        check_agreement(onnx, found)
+        return found
 
 
 def read_request(folder: Path) -> BuildConfig:

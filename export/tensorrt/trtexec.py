@@ -7,8 +7,9 @@ from pathlib import Path
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.store.names import TIMINGS, engine_path
+from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.profiles import KINDS, shapes_of
-from ppcl_fx.export.tensorrt.request import BuildConfig, BuildOptions, find_graphs, read_graph
+from ppcl_fx.export.tensorrt.request import BuildConfig, find_graphs, read_graph
 from ppcl_fx.io.files import write_text
 
 SCRIPT = "build.sh"

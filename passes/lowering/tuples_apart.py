@@ -61,7 +61,7 @@ def _apart(gm: GraphModule, node: Node) -> bool:
             items[index] = item
     for user in readers:
         item = items[int(user.args[1]) % len(value)]  # type: ignore[arg-type]
-        item.meta = {**item.meta, **user.meta}
+        item.meta = {**user.meta, **item.meta}  # it is of the tuple's block, not of a reader's
         user.replace_all_uses_with(item)
         gm.graph.erase_node(user)
     rebuilt = type(value)(items[index] for index in range(len(value))) if others else ()

@@ -12,10 +12,10 @@ import typer
 from ppcl_fx.cli import options as common
 from ppcl_fx.cli.analyze import shipped_prompts
 from ppcl_fx.cli.boundary import CommandResult
-from ppcl_fx.cli.flags import flagged
+from ppcl_fx.cli.flags import flagged, typed_error
 from ppcl_fx.cli.options import Overwrite, Recorded
 from ppcl_fx.cli.terminal import Terminal
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import OptionError, PpclError
 from ppcl_fx.export.config import FOLDERS, KEEPS, ExportConfig
 from ppcl_fx.export.tensorrt.request import BuildConfig
 from ppcl_fx.io.options import MOST, MOST_STEPS
@@ -115,14 +115,18 @@ def build(
     terminal: Terminal,
     overwrite: Overwrite = False,
 ) -> CommandResult:
-    """Build a TensorRT engine for each graph in ENGINES, for the GPU of this machine.
+    """Build an engine for each graph in ENGINES: for the GPU of this machine, or for RTX cards.
 
     What is not said here is taken from ENGINES/build.json, which 'ppcl-fx export --onnx-only' wrote.
     """
     common.check_folder(folder, "what 'ppcl-fx export' wrote")
     from ppcl_fx.export.tensorrt.request import read_request
 
-    config = read_request(folder).over(given)
+    try:
+        config = read_request(folder).over(given)
+    except OptionError as error:
+        texts = {**given, **given.get("spec", {}), **given.get("options", {})}
+        raise typed_error(error, BuildConfig, texts) from None
 
     from ppcl_fx.export.tensorrt.folder import build_folder
 

@@ -31,9 +31,20 @@ def size_words(size: int) -> str:
 
 def anonymous() -> int:
     """Return the bytes of this process that no file backs, so that it cannot give them back; 0 where unknown."""
+    return _status("self", "RssAnon")
+
+
+def peak_memory(process: int | str = "self") -> int:
+    """Return the most bytes that a process, by its id, has had in memory so far, files mapped there included; 0 where
+    that is unknown.
+    """
+    return _status(process, "VmHWM")
+
+
+def _status(process: int | str, field: str) -> int:
     try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
+        status = Path(f"/proc/{process}/status").read_text(encoding="ascii")
+    except (OSError, UnicodeError):
         return 0
-    found = re.search(r"^RssAnon:\s+(\d+) kB", status, flags=re.MULTILINE)
+    found = re.search(rf"^{field}:\s+(\d+) kB", status, flags=re.MULTILINE)
     return int(found[1]) * 1024 if found else 0

@@ -64,7 +64,7 @@ WEIGHTS = Kind("weights of exports", (_SAFETENSORS,), {".+": Kind("weights of ex
 ENGINES = Kind(
     "exported engines",
     (
-        rf"keep-{_NUMBER}(\.bf16)?\.(onnx|json|onnx\.data|engine|engine\.json)",
+        rf"keep-{_NUMBER}(\.bf16)?\.(onnx|json|onnx\.data|engine|engine\.json|engine\.cache)",
         r"head\.json|build\.json|build\.sh|timing\.cache|\.exporting",
     ),
     {"weights": WEIGHTS},

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ppcl_fx.export.tensorrt_api import Api, Gpu
+from ppcl_fx.export.tensorrt_api import Api, Gpu, Kind
 from tests.export.trt_bindings import fitting, look
 
 GPU = Gpu("NVIDIA Test", "9.0", "13.0")
@@ -39,9 +39,15 @@ class FakeApi(Api):
         version: what TensorRT calls itself.
         gpu: what it builds for.
         absent: names that this version has not, though the bindings have.
+        kind: which of the two libraries it stands for.
     """
 
-    def __init__(self, answers: dict[str, Any], version: str, absent: str, gpu: Gpu) -> None:
+    separate = False
+
+    def __init__(
+        self, answers: dict[str, Any], version: str, absent: str, gpu: Gpu | None, kind: Kind = "tensorrt"
+    ) -> None:
+        self.kind = kind
         self.answers = answers
         self.number = version
         self.gpu = gpu
@@ -52,11 +58,11 @@ class FakeApi(Api):
         return [path for path, _ in self.calls]
 
     def value(self, path: str) -> Any:
-        assert look([path])[path] is not None, path
+        assert look([path], self.kind)[path] is not None, path
         return self.number if path == "__version__" else Value(path)
 
     def has(self, path: str) -> bool:
-        assert look([path])[path] is not None, path
+        assert look([path], self.kind)[path] is not None, path
         return path != self.absent
 
     def make(self, name: str, **keywords: Any) -> Any:
@@ -81,21 +87,21 @@ class FakeApi(Api):
 
     def implement(self, name: str, **methods: Callable[..., Any]) -> Any:
         for method in methods:
-            assert look([f"{name}.{method}"])[f"{name}.{method}"] is not None, method
+            assert look([f"{name}.{method}"], self.kind)[f"{name}.{method}"] is not None, method
         return Thing(name, methods=methods)
 
     def _property(self, path: str, owner: Any) -> None:
-        found = look([path])[path]
+        found = look([path], self.kind)[path]
         assert found is not None and found["type"] == "property", path
         assert isinstance(owner, Thing) and owner.kind == path.partition(".")[0], (path, owner)
 
     def _check(self, path: str, keywords: dict[str, Any]) -> str:
-        assert look([path])[path] is not None, path
-        signature = fitting(path, keywords)
+        assert look([path], self.kind)[path] is not None, path
+        signature = fitting(path, keywords, self.kind)
         assert signature is not None, f"{path} does not take {tuple(keywords)}"
         for name, given in keywords.items():
             if isinstance(given, Thing):
-                wanted = signature.types[name].rpartition(".")[2]
+                wanted = signature.types[name].rpartition(".")[2].rpartition("::")[2]
                 assert given.kind == wanted, f"{path}: {name} is to be {wanted}, not {given.kind}"
         return signature.returns
 
@@ -129,6 +135,9 @@ def working(plan: bytes = b"plan", steps: int = 2, **more: Any) -> FakeApi:
     names = ["hidden_states", "encoder_hidden_states"]
     answers = {
         "OnnxParser.parse_from_file": True,
+        "ParserError.node_operator": "",
+        "ParserError.node_name": "",
+        "INetworkDefinition.num_layers": 1,
         "INetworkDefinition.num_inputs": len(names),
         "INetworkDefinition.get_input": lambda owner, index: Thing("ITensor", {"ITensor.name": names[index]}),
         "IBuilderConfig.add_optimization_profile": 0,
@@ -144,4 +153,5 @@ def working(plan: bytes = b"plan", steps: int = 2, **more: Any) -> FakeApi:
         "Refitter.refit_cuda_engine": True,
     }
     version, absent, gpu = more.pop("version", "11.4.0.106"), more.pop("absent", ""), more.pop("gpu", GPU)
-    return FakeApi(answers | {key.replace("__", "."): value for key, value in more.items()}, version, absent, gpu)
+    kind = more.pop("kind", "tensorrt")
+    return FakeApi(answers | {key.replace("__", "."): value for key, value in more.items()}, version, absent, gpu, kind)

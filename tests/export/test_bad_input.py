@@ -114,7 +114,7 @@ def test_damaged_artefacts_are_seen_wherever_they_are_used(
         with pytest.raises(PpclError, match=words) as caught:
             use()
         assert "\n" not in str(caught.value)
-    monkeypatch.setattr(build_folder, "load_tensorrt", lambda left: working())
+    monkeypatch.setattr(build_folder, "load_builder", lambda left, kind: working())
     before = contents(out)
     line = place.refused("build", out, "--tokens", "16-64", "--batch", "1-4", "--text", "1-16")
     assert "keep-0.75" in line or "students.safetensors" in line or "secret" in line
@@ -192,7 +192,7 @@ def test_a_profile_that_the_model_cannot_serve(place: Place, monkeypatch: pytest
     assert "encoder_hidden_states_1 = 5000 is asked for, and the model does not take it" in line
     assert sorted(path.name for path in out.glob("*.onnx")) == ["keep-0.75.onnx"]
     check_artefacts(out)
-    monkeypatch.setattr(build_folder, "load_tensorrt", lambda left: working())
+    monkeypatch.setattr(build_folder, "load_builder", lambda left, kind: working())
     assert "no range for the batch" in place.refused("build", out, "--tokens", "16-64")
     assert not list(out.glob("*.engine*")) and not (out / "build.json").exists()
 

@@ -12,8 +12,9 @@ from ppcl_fx.cli.app import main
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.tensorrt.folder import build_folder
 from ppcl_fx.export.tensorrt.manifest import read_engine_manifest
+from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.profiles import Spec
-from ppcl_fx.export.tensorrt.request import BuildConfig, BuildOptions, find_graphs, read_request
+from ppcl_fx.export.tensorrt.request import BuildConfig, find_graphs, read_request
 from ppcl_fx.export.tensorrt.trtexec import write_script
 from ppcl_fx.export.tensorrt_api import Gpu
 from ppcl_fx.io.owned_folders import ENGINES, foreign
@@ -89,7 +90,7 @@ def test_build_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_graph(tmp_path / "keep-1.onnx")
     from ppcl_fx.export.tensorrt import folder
 
-    monkeypatch.setattr(folder, "load_tensorrt", lambda left: working())
+    monkeypatch.setattr(folder, "load_builder", lambda left, kind: working())
     arguments = ["build", str(tmp_path), "--tokens", "64-4096", "--batch", "1-4", "--text", "1-512", "--stripped"]
     assert main([*arguments, "--json"]) == 0
     (engine,) = json.loads(capsys.readouterr().out)["engines"]
@@ -111,7 +112,7 @@ def test_build_on_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         (["build", ".", "--size", "x"], "--size x: give NAME=RANGE"),
         (["build", ".", "--refit", "identicl"], "did you mean 'identical'"),
         (["build", ".", "--workspace", "much"], "--workspace much: not a size"),
-        (["export", "x", "-o", "y", "--stripped"], "--stripped: only for --format tensorrt or trtexec"),
+        (["export", "x", "-o", "y", "--stripped"], "--stripped: only for --format tensorrt or rtx or trtexec"),
         (["export", "x", "-o", "y", "--format", "tensorrt", "--tokens", "0"], "--tokens 0: a size of 0"),
     ],
 )

@@ -171,10 +171,10 @@ def test_tensorrt_without_tensorrt_leaves_the_onnx(
 ) -> None:
     from ppcl_fx.export.tensorrt import folder
 
-    def missing(left: str) -> Any:
+    def missing(left: str, kind: str) -> Any:
         raise PpclError(f'tensorrt is not installed: pip install "ppcl-fx[tensorrt]"; {left}')
 
-    monkeypatch.setattr(folder, "load_tensorrt", missing)
+    monkeypatch.setattr(folder, "load_builder", missing)
     with pytest.raises(PpclError, match=f"the ONNX files stay in {tmp_path}"):
         export(qwen, tmp_path, ExportConfig(keep=(1.0,), format="tensorrt"))
     assert {"keep-1.onnx", "keep-1.bf16.onnx", "build.json"} <= {path.name for path in tmp_path.iterdir()}

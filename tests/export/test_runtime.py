@@ -22,8 +22,8 @@ from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.runtime.sessions import choose, profile_of, sizes_of, typed
 from ppcl_fx.export.store.manifest import FileMark, Port
 from ppcl_fx.export.tensorrt.manifest import EngineManifest
+from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.profiles import Profile, Range
-from ppcl_fx.export.tensorrt.request import BuildOptions
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.schema.plan import DepthEdit, Plan
 from ppcl_fx.shapes import load_pipeline

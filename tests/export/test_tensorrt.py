@@ -27,8 +27,9 @@ from ppcl_fx.export.tensorrt.build import build_engine, check_version
 from ppcl_fx.export.tensorrt.loading import load_engine
 from ppcl_fx.export.tensorrt.manifest import EngineManifest, read_engine_manifest
 from ppcl_fx.export.tensorrt.monitor import Monitor
+from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt.profiles import Profile, Range, Spec
-from ppcl_fx.export.tensorrt.request import BuildOptions, read_graph
+from ppcl_fx.export.tensorrt.request import read_graph
 from ppcl_fx.export.tensorrt_api import Gpu, find_gpu, load_tensorrt
 from tests.export.fake_trt import FakeApi, Thing, working
 
@@ -198,7 +199,7 @@ def test_what_tensorrt_said_last_is_in_the_error(graph: Path) -> None:
 
 
 def test_a_full_disk_is_a_line_and_leaves_nothing(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ppcl_fx.export.tensorrt import build as module
+    from ppcl_fx.export.tensorrt import compiling as module
 
     class Full(module._Sink):
         def write(self, data: bytes) -> int:

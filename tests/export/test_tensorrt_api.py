@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
+import re
 
 import pytest
 
@@ -17,6 +19,19 @@ METHODS = [use for use in USES if use.how in ("make", "call")]
 PROPERTIES = [use for use in USES if use.how in ("get", "set")]
 NAMES = [use for use in USES if use.how in ("value", "has")]
 CALLBACKS = [use for use in USES if use.how == "implement"]
+RTX_ALONE = re.compile(
+    r"ComputeCapability\.|CudaGraphStrategy\.|DynamicShapesKernelSpecializationStrategy\.|EngineValidity\.|"
+    r"EngineInvalidityDiagnostics\.|IRuntimeCache\.|IRuntimeConfig\.|ICudaEngine\.create_runtime_config|"
+    r"IBuilderConfig\.(num_compute_capabilities|set_compute_capability)|Runtime\.get_engine_validity"
+)
+"""What TensorRT for RTX has and TensorRT lacks, or does not do alike."""
+
+
+def kinds(use: Use) -> list[str]:
+    """The libraries that something is used of."""
+    rtx = importlib.util.find_spec("tensorrt_rtx_bindings") is not None  # not on macOS
+    alone = RTX_ALONE.match(use.path) or "runtime_config" in use.keywords
+    return [*([] if alone else ["tensorrt"]), *(["rtx"] if rtx else [])]
 
 
 def names(uses: list[Use]) -> list[str]:
@@ -44,7 +59,8 @@ def test_nothing_else_touches_tensorrt() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {"tensorrt", "tensorrt_bindings"} & {name.split(".")[0] for name in imported}, path
+            libraries = {"tensorrt", "tensorrt_bindings", "tensorrt_rtx_bindings", "tensorrt_rtx_libs"}
+            assert not libraries & {name.split(".")[0] for name in imported}, path
             around = isinstance(node, ast.Attribute) and node.attr == "module" and isinstance(node.value, ast.Name)
             assert not (around and node.value.id == "api"), f"{path}: goes around the Api"
 
@@ -70,20 +86,24 @@ def test_calls_exist_with_their_keywords(use: Use) -> None:
     if use.path == "Builder.build_serialized_network_to_stream" and look([use.path])[use.path] is None:
         # Versions before 11.4 have no streamed serialisation; our code asks for it before it calls it.
         pytest.skip("only asked for where it is there")
-    assert look([use.path])[use.path] is not None, f"TensorRT has no {use.path}: {use.where}"
-    assert fitting(use.path, use.keywords), f"{use.where}: {use.path} takes {signatures(use.path)}, not {use.keywords}"
+    for kind in kinds(use):
+        assert look([use.path], kind)[use.path] is not None, f"{kind} has no {use.path}: {use.where}"
+        taken = signatures(use.path, kind)
+        assert fitting(use.path, use.keywords, kind), f"{use.where}: {use.path} takes {taken}, not {use.keywords}"
 
 
 @pytest.mark.parametrize("use", NAMES, ids=names(NAMES))
 def test_values_exist(use: Use) -> None:
     newest = version_numbers(look(["__version__"])["__version__"]["text"]) >= (11, 4)
-    assert look([use.path])[use.path] is not None or (use.how == "has" and not newest), use.where
+    for kind in kinds(use):
+        assert look([use.path], kind)[use.path] is not None or (use.how == "has" and not newest), use.where
 
 
 @pytest.mark.parametrize("use", PROPERTIES, ids=names(PROPERTIES))
 def test_properties_exist(use: Use) -> None:
-    found = look([use.path])[use.path]
-    assert found is not None and found["type"] == "property", use.where
+    for kind in kinds(use):
+        found = look([use.path], kind)[use.path]
+        assert found is not None and found["type"] == "property", use.where
 
 
 @pytest.mark.parametrize("use", CALLBACKS, ids=names(CALLBACKS))
@@ -91,14 +111,15 @@ def test_callbacks_exist(use: Use) -> None:
     if use.path == "IStreamWriter" and look([use.path])[use.path] is None:
         # The same: no stream writer is made where TensorRT has no such class.
         pytest.skip("only made where it is there")
-    for method in use.keywords:
-        assert look([f"{use.path}.{method}"])[f"{use.path}.{method}"] is not None, f"{use.path}.{method}: {use.where}"
+    for name in (f"{use.path}.{method}" for method in use.keywords):
+        for kind in kinds(use):
+            assert look([name], kind)[name] is not None, f"{name}: {use.where}"
 
 
 REAL = """
 import io, json
 import tensorrt_bindings as trt
-from ppcl_fx.export.tensorrt.build import _Sink, network_flags
+from ppcl_fx.export.tensorrt.compiling import _Sink, network_flags
 from ppcl_fx.export.tensorrt.monitor import Messages, Monitor
 from ppcl_fx.export.tensorrt_api import Api, Gpu, version_numbers
 

@@ -10,7 +10,7 @@ import pytest
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import tensorrt_api
 from ppcl_fx.export.tensorrt.loading import load_engine
-from ppcl_fx.export.tensorrt.request import BuildOptions
+from ppcl_fx.export.tensorrt.options import BuildOptions
 from ppcl_fx.export.tensorrt_api import Gpu
 from tests.export.fake_trt import working
 from tests.export.test_tensorrt import build, write_graph

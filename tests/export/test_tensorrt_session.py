@@ -7,8 +7,10 @@ was enqueued while it was recorded. What the calls do on a GPU is not shown.
 from __future__ import annotations
 
 import ctypes
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,15 @@ import torch
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.runtime.folder import Artefact
+from ppcl_fx.export.runtime.options import RuntimeOptions
 from ppcl_fx.export.runtime.sessions import TENSORRT, SessionChoice, Sessions
 from ppcl_fx.export.runtime.tensorrt_session import GRAPHS, TensorRTSession
 from ppcl_fx.export.store import manifest as manifests
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.tensorrt import loading
 from ppcl_fx.export.tensorrt.build import build_engine
-from ppcl_fx.export.tensorrt.request import BuildOptions
+from ppcl_fx.export.tensorrt.options import BuildOptions
+from ppcl_fx.export.tensorrt_api import Gpu
 from tests.export.fake_trt import FakeApi, Thing, working
 from tests.export.test_tensorrt import PROFILE, write_graph
 
@@ -180,8 +184,38 @@ def choice(tmp_path: Path) -> SessionChoice:
 
 
 def opened(choice: SessionChoice, api: FakeApi, patch: pytest.MonkeyPatch) -> TensorRTSession:
-    patch.setattr(loading, "load_tensorrt", lambda left, index: api)
+    patch.setattr(loading, "load_tensorrt", lambda left, index, kind: api)
     return TensorRTSession(choice)
+
+
+@pytest.fixture
+def rtx(choice: SessionChoice) -> SessionChoice:
+    """The same engine, as TensorRT for RTX builds it."""
+    card = choice.artefact.engine_manifest
+    assert card is not None
+    options = BuildOptions(gpu=("8.9",))
+    graph = choice.artefact.graph
+    built = build_engine(graph, graph.with_suffix(".engine"), [PROFILE], options, api=working(kind="rtx", gpu=None))
+    return replace(choice, artefact=replace(choice.artefact, engine_manifest=built))
+
+
+def running_rtx(cuda: Cuda, **more: Any) -> FakeApi:
+    """TensorRT for RTX, whose cache holds what it was given, and one kernel more."""
+    known: list[bytes] = [b""]
+
+    def take(cache: Thing, blob: bytes) -> bool:
+        known[0] = bytes(blob)
+        return True
+
+    answers = {
+        "Runtime__get_engine_validity": ("EngineValidity.VALID", 0),
+        "IRuntimeConfig__create_runtime_cache": lambda config: Thing("IRuntimeCache"),
+        "IRuntimeCache__deserialize": take,
+        "IRuntimeConfig__set_runtime_cache": True,
+        "IRuntimeCache__serialize": lambda cache: known[0] + b"k",
+        "ICudaEngine__create_execution_context": lambda engine, runtime_config: Thing("IExecutionContext", {ACTIVE: 0}),
+    }
+    return running(cuda, kind="rtx", gpu=Gpu("RTX 4090", "8.9", "13.0"), **(answers | more))
 
 
 def call(session: TensorRTSession, tokens: int, profile: int = 0, value: float = 1.0) -> None:
@@ -319,7 +353,7 @@ def test_another_gpu_is_asked_for_by_its_index(
 ) -> None:
     asked: list[tuple[int, Any]] = []
 
-    def load(left: str, index: int) -> Any:
+    def load(left: str, index: int, kind: str) -> Any:
         asked.append((index, cuda.devices[-1]))
         return running(cuda)
 
@@ -336,9 +370,71 @@ def test_the_weights_of_a_stripped_engine_are_hashed_once_for_all_plugs(
     manifests._mark.cache_clear()  # of the build
     real = manifests.sha256_of
     monkeypatch.setattr(manifests, "sha256_of", lambda path: read.append(Path(path).name) or real(path))
-    monkeypatch.setattr(loading, "load_tensorrt", lambda left, index: running(cuda))
+    monkeypatch.setattr(loading, "load_tensorrt", lambda left, index, kind: running(cuda))
     sessions = Sessions()
     for _ in range(3):
         sessions.get(choice, None)  # type: ignore[arg-type]  # an engine has no use for the adapter
         sessions.close()
     assert sorted(read) == ["keep-0.7.bin", "keep-0.7.onnx"]
+
+
+def test_rtx_makes_its_own_graphs_and_keeps_its_kernels_beside_the_engine(
+    rtx: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = running_rtx(cuda)
+    session = opened(rtx, api, monkeypatch)
+    calls = dict(api.calls)
+    assert calls["IRuntimeConfig.cuda_graph_strategy"] == {"value": "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE"}
+    specialised = calls["IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy"]
+    assert specialised == {"value": "DynamicShapesKernelSpecializationStrategy.LAZY"}
+    for _ in range(4):
+        call(session, 64)
+    assert cuda.log == ["run on 0"] * 4 and counted(api, "ICudaEngine.create_execution_context") == 1
+    kernels = rtx.file.with_name("keep-0.7.engine.cache")
+    assert not kernels.exists()
+    del session
+    gc.collect()
+    assert kernels.read_bytes() == b"k"
+    session = opened(rtx, running_rtx(cuda), monkeypatch)
+    del session
+    gc.collect()
+    assert kernels.read_bytes() == b"kk"  # what was known, and what is new
+
+
+def test_the_options_of_the_runtime_reach_rtx(
+    rtx: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = running_rtx(cuda)
+    options = RuntimeOptions(cuda_graphs=False, specialisation="eager", kernel_cache=False)
+    session = opened(replace(rtx, options=options), api, monkeypatch)
+    call(session, 64)
+    calls = dict(api.calls)
+    assert calls["IRuntimeConfig.cuda_graph_strategy"] == {"value": "CudaGraphStrategy.DISABLED"}
+    specialised = calls["IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy"]
+    assert specialised == {"value": "DynamicShapesKernelSpecializationStrategy.EAGER"}
+    assert "IRuntimeConfig.create_runtime_cache" not in calls
+    with pytest.raises(PpclError, match="specialisation: not one of lazy, eager, none.*did you mean 'lazy'"):
+        RuntimeOptions(specialisation="lasy")  # type: ignore[arg-type]
+
+
+def test_kernels_of_another_card_are_compiled_again(
+    rtx: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = rtx.file.with_name("keep-0.7.engine.cache")
+    kernels.write_bytes(b"other")
+    session = opened(rtx, running_rtx(cuda, IRuntimeCache__deserialize=False), monkeypatch)
+    call(session, 64)
+    assert "is of another card, driver or version; kernels are compiled again" in caplog.text
+    del session
+    gc.collect()
+    assert kernels.read_bytes() == b"k"
+
+
+def test_cuda_graphs_can_be_switched_off(
+    choice: SessionChoice, cuda: Cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = RuntimeOptions(cuda_graphs=False)
+    session = opened(replace(choice, options=options), running(cuda), monkeypatch)
+    for _ in range(3):
+        call(session, 64)
+    assert session.without_graphs == "the options switch them off" and cuda.log == ["run on 0"] * 3

@@ -1,5 +1,7 @@
 """NVIDIA's compiled Python bindings as they are, looked at without TensorRT and without a GPU.
 
+Those of TensorRT for RTX come with their library.
+
 The bindings (`tensorrt-cu13-bindings`) are compiled code that needs TensorRT's libraries to load. Empty stand-ins for
 those libraries are enough to look at the real classes, enumerations and signatures. That proves that every name and
 keyword used exists; it does not prove that an engine builds.
@@ -36,9 +38,13 @@ SYMBOLS = [
     "getPluginRegistry",
     "initLibNvInferPlugins",
 ]
+IMPORT = {
+    "tensorrt": "import tensorrt_bindings as trt",
+    "rtx": "import tensorrt_rtx_libs, tensorrt_rtx_bindings as trt",
+}
 LOOK = """
 import json, sys
-import tensorrt_bindings as trt
+IMPORT
 found = {}
 for path in json.load(sys.stdin):
     thing = trt
@@ -119,15 +125,16 @@ def in_bindings(program: str, given: str = "") -> str:
     return done.stdout
 
 
-_known: dict[str, Any] = {}
+_known: dict[str, dict[str, Any]] = {"tensorrt": {}, "rtx": {}}
 
 
-def look(names: Iterable[str]) -> dict[str, Any]:
-    """What the bindings hold under each name: None, or documentation, type and text."""
-    new = [name for name in dict.fromkeys(names) if name not in _known]
+def look(names: Iterable[str], kind: str = "tensorrt") -> dict[str, Any]:
+    """What a library's bindings hold under each name: None, or documentation, type and text."""
+    known = _known[kind]
+    new = [name for name in dict.fromkeys(names) if name not in known]
     if new:
-        _known.update(json.loads(in_bindings(LOOK, json.dumps(new))))
-    return _known
+        known.update(json.loads(in_bindings(LOOK.replace("IMPORT", IMPORT[kind]), json.dumps(new))))
+    return known
 
 
 @dataclass(frozen=True)
@@ -139,9 +146,9 @@ class Signature:
     returns: str
 
 
-def signatures(path: str) -> list[Signature]:
+def signatures(path: str, kind: str = "tensorrt") -> list[Signature]:
     """The overloads of a method, or of a class's constructor."""
-    lines = look([path])[path]["doc"].splitlines()
+    lines = look([path], kind)[path]["doc"].splitlines()
     return [_signature(line) for line in lines if re.search(r"\((self|arg0)\b", line) and ") ->" in line]
 
 
@@ -162,7 +169,7 @@ def _signature(line: str) -> Signature:
     return Signature(types, frozenset(required), returns.strip())
 
 
-def fitting(path: str, keywords: Iterable[str]) -> Signature | None:
+def fitting(path: str, keywords: Iterable[str], kind: str = "tensorrt") -> Signature | None:
     """The overload that takes exactly these keywords, with all that must be given among them."""
     given = set(keywords)
-    return next((s for s in signatures(path) if s.required <= given <= set(s.types)), None)
+    return next((s for s in signatures(path, kind) if s.required <= given <= set(s.types)), None)
