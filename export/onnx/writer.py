@@ -206,7 +206,7 @@ def save(model: Any, path: Path, *, embed: bool) -> Path | None:
     """
     import onnx_ir
 
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    size = weight_bytes(model)
     data = data_path(path) if embed and size > LARGE else None
     if embed:
         need_room(path.parent, size)
@@ -222,6 +222,11 @@ def save(model: Any, path: Path, *, embed: bool) -> Path | None:
         reason = str(error).splitlines()[0]
         raise PpclError(f"{path.name}: onnx.checker refuses it ({reason}); nothing was kept") from error
     return data
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the bytes of all weights of an `onnx_ir.Model`, wherever they lie."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values())
 
 
 def ports(values: Any) -> list[Port]:
