@@ -210,7 +210,7 @@ class Initializers:
             scale = found[0].inputs if isinstance(found[0], PackedRows) else None
             if scale is not None:
                 told = ir.tensor(torch.tensor(scale, dtype=tensor.dtype), name=f"{name}/inputs")
-                value = ir.Value(name=told.name, const_value=told, shape=told.shape, type=ir.TensorType(told.dtype))
+                value = ir.Value(name=told.name, const_value=told, shape=ir.Shape([]), type=ir.TensorType(told.dtype))
                 self.input_scales[whole] = self.constant(f"{name}/inputs", value)
         return self.seen[key]
 
@@ -218,7 +218,7 @@ class Initializers:
         if not isinstance(found, PackedRows):
             return self._added(f"{name}{row}", found)
         stored = [self._added(f"{name}{row}", found.values), self._added(f"{scales_name(name)}{row}", found.scales)]
-        value = ir.Value(name=f"{name}{row}/dequantised", shape=ir.Shape(found.values.shape), type=stored[1].type)
+        value = ir.Value(name=f"{name}{row}/dequantised", shape=ir.Shape(tuple(found.values.shape.numpy())), type=stored[1].type)
         self.graph.append(ir.node("DequantizeLinear", stored, found.attributes, name=value.name, outputs=[value]))
         return value
 

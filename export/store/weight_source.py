@@ -63,7 +63,7 @@ class WeightSource:
         taken: list[tuple[str, QuantisedWeight]] = []
 
         def read(name: str) -> Tensor:
-            whole, _, part = name.rpartition("/")
+            whole, _, _ = name.rpartition("/")
             if whole not in quantised:
                 return self.read(name)
             if not taken or taken[0][0] != whole:
