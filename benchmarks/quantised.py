@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row = {"keep": keep, "weights": way, **described(folder, keep)}
             rows.append(row | {"score": spread(own), "scores": own, "points_lost": spread(lost)})
             size = row["weight_bytes"] / 2**20
-            print(f"{keep:<4g} {way:<7} {size:6.2f} MiB  score {rows[-1]['score']['mean']:.4f}, lost {sum(lost) / len(lost):.2f}")
+            mean, lost_mean = rows[-1]["score"]["mean"], sum(lost) / len(lost)
+            print(f"{keep:<4g} {way:<7} {size:6.2f} MiB  score {mean:.4f}, points lost {lost_mean:.2f}")
     write("quantised", options.out, {"per_category": options.per_category, "seeds": seeds, "table": rows})
 
 

@@ -218,7 +218,8 @@ class Initializers:
         if not isinstance(found, PackedRows):
             return self._added(f"{name}{row}", found)
         stored = [self._added(f"{name}{row}", found.values), self._added(f"{scales_name(name)}{row}", found.scales)]
-        value = ir.Value(name=f"{name}{row}/dequantised", shape=ir.Shape(tuple(found.values.shape.numpy())), type=stored[1].type)
+        shape = ir.Shape(tuple(found.values.shape.numpy()))
+        value = ir.Value(name=f"{name}{row}/dequantised", shape=shape, type=stored[1].type)
         self.graph.append(ir.node("DequantizeLinear", stored, found.attributes, name=value.name, outputs=[value]))
         return value
 

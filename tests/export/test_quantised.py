@@ -181,6 +181,6 @@ def test_scales_that_are_gone_are_one_line(tmp_path: Path) -> None:
     name = next(name for name in left if name.endswith("/values")).removesuffix("/values")
     with pytest.raises(PpclError, match=f"{name} is in few bits, and its scales are not there; export again"):
         put_quantised(gm, graph, {name: left[f"{name}/values"]}, lambda tensor: tensor)
+    wrong = {name: left[f"{name}/values"], f"{name}/scales": torch.ones(3)}
     with pytest.raises(PpclError, match="these are not of the same weights; export them again"):
-        wrong = {name: left[f"{name}/values"], f"{name}/scales": torch.ones(3)}
         put_quantised(gm, graph, wrong, lambda tensor: tensor)
