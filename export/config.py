@@ -19,6 +19,8 @@ ENGINES = ("tensorrt", "trtexec")
 """Formats that TensorRT engines are built from."""
 FOLDERS = ("diffusers", "released")
 """Formats that are model folders; they need neither onnxruntime nor calls."""
+ROUNDED_FOR_CALLS = "rounding needs the inputs that layers have on recorded calls; give --calls"
+"""Why weights in few bits need calls."""
 COMPARING = ("tolerance", "check_calls", "sampling_tolerance", "runs")
 DTYPES = {"stored": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 

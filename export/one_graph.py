@@ -152,7 +152,8 @@ class GraphExport:
         few = None
         if self.rounding is not None:
             few = self.rounding.described(mixture.gm, weight_bytes(made))
-            prepared = replace(prepared, gm=self.rounding.reference(prepared.gm, mixture.gm))
+            if self.unchecked is None:
+                prepared = replace(prepared, gm=self.rounding.reference(prepared.gm, mixture.gm))
         with beside(final, embed=embed) as path:
             data = save(made, path, embed=embed)
             self.job.step()

@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.config import ExportConfig
+from ppcl_fx.export.config import ROUNDED_FOR_CALLS, ExportConfig
 from ppcl_fx.export.onnx.writer import floats_as
 from ppcl_fx.export.store.manifest import QuantisedWeights
 from ppcl_fx.export.store.weight_source import WeightPiece, WeightSource, weightless
@@ -37,7 +37,6 @@ MEASURED = 8
 """Recorded calls that the added error is measured on, at most."""
 INT4_BLOCK = 64
 """Weights of a row that share a scale in INT4, if nothing else is said."""
-NO_CALLS = "rounding needs the inputs that layers have on recorded calls; give --calls"
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ def rounded_weights(
         yield None
         return
     if calls is None or not len(calls):
-        raise PpclError(f"--weights {config.weights}: {NO_CALLS}")
+        raise PpclError(f"--weights {config.weights}: {ROUNDED_FOR_CALLS}")
     root, graphs = source.root, list(mixtures.values())
     assert isinstance(root, GraphModule)
     dtype = main_dtype(root)
