@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from ppcl_fx.ir.dtypes import main_dtype
 from ppcl_fx.ir.executor import Residency
 from ppcl_fx.passes.quantisation.gptq import output_error, rounded
 from ppcl_fx.passes.quantisation.layers import layer_inputs, linear_layers
@@ -62,7 +63,8 @@ def quantise(
 ) -> Quantised:
     """Round the weights of every linear layer of a graph, each for the inputs that it has on recorded calls.
 
-    A layer stays as it is where blocks do not divide its columns, or no call runs it.
+    A layer stays as it is where blocks do not divide its columns, it computes in another type than the model, or no
+    call runs it.
 
     Args:
         gm: the graph, a pluggable one or that of one model; stays as it is.
@@ -74,8 +76,12 @@ def quantise(
     """
     residency = residency or Residency.of(gm)
     layers, found = linear_layers(gm), Quantised(Shelf(scheme, folder), {}, {}, {})
-    wide = {path: layer.in_features for path, layer in layers.items() if not scheme.fits(layer.in_features)}
-    found.kept.update({f"{path}.weight": f"its {n} columns are no whole number of blocks" for path, n in wide.items()})
+    main = main_dtype(gm)
+    for path, layer in layers.items():
+        if not scheme.fits(layer.in_features):
+            found.kept[f"{path}.weight"] = f"its {layer.in_features} columns are no whole number of blocks"
+        elif layer.weight.dtype != main:
+            found.kept[f"{path}.weight"] = f"it computes in another type than the model, {layer.weight.dtype}"
     for group in layer_inputs(gm, calls, residency, report):
         for path in group.layers:
             name = f"{path}.weight"
