@@ -28,6 +28,7 @@ from ppcl_fx.export.onnx.writer import (
     save,
     translated,
     weight_bytes,
+    weights_in,
 )
 from ppcl_fx.export.quantising import Rounding, rounded_weights
 from ppcl_fx.export.store.manifest import HalfPrecision, Manifest, WeightFile
@@ -151,7 +152,7 @@ class GraphExport:
         made = translated(prepared, self.job.known, initial)
         few = None
         if self.rounding is not None:
-            few = self.rounding.described(mixture.gm, weight_bytes(made))
+            few = self.rounding.described(mixture.gm, weights_in(made), weight_bytes(made))
             if self.unchecked is None:
                 prepared = replace(prepared, gm=self.rounding.reference(prepared.gm, mixture.gm))
         with beside(final, embed=embed) as path:

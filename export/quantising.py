@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -53,12 +53,12 @@ class Rounding:
     calls: int
     added: dict[GraphModule, float] = field(default_factory=dict)
 
-    def described(self, gm: GraphModule, size: int) -> QuantisedWeights:
-        """Return what the manifest of a graph says; `size` is the bytes of all its weights."""
+    def described(self, gm: GraphModule, held: Collection[str], size: int) -> QuantisedWeights:
+        """Return what the manifest of a graph says; its file has `size` bytes of weights, those of the names `held`."""
         found = self.source.quantised
         assert found is not None
         pieces = self.source.pieces(gm)
-        own = {name: [piece.name for piece in pieces.get(name, ())] for name in layer_weights(gm)}
+        own = {name: [piece.name for piece in pieces.get(name, ())] for name in layer_weights(gm) if name in held}
         return QuantisedWeights(
             weights=found.scheme.weights,
             block=found.scheme.block,

@@ -248,3 +248,10 @@ def parameters_in(model: Any, gm: GraphModule) -> int:
     names = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
     held = {name: value.const_value.size for name, value in model.graph.initializers.items()}
     return sum(size for name, size in held.items() if name.rpartition(ROWS)[0] in names or name in names)
+
+
+def weights_in(model: Any) -> set[str]:
+    """Return the names of a model's weights, those that are put together of rows by the name of the whole."""
+    from ppcl_fx.export.onnx.assemble import ROWS
+
+    return {name.partition(ROWS)[0] for name in model.graph.initializers}

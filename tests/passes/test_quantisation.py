@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.ir.executor import Residency
@@ -104,7 +103,9 @@ def test_a_graph_over_quantised_layers_is_that_of_dequantised_weights(build: obj
     gm = trace(teacher, kwargs)
     before = {name: parameter.clone() for name, parameter in gm.named_parameters()}
     found = quantise(gm, [kwargs], Scheme("int8"))
-    assert not found.kept and set(found.errors) == {f"{path}.weight" for path in linear_layers(gm)}
+    # What nothing reads is not run: the last block's text, in two of these models.
+    assert set(found.kept.values()) <= {"no recorded call runs it"}
+    assert found.errors.keys() | found.kept.keys() == {f"{path}.weight" for path in linear_layers(gm)}
     made = with_quantised(gm, {name.removesuffix(".weight"): found[name] for name in found.errors})
     layers = [module for module in made.modules() if isinstance(module, QuantisedLinear)]
     assert len(layers) == len(found.errors) and not any(isinstance(m, QuantisedLinear) for m in gm.modules())
@@ -131,17 +132,13 @@ def test_layers_that_blocks_do_not_fit_stay(tmp_path: Path) -> None:
         found["txt_in.weight"]
 
 
-def test_a_layer_that_no_call_runs_stays() -> None:
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.spare = nn.Linear(8, 8), nn.Linear(8, 8)
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x) + self.spare.bias
-
-    found = quantise(torch.fx.symbolic_trace(Two()), [{"x": torch.randn(4, 8)}], Scheme("int8"))
-    assert list(found.errors) == ["used.weight"] and found.kept == {"spare.weight": "no recorded call runs it"}
+def test_a_layer_that_computes_in_another_type_stays() -> None:
+    teacher, kwargs = models.tiny_qwen(blocks=1)
+    gm = trace(teacher, kwargs)
+    gm.get_submodule("proj_out").double()
+    gm.get_submodule("proj_out").register_forward_pre_hook(lambda module, args: (args[0].double(),))
+    found = quantise(gm, [kwargs], Scheme("int8"))
+    assert found.kept["proj_out.weight"] == "it computes in another type than the model, torch.float64"
 
 
 def test_the_layers_that_lose_most_stay_where_the_error_has_a_limit() -> None:
@@ -156,6 +153,6 @@ def test_the_layers_that_lose_most_stay_where_the_error_has_a_limit() -> None:
 
     left = within_error(found, 0.05, error)
     assert list(left.errors) == [name for name in found.errors if name in order[:5]]
-    assert set(left.kept) == set(order[5:]) and len(asked) <= 1 + len(order).bit_length()
+    assert left.kept.keys() - found.kept.keys() == set(order[5:]) and len(asked) <= 1 + len(order).bit_length()
     assert left.kept[order[-1]] == "with it the model's output would be off by more than 0.05"
     assert within_error(found, 1.0, error) is found and not within_error(found, 0.001, error).errors
