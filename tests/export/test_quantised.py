@@ -32,7 +32,7 @@ from tests.export.test_zero_copy import MODELS, keeps, saved
 pytestmark = pytest.mark.slow
 
 KINDS = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
-BLOCKS = {"int8": None, "int4": 8, "fp8": None}
+BLOCKS = {"int8": None, "int4": 4, "fp8": None}
 
 
 def calls_of(kwargs: dict[str, Any]) -> Calls:
@@ -84,8 +84,8 @@ def test_every_ratio_runs_in_onnxruntime_and_in_pytorch(
 def test_weights_on_disk_are_rounded_alike_block_by_block(student: tuple[str, Path], tmp_path: Path) -> None:
     kind, folder = student
     calls = calls_of(MODELS[kind][0]()[1])
-    here = quantised(folder, tmp_path / "here", calls, weights="int4", block=8)
-    there = quantised(folder, tmp_path / "there", calls, weights="int4", block=8, memory_limit=1)
+    here = quantised(folder, tmp_path / "here", calls, weights="int4", block=4)
+    there = quantised(folder, tmp_path / "there", calls, weights="int4", block=4, memory_limit=1)
     for one, other in zip(here.ratios, there.ratios, strict=True):
         assert one.onnx.read_bytes() == other.onnx.read_bytes() and other.unchecked is not None
         cards = [json.loads(manifest_path(ratio.onnx).read_text()) for ratio in (one, other)]
@@ -114,7 +114,7 @@ def test_layers_stay_until_the_output_is_within_the_error(tmp_path: Path) -> Non
     gm = trace(teacher, kwargs)
     added = []
     for number, limit in enumerate((None, 0.02, 1e-5)):
-        config = ExportConfig(weights="int4", block=8, weight_error=limit, runs=1)
+        config = ExportConfig(weights="int4", block=4, weight_error=limit, runs=1)
         path = tmp_path / f"keep-0.{number}.onnx"
         if limit == 1e-5:
             with pytest.raises(PpclError, match="--weight-error 1e-05: no layer in int4 stays within it"):
