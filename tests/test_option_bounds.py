@@ -73,7 +73,7 @@ REFUSED = {
     "export STUDENT -o OUT --tolerance inf": "--tolerance",
     f"export STUDENT -o OUT --runs {HUGE}": "--runs",
     "export STUDENT -o OUT --weights int4": "--weights int4: rounding needs the inputs .*; give --calls",
-    "export STUDENT -o OUT --weights int5": "not one of stored, int8, int4, fp8; did you mean 'int",
+    "export STUDENT -o OUT --weights int5": "not one of stored, int8, int4, fp8 .did you mean 'int8'",
     "export STUDENT -o OUT --weights int4 --block 0": "--block",
     "export STUDENT -o OUT --weights int4 --weight-error nan": "--weight-error",
     "export STUDENT -o OUT --block 64": "--block: only with --weights",

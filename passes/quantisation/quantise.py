@@ -87,7 +87,7 @@ def quantise(
             name = f"{path}.weight"
             if name in found.kept:
                 continue
-            weight = layers[path].weight if residency.read is None else residency.read(name)
+            weight = (layers[path].weight if residency.read is None else residency.read(name)).detach()
             made = rounded(weight, scheme, group.gram, scheme.input_scale(group.largest))
             if made.inputs is not None:
                 found.inputs[name] = made.inputs
