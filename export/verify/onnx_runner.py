@@ -33,8 +33,8 @@ def exact_options() -> Any:
     """Return onnxruntime's options for a session that computes in the types of its file."""
     options = need("onnxruntime").SessionOptions()
     options.log_severity_level = 4  # what goes wrong comes as an exception
-    # Else it rounds the inputs of products with weights in few bits to 8 bits, too.
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # Else it makes integer products of those with weights in few bits, and refuses its own where they are FP8.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options
 
 
