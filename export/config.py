@@ -64,7 +64,7 @@ class ExportConfig(Config):
         None,
         ge=2,
         le=MOST,
-        description="weights of a row that share a scale, for --weights; a whole row if left out, and 64 for 'int4'",
+        description="weights of a row that share a scale, for --weights; a whole row if left out, and 32 for 'int4'",
     )
     weight_error: Tolerance | None = Field(
         None,

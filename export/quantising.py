@@ -35,7 +35,7 @@ CALLS = 32
 """Recorded calls that weights are rounded for, at most, from the earliest timestep to the latest."""
 MEASURED = 8
 """Recorded calls that the added error is measured on, at most."""
-INT4_BLOCK = 64
+INT4_BLOCK = 32
 """Weights of a row that share a scale in INT4, if nothing else is said."""
 
 
