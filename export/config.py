@@ -22,6 +22,8 @@ ENGINES = ("tensorrt", "rtx", "trtexec")
 """Formats that engines are built from."""
 FOLDERS = ("diffusers", "released")
 """Formats that are model folders; they need neither onnxruntime nor calls."""
+ROUNDED_FOR_CALLS = "rounding needs the inputs that layers have on recorded calls; give --calls"
+"""Why weights in few bits need calls."""
 COMPARING = ("tolerance", "check_calls", "sampling_tolerance", "runs")
 DTYPES = {"stored": None, "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -55,6 +57,22 @@ class ExportConfig(Config):
         description="type of the weights and floating-point inputs: 'stored', 'fp32', 'bf16' or 'fp16'. Another one "
         "than they are stored in costs one converted copy of them. 'fp16' needs --calls, and is refused where they "
         "come near its range",
+    )
+    weights: Annotated[Literal["stored", "int8", "int4", "fp8"], Flag(metavar="NAME")] = Field(
+        "stored",
+        description="linear layers' weights in few bits: 'int8', 'int4' or 'fp8', rounded for the inputs that they "
+        "have on --calls. With 'fp8' the layers' inputs are in 8 bits too",
+    )
+    block: int | None = Field(
+        None,
+        ge=2,
+        le=MOST,
+        description="weights of a row that share a scale, for --weights; a whole row if left out, and 32 for 'int4'",
+    )
+    weight_error: Tolerance | None = Field(
+        None,
+        description="largest relative error of the output on the recorded calls that --weights may add; the layers "
+        "that lose most stay as they are",
     )
     embed: bool = Field(False, description="write ordinary files that hold their weights, a copy for each share")
     memory_limit: Bytes = Field(
@@ -98,10 +116,13 @@ class ExportConfig(Config):
                 raise ValueError(
                     f"{asked[0]}: only for --format {' or '.join(ENGINES)}; leave it out, or name that format"
                 )
+        for name in self.given(("block", "weight_error")):
+            if self.weights == "stored":
+                raise ValueError(f"{flag_of(ExportConfig, name)}: only with --weights; leave it out, or give int4")
         if self.format in FOLDERS:
             compared = "model folders are not compared with PyTorch; leave it out, or export onnx"
             other = f"not for --format {self.format}; leave it out"
-            for name in self.given((*COMPARING, "dtype", "embed", "memory_limit")):
+            for name in self.given((*COMPARING, "dtype", "weights", "embed", "memory_limit")):
                 raise ValueError(f"{flag_of(ExportConfig, name)}: {compared if name in COMPARING else other}")
         check_spec(self.build.spec)
         self.build.options.check(self.library)

@@ -18,6 +18,7 @@ from ppcl_fx.export.one_graph import STEPS, Exported, ExportedMixture, GraphExpo
 from ppcl_fx.export.onnx.half import largest_value
 from ppcl_fx.export.onnx.segments import Translations
 from ppcl_fx.export.onnx.writer import in_type, prepare
+from ppcl_fx.export.quantising import rounded_weights
 from ppcl_fx.export.runtime.model_spec import write_model_spec
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.export.store.names import graph_path, manifest_path, ratio_name, typed_graph_path
@@ -251,8 +252,9 @@ def export_graph(
     keep = 1.0 if origin.keep is None else origin.keep
     largest = largest_value(gm, calls, config.torch_dtype, None)
     mixture = ExportedMixture(gm, keep, tuple(origin.students), path, largest=largest)
-    with claimed(path.parent, [path]):
-        return GraphExport(job, WeightSource.memory(gm), plan=origin.plan).export(mixture)
+    weights = WeightSource.memory(gm)
+    with claimed(path.parent, [path]), rounded_weights(weights, {path: gm}, calls, config) as few:
+        return GraphExport(job, few.source if few else weights, plan=origin.plan, rounding=few).export(mixture)
 
 
 def write_typed(

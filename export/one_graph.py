@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,18 @@ from ppcl_fx.export.extras import need
 from ppcl_fx.export.onnx.graph_run import alike_once
 from ppcl_fx.export.onnx.half import HALF, compare_in_float32, largest_value, rounding
 from ppcl_fx.export.onnx.segments import Translations
-from ppcl_fx.export.onnx.writer import Prepared, in_type, parameters_in, ports, prepare, save, translated
+from ppcl_fx.export.onnx.writer import (
+    Prepared,
+    in_type,
+    parameters_in,
+    ports,
+    prepare,
+    save,
+    translated,
+    weight_bytes,
+    weights_in,
+)
+from ppcl_fx.export.quantising import Rounding, rounded_weights
 from ppcl_fx.export.store.manifest import HalfPrecision, Manifest, WeightFile
 from ppcl_fx.export.store.names import manifest_path, typed_graph_path
 from ppcl_fx.export.store.publish import beside, publish
@@ -125,6 +136,7 @@ class GraphExport:
     plan: Plan | None = None
     unchecked: str | None = None
     axes: Sequence[Axis] | None = None
+    rounding: Rounding | None = None
 
     def export(self, mixture: ExportedMixture) -> Exported:
         """Export one graph."""
@@ -135,9 +147,14 @@ class GraphExport:
         self.axes = prepared.axes
         self.job.step()
         final, embed = mixture.path, self.store is None
-        own = embed and not weightless(mixture.gm)  # the graph holds its weights
+        own = embed and not weightless(mixture.gm) and self.rounding is None  # the graph holds its weights
         initial = None if own else initializers(self.weights, self.weights.pieces(mixture.gm), self.store)
         made = translated(prepared, self.job.known, initial)
+        few = None
+        if self.rounding is not None:
+            few = self.rounding.described(mixture.gm, weights_in(made), weight_bytes(made))
+            if self.unchecked is None:
+                prepared = replace(prepared, gm=self.rounding.reference(prepared.gm, mixture.gm))
         with beside(final, embed=embed) as path:
             data = save(made, path, embed=embed)
             self.job.step()
@@ -154,6 +171,7 @@ class GraphExport:
                 finetuned=mixture.finetuned,
                 plan=self.plan,
                 tolerance=self.job.config.tolerance,
+                quantised=few,
                 **checked,
             )
             publish(path, data, card, final)
@@ -213,15 +231,21 @@ def write_graphs(
     dtype = job.config.torch_dtype
     # Before anything is written.
     mixtures = [replace(m, largest=largest_value(m.gm, job.calls, dtype, opened.unchecked)) for m in mixtures]
-    needed = {p.name for m in mixtures for ps in opened.weights.pieces(m.gm).values() for p in ps}
     replaced = [manifest_path(mixture.path).name for mixture in mixtures]
     typed = [manifest_path(typed_graph_path(mixture.path)).name for mixture in mixtures]
     former = weights_of(folder, [*replaced, *typed])
-    sharing: AbstractContextManager[Store | None] = (
-        nullcontext() if job.config.embed else stored(opened.weights, needed, folder, dtype, replaced, job.note)
-    )
-    with sharing as store, alike_once(), traced_once():
-        work = GraphExport(job, opened.weights, store, opened.model.plan, opened.unchecked, axes)
+    graphs = {mixture.path: mixture.gm for mixture in mixtures}
+    with ExitStack() as stack:
+        few = stack.enter_context(rounded_weights(opened.weights, graphs, job.calls, job.config))
+        weights = opened.weights if few is None else few.source
+        used = {p.name for m in mixtures for pieces in weights.pieces(m.gm).values() for p in pieces}
+        needed = {name for one in used for name in weights.stored_as(one)}
+        store = None
+        if not job.config.embed:
+            store = stack.enter_context(stored(weights, needed, folder, dtype, replaced, job.note))
+        stack.enter_context(alike_once())
+        stack.enter_context(traced_once())
+        work = GraphExport(job, weights, store, opened.model.plan, opened.unchecked, axes, few)
         results = []
         for mixture in mixtures:
             results.append(work.export(mixture))

@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,9 @@ import ppcl_fx
 from ppcl_fx.calls.store import Calls
 from ppcl_fx.demo import SEED, DemoSettings, fitting_steps
 from ppcl_fx.export import ExportConfig, Origin, Translations, export, export_graph, lower
+from ppcl_fx.export.onnx.writer import weight_bytes
 from ppcl_fx.export.store.names import graph_path, ratio_name
+from ppcl_fx.export.tensorrt.request import load_onnx
 from ppcl_fx.export.verify.onnx_runner import latency, session
 from ppcl_fx.io.files import write_json
 from ppcl_fx.model.pluggable import PluggableModel
@@ -45,6 +47,8 @@ from ppcl_fx.train.config import Weights
 
 SHOWN = 2  # prompts of each category in the grid of pictures
 ROUNDS = 15  # runs of each exported file that are timed
+FEW_BITS = ("int8", "int4")  # weights of the smallest ratio, exported and scored besides
+ROUNDED_FOR = 16  # recorded calls that those are rounded for
 EMA = 0.995
 BETAS = (0.9, 0.99)  # of fine-tuning: its gradients are noisy, and a longer memory of their squares steadies them
 LEADS = {
@@ -86,12 +90,13 @@ def run(settings: DemoSettings, command: str) -> None:
         say(f"{sum(p.numel() for p in pipeline.transformer.parameters()):,} parameters")
     calls, analysis, plan, model = _prune(settings, clock, pipeline)
     curves, finetuned = _train(settings, clock, model, calls)
-    with clock.stage("score") as say:
-        rows = score_ratios(pipeline, model, settings.keeps, finetuned, settings.per_category)
-        say(", ".join(f"{row.name} {row.score['overall']:.3f}" for row in rows))
     with clock.stage("export") as say:
         engines = export_ratios(out / "engines", model, settings.keeps, finetuned, calls)
         say(f"{len(engines)} ONNX files, each checked on {engines[0]['shapes']:.0f} shapes")
+    with clock.stage("score") as say:
+        rows = score_ratios(pipeline, model, settings.keeps, finetuned, settings.per_category)
+        rows += score_few_bits(pipeline, out / "engines", rows[len(settings.keeps) - 1], settings.per_category)
+        say(", ".join(f"{row.name} {row.score['overall']:.3f}" for row in rows))
     with clock.stage("report"):
         blocks = sum(len(stack.blocks) for stack in analysis.stacks)
         ratios = summary(rows, engines, model, blocks)
@@ -177,13 +182,34 @@ class Row:
     students: tuple[str, ...]
     drawn: list[Drawn]
     score: dict[str, float]
+    weights: str = "stored"
 
     @property
     def name(self) -> str:
         """The row's name in tables."""
         if self.keep >= 1:
             return "teacher"
-        return f"{self.keep:.0%}" + (", fine-tuned" if self.finetuned else "")
+        few = "" if self.weights == "stored" else f", {self.weights.upper()}"
+        return f"{self.keep:.0%}" + (", fine-tuned" if self.finetuned else "") + few
+
+
+def few_bits_folder(folder: Path, weights: str) -> Path:
+    """Return where the files lie that have their weights in few bits, beside the others."""
+    return folder.with_name(f"{folder.name}-{weights}")
+
+
+def score_few_bits(pipeline: ShapesPipeline, folder: Path, whole: Row, per_category: int) -> list[Row]:
+    """Score the exported files with weights in few bits, in PyTorch, on the prompts and noise of the row `whole`."""
+    own, rows = pipeline.transformer, []
+    try:
+        for weights in FEW_BITS:
+            few = few_bits_folder(folder, weights)
+            pipeline.transformer = ppcl_fx.EngineTransformer(few, keep=whole.keep, backend="torch", device="cpu")
+            drawn = score_pictures(pipeline, per_category)
+            rows.append(replace(whole, drawn=drawn, score=summarise(drawn), weights=weights))
+    finally:
+        pipeline.transformer = own
+    return rows
 
 
 def score_ratios(
@@ -226,8 +252,9 @@ def export_ratios(
 ) -> list[dict[str, float]]:
     """Export `model` at each ratio and the fine-tuned model to ONNX, and time them all in turn.
 
-    For each, in the order of the rows, it returns ``latency_ms`` (median of one call with the samples of a recorded
-    one) and ``parity_max_abs`` (largest difference between onnxruntime and PyTorch over ``shapes`` shapes).
+    The smallest ratio is exported with weights in few bits besides. For each, in the order of the rows, it returns
+    ``latency_ms`` (median of one call with the samples of a recorded one), ``parity_max_abs`` (largest difference
+    between onnxruntime and PyTorch over ``shapes`` shapes) and ``weight_bytes``.
     """
     known = Translations()  # blocks of one structure are translated once for all files
     done = list(export(model, folder, ExportConfig(keep=tuple(keeps)), calls=calls[:1], known=known).ratios)
@@ -238,6 +265,11 @@ def export_ratios(
         origin = Origin(keep=share, students=list(done[-1].students), plan=model.plan)
         done.append(export_graph(finetuned, path, calls=calls[:1], origin=origin, known=known))
         graphs.append(finetuned)
+    some = calls[:: max(1, len(calls) // ROUNDED_FOR)]
+    for weights in FEW_BITS:
+        config = ExportConfig(keep=(min(keeps),), weights=weights, check_calls=1)
+        done += export(model, few_bits_folder(folder, weights), config, calls=some, known=known).ratios
+        graphs.append(graphs[len(keeps) - 1])
     feeds = [lower(graph).feeds(bind(graph, calls[0].kwargs)) for graph in graphs]
     running = [session(one.onnx) for one in done]
     # In turns, so that whatever else the machine does falls on all of them alike.
@@ -247,7 +279,12 @@ def export_ratios(
     ]
     medians = [statistics.median(times) for times in zip(*rounds, strict=True)]
     return [
-        {"latency_ms": median, "parity_max_abs": max(one.parity.values()), "shapes": len(one.parity)}
+        {
+            "latency_ms": median,
+            "parity_max_abs": max(one.parity.values()),
+            "shapes": len(one.parity),
+            "weight_bytes": weight_bytes(load_onnx(one.onnx)),
+        }
         for median, one in zip(medians, done, strict=True)
     ]
 
@@ -281,7 +318,9 @@ def summary(
             "name": row.name,
             "keep": row.keep,
             "finetuned": row.finetuned,
+            "weights": row.weights,
             "params": row.params,
+            "weight_bytes": engine["weight_bytes"],
             "blocks": blocks_left(model, row.students, blocks),
             "score": {name: round(value, 4) for name, value in row.score.items()},
             "drop_pct": round(100 * (1 - row.score["overall"] / teacher), 2) if teacher else None,
@@ -311,7 +350,7 @@ def tables(ratios: Sequence[Mapping[str, Any]]) -> list[Table]:
     sizes = Table()
     scores = Table(title="Score: share of pictures that the checker accepts", title_justify="left")
     all_scores = (*CATEGORIES, "overall")
-    columns = ("parameters", "blocks", "score", "drop", "ms", "speed-up", "parity")
+    columns = ("parameters", "MiB", "blocks", "score", "drop", "ms", "speed-up", "parity")
     for shown, names in ((sizes, columns), (scores, all_scores)):
         shown.add_column("model")
         for name in names:
@@ -321,6 +360,7 @@ def tables(ratios: Sequence[Mapping[str, Any]]) -> list[Table]:
         sizes.add_row(
             ratio["name"],
             f"{ratio['params']:,}",
+            f"{ratio['weight_bytes'] / 2**20:.1f}",
             str(ratio["blocks"]),
             f"{score['overall']:.3f}",
             "-" if ratio["drop_pct"] is None else f"{ratio['drop_pct']:.1f} %",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,16 +131,17 @@ def test_drop_and_speed_up_are_against_the_teacher() -> None:
         _row(1.0, 0.8),
         _row(0.5, 0.6, ("depth:b.1-3",)),
         _row(0.5, 0.9, ("depth:b.1-3",), finetuned=True),
+        replace(_row(0.5, 0.5, ("depth:b.1-3",)), weights="int4"),
     ]
-    engines = [{"latency_ms": ms, "parity_max_abs": 1e-6} for ms in (8.0, 4.0, 2.0)]
+    engines = [{"latency_ms": ms, "parity_max_abs": 1e-6, "weight_bytes": 2**20} for ms in (8.0, 4.0, 2.0, 4.0)]
     ratios = demo_results.summary(rows, engines, model, 8)
-    assert [r["drop_pct"] for r in ratios] == [0.0, 25.0, -12.5]
-    assert [r["speedup"] for r in ratios] == [1.0, 2.0, 4.0]
-    assert [r["blocks"] for r in ratios] == [8, 6, 6]
-    assert [r["name"] for r in ratios] == ["teacher", "50%", "50%, fine-tuned"]
+    assert [r["drop_pct"] for r in ratios] == [0.0, 25.0, -12.5, 37.5]
+    assert [r["speedup"] for r in ratios] == [1.0, 2.0, 4.0, 2.0]
+    assert [r["blocks"] for r in ratios] == [8, 6, 6, 6]
+    assert [r["name"] for r in ratios] == ["teacher", "50%", "50%, fine-tuned", "50%, INT4"]
     nothing = demo_results.summary([_row(1.0, 0.0)], engines[:1], model, 8)
     assert nothing[0]["drop_pct"] is None
-    assert [t.row_count for t in demo_results.tables([*ratios, *nothing])] == [4, 4]
+    assert [t.row_count for t in demo_results.tables([*ratios, *nothing])] == [5, 5]
 
 
 def test_grid_has_every_category_and_every_model() -> None:

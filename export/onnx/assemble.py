@@ -14,15 +14,17 @@ from torch.fx import GraphModule, Node
 
 from ppcl_fx.export.fusing.values import SMALL
 from ppcl_fx.export.onnx.graph_run import Seen
+from ppcl_fx.export.onnx.quantised import PackedRows, packed_rows, store_inputs
 from ppcl_fx.export.onnx.segments import GraphSegment, Translations, segments, structure
 from ppcl_fx.export.onnx.translate import OPSET, translate
-from ppcl_fx.export.store.weight_source import WeightPiece, WeightSource, state
+from ppcl_fx.export.store.weight_source import WeightPiece, WeightSource, scales_name, state
 from ppcl_fx.export.store.weight_store import Store
 
 IR_VERSION = 11
 
-Initial = Callable[[str, torch.Tensor], Sequence[ir.TensorProtocol]]
-"""Gives what holds a parameter's values: one tensor, or several that are put one behind the other."""
+Initial = Callable[[str, torch.Tensor], Sequence[ir.TensorProtocol | PackedRows]]
+"""Gives what holds a parameter's values: one tensor, or several that are put one behind the other; or its rows in few
+bits."""
 
 ROWS = "/rows"
 """What follows a parameter's name where it is put together."""
@@ -52,11 +54,14 @@ def initializers(
         kind = from_torch_dtype(dtype)
         return ir.ExternalTensor(file, offset, length, kind, shape=shape, name=name, base_dir=store.folder)
 
-    def initial(name: str, tensor: torch.Tensor) -> Sequence[ir.TensorProtocol]:
+    def initial(name: str, tensor: torch.Tensor) -> Sequence[ir.TensorProtocol | PackedRows]:
         if name not in pieces:
             if tensor.is_meta:
                 raise RuntimeError(f"{name}: on the meta device, and no file is known that holds it")
             return held(name, tensor)
+        few = packed_rows(source, pieces[name], store)
+        if few is not None:
+            return few
         if store is not None:
             return [placed(store, name, piece, tensor.dtype) for piece in pieces[name]]
         kind = from_torch_dtype(tensor.dtype)
@@ -123,6 +128,7 @@ def stitch(
     weights = Initializers(gm, graph, initial)
     for number, segment in enumerate(segments(gm)):
         _add(segment, number, graph, values, weights, _translated(segment, shapes, known))
+    store_inputs(graph, weights.input_scales)
     for index, node in enumerate(gm.graph.output_node().all_input_nodes):
         value = values[node]
         value.name = "sample" if index == 0 else f"sample_{index}"
@@ -191,16 +197,31 @@ class Initializers:
         self.graph, self.initial, self.state = graph, initial, state(module)
         self.seen: dict[tuple[int, torch.Size], ir.Value] = {}
         self.constants: dict[tuple[object, ...], ir.Value] = {}
+        self.input_scales: dict[ir.Value, ir.Value] = {}
 
     def __call__(self, name: str) -> ir.Value:
         tensor = self.state[name]
         key = (id(tensor), tensor.shape)
         if key not in self.seen:
             found = self.initial(name, tensor)
-            single = len(found) == 1
-            parts = [self._added(name if single else f"{name}{ROWS}{i}", one) for i, one in enumerate(found)]
-            self.seen[key] = parts[0] if single else self._joined(name, tensor, parts)
+            rows = [""] if len(found) == 1 else [f"{ROWS}{i}" for i in range(len(found))]
+            parts = [self._part(name, row, one) for row, one in zip(rows, found, strict=True)]
+            self.seen[key] = whole = parts[0] if len(parts) == 1 else self._joined(name, tensor, parts)
+            scale = found[0].inputs if isinstance(found[0], PackedRows) else None
+            if scale is not None:
+                told = ir.tensor(torch.tensor(scale, dtype=tensor.dtype), name=f"{name}/inputs")
+                value = ir.Value(name=told.name, const_value=told, shape=ir.Shape([]), type=ir.TensorType(told.dtype))
+                self.input_scales[whole] = self.constant(f"{name}/inputs", value)
         return self.seen[key]
+
+    def _part(self, name: str, row: str, found: ir.TensorProtocol | PackedRows) -> ir.Value:
+        if not isinstance(found, PackedRows):
+            return self._added(f"{name}{row}", found)
+        stored = [self._added(f"{name}{row}", found.values), self._added(f"{scales_name(name)}{row}", found.scales)]
+        shape = ir.Shape(tuple(found.values.shape.numpy()))
+        value = ir.Value(name=f"{name}{row}/dequantised", shape=shape, type=stored[1].type)
+        self.graph.append(ir.node("DequantizeLinear", stored, found.attributes, name=value.name, outputs=[value]))
+        return value
 
     def _added(self, name: str, const: ir.TensorProtocol) -> ir.Value:
         const.name = name

@@ -206,7 +206,7 @@ def save(model: Any, path: Path, *, embed: bool) -> Path | None:
     """
     import onnx_ir
 
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+    size = weight_bytes(model)
     data = data_path(path) if embed and size > LARGE else None
     if embed:
         need_room(path.parent, size)
@@ -222,6 +222,11 @@ def save(model: Any, path: Path, *, embed: bool) -> Path | None:
         reason = str(error).splitlines()[0]
         raise PpclError(f"{path.name}: onnx.checker refuses it ({reason}); nothing was kept") from error
     return data
+
+
+def weight_bytes(model: Any) -> int:
+    """Return the bytes of all weights of an `onnx_ir.Model`, wherever they lie."""
+    return sum(value.const_value.nbytes for value in model.graph.initializers.values())
 
 
 def ports(values: Any) -> list[Port]:
@@ -243,3 +248,10 @@ def parameters_in(model: Any, gm: GraphModule) -> int:
     names = {name for name, _ in gm.named_parameters(remove_duplicate=False)}
     held = {name: value.const_value.size for name, value in model.graph.initializers.items()}
     return sum(size for name, size in held.items() if name.rpartition(ROWS)[0] in names or name in names)
+
+
+def weights_in(model: Any) -> set[str]:
+    """Return the names of a model's weights, those that are put together of rows by the name of the whole."""
+    from ppcl_fx.export.onnx.assemble import ROWS
+
+    return {name.partition(ROWS)[0] for name in model.graph.initializers}

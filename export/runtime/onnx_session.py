@@ -9,7 +9,7 @@ import torch
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.runtime.sessions import ONNXRUNTIME_TENSORRT, TYPES, SessionChoice, provider
-from ppcl_fx.export.verify.onnx_runner import one_line, runtime_errors
+from ppcl_fx.export.verify.onnx_runner import exact_options, one_line, runtime_errors
 
 
 def element_types() -> dict[torch.dtype, int]:
@@ -29,8 +29,7 @@ class OnnxSession:
         runtime = need("onnxruntime")
         self.choice, self.device, self._index = choice, choice.device, choice.device.index or 0
         wanted = provider(choice.backend, choice.device)
-        options = runtime.SessionOptions()
-        options.log_severity_level = 4  # what goes wrong comes as an exception
+        options = exact_options()
         options.add_session_config_entry("session.disable_prepacking", "1")
         names: list[str] = [wanted]
         if choice.backend == ONNXRUNTIME_TENSORRT:

@@ -15,6 +15,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.onnx.assemble import ROWS
 from ppcl_fx.export.runtime.input_adapter import InputAdapter
+from ppcl_fx.export.runtime.quantised_layers import STORED, put_quantised
 from ppcl_fx.export.runtime.sessions import TYPES, SessionChoice
 from ppcl_fx.export.store.weight_source import state
 from ppcl_fx.export.tensorrt.request import load_onnx
@@ -36,7 +37,9 @@ class TorchSession:
         lowered = lower(adapter.gm)
         # A copy: the mixtures of other ratios share the modules, and those stay on the meta device.
         self.graph, self.inputs = copy.deepcopy(copy_graph_module(lowered.graph)), lowered.inputs
-        _fill(self.graph, _joined(dict(_weights(choice.file, shared))), choice, shared)
+        weights = _joined(dict(_weights(choice.file, shared)))
+        put_quantised(self.graph, choice.file, weights, lambda tensor: _placed(tensor, choice.device, shared))
+        _fill(self.graph, weights, choice, shared)
         self.graph.eval()
 
     def run(self, feeds: Mapping[str, torch.Tensor], sizes: Mapping[str, int], profile: int) -> torch.Tensor:
@@ -58,7 +61,8 @@ def _weights(file: Path, shared: dict[Any, torch.Tensor]) -> Iterator[tuple[str,
     outside = need("onnx_ir").ExternalTensor
     for name, value in load_onnx(file).graph.initializers.items():
         const = value.const_value
-        dtype = TYPES.get(const.dtype.name.lower())
+        kind, shape = const.dtype.name.lower(), tuple(const.shape)
+        dtype = TYPES.get(kind) or STORED.get(kind)
         if dtype is None:
             continue
         if isinstance(const, outside):
@@ -66,7 +70,7 @@ def _weights(file: Path, shared: dict[Any, torch.Tensor]) -> Iterator[tuple[str,
         else:
             data = torch.frombuffer(bytearray(const.tobytes() or b"\0"), dtype=torch.uint8)[: const.nbytes]
         aligned = data.storage_offset() % dtype.itemsize == 0
-        yield name, (data if aligned else data.clone()).view(dtype).view(tuple(const.shape))
+        yield name, (data if aligned else data.clone()).view(dtype).view((*shape[:-1], -1) if kind in STORED else shape)
 
 
 def _joined(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

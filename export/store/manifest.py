@@ -64,6 +64,29 @@ class HalfPrecision(Record):
     largest_value: float | None
 
 
+class QuantisedWeights(Record):
+    """What is known of the weights of a file that are stored in few bits.
+
+    Attributes:
+        weights: the type of a stored value: int8, int4 or fp8.
+        block: weights of a row that share a scale; None for a whole row.
+        layers: linear layers whose weights are stored so.
+        kept: of the file's other linear layers, by parameter name, why they are not.
+        calls: recorded calls that the rounding was made for.
+        added_error: relative error of the output on recorded calls to that of the model as it was, the largest of all;
+            it is the reference for everything else in the manifest that has these weights.
+        bytes: of all weights of the file, in its store.
+    """
+
+    weights: Literal["int8", "int4", "fp8"]
+    block: int | None
+    layers: int
+    kept: dict[str, str]
+    calls: int
+    added_error: float
+    bytes: int
+
+
 class FileManifest(Record):
     """What the manifests of graphs and of engines have in common: the name of the file, the type of most weights, the
     share of the teacher's parameters asked for, the ids of the edits that are plugged, and the plan they come from.
@@ -96,6 +119,7 @@ class Manifest(FileManifest, Sealed):
         latency_ms: median time of a run in onnxruntime, on the CPU, at the traced shape; None where unchecked or in
             half precision, for which onnxruntime has few kernels there.
         half: what is known of the rounding; None where the file is in float32 or unchecked.
+        quantised: what is known of weights in few bits; None where there are none.
         gate: what was compared beyond the shapes, and what was not; None in a manifest of version 2, which had none.
         made: versions and passes.
     """
@@ -117,5 +141,6 @@ class Manifest(FileManifest, Sealed):
     tolerance: float
     latency_ms: float | None
     half: HalfPrecision | None = None
+    quantised: QuantisedWeights | None = None
     gate: Gate | None = None
     made: dict[str, JsonValue]

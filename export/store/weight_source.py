@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -17,6 +17,8 @@ from ppcl_fx.io.shards import Form, Shards, Stored, form_bytes, stored_tensors
 from ppcl_fx.model.pluggable import PluggableModel, load
 from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder
 from ppcl_fx.passes.lowering.narrow import rows_of
+from ppcl_fx.passes.quantisation.quantise import Quantised
+from ppcl_fx.passes.quantisation.schemes import QuantisedWeight, Scheme
 from ppcl_fx.schema.measured_effects import EFFECTS, load_effects
 
 
@@ -34,7 +36,8 @@ class WeightSource:
     """Where the weights of a model are.
 
     The state dict of `root` has the names; its tensors may be on the meta device. `read` gives a tensor, and `release`
-    lets go of open files. A model that is in memory alone has no ranges and no folder.
+    lets go of open files. A model that is in memory alone has no ranges and no folder. Weights that are `quantised` are
+    stored under two names, `values_name` and `scales_name`, and not under their own.
     """
 
     root: nn.Module
@@ -42,6 +45,7 @@ class WeightSource:
     release: Callable[[], None] = lambda: None
     ranges: Mapping[str, Stored] = field(default_factory=dict)
     folder: Path | None = None
+    quantised: Quantised | None = None
 
     @classmethod
     def memory(cls, root: nn.Module) -> WeightSource:
@@ -54,12 +58,59 @@ class WeightSource:
         ranges = {**opened.teacher.shards.stored, **opened.students.stored}
         return cls(root, opened.read, opened.release, ranges, opened.folder)
 
+    def with_quantised(self, quantised: Quantised) -> WeightSource:
+        """Return the source with some weights in few bits; all of it is to be stored anew."""
+        taken: list[tuple[str, QuantisedWeight]] = []
+
+        def read(name: str) -> Tensor:
+            whole, _, _ = name.rpartition("/")
+            if whole not in quantised:
+                return self.read(name)
+            if not taken or taken[0][0] != whole:
+                taken[:] = [(whole, quantised[whole])]
+            weight = taken[0][1]
+            return weight.packed() if name == values_name(whole) else weight.scales.to(quantised.scheme.scale)
+
+        def release() -> None:
+            taken.clear()
+            self.release()
+
+        return replace(self, read=read, release=release, ranges={}, quantised=quantised)
+
     def forms(self, dtype: torch.dtype | None) -> dict[str, Form]:
-        """Return dtype and shape of each tensor, floating-point ones in `dtype` where it is given."""
-        return {
-            name: (dtype if dtype is not None and t.is_floating_point() else t.dtype, tuple(t.shape))
-            for name, t in self.root.state_dict().items()
-        }
+        """Return dtype and shape of each stored tensor, floating-point ones in `dtype` where it is given."""
+        found: dict[str, Form] = {}
+        for name, tensor in self.root.state_dict().items():
+            shape = tuple(tensor.shape)
+            if self.quantised is not None and name in self.quantised:
+                forms = self.quantised.scheme.forms(shape)
+                found |= dict(zip(self.stored_as(name), forms, strict=True))
+            else:
+                found[name] = (dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, shape)
+        return found
+
+    def stored_as(self, name: str) -> tuple[str, ...]:
+        """Return the names under which a tensor is stored."""
+        few = self.quantised is not None and name in self.quantised
+        return (values_name(name), scales_name(name)) if few else (name,)
+
+    def in_few_bits(self, pieces: Sequence[WeightPiece]) -> bool:
+        """Tell whether the weight of these pieces is in few bits."""
+        few = self.quantised
+        return few is not None and bool(pieces) and all(piece.name in few for piece in pieces)
+
+    def quantised_inputs(self, pieces: Sequence[WeightPiece]) -> tuple[Scheme, float] | None:
+        """Return how the inputs of the weight of these pieces are stored, and their scale; None where they are not."""
+        if self.quantised is None or not self.in_few_bits(pieces) or pieces[0].name not in self.quantised.inputs:
+            return None
+        return self.quantised.scheme, self.quantised.inputs[pieces[0].name]
+
+    def quantised_pieces(self, pieces: Sequence[WeightPiece]) -> list[QuantisedWeight] | None:
+        """Return the rows that the pieces of a weight are, in few bits; None where the weight stays as it is."""
+        if not self.in_few_bits(pieces):
+            return None
+        assert self.quantised is not None
+        return [self.quantised[piece.name].rows(*rows_in(piece)) for piece in pieces]
 
     def pieces(self, graph: nn.Module) -> dict[str, tuple[WeightPiece, ...]]:
         """Return what each parameter and buffer of a mixture is made of; one that no file holds is left out.
@@ -79,6 +130,23 @@ class WeightSource:
             if all(parts):
                 found[path] = tuple(part for part in parts if part is not None)
         return found
+
+
+def values_name(name: str) -> str:
+    """Return what the packed values of a weight are called where it is stored in few bits."""
+    return f"{name}/values"
+
+
+def scales_name(name: str) -> str:
+    """Return what its scales are called."""
+    return f"{name}/scales"
+
+
+def rows_in(piece: WeightPiece) -> tuple[int, int]:
+    """Return the first row and the number of rows of a piece of a weight ``[rows, columns]``."""
+    rows, columns = piece.shape
+    assert piece.first % columns == 0, piece
+    return piece.first // columns, rows
 
 
 def state(graph: nn.Module) -> dict[str, Tensor]:

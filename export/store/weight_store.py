@@ -49,6 +49,12 @@ class Store:
         where = self.ranges[piece.name]
         return self.name(where.file), where.offset + piece.first * where.dtype.itemsize, where.dtype
 
+    def place_of_rows(self, name: str, first: int, count: int) -> tuple[str, int, int]:
+        """Return the file of some rows of a stored tensor, their first byte there, and how many bytes they are."""
+        where = self.ranges[name]
+        row = where.nbytes // where.shape[0]
+        return self.name(where.file), where.offset + first * row, count * row
+
     def name(self, file: Path) -> str:
         """Return what graphs call a file: its path within the folder, with slashes."""
         return file.relative_to(self.folder).as_posix()
@@ -152,7 +158,9 @@ def stored(
             for name, form in others.items():
                 sizes[form[0]] += form_bytes({name: form})
             main = dtype or sizes.most_common(1)[0][0]  # the dtype of most bytes
-            target = root / WEIGHTS / f"{str(main).removeprefix('torch.')}.safetensors"
+            few = source.quantised
+            kind = few.scheme.weights if few is not None else str(main).removeprefix("torch.")
+            target = root / WEIGHTS / f"{kind}.safetensors"
             made.ranges.update(stored_tensors(made.publish(target, partial(_convert, source, others))))
         made.ranges.update(
             {name: replace(at, file=targets[at.file]) for name, at in there.items() if at.file in targets}

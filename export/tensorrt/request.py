@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from ppcl_fx.export.store.manifest import Port
 
 REQUEST = "build.json"
+FEW_BITS = ("int4", "int8", "float8e4m3fn")
+"""Types that weights are stored in and layers do not compute in."""
 
 
 def find_graphs(folder: Path) -> dict[str, Path]:
@@ -79,7 +81,8 @@ def read_graph(onnx: Path) -> GraphFile:
     tensors = [value.const_value for value in graph.initializers.values()]
     counts: Counter[str] = Counter()
     for tensor in tensors:
-        counts[tensor.dtype.name.lower()] += tensor.size
+        if tensor.dtype.name.lower() not in FEW_BITS:
+            counts[tensor.dtype.name.lower()] += tensor.size
     outside = [tensor for tensor in tensors if isinstance(tensor, need("onnx_ir").ExternalTensor)]
     weights = tuple(dict.fromkeys(str(tensor.location) for tensor in outside))
     for name in weights:

@@ -21,13 +21,21 @@ def session(path: str | Path, threads: int = 0) -> Any:
         PpclError: onnxruntime is missing, or does not take the file.
     """
     runtime = need("onnxruntime")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong comes as an exception
+    options = exact_options()
     options.intra_op_num_threads = threads
     try:
         return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except runtime_errors() as error:
         raise PpclError(f"{path}: onnxruntime does not take it ({one_line(error)}); export the model again") from error
+
+
+def exact_options() -> Any:
+    """Return onnxruntime's options for a session that computes in the types of its file."""
+    options = need("onnxruntime").SessionOptions()
+    options.log_severity_level = 4  # what goes wrong comes as an exception
+    # Else it makes integer products of those with weights in few bits, and refuses its own where they are FP8.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    return options
 
 
 def runtime_errors() -> tuple[type[Exception], ...]:

@@ -16,7 +16,7 @@ from ppcl_fx.cli.flags import flagged, typed_error
 from ppcl_fx.cli.options import Overwrite, Recorded
 from ppcl_fx.cli.terminal import Terminal
 from ppcl_fx.errors import OptionError, PpclError
-from ppcl_fx.export.config import FOLDERS, KEEPS, ExportConfig
+from ppcl_fx.export.config import FOLDERS, KEEPS, ROUNDED_FOR_CALLS, ExportConfig
 from ppcl_fx.export.tensorrt.request import BuildConfig
 from ppcl_fx.io.options import MOST, MOST_STEPS
 from ppcl_fx.io.owned_folders import PRUNED_RATIOS, SAVED
@@ -148,6 +148,8 @@ def _check_uses(
         if value is not None and pipeline is None:
             raise PpclError(f"{name}: a sampling run needs the teacher's pipeline; give --pipeline MODEL")
     if calls is None:
+        if config.weights != "stored":
+            raise PpclError(f"--weights {config.weights}: {ROUNDED_FOR_CALLS}")
         common.refuse(config, ["check_calls"], "there are no recorded calls; give --calls, or leave it out")
     if pipeline is None:
         common.refuse(config, ["sampling_tolerance"], "there is no sampling run; give --pipeline, or leave it out")

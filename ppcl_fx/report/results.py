@@ -92,7 +92,7 @@ def ratios_view(ratios: Sequence[Ratio]) -> dict[str, Any]:
     if len(sized) < 2:
         return view
     tuned = [r for r in sized if r.get("finetuned")]
-    plain = [r for r in sized if not r.get("finetuned")]
+    plain = [r for r in sized if not r.get("finetuned") and r.get("weights", "stored") == "stored"]
 
     def shares(rows: Sequence[Ratio]) -> list[float]:
         return [100 * row["params"] / whole for row in rows]
