@@ -53,6 +53,11 @@ class ExportConfig(Config):
         "than they are stored in costs one converted copy of them. 'fp16' needs --calls, and is refused where they "
         "come near its range",
     )
+    attention: Annotated[Literal["auto", "primitive"], Flag(metavar="NAME")] = Field(
+        "auto",
+        description="'auto' for the operator Attention, which engines fuse where they have a kernel and take apart "
+        "where not; 'primitive' for products and a softmax, for runtimes that do not know that operator",
+    )
     embed: bool = Field(False, description="write ordinary files that hold their weights, a copy for each share")
     memory_limit: Bytes = Field(
         12 * 2**30,
@@ -94,7 +99,7 @@ class ExportConfig(Config):
         if self.format in FOLDERS:
             compared = "model folders are not compared with PyTorch; leave it out, or export onnx"
             other = f"not for --format {self.format}; leave it out"
-            for name in self.given((*COMPARING, "dtype", "embed", "memory_limit")):
+            for name in self.given((*COMPARING, "dtype", "attention", "embed", "memory_limit")):
                 raise ValueError(f"{flag_of(ExportConfig, name)}: {compared if name in COMPARING else other}")
         check_spec(self.build.spec)
         return self

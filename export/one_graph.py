@@ -137,7 +137,7 @@ class GraphExport:
         final, embed = mixture.path, self.store is None
         own = embed and not weightless(mixture.gm)  # the graph holds its weights
         initial = None if own else initializers(self.weights, self.weights.pieces(mixture.gm), self.store)
-        made = translated(prepared, self.job.known, initial)
+        made = translated(prepared, self.job.known, initial, self.job.config.attention)
         with beside(final, embed=embed) as path:
             data = save(made, path, embed=embed)
             self.job.step()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.kernels import let_take_apart
 from ppcl_fx.export.store.manifest import mark_of
 from ppcl_fx.export.store.names import engine_manifest_path
 from ppcl_fx.export.tensorrt.manifest import EngineManifest
@@ -150,6 +151,7 @@ def _build(
         count = api.get("OnnxParser.num_errors", parser)
         errors = (api.call("OnnxParser.get_error", parser, index=index) for index in range(count))
         raise PpclError(f"{onnx}: TensorRT's parser refuses it ({errors_of(api, errors)}); the ONNX file stays")
+    let_take_apart(api, network)
     config = api.call("Builder.create_builder_config", builder)
     configure(api, config, options)
     for ranges in shapes:
