@@ -45,7 +45,7 @@ class PositionsAsInputs(Pass, name="positions-as-inputs", kind="rewrite", numeri
             them.
     """
 
-    form: Form = "tables"
+    form: Literal["tables", "nodes"] = "tables"
 
     def requires(self, gm: GraphModule) -> None:
         if isinstance(gm.graph._codegen, _PyTreeCodeGen):

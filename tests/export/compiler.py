@@ -117,9 +117,15 @@ def page(table: Mapping[str, Any]) -> str:
     """Return the table as Markdown."""
     lines = ["| type | " + " | ".join(map(str, HEADS)) + " |", "| --- |" + " --- |" * len(HEADS)]
     for kind, sizes in table["fused"].items():
-        cells = ["all" if len(on) == len(CARDS) else ", ".join(on) or "none" for on in sizes.values()]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+        lines.append(f"| {kind} | " + " | ".join(map(_cards, sizes.values())) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cards(on: list[str]) -> str:
+    """Say which cards have a kernel: mostly all from one on."""
+    if on == list(CARDS)[-len(on) :]:
+        return "all" if len(on) == len(CARDS) else f"from {on[0]}"
+    return ", ".join(on) or "none"
 
 
 def main() -> None:
