@@ -108,7 +108,7 @@ def test_cosines_and_sines_are_told_apart() -> None:
     gm = toy(rotated, x=torch.ones(2, 5, 4), tokens=5)
     expected = rotated(torch.ones(2, 5, 4), 5)
     assert PositionsAsInputs()(gm).modified
-    assert [n.target for n in gm.graph.find_nodes(op="placeholder")] == ["x", "rotary_cos", "rotary_sin", "positions"]
+    assert [n.target for n in gm.graph.find_nodes(op="placeholder")] == ["x", "positions", "rotary_cos", "rotary_sin"]
     call = {"x": torch.ones(2, 5, 4), "tokens": 5}
     gm.recompile()
     assert torch.equal(gm(x=call["x"], **tables(gm, call)), expected)
