@@ -74,6 +74,11 @@ class ExportConfig(Config):
         description="largest relative error of the output on the recorded calls that --weights may add; the layers "
         "that lose most stay as they are",
     )
+    attention: Annotated[Literal["auto", "primitive"], Flag(metavar="NAME")] = Field(
+        "auto",
+        description="'auto' for the operator Attention, which engines fuse where they have a kernel and take apart "
+        "where not; 'primitive' for products and a softmax, for runtimes that do not know that operator",
+    )
     embed: bool = Field(False, description="write ordinary files that hold their weights, a copy for each share")
     memory_limit: Bytes = Field(
         12 * 2**30,
@@ -122,7 +127,7 @@ class ExportConfig(Config):
         if self.format in FOLDERS:
             compared = "model folders are not compared with PyTorch; leave it out, or export onnx"
             other = f"not for --format {self.format}; leave it out"
-            for name in self.given((*COMPARING, "dtype", "weights", "embed", "memory_limit")):
+            for name in self.given((*COMPARING, "dtype", "weights", "attention", "embed", "memory_limit")):
                 raise ValueError(f"{flag_of(ExportConfig, name)}: {compared if name in COMPARING else other}")
         check_spec(self.build.spec)
         self.build.options.check(self.library)

@@ -149,7 +149,7 @@ class GraphExport:
         final, embed = mixture.path, self.store is None
         own = embed and not weightless(mixture.gm) and self.rounding is None  # the graph holds its weights
         initial = None if own else initializers(self.weights, self.weights.pieces(mixture.gm), self.store)
-        made = translated(prepared, self.job.known, initial)
+        made = translated(prepared, self.job.known, initial, self.job.config.attention)
         few = None
         if self.rounding is not None:
             few = self.rounding.described(mixture.gm, weights_in(made), weight_bytes(made))

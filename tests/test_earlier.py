@@ -63,9 +63,10 @@ def test_calls_analysis_and_plan_are_read(earlier: Path) -> None:
     torch.testing.assert_close(now, then)
 
 
-def test_students_give_what_their_engines_give(earlier: Path) -> None:
+@pytest.mark.parametrize("backend", ["onnxruntime", "torch"])
+def test_students_give_what_their_engines_give(backend: str, earlier: Path) -> None:
     kwargs = ppcl_fx.Calls.open(earlier / "run" / "calls")[0].kwargs
-    model, engines = ppcl_fx.load(earlier / "trained"), ppcl_fx.EngineTransformer(earlier / "engines")
+    model, engines = ppcl_fx.load(earlier / "trained"), ppcl_fx.EngineTransformer(earlier / "engines", backend=backend)
     for keep in (1.0, 0.7):
         with torch.no_grad():
             wanted, found = model.plug(keep=keep)(**kwargs)[0], engines.plug(keep=keep)(**kwargs)[0]

@@ -13,6 +13,7 @@ from torch import nn
 from torch.fx import GraphModule, Node
 
 from ppcl_fx.export.fusing.values import SMALL
+from ppcl_fx.export.onnx.attention import AttentionForm, plain_masks
 from ppcl_fx.export.onnx.graph_run import Seen
 from ppcl_fx.export.onnx.quantised import PackedRows, packed_rows, store_inputs
 from ppcl_fx.export.onnx.segments import GraphSegment, Translations, segments, structure
@@ -109,7 +110,11 @@ class Shapes:
 
 
 def stitch(
-    gm: GraphModule, shapes: Shapes, known: Translations, initial: Initial = held
+    gm: GraphModule,
+    shapes: Shapes,
+    known: Translations,
+    initial: Initial = held,
+    attention: AttentionForm = "auto",
 ) -> ir.Model:
     """Translate a lowered graph into one ONNX model, segment by segment.
 
@@ -118,6 +123,7 @@ def stitch(
         shapes: the shapes of its tensors.
         known: translations to use again; new ones are added.
         initial: gives what holds the values of each parameter.
+        attention: how attention is written.
     """
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="transformer")
     values: dict[Node, ir.Value] = {}
@@ -127,7 +133,7 @@ def stitch(
             graph.inputs.append(values[node])
     weights = Initializers(gm, graph, initial)
     for number, segment in enumerate(segments(gm)):
-        _add(segment, number, graph, values, weights, _translated(segment, shapes, known))
+        _add(segment, number, graph, values, weights, _translated(segment, shapes, known, attention))
     store_inputs(graph, weights.input_scales)
     for index, node in enumerate(gm.graph.output_node().all_input_nodes):
         value = values[node]
@@ -138,17 +144,19 @@ def stitch(
     return ir.Model(graph, ir_version=IR_VERSION, producer_name="ppcl-fx")
 
 
-def _translated(segment: GraphSegment, shapes: Shapes, known: Translations) -> ir.Graph:
+def _translated(
+    segment: GraphSegment, shapes: Shapes, known: Translations, attention: AttentionForm
+) -> ir.Graph:
     changing = [shapes.changing(n) for n in segment.inputs]
     seen = [shapes.base[n] for n in segment.inputs]
     described = [f"{dtype} {size} {dims}" for (size, dtype), dims in zip(seen, changing, strict=True)]
-    key = structure(segment, described)
+    key = structure(segment, [*described, attention])
     if key in known.graphs:
         known.reused += 1
         return known.graphs[key]
     # Values do not matter, and memory that nobody writes to costs nothing.
-    graph = translate(segment, [torch.empty(size, dtype=dtype) for size, dtype in seen], changing)
-    widen_masks(graph)
+    graph = translate(segment, [torch.empty(size, dtype=dtype) for size, dtype in seen], changing, attention)
+    plain_masks(graph)
     known.graphs[key] = graph
     known.made += 1
     return graph
@@ -246,24 +254,3 @@ class Initializers:
             self.constants[key] = ir.Value(name=name, const_value=tensor, shape=value.shape, type=value.type)
             self.graph.register_initializer(self.constants[key])
         return self.constants[key]
-
-
-def widen_masks(graph: ir.Graph) -> int:
-    """Stretch the mask of every ``Attention`` over its queries; return how many there were.
-
-    ``[batch, 1, 1, keys]`` becomes ``[batch, 1, queries, keys]``; a mask of full size stays what it is.
-    """
-    found = [n for n in graph if n.op_type == "Attention" and len(n.inputs) > 3 and n.inputs[3] is not None]
-    for number, node in enumerate(found):
-        tape = ir.tape.Tape()
-        ones = tape.op("Constant", [], {"value_ints": [1, 1]}, name=f"mask_ones_{number}")
-        one = tape.op("Constant", [], {"value_ints": [1]}, name=f"mask_one_{number}")
-        # Queries are [batch, heads, tokens, channels] here: PyTorch's exporter never writes the 3-D form.
-        count = tape.op("Shape", [node.inputs[0]], {"start": 2, "end": 3}, name=f"mask_queries_{number}")
-        shape = tape.op("Concat", [ones, count, one], {"axis": 0}, name=f"mask_shape_{number}")
-        wide = tape.op("Expand", [node.inputs[3], shape], name=f"mask_wide_{number}")
-        for step in tape.nodes:
-            step.outputs[0].name = f"{step.name}_out"
-        graph.insert_before(node, tape.nodes)
-        node.replace_input_with(3, wide)
-    return len(found)

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import log_from
+from ppcl_fx.export.onnx.attention import AttentionForm, in_primitives
 from ppcl_fx.export.onnx.segments import GraphSegment
 from ppcl_fx.export.store.weight_source import state
 
@@ -81,13 +82,19 @@ class _WithWeightsAsInputs(nn.Module):
             return functional_call(segment.graph, weights, tensors[:split])
 
 
-def translate(segment: GraphSegment, inputs: list[torch.Tensor], changing: list[tuple[int, ...]]) -> ir.Graph:
+def translate(
+    segment: GraphSegment,
+    inputs: list[torch.Tensor],
+    changing: list[tuple[int, ...]],
+    attention: AttentionForm = "auto",
+) -> ir.Graph:
     """Translate a segment with PyTorch's exporter.
 
     Args:
         segment: the segment.
         inputs: an example for each of its inputs; values do not matter.
         changing: for each input, its dimensions whose size must stay open.
+        attention: how attention is written.
 
     Returns:
         A graph whose inputs are the segment's inputs, then its parameters, in the segment's order.
@@ -100,12 +107,20 @@ def translate(segment: GraphSegment, inputs: list[torch.Tensor], changing: list[
     weights = [torch.empty(own[name].shape, dtype=own[name].dtype) for name in segment.parameters]
     dims: list[Any] = [dict.fromkeys(dims, Dim.DYNAMIC) or None for dims in changing]
     module = _WithWeightsAsInputs(segment).eval()
+    own_ways: dict[Any, Any] = {torch.ops.aten.scaled_dot_product_attention.default: in_primitives}
     try:
         with _quiet(), torch.no_grad():
             program = torch.export.export(
                 module, (*inputs, *weights), dynamic_shapes=((*dims, *[None] * len(weights)),), strict=False
             )
-            exported = torch.onnx.export(program, dynamo=True, opset_version=OPSET, verbose=False, optimize=True)
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                optimize=True,
+                custom_translation_table=own_ways if attention == "primitive" else None,
+            )
     except (torch.onnx.errors.OnnxExporterError, RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         raise PpclError(
             f"PyTorch cannot export {segment.name} to ONNX: {_first_line(error)}; run with -v for more, "

@@ -28,6 +28,7 @@ from ppcl_fx.tracing import bind
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
     from ppcl_fx.export.onnx.assemble import Initial
+    from ppcl_fx.export.onnx.attention import AttentionForm
     from ppcl_fx.export.onnx.segments import Translations
 
 LARGE = 1 << 30
@@ -168,13 +169,16 @@ def _without_ones(
     return example, chosen
 
 
-def translated(prepared: Prepared, known: Translations, initial: Initial | None = None) -> Any:
+def translated(
+    prepared: Prepared, known: Translations, initial: Initial | None = None, attention: AttentionForm = "auto"
+) -> Any:
     """Translate a prepared graph into an `onnx_ir.Model`, and fuse what engines have one kernel for.
 
     Args:
         prepared: the graph.
         known: shared by the graphs of one model.
         initial: gives what holds the values of each parameter; by default the parameters themselves.
+        attention: how attention is written.
 
     Raises:
         PpclError: a library is missing, or a part of the graph cannot be translated.
@@ -185,7 +189,7 @@ def translated(prepared: Prepared, known: Translations, initial: Initial | None 
 
     lowered, calls = prepared.lowered, prepared.calls
     others = {axis.name: _seen(lowered, calls[f"{axis.name}={axis.other}"]) for axis in prepared.axes}
-    model = stitch(lowered.graph, Shapes(_seen(lowered, calls["traced"]), others), known, initial or held)
+    model = stitch(lowered.graph, Shapes(_seen(lowered, calls["traced"]), others), known, initial or held, attention)
     fuse(model)
     return model
 

@@ -67,7 +67,7 @@ class EngineTransformer(PipelineFace):
         self._device = device_of(device)
         self._sessions = Sessions()
         # A plain dictionary, so that torch does not take graphs without weights for submodules: type -> graph, and
-        # (type, students) -> input adapter.
+        # (type, students, position inputs) -> input adapter.
         self.__dict__["_traced"] = {}
         self._choice = self._chosen(self.keeps[0] if keep is None else keep, self._device)
         self.eval()
@@ -208,11 +208,12 @@ class EngineTransformer(PipelineFace):
 
     def _adapter(self) -> InputAdapter:
         made: dict[Any, Any] = self.__dict__["_traced"]
-        key = (self.dtype, self.students)
+        positions = self._choice.artefact.manifest.positions
+        key = (self.dtype, self.students, *positions)
         if key not in made:
             if self.dtype not in made:
                 manifests = [one.manifest for one in self._found.values()]
                 made[self.dtype] = pluggable_graph(self._spec, self.dtype, self.folder, manifests)
-            made[key] = InputAdapter(made[self.dtype], self.students)
+            made[key] = InputAdapter(made[self.dtype], self.students, positions)
         adapter: InputAdapter = made[key]
         return adapter

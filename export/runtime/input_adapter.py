@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ppcl_fx.ir.graphs import draft
 from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.passes.contract import Pipeline
 from ppcl_fx.passes.edits.plug import plugged
-from ppcl_fx.passes.lowering.positions import POSITIONS, PositionsAsInputs, looks_only
+from ppcl_fx.passes.lowering.positions import POSITIONS, Form, PositionsAsInputs, looks_only
 from ppcl_fx.passes.lowering.tuples_apart import TuplesApart
 from ppcl_fx.tracing import bind, with_rows
 
@@ -25,16 +25,35 @@ REMEMBERED = 8
 
 
 class InputAdapter:
-    """Takes a pipeline's call and gives an exported graph's inputs; `gm` is the mixture, on the meta device."""
+    """Takes a pipeline's call and gives an exported graph's inputs; `gm` is the mixture, on the meta device.
 
-    def __init__(self, graph: GraphModule, students: Sequence[str]) -> None:
+    Args:
+        graph: the pluggable graph.
+        students: the ids of the edits that are plugged.
+        positions: the position inputs of the exported graph, as its manifest has them.
+
+    Attributes:
+        form: how those inputs are cut and named (`PositionsAsInputs`): ``nodes`` in files of earlier versions.
+
+    Raises:
+        PpclError: the model's positions cannot become inputs.
+    """
+
+    def __init__(self, graph: GraphModule, students: Sequence[str], positions: Collection[str] = ()) -> None:
         self.gm = plugged(graph, frozenset(students))
-        result = Pipeline((TuplesApart(), PositionsAsInputs()))(draft(self.gm))
+        self.form: Form = "tables"
+        self._maker = self._made()
+        if not {*positions} <= {*(self._maker.names if self._maker else ())}:
+            self.form = "nodes"
+            self._maker = self._made()
+        self._known: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+
+    def _made(self) -> SizesOnly | None:
+        result = Pipeline((TuplesApart(), PositionsAsInputs(self.form)))(draft(self.gm))
         if result.refused:
             raise PpclError(f"the model's positions cannot become inputs: {result.refused[0].reason}; export again")
         parted = result.graph_module
-        self._maker = SizesOnly(parted) if POSITIONS in parted.meta else None
-        self._known: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
+        return SizesOnly(parted) if POSITIONS in parted.meta else None
 
     def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Return a call's arguments by the names of the graph's inputs; `GuardError` where it has others."""
@@ -76,14 +95,14 @@ class SizesOnly(Interpreter):
         self.extra_traceback = False
         self._inputs = [n for n in positions.graph.nodes if n.op == "placeholder"]
         taken = {n.target for n in self._inputs}
-        self._names = [str(n.target) for n in parted.graph.nodes if n.op == "placeholder" and n.target not in taken]
+        self.names = [str(n.target) for n in parted.graph.nodes if n.op == "placeholder" and n.target not in taken]
         self._of_values = _of_values(positions.graph.nodes)
 
     def tables(self, kwargs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the tables by name, for the arguments of the graph as it was before."""
         with torch.no_grad():
             found = self.run(*(stand_in(kwargs.get(str(n.target))) for n in self._inputs))
-        return dict(zip(self._names, found, strict=True))
+        return dict(zip(self.names, found, strict=True))
 
     def run_node(self, n: Node) -> Any:
         """Run one node; one that works on values runs on the meta device."""

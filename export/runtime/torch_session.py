@@ -34,7 +34,7 @@ class TorchSession:
 
     def __init__(self, choice: SessionChoice, adapter: InputAdapter, shared: dict[Any, torch.Tensor]) -> None:
         self.choice = choice
-        lowered = lower(adapter.gm)
+        lowered = lower(adapter.gm, adapter.form)
         # A copy: the mixtures of other ratios share the modules, and those stay on the meta device.
         self.graph, self.inputs = copy.deepcopy(copy_graph_module(lowered.graph)), lowered.inputs
         weights = _joined(dict(_weights(choice.file, shared)))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.kernels import let_take_apart
 from ppcl_fx.export.tensorrt.monitor import Messages, Monitor
 from ppcl_fx.export.tensorrt.options import PORTABLE, BuildOptions
 from ppcl_fx.export.tensorrt_api import Api, Kind, errors_of
@@ -92,6 +93,7 @@ def compile_graph(api: Api, job: Job, monitor: Monitor, messages: Messages) -> C
         count = api.get("OnnxParser.num_errors", parser)
         errors = (api.call("OnnxParser.get_error", parser, index=index) for index in range(count))
         raise PpclError(f"{onnx}: {api.name}'s parser refuses it ({errors_of(api, errors)}); the ONNX file stays")
+    let_take_apart(api, network)
     layers = int(api.get("INetworkDefinition.num_layers", network))
     config = api.call("Builder.create_builder_config", builder)
     configure(api, config, job.options)

@@ -15,7 +15,7 @@ from ppcl_fx.passes.contract import Pass, Pipeline, Result
 from ppcl_fx.passes.lowering.complex_to_real import ComplexToReal
 from ppcl_fx.passes.lowering.dead_code import DeadCode
 from ppcl_fx.passes.lowering.expand import Expand
-from ppcl_fx.passes.lowering.positions import PositionsAsInputs, tables
+from ppcl_fx.passes.lowering.positions import Form, PositionsAsInputs, tables
 from ppcl_fx.passes.lowering.tuples_apart import TuplesApart
 from ppcl_fx.tracing.guards import guards
 
@@ -102,16 +102,18 @@ class Lowered:
         return {name: known[name] for name in self.inputs}
 
 
-def lower(gm: GraphModule) -> Lowered:
+def lower(gm: GraphModule, form: Form = "tables") -> Lowered:
     """Lower a copy of a graph; the weights stay shared, the original stays as it is.
 
     Args:
         gm: a traced graph in which nodes carry their examples (``node.meta["val"]``).
+        form: as `PositionsAsInputs` takes it.
 
     Raises:
         PpclError: the graph holds something that cannot leave PyTorch; the message names the nodes.
     """
-    result = LOWERING(draft(gm))
+    passes = [PositionsAsInputs(form) if isinstance(one, PositionsAsInputs) else one for one in LOWERING.passes]
+    result = Pipeline(passes)(draft(gm))
     if result.refused:
         first = result.refused[0]
         raise PpclError(

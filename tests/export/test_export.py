@@ -74,8 +74,8 @@ def test_inputs_are_open_where_sizes_change(exported: Any) -> None:
         "hidden_states": ["batch", "hidden_states_1", 16],
         "encoder_hidden_states": ["batch", "encoder_hidden_states_1", 24],
         "timestep": ["batch"],
-        "pos_embed_0": ["hidden_states_1", 8, 2],
-        "pos_embed_1": ["encoder_hidden_states_1", 8, 2],
+        "image_rotary": ["hidden_states_1", 8, 2],
+        "text_rotary": ["encoder_hidden_states_1", 8, 2],
     }
     assert {o.name: o.shape for o in running.get_outputs()} == {"sample": ["batch", "hidden_states_1", 16]}
 
@@ -85,7 +85,7 @@ def test_file_agrees_with_the_model_on_a_call_it_never_saw(exported: Any, qwen: 
     rope = models.tiny_qwen()[0].pos_embed
     image, text = rope(unseen["img_shapes"], max_txt_seq_len=11, device=torch.device("cpu"))
     feeds = {name: unseen[name] for name in ("hidden_states", "encoder_hidden_states", "timestep")}
-    feeds |= {"pos_embed_0": torch.view_as_real(image), "pos_embed_1": torch.view_as_real(text)}
+    feeds |= {"image_rotary": torch.view_as_real(image), "text_rotary": torch.view_as_real(text)}
     for ratio in exported[0].ratios:
         with torch.no_grad():
             expected = qwen.plug(students=ratio.students)(**unseen)[0]
@@ -105,7 +105,7 @@ def test_sidecar_says_how_the_file_was_made(exported: Any, qwen: PluggableModel)
         sizes = {i.name: int(torch.tensor(i.dims).prod()) for i in model.graph.initializer}
         names = {name for name, _ in qwen.graph.named_parameters(remove_duplicate=False)}
         assert sum(size for name, size in sizes.items() if name in names) == card.params_in_file
-        assert card.positions == ["pos_embed_0", "pos_embed_1"]
+        assert card.positions == ["image_rotary", "text_rotary"]
         assert card.plan is not None and card.plan.ids == qwen.edits
         assert {"positions-as-inputs", "complex-to-real", "drop-guards", "expand"} <= set(card.made["passes"])
         assert card.parity == ratio.parity

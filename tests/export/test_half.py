@@ -59,7 +59,7 @@ def test_weights_and_inputs_are_half_and_tables_and_timesteps_are_not(written: t
     model = ir.load(done.onnx)
     assert {value.name: value.dtype for value in model.graph.inputs} == {
         "hidden_states": HALF[dtype], "encoder_hidden_states": HALF[dtype], "timestep": FLOAT,
-        "pos_embed_0": FLOAT, "pos_embed_1": FLOAT,
+        "image_rotary": FLOAT, "text_rotary": FLOAT,
     }  # fmt: skip
     assert model.graph.outputs[0].dtype == HALF[dtype]
     weights = {v.dtype for n, v in model.graph.initializers.items() if "/" not in n}

@@ -55,7 +55,7 @@ def test_lowering_leaves_the_original(tiny: Tiny) -> None:
 
 def test_inputs_are_tensors_only(tiny_qwen: Tiny, tiny_flux: Tiny, tiny_sd3: Tiny) -> None:
     assert lower(trace(*tiny_qwen)).inputs == (
-        "hidden_states", "encoder_hidden_states", "timestep", "pos_embed_0", "pos_embed_1",
+        "hidden_states", "encoder_hidden_states", "timestep", "image_rotary", "text_rotary",
     )  # fmt: skip
     sd3 = ("hidden_states", "encoder_hidden_states", "pooled_projections", "timestep")
     assert lower(trace(*tiny_sd3)).inputs == sd3
@@ -68,8 +68,8 @@ def test_position_tables_are_real_views(tiny_qwen: Tiny) -> None:
     lowered = lower(gm)
     found = tables(lowered.graph, bind(gm, kwargs))
     image, text = model.pos_embed(kwargs["img_shapes"], max_txt_seq_len=5, device=torch.device("cpu"))
-    assert torch.equal(found["pos_embed_0"], torch.view_as_real(image))
-    assert torch.equal(found["pos_embed_1"], torch.view_as_real(text))
+    assert torch.equal(found["image_rotary"], torch.view_as_real(image))
+    assert torch.equal(found["text_rotary"], torch.view_as_real(text))
 
 
 def test_positions_pass_alone_is_exact_and_idempotent(tiny_qwen: Tiny) -> None:
