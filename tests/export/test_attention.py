@@ -14,6 +14,7 @@ from torch import nn
 from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, export_graph
+from ppcl_fx.export.onnx.assemble import onnx_dtype
 from ppcl_fx.export.onnx.segments import Translations
 from ppcl_fx.export.onnx.writer import floats_as, prepare, translated
 from ppcl_fx.tracing import trace
@@ -51,11 +52,11 @@ def test_softmax_of_half_precision_is_taken_in_float32(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_mask_of_truth_values_is_converted_once(dtype: torch.dtype) -> None:
+def test_a_mask_of_truth_values_becomes_one_that_is_added(dtype: torch.dtype) -> None:
     counts, graph = written("masked", "auto", dtype)
-    assert (counts["Attention"], counts["Where"]) == (ATTENTIONS["masked"], 1)
-    masks = {node.inputs[3] for node in graph.graph if node.op_type == "Attention"}
-    assert len(masks) == 1
+    assert (counts["Attention"], counts["Where"]) == (ATTENTIONS["masked"], ATTENTIONS["masked"])
+    masks = [node.inputs[3] for node in graph.graph if node.op_type == "Attention"]
+    assert {mask.dtype for mask in masks if mask is not None} == {onnx_dtype(dtype)}
 
 
 def written(name: str, attention: Any, dtype: torch.dtype) -> tuple[Counter[str], ir.Model]:
@@ -66,19 +67,33 @@ def written(name: str, attention: Any, dtype: torch.dtype) -> tuple[Counter[str]
 
 
 class Attends(nn.Module):
-    def __init__(self, options: dict[str, Any]) -> None:
+    def __init__(self, options: dict[str, Any], width: int) -> None:
         super().__init__()
         self.options = options
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        heads = hidden_states.unflatten(-1, (2, -1)).transpose(1, 2)
-        return nn.functional.scaled_dot_product_attention(heads, heads, heads, **self.options).flatten(2)
+        given = (part(hidden_states) for part in (self.to_q, self.to_k, self.to_v))
+        query, key, value = (part.unflatten(-1, (2, -1)).transpose(1, 2) for part in given)
+        found = nn.functional.scaled_dot_product_attention(query, key, value, **self.options)
+        return hidden_states + found.transpose(1, 2).flatten(2)
+
+
+class Toy(nn.Module):
+    def __init__(self, options: dict[str, Any], width: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Attends(options, width)])
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return hidden_states
 
 
 @pytest.mark.parametrize("options", [{"is_causal": True}, {"dropout_p": 0.1}])
 def test_what_has_no_primitive_form_is_refused(options: dict[str, Any]) -> None:
     kwargs = {"hidden_states": torch.randn(2, 5, 8)}
-    prepared = prepare(trace(Attends(options), kwargs), kwargs, 2)
+    prepared = prepare(trace(Toy(options, 8), kwargs), kwargs, 2)
     with pytest.raises(PpclError, match="attention with dropout, a causal mask or groups of heads is not written"):
         translated(prepared, Translations(), attention="primitive")
 
@@ -87,6 +102,6 @@ def test_what_has_no_primitive_form_is_refused(options: dict[str, Any]) -> None:
 def test_scale(scale: float | None, tmp_path: Path) -> None:
     kwargs = {"hidden_states": torch.randn(2, 5, 24)}
     config = ExportConfig(attention="primitive", tolerance=3e-5, runs=1)
-    made = export_graph(trace(Attends({"scale": scale}), kwargs), tmp_path / "one.onnx", config)
+    made = export_graph(trace(Toy({"scale": scale}, 24), kwargs), tmp_path / "one.onnx", config)
     counts = Counter(node.op_type for node in ir.load(made.onnx).graph)
     assert counts["Mul"] == (1 if scale == 0.25 else 2)  # a quarter is a power of two

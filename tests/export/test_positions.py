@@ -116,7 +116,7 @@ def test_cosines_and_sines_are_told_apart() -> None:
 
 def test_what_works_in_place_is_not_shared() -> None:
     def counted(x: torch.Tensor, tokens: int) -> torch.Tensor:
-        first, second = torch.zeros(tokens, 1), torch.zeros(tokens, 1)
+        first, second = (torch.arange(tokens).float().unsqueeze(-1) for _ in range(2))
         return x + first.add_(1) + second
 
     gm = toy(counted, x=torch.ones(2, 5, 4), tokens=5)
