@@ -63,4 +63,4 @@ __all__ = [
 ]
 
 if not TYPE_CHECKING:
-    __getattr__ = lazy(__name__, {name: module for module, names in _HOME.items() for name in names})
+    __getattr__ = lazy(__name__, _HOME)

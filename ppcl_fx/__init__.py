@@ -18,6 +18,7 @@ they are first used, so that ``import ppcl_fx`` is quick and does not import tor
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from ppcl_fx._names import lazy
@@ -43,22 +44,21 @@ if TYPE_CHECKING:
 
 
 _HOME = {
-    "Calls": "ppcl_fx.calls",
-    "EngineTransformer": "ppcl_fx.export.runtime.engine",
-    "Plan": "ppcl_fx.schema.plan",
-    "PluggableModel": "ppcl_fx.model",
-    "Redundancy": "ppcl_fx.schema.analysis",
-    "Stack": "ppcl_fx.ir.stacks",
-    "analyze": "ppcl_fx.passes.analysis.analyze",
-    "load": "ppcl_fx.model",
-    "record": "ppcl_fx.calls.record",
-    "rewrite": "ppcl_fx.model.rewrite",
-    "select": "ppcl_fx.passes.selection.select",
-    "stacks": "ppcl_fx.ir.stacks",
-    "trace": "ppcl_fx.tracing",
+    "ppcl_fx.calls": ("Calls",),
+    "ppcl_fx.calls.record": ("record",),
+    "ppcl_fx.export.runtime.engine": ("EngineTransformer",),
+    "ppcl_fx.ir.stacks": ("Stack", "stacks"),
+    "ppcl_fx.model": ("PluggableModel", "load"),
+    "ppcl_fx.model.rewrite": ("rewrite",),
+    "ppcl_fx.passes.analysis.analyze": ("analyze",),
+    "ppcl_fx.passes.selection.select": ("select",),
+    "ppcl_fx.schema.analysis": ("Redundancy",),
+    "ppcl_fx.schema.plan": ("Plan",),
+    "ppcl_fx.tracing": ("trace",),
 }
+"""The names of each module."""
 
-__all__ = sorted([*_HOME, "GuardError", "PpclError", "Refusal", "__version__"])
+__all__ = sorted([*chain(*_HOME.values()), "GuardError", "PpclError", "Refusal", "__version__"])
 
 if not TYPE_CHECKING:  # a type checker sees the imports above, and reports other names
     __getattr__ = lazy(__name__, _HOME)

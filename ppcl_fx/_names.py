@@ -73,8 +73,12 @@ MOVED = {
 """Former name -> name, of modules: those that the documents of version 0.1 named, and of later ones."""
 
 
-def lazy(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a package's ``__getattr__`` (PEP 562), which imports a public name when it is first used."""
+def lazy(package: str, names: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """Return a package's ``__getattr__`` (PEP 562), which imports a public name when it is first used.
+
+    `names` has the public names of each module.
+    """
+    home = {name: module for module, inside in names.items() for name in inside}
 
     def get(name: str) -> Any:
         if name not in home:

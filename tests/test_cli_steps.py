@@ -390,8 +390,7 @@ def test_missing_and_damaged_inputs_are_refused_in_one_line(place: Place) -> Non
     bare = place.model / "transformer"
     assert "bare transformer" in place.refused("analyze", bare, "-o", x)
     assert "no such file" in place.refused("analyze", place.model, "-o", x, "--prompts", x).lower()
-    line = place.refused("rewrite", place.model, "--analysis", x / "analysis.json", "-o", x)
-    assert "no such file" in line
+    assert "no such file" in place.refused("rewrite", place.model, "--analysis", x / "analysis.json", "-o", x)
     assert "no such folder" in place.refused("train", x, "--calls", place.calls)
     assert "no such folder" in place.refused("train", place.student, "--calls", x)
     assert "no such folder" in place.refused("export", x, "-o", x / "y")

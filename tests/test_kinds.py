@@ -127,7 +127,7 @@ def test_the_shape_of_the_ones_is_told_by_all_calls() -> None:
 
 
 def test_a_recording_keeps_what_it_found(tmp_path: Path) -> None:
-    from tests.test_recording import qwen
+    from tests.small_pipelines import qwen
 
     pipeline, kwargs = qwen()
     kwargs["prompt_embeds_mask"] = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])

@@ -20,18 +20,13 @@ if TYPE_CHECKING:
     from ppcl_fx.train.run import TrainResult, train
 
 _HOME = {
-    "STAGES": "ppcl_fx.train.config",
-    "Limits": "ppcl_fx.train.config",
-    "Losses": "ppcl_fx.schema.curves",
-    "StageCurves": "ppcl_fx.schema.curves",
-    "TrainConfig": "ppcl_fx.train.config",
-    "TrainResult": "ppcl_fx.train.run",
-    "Weights": "ppcl_fx.train.config",
-    "load_finetuned": "ppcl_fx.model.student_folder",
-    "measure_effects": "ppcl_fx.train.metrics.effects",
-    "predicted_and_measured": "ppcl_fx.train.metrics.effects",
-    "train": "ppcl_fx.train.run",
+    "ppcl_fx.model.student_folder": ("load_finetuned",),
+    "ppcl_fx.schema.curves": ("Losses", "StageCurves"),
+    "ppcl_fx.train.config": ("STAGES", "Limits", "TrainConfig", "Weights"),
+    "ppcl_fx.train.metrics.effects": ("measure_effects", "predicted_and_measured"),
+    "ppcl_fx.train.run": ("TrainResult", "train"),
 }
+"""The names of each module."""
 
 __all__ = [
     "STAGES",

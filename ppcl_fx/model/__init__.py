@@ -12,4 +12,4 @@ if TYPE_CHECKING:
 __all__ = ["PluggableModel", "load"]
 
 if not TYPE_CHECKING:
-    __getattr__ = lazy(__name__, dict.fromkeys(__all__, "ppcl_fx.model.pluggable"))
+    __getattr__ = lazy(__name__, {"ppcl_fx.model.pluggable": __all__})

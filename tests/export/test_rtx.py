@@ -231,6 +231,7 @@ def test_ctrl_c_ends_the_process_and_leaves_nothing(graph: Path, monkeypatch: py
     assert files(graph.parent) == ["keep-0.7.onnx", "weights"]
 
 
+# A message that only machines without a card give.
 @pytest.mark.skipif(find_gpu() is not None, reason="with a GPU there is nothing to refuse")
 def test_the_library_runs_on_a_gpu_alone(graph: Path) -> None:
     built(graph)

@@ -93,13 +93,12 @@ TYPES: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("bf16",)
 
 @pytest.fixture(scope="module")
 def shapes() -> tuple[PluggableModel, Calls]:
-    """The shipped model with edits of every kind, and a call of it."""
+    """The shipped model with depth and feed-forward edits, and a call of it."""
     pipeline = load_pipeline()
     calls = ppcl_fx.record(pipeline, ["a red circle", "two blue squares"], num_inference_steps=1)
     edits = [
-        *(DepthEdit(stack=STACK, first=first, last=last) for first, last in ((1, 5), (6, 10))),
-        FfnEdit(stack=STACK, block=11),
-        TextStreamEdit(stack=STACK, source=12, last=15),
+        *(DepthEdit(stack=STACK, first=one, last=last) for one, last in ((1, 3), (4, 6), (7, 9), (10, 12), (13, 14))),
+        FfnEdit(stack=STACK, block=0),
     ]
     return rewrite(trace(pipeline.transformer, calls[0].kwargs), Plan(edits=edits)), calls
 
