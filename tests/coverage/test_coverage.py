@@ -6,9 +6,15 @@ import re
 
 import diffusers
 import pytest
+import torch
+from torch.fx import GraphModule
 
+from ppcl_fx.errors import PpclError
+from ppcl_fx.export import lower
+from ppcl_fx.tracing import bind, trace
 from tests.coverage.case import Case
 from tests.coverage.excluded import EXCLUDED
+from tests.coverage.exports import HALF, typed
 from tests.coverage.table import CASES, EQUAL, PAGE, measure, page
 
 pytestmark = pytest.mark.coverage
@@ -31,3 +37,25 @@ def test_every_transformer_class_of_diffusers_is_in_the_table_or_left_out_for_a_
 
 def test_the_page_is_what_the_rows_say() -> None:
     assert PAGE.read_text() == page(), "run python -m tests.coverage.table --write"
+
+
+def lowered(gm: GraphModule) -> tuple[str, list[torch.dtype | None]]:
+    """The graph that is exported, in print, with the type of each node's value; or why it cannot be."""
+    try:
+        graph = lower(gm).graph.graph
+    except PpclError as error:
+        return str(error), []
+    return str(graph), [getattr(node.meta.get("val"), "dtype", None) for node in graph.nodes]
+
+
+@pytest.mark.parametrize("name", HALF)
+@pytest.mark.parametrize("case", CASES, ids=[case.id for case in CASES])
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_loaded_in_float32_leaves_in_half_precision_as_one_that_was_loaded_so(case: Case, name: str) -> None:
+    graph, loaded, kwargs = typed(case, HALF[name])
+    wanted = trace(loaded, kwargs)
+    assert {n: p.dtype for n, p in graph.named_parameters()} == {n: p.dtype for n, p in wanted.named_parameters()}
+    assert graph.code == wanted.code
+    assert lowered(graph) == lowered(wanted)
+    with torch.no_grad():
+        assert torch.equal(graph(**bind(graph, kwargs))[0], wanted(**bind(wanted, kwargs))[0])
