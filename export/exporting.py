@@ -15,9 +15,8 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.config import ENGINES, FOLDERS, KEEPS, ExportConfig
 from ppcl_fx.export.extras import check_export
 from ppcl_fx.export.one_graph import STEPS, Exported, ExportedMixture, GraphExport, Job, write_graphs
-from ppcl_fx.export.onnx.half import largest_value
 from ppcl_fx.export.onnx.segments import Translations
-from ppcl_fx.export.onnx.writer import in_type, prepare
+from ppcl_fx.export.onnx.writer import call_of, in_type, prepare
 from ppcl_fx.export.quantising import rounded_weights
 from ppcl_fx.export.runtime.model_spec import write_model_spec
 from ppcl_fx.export.store.manifest import Manifest
@@ -34,6 +33,7 @@ from ppcl_fx.io.files import new_folder, read_json
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder
 from ppcl_fx.passes.calibration.calibration import Notify, silent
+from ppcl_fx.schema.plan import Plan
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
@@ -119,7 +119,7 @@ def export(
     keeps = config.keep or KEEPS if tuned is None else (max(round(tuned.keep, 3), 0.001),)
     paths = [graph_path(folder, ratio_name(keep)) for keep in keeps]
     check_free(paths, config.overwrite)
-    opened = Opened.of(model, config)
+    opened = _opened(model, config, calls)
     before = opened.model.students
     try:
         mixtures = []  # all can be reached, or none is begun
@@ -128,13 +128,23 @@ def export(
                 gm, students = opened.model.plug(keep=keep).graph_module(), opened.model.students
             else:
                 gm, students = tuned.graph, tuple(tuned.students)
-            mixtures.append(ExportedMixture(gm, keep, students, path, finetuned=tuned is not None))
+            typed = opened.in_type(students)
+            mixtures.append(ExportedMixture(gm, keep, students, path, finetuned=tuned is not None, typed=typed))
         done = ExportResult(folder, tuple(_write_folder(opened, mixtures, folder, job, progress)))
         if isinstance(model, FinetunedFolder) or config.format not in ENGINES:
             return done
         return _engines(model, done, job, progress)
     finally:
         opened.model.plug(students=before)
+
+
+def _opened(
+    model: PluggableModel | StudentFolder | FinetunedFolder, config: ExportConfig, calls: Calls | None
+) -> Opened:
+    """Open a model, in the type that it is to leave in."""
+    opened = Opened.of(model, config)
+    root = opened.weights.root
+    return opened.typed(in_type(root, opened.model.plan, config.torch_dtype, calls))
 
 
 def _check_tuned(tuned: FinetunedFolder, config: ExportConfig) -> None:
@@ -250,9 +260,9 @@ def export_graph(
     path.parent.mkdir(parents=True, exist_ok=True)
     job = Job(config, known or Translations(), calls, sampling)
     keep = 1.0 if origin.keep is None else origin.keep
-    largest = largest_value(gm, calls, config.torch_dtype, None)
-    mixture = ExportedMixture(gm, keep, tuple(origin.students), path, largest=largest)
-    weights = WeightSource.memory(gm)
+    typed = in_type(gm, Plan(), config.torch_dtype, calls)
+    mixture = ExportedMixture(gm, keep, tuple(origin.students), path, typed=typed).measured(calls, None)
+    weights = WeightSource.memory(gm, typed)
     with claimed(path.parent, [path]), rounded_weights(weights, {path: gm}, calls, config) as few:
         return GraphExport(job, few.source if few else weights, plan=origin.plan, rounding=few).export(mixture)
 
@@ -270,9 +280,9 @@ def write_typed(
         The sizes of the example, by the names of the open sizes.
     """
     config = job.config.model_copy(update={"dtype": "bf16", "embed": False})
-    opened = Opened.of(model, config)
+    opened = _opened(model, config, job.calls)
     graphs = [opened.model.plug(students=ratio.students).graph_module() for ratio in exported]
-    prepared = prepare(*in_type(graphs[0], job.calls, None))
+    prepared = prepare(graphs[0], *call_of(graphs[0], job.calls))
     sizes = {axis.name: axis.size for axis in prepared.axes}
     onnx, request = exported[0].onnx, config.build.request(config.library, sizes)
     for profile in request.profiles(onnx):
@@ -281,7 +291,9 @@ def write_typed(
             if reason is not None:
                 raise PpclError(f"profile {profile.name or 'of the options'}: {reason}; give another range")
     mixtures = [
-        ExportedMixture(gm, ratio.keep, ratio.students, typed_graph_path(ratio.onnx))
+        ExportedMixture(
+            gm, ratio.keep, ratio.students, typed_graph_path(ratio.onnx), typed=opened.in_type(ratio.students)
+        )
         for gm, ratio in zip(graphs, exported, strict=True)
         if job.config.dtype != "fp32" and read_json(manifest_path(ratio.onnx), Manifest).dtype == "float32"
     ]

@@ -21,7 +21,7 @@ from ppcl_fx.export.onnx.half import HALF, compare_in_float32, largest_value, ro
 from ppcl_fx.export.onnx.segments import Translations
 from ppcl_fx.export.onnx.writer import (
     Prepared,
-    in_type,
+    call_of,
     parameters_in,
     ports,
     prepare,
@@ -45,6 +45,7 @@ from ppcl_fx.io.files import sha256_of
 from ppcl_fx.ir.dtypes import main_dtype
 from ppcl_fx.ir.graphs import parameter_count
 from ppcl_fx.ir.meta import graph_info
+from ppcl_fx.model.retrace import with_weights
 from ppcl_fx.passes.lowering.expand import traced_once
 
 if TYPE_CHECKING:
@@ -90,14 +91,35 @@ class Exported:
 
 @dataclass(frozen=True)
 class ExportedMixture:
-    """A graph to export, where to, and the largest value of one in float16."""
+    """A graph to export, and where to.
+
+    Attributes:
+        gm: the graph.
+        typed: the graph in the type that it is exported in, without weights; None where that is the graph's own.
+        largest: the largest value of one in float16.
+    """
 
     gm: GraphModule
     keep: float
     students: tuple[str, ...]
     path: Path
     finetuned: bool = False
+    typed: GraphModule | None = None
     largest: float | None = None
+
+    def ready(self) -> GraphModule:
+        """Return the graph in its type, with its weights on the CPU; without where they were not read."""
+        if weightless(self.gm):
+            return self.gm if self.typed is None else self.typed
+        if self.typed is None and all(p.device.type == "cpu" for p in self.gm.parameters()):
+            return self.gm
+        return with_weights(self.gm if self.typed is None else self.typed, self.gm)
+
+    def measured(self, calls: Calls | None, unchecked: str | None) -> ExportedMixture:
+        """Return the same with its largest value, as `largest_value` finds it before anything is written."""
+        if main_dtype(self.gm if self.typed is None else self.typed) != torch.float16:
+            return self
+        return replace(self, largest=largest_value(self.ready(), calls, unchecked))
 
 
 @dataclass(frozen=True)
@@ -143,11 +165,12 @@ class GraphExport:
         from ppcl_fx.export.onnx.assemble import initializers
 
         started = time.perf_counter()
-        prepared = prepare(*in_type(mixture.gm, self.job.calls, self.job.config.torch_dtype), found=self.axes)
+        gm = mixture.ready()
+        prepared = prepare(gm, *call_of(gm, self.job.calls), found=self.axes)
         self.axes = prepared.axes
         self.job.step()
         final, embed = mixture.path, self.store is None
-        own = embed and not weightless(mixture.gm) and self.rounding is None  # the graph holds its weights
+        own = embed and not weightless(gm) and self.rounding is None  # the graph holds its weights
         initial = None if own else initializers(self.weights, self.weights.pieces(mixture.gm), self.store)
         made = translated(prepared, self.job.known, initial, self.job.config.attention)
         few = None
@@ -228,9 +251,8 @@ def write_graphs(
         axes: sizes that may change, where they are known already.
         written: called after each mixture that is there.
     """
-    dtype = job.config.torch_dtype
     # Before anything is written.
-    mixtures = [replace(m, largest=largest_value(m.gm, job.calls, dtype, opened.unchecked)) for m in mixtures]
+    mixtures = [mixture.measured(job.calls, opened.unchecked) for mixture in mixtures]
     replaced = [manifest_path(mixture.path).name for mixture in mixtures]
     typed = [manifest_path(typed_graph_path(mixture.path)).name for mixture in mixtures]
     former = weights_of(folder, [*replaced, *typed])
@@ -242,7 +264,7 @@ def write_graphs(
         needed = {name for one in used for name in weights.stored_as(one)}
         store = None
         if not job.config.embed:
-            store = stack.enter_context(stored(weights, needed, folder, dtype, replaced, job.note))
+            store = stack.enter_context(stored(weights, needed, folder, replaced, job.note))
         stack.enter_context(alike_once())
         stack.enter_context(traced_once())
         work = GraphExport(job, weights, store, opened.model.plan, opened.unchecked, axes, few)

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ppcl_fx.calls.examples import floats_as
 from ppcl_fx.calls.store import Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.config import ROUNDED_FOR_CALLS, ExportConfig
-from ppcl_fx.export.onnx.writer import floats_as
 from ppcl_fx.export.store.manifest import QuantisedWeights
 from ppcl_fx.export.store.weight_source import WeightPiece, WeightSource, weightless
 from ppcl_fx.export.verify.metrics import spread

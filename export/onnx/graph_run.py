@@ -1,7 +1,7 @@
 """Run a graph node by node: quiet when it fails, and able to remember the shapes on the way.
 
-Not the executor's run: nothing is cut or loaded here. It looks at every node, mostly without values, takes what is
-alike from other runs, and goes on after a guard that breaks.
+Not the executor's run: nothing is cut or loaded here. It looks at every node, mostly without values, and takes what
+is alike from other runs.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import nn
 from torch.fx import GraphModule, Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
-from ppcl_fx.errors import GuardError
 from ppcl_fx.export.onnx.segments import described
 from ppcl_fx.ir.executor import buffers_on_meta, on_meta
 from ppcl_fx.tracing.examples import map_tensors, signature
@@ -107,37 +106,3 @@ def run_graph(gm: GraphModule, kwargs: Mapping[str, Any]) -> tuple[Any, dict[Nod
     recorder = _Shapes(gm, _KNOWN.get() if on_meta(kwargs) else None)
     result = recorder.on(kwargs)
     return (result[0] if isinstance(result, (tuple, list)) else result), recorder.seen
-
-
-class _ExampleRefresher(GraphRun):
-    """Notes on each node what its value looks like, as a trace does, and which guards break."""
-
-    def __init__(self, gm: GraphModule) -> None:
-        super().__init__(gm)
-        self.broken: list[Node] = []
-
-    def run_node(self, n: Node) -> Any:
-        """Run one node."""
-        try:
-            value = super().run_node(n)
-        except GuardError:
-            self.broken.append(n)
-            return None
-        if n.op != "output":
-            n.meta["val"] = map_tensors(value, lambda t: t.detach().to("meta"))
-        return value
-
-
-def refresh_examples(gm: GraphModule, kwargs: Mapping[str, Any]) -> None:
-    """Write new examples (``node.meta["val"]``) onto a graph whose weights changed their type.
-
-    A guard that now breaks is one on the type: the call is that of the trace but for it. It goes, and the graph
-    computes in the new type what was traced in the old one. (Some models clamp in float16 alone; `ClampHalf` does that
-    for all.)
-    """
-    refresher = _ExampleRefresher(gm)
-    refresher.on(kwargs)
-    for guard in refresher.broken:
-        gm.graph.erase_node(guard)
-    if refresher.broken:
-        gm.recompile()

@@ -10,18 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ppcl_fx.calls.examples import floats_as
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.onnx.graph_run import GraphRun, run_graph
-from ppcl_fx.export.onnx.writer import Prepared, floats_as, in_type
+from ppcl_fx.export.onnx.writer import Prepared
 from ppcl_fx.export.verify.onnx_runner import session
 from ppcl_fx.export.verify.reference import Answers
-from ppcl_fx.ir.dtypes import main_dtype
+from ppcl_fx.ir.graphs import reached
 from ppcl_fx.passes.lowering.lowering import END
 from ppcl_fx.tracing import bind, with_rows
+from ppcl_fx.tracing.guards import guards
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
@@ -108,33 +111,27 @@ def check_range(gm: GraphModule, calls: Iterable[Mapping[str, Any]]) -> float:
     return max(found.values(), default=0.0)
 
 
-def largest_value(
-    gm: GraphModule, calls: Calls | None, dtype: torch.dtype | None, unchecked: str | None
-) -> float | None:
-    """Show that a graph may leave as float16, before anything is written.
+def largest_value(gm: GraphModule, calls: Calls | None, unchecked: str | None) -> float:
+    """Show that a float16 graph may leave, before anything is written.
 
     Args:
         gm: the graph.
         calls: recorded calls; `CALLS` of them are run.
-        dtype: the type that it is to leave in; None for its own.
         unchecked: why its weights cannot be run here, if so.
 
     Returns:
-        The largest absolute value on the calls; None where it does not leave as float16.
+        The largest absolute value on the calls.
 
     Raises:
         PpclError: there are no calls, the weights were not read, or a value comes too near to the end of float16.
     """
-    if (dtype or main_dtype(gm)) != torch.float16:
-        return None
     if unchecked is not None:
         raise PpclError(f"fp16: whether it holds the model is {unchecked}; raise the limit, or export bf16")
     if calls is None:
         raise PpclError("fp16: whether it holds the model is shown on recorded calls; give --calls, or export bf16")
-    half, *_ = in_type(gm, calls, torch.float16)
     count = min(CALLS, len(calls))
     chosen = (calls[index * len(calls) // count] for index in range(count))
-    return check_range(half, (floats_as(bind(half, with_rows(half, call.kwargs)), torch.float16) for call in chosen))
+    return check_range(gm, (floats_as(bind(gm, with_rows(gm, call.kwargs)), torch.float16) for call in chosen))
 
 
 # ---- the check of a file that no runtime here runs ---------------------------------------------------------------
@@ -152,8 +149,7 @@ def compare_in_float32(prepared: Prepared, path: Path) -> tuple[dict[str, float]
         The largest difference for each shape by name; and the widened graph and file, to ask them more.
     """
     ir = need("onnx_ir")
-    wide = copy.deepcopy(prepared.gm).float()
-    wide.meta = dict(prepared.gm.meta)
+    wide = _wide(prepared.gm)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.widened-") as folder:
         model = ir.load(path)
         widen(model)
@@ -161,6 +157,33 @@ def compare_in_float32(prepared: Prepared, path: Path) -> tuple[dict[str, float]
         ir.save(model, twin, external_data=f"{path.name}.data")
         answers = Answers(prepared, session(twin), wide)
     return answers.differences(), answers
+
+
+def _wide(gm: GraphModule) -> GraphModule:
+    """Return a copy of a graph in which every bfloat16 and float16 is float32: weights and casts.
+
+    What was decided by a type stays decided: guards that ask for one are gone.
+    """
+    made = copy.deepcopy(gm).float()
+    made.meta = dict(gm.meta)
+    for guard in guards(made):
+        if any(isinstance(node.meta.get("val"), torch.dtype) for node in reached([guard], _python_inputs)):
+            made.graph.erase_node(guard)
+    for node in made.graph.nodes:
+        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _as_float32)
+        if node.op == "call_method" and node.target in ("half", "bfloat16"):
+            node.target = "float"
+    made.recompile()
+    return made
+
+
+def _python_inputs(node: Node) -> list[Node]:
+    """Return what a node is computed from, where that is no tensor: the way back to what a guard asks for."""
+    return [] if isinstance(node.meta.get("val"), torch.Tensor) else node.all_input_nodes
+
+
+def _as_float32(argument: Any) -> Any:
+    return torch.float32 if isinstance(argument, torch.dtype) and argument in HALF else argument
 
 
 def widen(model: Any) -> None:

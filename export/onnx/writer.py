@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ppcl_fx.errors import PpclError, foreign
+from ppcl_fx.calls.examples import floats_as
+from ppcl_fx.errors import PpclError
 from ppcl_fx.export.extras import check_export, need
 from ppcl_fx.export.onnx.dynamic_axes import Axis, find_axes, resized, variants, widened
-from ppcl_fx.export.onnx.graph_run import Seen, refresh_examples, run_graph
+from ppcl_fx.export.onnx.graph_run import Seen, run_graph
 from ppcl_fx.export.store.manifest import Port
 from ppcl_fx.export.store.names import data_path
 from ppcl_fx.export.store.weight_source import weightless
 from ppcl_fx.io.files import need_room
 from ppcl_fx.ir.dtypes import main_dtype
 from ppcl_fx.ir.meta import graph_info
+from ppcl_fx.model.retrace import is_loaded_as, loaded_as
 from ppcl_fx.passes.lowering.lowering import Lowered, lower
 from ppcl_fx.tracing import bind
 
@@ -30,46 +31,43 @@ if TYPE_CHECKING:
     from ppcl_fx.export.onnx.assemble import Initial
     from ppcl_fx.export.onnx.attention import AttentionForm
     from ppcl_fx.export.onnx.segments import Translations
+    from ppcl_fx.schema.plan import Plan
 
 LARGE = 1 << 30
 """Bytes of weights above which a self-contained graph has them in a file beside it: protobuf ends at 2 GiB."""
 
 
-def in_type(
-    gm: GraphModule, calls: Calls | None, dtype: torch.dtype | None
-) -> tuple[GraphModule, dict[str, Any], int]:
-    """Return a graph with weights of a type, and a call for it in that type, as in a pipeline of that type.
+def call_of(gm: GraphModule, calls: Calls | None) -> tuple[dict[str, Any], int]:
+    """Return the arguments of one call of a graph, on the device of its parameters, and the samples in it.
 
-    Args:
-        gm: the graph; stays as it is.
-        calls: where the call comes from, see `example`.
-        dtype: the type; None for the graph's own. Timesteps and other numbers stay as wide as they are.
-
-    Returns:
-        The graph, itself where it is of that type already, else a copy; the arguments of the call; its samples. They
-        are on the CPU; on the meta device where the graph's parameters are there.
+    They are in the graph's type, as a pipeline of that type passes them, and come from where `example` says.
     """
     kwargs, batch = example(gm, calls)
-    kwargs = floats_as(kwargs, dtype or main_dtype(gm))
+    kwargs = floats_as(kwargs, main_dtype(gm))
     place = "meta" if weightless(gm) else "cpu"
-    kwargs = {name: v.to(place) if isinstance(v, torch.Tensor) else v for name, v in kwargs.items()}
-    here = all(p.device.type == place for p in gm.parameters())
-    fits = dtype is None or all(p.dtype == dtype for p in gm.parameters() if p.is_floating_point())
-    if here and fits:
-        return gm, kwargs, batch
-    converted = copy.deepcopy(gm)
-    # Buffers are real even where parameters are not, and stay so.
-    converted = converted.to(dtype=dtype) if place == "meta" else converted.to(device="cpu", dtype=dtype)
-    converted.meta = dict(gm.meta)
-    # A trace has the dtypes that the model was traced with written into its casts.
-    new, old = (str(one).removeprefix("torch.") for one in (main_dtype(converted), main_dtype(gm)))
-    with foreign(
-        f"the graph, traced in {old}, cannot be computed in {new}",
-        f"save the model in that type (ppcl_fx.load(STUDENT, dtype=torch.{new}).save(OTHER)) and export OTHER, or "
-        "leave --dtype out",
-    ):
-        refresh_examples(converted, kwargs)
-    return converted, kwargs, batch
+    return {name: v.to(place) if isinstance(v, torch.Tensor) else v for name, v in kwargs.items()}, batch
+
+
+def in_type(
+    gm: GraphModule, plan: Plan, dtype: torch.dtype | None, calls: Calls | None
+) -> GraphModule | None:
+    """Return a graph as its model is in another type (`loaded_as`), without weights.
+
+    Args:
+        gm: a traced graph, a pluggable one, or a mixture of one.
+        plan: the plan of a pluggable graph.
+        dtype: the type; None for the graph's own.
+        calls: where the call for a new trace comes from, see `example`.
+
+    Returns:
+        The graph; None where `gm` is of that type already.
+
+    Raises:
+        PpclError: the model cannot be traced again in that type.
+    """
+    if dtype is None or is_loaded_as(gm, dtype):
+        return None
+    return loaded_as(gm, plan, dtype, example(gm, calls)[0] if calls is not None else None)
 
 
 def example(gm: GraphModule, calls: Calls | None) -> tuple[dict[str, Any], int]:
@@ -94,21 +92,6 @@ def example(gm: GraphModule, calls: Calls | None) -> tuple[dict[str, Any], int]:
             kwargs[name] = torch.ones(like.shape, dtype=like.dtype)
     first = [v.shape[0] for v in kwargs.values() if isinstance(v, torch.Tensor) and v.ndim]
     return kwargs, Counter(first).most_common(1)[0][0]
-
-
-def floats_as(kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """Return a call with its floating-point tensors in another type, as a pipeline of that type passes them.
-
-    Numbers and lists of numbers never become narrower: a pipeline may pass timesteps in float32 beside bfloat16 latents
-    (SD3's does), and bfloat16 makes 988 of 987.65. A model that wants them narrower converts them itself.
-    """
-
-    def cast(value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-            return value
-        return value.to(dtype if value.ndim > 1 else torch.promote_types(value.dtype, dtype))
-
-    return {name: cast(value) for name, value in kwargs.items()}
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,8 @@ import torch
 from pydantic import JsonValue
 from torch.fx import GraphModule
 
-from ppcl_fx.calls.examples import build_call
+from ppcl_fx.calls.examples import build_call, floats_as
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.onnx.writer import floats_as
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.io.build_bounds import Room
 from ppcl_fx.io.files import Record, Sealed, inside, read_json, write_json

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.io.memory import size_words
 from ppcl_fx.io.shards import Form, Shards, Stored, form_bytes, stored_tensors
 from ppcl_fx.model.pluggable import PluggableModel, load
+from ppcl_fx.model.retrace import is_constant, is_mixture
 from ppcl_fx.model.student_folder import FinetunedFolder, StudentFolder
+from ppcl_fx.passes.edits.plug import plugged
 from ppcl_fx.passes.lowering.narrow import rows_of
 from ppcl_fx.passes.quantisation.quantise import Quantised
 from ppcl_fx.passes.quantisation.schemes import QuantisedWeight, Scheme
@@ -36,24 +39,26 @@ class WeightSource:
     """Where the weights of a model are.
 
     The state dict of `root` has the names; its tensors may be on the meta device. `read` gives a tensor, and `release`
-    lets go of open files. A model that is in memory alone has no ranges and no folder. Weights that are `quantised` are
-    stored under two names, `values_name` and `scales_name`, and not under their own.
+    lets go of open files. A model that is in memory alone has no ranges and no folder. `typed` is the graph of `root`
+    as the model is in another type, whose dtypes the weights are to have. Weights that are `quantised` are stored under
+    two names, `values_name` and `scales_name`, and not under their own.
     """
 
-    root: nn.Module
+    root: GraphModule
     read: Callable[[str], Tensor]
     release: Callable[[], None] = lambda: None
     ranges: Mapping[str, Stored] = field(default_factory=dict)
     folder: Path | None = None
+    typed: GraphModule | None = None
     quantised: Quantised | None = None
 
     @classmethod
-    def memory(cls, root: nn.Module) -> WeightSource:
+    def memory(cls, root: GraphModule, typed: GraphModule | None = None) -> WeightSource:
         """Return the weights of a module that is in memory."""
-        return cls(root, root.state_dict().__getitem__)
+        return cls(root, root.state_dict().__getitem__, typed=typed)
 
     @classmethod
-    def files(cls, opened: StudentFolder, root: nn.Module) -> WeightSource:
+    def files(cls, opened: StudentFolder, root: GraphModule) -> WeightSource:
         """Return the weights of a student folder, for its pluggable graph, with its weights or without."""
         ranges = {**opened.teacher.shards.stored, **opened.students.stored}
         return cls(root, opened.read, opened.release, ranges, opened.folder)
@@ -77,8 +82,9 @@ class WeightSource:
 
         return replace(self, read=read, release=release, ranges={}, quantised=quantised)
 
-    def forms(self, dtype: torch.dtype | None) -> dict[str, Form]:
-        """Return dtype and shape of each stored tensor, floating-point ones in `dtype` where it is given."""
+    def forms(self) -> dict[str, Form]:
+        """Return the dtype that each tensor is stored in, and its shape."""
+        wanted = self.root.state_dict() if self.typed is None else self.typed.state_dict()
         found: dict[str, Form] = {}
         for name, tensor in self.root.state_dict().items():
             shape = tuple(tensor.shape)
@@ -86,7 +92,7 @@ class WeightSource:
                 forms = self.quantised.scheme.forms(shape)
                 found |= dict(zip(self.stored_as(name), forms, strict=True))
             else:
-                found[name] = (dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype, shape)
+                found[name] = (wanted[name].dtype if name in wanted else tensor.dtype, shape)
         return found
 
     def stored_as(self, name: str) -> tuple[str, ...]:
@@ -126,6 +132,8 @@ class WeightSource:
             spans.sort()
         found: dict[str, tuple[WeightPiece, ...]] = {}
         for path, tensor in state(graph).items():
+            if self.typed is not None and is_constant(path):
+                continue  # another trace has others
             parts = [_piece(part, homes) for part in rows_of(tensor)]
             if all(parts):
                 found[path] = tuple(part for part in parts if part is not None)
@@ -201,6 +209,15 @@ class Opened:
     weights: WeightSource
     unchecked: str | None
 
+    def typed(self, graph: GraphModule | None) -> Opened:
+        """Return the same, with weights that are wanted in the dtypes of a graph, None for their own."""
+        return replace(self, weights=replace(self.weights, typed=graph))
+
+    def in_type(self, students: Sequence[str]) -> GraphModule | None:
+        """Return a mixture in the type that the weights are wanted in, without weights; None where that is its own."""
+        graph = self.weights.typed
+        return graph if graph is None or is_mixture(graph) else plugged(graph, frozenset(students))
+
     @classmethod
     def of(cls, model: PluggableModel | StudentFolder | FinetunedFolder, config: ExportConfig) -> Opened:
         """Take a model from memory, or from a folder: loaded where checking it stays within the limit of memory."""
@@ -247,8 +264,9 @@ def _tuned(tuned: FinetunedFolder, config: ExportConfig) -> tuple[WeightSource, 
 
 def _unread(weights: WeightSource, config: ExportConfig) -> str | None:
     """Return why graphs over weights are not compared to PyTorch; None where that stays within the limit of memory."""
-    held = form_bytes(weights.forms(None))
-    compared = form_bytes(weights.forms(torch.float32))
+    forms = weights.forms()
+    held = form_bytes(forms)
+    compared = form_bytes({n: (torch.float32 if d.is_floating_point else d, shape) for n, (d, shape) in forms.items()})
     same = held == compared and config.torch_dtype in (None, torch.float32)
     needed = COPIES * compared if same else held + COPIES * compared
     if needed <= config.memory_limit:

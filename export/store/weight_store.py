@@ -116,7 +116,6 @@ def stored(
     source: WeightSource,
     needed: Collection[str],
     folder: Path,
-    dtype: torch.dtype | None,
     replaced: Collection[str],
     note: Callable[[str], None],
 ) -> Iterator[Store]:
@@ -130,12 +129,11 @@ def stored(
     Args:
         needed: names of the tensors that some graph uses.
         folder: the folder of the graphs; exists.
-        dtype: of floating-point weights; None for as they are used.
         replaced: manifests that are about to be replaced.
         note: told in one line what was copied, and why.
     """
     root = folder.resolve()
-    forms = source.forms(dtype)
+    forms = source.forms()
     there = {name: at for name, at in source.ranges.items() if forms.get(name) == (at.dtype, at.shape)}
     targets = {at.file: _target(at.file, source.folder, root) for name, at in there.items() if name in needed}
     others = {name: form for name, form in forms.items() if name not in there}
@@ -157,7 +155,7 @@ def stored(
             sizes: Counter[torch.dtype] = Counter()
             for name, form in others.items():
                 sizes[form[0]] += form_bytes({name: form})
-            main = dtype or sizes.most_common(1)[0][0]  # the dtype of most bytes
+            main = sizes.most_common(1)[0][0]  # the dtype of most bytes
             few = source.quantised
             kind = few.scheme.weights if few is not None else str(main).removeprefix("torch.")
             target = root / WEIGHTS / f"{kind}.safetensors"

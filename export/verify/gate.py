@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ppcl_fx.calls.examples import floats_as
 from ppcl_fx.errors import GuardError, PpclError
 from ppcl_fx.export.config import ExportConfig
-from ppcl_fx.export.onnx.writer import floats_as
 from ppcl_fx.export.verify.metrics import Agreement, Gate, agreement, spread, worst
 from ppcl_fx.export.verify.reference import Answers
 from ppcl_fx.export.verify.sampling import SamplingRun, compare_runs

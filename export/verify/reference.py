@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from ppcl_fx.calls.examples import floats_as
 from ppcl_fx.export.onnx.graph_run import run_graph
-from ppcl_fx.export.onnx.writer import Prepared, floats_as
+from ppcl_fx.export.onnx.writer import Prepared
 from ppcl_fx.export.verify.metrics import difference
 from ppcl_fx.export.verify.onnx_runner import run, session
 from ppcl_fx.ir.dtypes import main_dtype

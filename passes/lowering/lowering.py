@@ -14,6 +14,7 @@ from ppcl_fx.ir.liveness import owner
 from ppcl_fx.passes.contract import Pass, Pipeline, Result
 from ppcl_fx.passes.lowering.complex_to_real import ComplexToReal
 from ppcl_fx.passes.lowering.dead_code import DeadCode
+from ppcl_fx.passes.lowering.einsum import EinsumToPermute
 from ppcl_fx.passes.lowering.expand import Expand
 from ppcl_fx.passes.lowering.positions import Form, PositionsAsInputs, tables
 from ppcl_fx.passes.lowering.tuples_apart import TuplesApart
@@ -78,6 +79,7 @@ LOWERING = Pipeline(
         DeadCode(sinks=False),
         ComplexToReal(),
         DeadCode(sinks=False),
+        EinsumToPermute(),
         ClampHalf(),
     )
 )

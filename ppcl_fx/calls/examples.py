@@ -73,6 +73,21 @@ def _ones(given: JsonValue, name: str, example: Mapping[str, Any]) -> Sizes:
     return sizes
 
 
+def floats_as(kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return a call with its floating-point tensors in another type, as a pipeline of that type passes them.
+
+    Numbers and lists of numbers never become narrower: a pipeline may pass timesteps in float32 beside bfloat16 latents
+    (SD3's does), and bfloat16 makes 988 of 987.65. A model that wants them narrower converts them itself.
+    """
+
+    def cast(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            return value
+        return value.to(dtype if value.ndim > 1 else torch.promote_types(value.dtype, dtype))
+
+    return {name: cast(value) for name, value in kwargs.items()}
+
+
 def build(description: JsonValue, dtypes: Mapping[torch.dtype, torch.dtype] | None = None) -> Any:
     """Turn what `describe` wrote back into an argument, PpclError for anything else; tensors come on the meta device.
 

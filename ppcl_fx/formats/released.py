@@ -112,7 +112,8 @@ class ReleasedModel(GroupOffload, PipelineFace):
     def pluggable(self, example_kwargs: Mapping[str, Any]) -> PluggableModel:
         """Return this model, traced with a call, as a pluggable one without an edit: what export takes, at 1.0."""
         graph = self._prepare(example_kwargs, anew=True)
-        graph_info(graph)["alone"] = self.KIND
+        plan = Plan(edits=self.layout.edits())
+        graph_info(graph).update({"alone": self.KIND, "mixture": (plan, plan.ids)})
         return PluggableModel(graph, Plan())
 
     def _call_other(self, given: Mapping[str, Any]) -> Any:

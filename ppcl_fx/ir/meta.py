@@ -34,7 +34,7 @@ class GraphInfo(TypedDict, total=False):
     alone: str
     """What a graph is that lacks blocks of its teacher."""
     mixture: tuple[Any, Any]
-    """The plan and the plugged edits of a fine-tuned model."""
+    """The plan and the plugged edits of a mixture."""
 
 
 class NodeInfo(TypedDict, total=False):

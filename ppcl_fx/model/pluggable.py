@@ -180,7 +180,9 @@ class PluggableModel(PipelineModel):
             # One mixture at a time: narrowed layers are views of weights that a move may replace.
             for key in [key for key in self._views if key[0] != students]:
                 del self._views[key]
-            self._views[students, graph] = plugged(graph, students).train(self.training)
+            self._views[students, graph] = view = plugged(graph, students).train(self.training)
+            if not graph_info(graph).get("alone"):
+                graph_info(view)["mixture"] = (self._plan, sorted(students))
             copied = [tensor for view in self._views.values() for tensor in view.parameters() if is_copied(tensor)]
             self.__dict__["_copied"] = copied
         if not torch.compiler.is_compiling():

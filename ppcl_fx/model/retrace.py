@@ -17,14 +17,17 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ppcl_fx.calls.examples import build_call
+from ppcl_fx.calls.examples import build_call, floats_as
+from ppcl_fx.calls.kinds import Examples
 from ppcl_fx.errors import PpclError
-from ppcl_fx.ir.dtypes import main_dtype, set_dtypes
+from ppcl_fx.io.shards import loaded_dtype
+from ppcl_fx.ir.dtypes import kept_in_float32, main_dtype, set_dtypes
 from ppcl_fx.ir.graphs import attribute, finished
 from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.passes.edits.plug import edited, plugged
 from ppcl_fx.schema.plan import Plan
 from ppcl_fx.tracing import trace
+from ppcl_fx.tracing.meta_model import skeleton
 
 Dtypes = Callable[[torch.dtype], torch.dtype]
 ADVICE = "load or rewrite it anew with calls like this one"
@@ -118,19 +121,24 @@ def over(graph: GraphModule, fresh: GraphModule) -> GraphModule:
     return made
 
 
-def _on_meta(config: Mapping[str, Any]) -> nn.Module:
+def _class_of(config: Mapping[str, Any], way: str = ADVICE) -> Any:
+    """Return the class of diffusers that a model was traced from."""
     import diffusers
 
-    name = str(config.get("_class_name"))
-    found = getattr(diffusers, name, None)
+    found = getattr(diffusers, str(config.get("_class_name")), None)
     if not isinstance(found, type) or not issubclass(found, diffusers.ModelMixin):
-        raise PpclError(f"the model was traced from no class of diffusers, so it cannot be traced again; {ADVICE}")
-    kind: Any = found
+        raise PpclError(f"the model was traced from no class of diffusers, so it cannot be traced again; {way}")
+    return found
+
+
+def _on_meta(config: Mapping[str, Any]) -> nn.Module:
+    kind = _class_of(config)
     try:
         with torch.device("meta"):
             made: nn.Module = kind.from_config(dict(config))
     except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
+        name = kind.__name__
         raise PpclError(f"{name} cannot be built without weights ({reason}), nor traced again; {ADVICE}") from error
     return made.eval()
 
@@ -139,3 +147,100 @@ def take_dtypes(model: nn.Module, like: nn.Module, dtypes: Dtypes = lambda dtype
     """Give every parameter and buffer of `model` the dtype that its namesake in `like` has, or will have."""
     there = [*like.named_parameters(), *like.named_buffers()]
     set_dtypes(model, {name: dtypes(tensor.dtype) for name, tensor in there})
+
+
+# ---- a model as it would be in another dtype, beside the one that is there ---------------------------------------
+
+
+def is_loaded_as(graph: GraphModule, dtype: torch.dtype) -> bool:
+    """Tell whether every weight of a traced graph has the dtype that loading its model in `dtype` gives it."""
+    kept = kept_in_float32(graph)
+    floating = [(name, p.dtype) for name, p in graph.named_parameters() if p.is_floating_point()]
+    return all(own == loaded_dtype(name, dtype, kept) for name, own in floating)
+
+
+def is_mixture(graph: GraphModule) -> bool:
+    """Tell whether a graph is a mixture, and knows of which plan and with which edits."""
+    return graph_info(graph).get("mixture") is not None
+
+
+def loaded_as(
+    graph: GraphModule, plan: Plan, dtype: torch.dtype, example: Mapping[str, Any] | None = None
+) -> GraphModule:
+    """Return the graph that would be there had the model been loaded in `dtype`; without weights, see `with_weights`.
+
+    What its class keeps in float32 is in float32.
+
+    Args:
+        graph: a traced graph, a pluggable one, or a mixture of one; stays as it is.
+        plan: the plan of a pluggable graph; a mixture knows its own.
+        dtype: the dtype.
+        example: the arguments of a call, by the names of the graph's inputs, for models that look at values; by
+            default what is known of the traced one.
+
+    Raises:
+        PpclError: the model's class is not known, or the graph is not what is traced from it.
+    """
+    info, name = graph_info(graph), str(dtype).removeprefix("torch.")
+    mixture: tuple[Plan, Sequence[str]] | None = info.get("mixture")
+    if info.get("alone") and mixture is None:
+        raise PpclError(
+            f"{info['alone']} lacks blocks of its teacher, so it cannot be traced in {name}; load it in that type: "
+            f"ppcl_fx.load(folder, dtype=torch.{name})"
+        )
+    config = info.get("config", {})
+    way = f"convert the model to {name} before it is traced or rewritten, or leave --dtype out"
+    model = skeleton(_class_of(config, way), config, dtype)
+    if example is None:
+        call = build_call(info["example"])
+    else:
+        ones = {name: sizes for name, (sizes, _) in info["ones"].items()}
+        call = Examples({**info["fixed"], **example}, ones=ones)
+    fresh = insert_edits(trace(model, call.over(floats_as(call, dtype))), plan if mixture is None else mixture[0])
+    if mixture is not None:
+        fresh = plugged(fresh, frozenset(mixture[1]))
+    changed = _difference(graph, fresh)
+    if changed is not None:
+        raise PpclError(
+            f"the graph is not what is traced from {config['_class_name']} ({changed}), so it cannot be made in "
+            f"{name}; convert the model to that type, trace it again, and change that graph, or leave --dtype out"
+        )
+    for kept in ("model", "unused"):  # of the weights, which this has not
+        graph_info(fresh)[kept] = info[kept]
+    return fresh.train(graph.training)
+
+
+def _difference(graph: GraphModule, fresh: GraphModule) -> str | None:
+    """Return what tells a graph from one that was traced anew, None where nothing does."""
+    own, new = ({name: p.shape for name, p in one.named_parameters()} for one in (graph, fresh))
+    odd = next((name for name in {**own, **new} if own.get(name) != new.get(name)), None)
+    if odd is not None:
+        return f"its parameter {odd} is another"
+    done, again = (graph_info(one).get("passes", []) for one in (graph, fresh))
+    return None if done == again else f"its passes are {', '.join(str(record['name']) for record in done)}"
+
+
+def with_weights(fresh: GraphModule, graph: GraphModule) -> GraphModule:
+    """Return a copy of what `loaded_as` made of `graph`, with the weights of `graph` in its dtypes, on the CPU."""
+    made = copy.deepcopy(fresh)
+    made.meta = dict(fresh.meta)
+    held = {**dict(graph.named_parameters(remove_duplicate=False)), **graph.state_dict(keep_vars=True)}
+    values: dict[tuple[int, torch.dtype], nn.Parameter] = {}
+    for path, module in made.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                source = held[f"{path}.{name}".lstrip(".")]
+                key = (id(source), parameter.dtype)
+                if key not in values:  # a weight that has several names stays one
+                    values[key] = nn.Parameter(source.detach().to("cpu", parameter.dtype), requires_grad=False)
+                module._parameters[name] = values[key]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                source = buffer if is_constant(name) else held.get(f"{path}.{name}".lstrip("."), buffer)
+                module._buffers[name] = source.detach().to("cpu", buffer.dtype)
+    return made
+
+
+def is_constant(name: str) -> bool:
+    """Tell by its name whether a tensor of a graph is a constant that the trace met, and not one of the model's."""
+    return "_constant_" in name.rpartition(".")[2]

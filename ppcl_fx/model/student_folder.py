@@ -185,11 +185,10 @@ def load_finetuned(model: PluggableModel, folder: str | Path) -> GraphModule:
 
     Of the pluggable model that it was fine-tuned from, only the structure is used.
     """
-    card, graph, weights = _opened(Path(folder), model, "; give the pluggable model it stands beside")
+    _, graph, weights = _opened(Path(folder), model, "; give the pluggable model it stands beside")
     with torch.no_grad():
         for name, parameter in graph.named_parameters():
             parameter.copy_(weights.checked(name))
-    graph_info(graph)["mixture"] = (model.plan, card.students)  # for calls of other kinds
     return graph
 
 

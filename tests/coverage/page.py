@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tests.coverage.excluded import EXCLUDED
+from tests.coverage.exports import TYPES, Exports
 
 if TYPE_CHECKING:
     from tests.coverage.table import Row
@@ -38,28 +39,33 @@ Each row is a small random model of a diffusers class. It is traced on one call,
   inside of the blocks, and the student feels those of the block that it is made of. *not in*: the model writes the
   residuals into a part of the state, and depth edits with them are refused in that stack. *not by block*: it
   takes residuals, but not one for each block. *none*: no residuals.
+- **fp32, bf16, fp16**: is the model, loaded in float32, exported in that type? *yes*: it is lowered and translated, the
+  file passes `onnx.checker`, and onnxruntime gives on it what PyTorch gives, at the traced shape and at others; files
+  of half precision are compared with every type in them widened to float32. Else the reason why there is no file.
 
 Where a class has several stacks, the cells of the edits follow the order of the stacks.
 
-| class | stacks | example | batch | size | text | values | depth | FFN | text stream | ControlNet |
-| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
+| class | stacks | example | batch | size | text | values | depth | FFN | text stream | ControlNet \
+| fp32 | bf16 | fp16 |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |
 """
 
 
-def render(rows: Sequence[Row]) -> str:
-    """Return the page as Markdown."""
+def render(rows: Sequence[Row], exports: Exports) -> str:
+    """Return the page as Markdown; `exports` are the cells of the types."""
     covered = len({row.name.split(" ")[0] for row in rows})
-    lines = [_HEAD + "\n".join(_line(row) for row in rows)]
+    lines = [_HEAD + "\n".join(_line(row, exports[row.name]) for row in rows)]
     lines.append(f"\n{len(rows)} rows of {covered} classes.\n\n## Classes without a row\n")
     lines += [f"- `{name}`: {reason}" for name, reason in sorted(EXCLUDED.items())]
     return "\n".join(lines) + "\n"
 
 
-def _line(row: Row) -> str:
+def _line(row: Row, exports: Mapping[str, str]) -> str:
     name, _, variant = row.name.partition(" ")
     cells = [f"`{name}` {variant}".strip(), "<br>".join(_stack(*stack) for stack in row.stacks), row.example]
     cells += [row.others[key] for key in ("batch", "size", "text", "values")]
     cells += ["<br>".join(row.edits[key]) for key in ("depth", "ffn", "text", "control")]
+    cells += [exports[name] for name in TYPES]
     return "| " + " | ".join(cells) + " |"
 
 

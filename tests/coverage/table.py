@@ -1,6 +1,7 @@
 """The coverage table: one row for each class, measured, and the page that is generated from the rows.
 
-Run ``python -m tests.coverage.table --write`` to measure all rows and write ``docs/coverage.md``.
+Run ``python -m tests.coverage.table --write`` to measure all rows and write ``docs/coverage.md``. Most of the time goes
+into the columns of the types, which export every model; with ``--keep-types`` they stay as they are.
 """
 
 from __future__ import annotations
@@ -28,10 +29,11 @@ from ppcl_fx.passes.edits.ffn import projector_path
 from ppcl_fx.passes.edits.plug import plugged
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import bind, trace
-from tests.coverage import dual, more, single, video, video_more
+from tests.coverage import dual, exports, more, single, video, video_more
 from tests.coverage.case import EXAMPLE, OTHERS, Case, Kwargs
 from tests.coverage.control import NotTaken, arguments, felt, passing, with_residuals
 from tests.coverage.edits import shortened, without_feed_forwards, without_text
+from tests.coverage.exports import Exports
 from tests.coverage.page import render
 from tests.passes.by_hand import randomise
 
@@ -299,19 +301,24 @@ def _short(refusal: Refusal) -> str:
     return f"refused: {refusal}"
 
 
-def page() -> str:
-    """Return the page of all rows."""
-    return render([measure(case) for case in CASES])
+def page(found: Exports) -> str:
+    """Return the page of all rows, with what is found of the types."""
+    return render([measure(case) for case in CASES], found)
 
 
 def main() -> None:
     """Write the page, or show it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name} instead of showing it")
-    text = page() if not (write := parser.parse_args().write) else ""
-    if write:
-        PAGE.write_text(page())
-    sys.stdout.write(text)
+    parser.add_argument("--keep-types", action="store_true", help="export nothing; take these cells from the page")
+    asked = parser.parse_args()
+    found = exports.read(PAGE) if asked.keep_types else {
+        case.id: {name: exports.exported(case, name) for name in exports.TYPES} for case in CASES
+    }
+    if asked.write:
+        PAGE.write_text(page(found))
+    else:
+        sys.stdout.write(page(found))
 
 
 if __name__ == "__main__":

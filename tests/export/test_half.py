@@ -11,17 +11,23 @@ import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
+from ppcl_fx.calls.examples import floats_as
 from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, export_graph, lower
 from ppcl_fx.export.onnx import half
 from ppcl_fx.export.onnx.graph_run import run_graph
 from ppcl_fx.export.onnx.half import check_range, largest_values, widen
-from ppcl_fx.export.onnx.writer import floats_as, in_type
+from ppcl_fx.export.onnx.writer import call_of, in_type
 from ppcl_fx.export.store.manifest import Manifest
 from ppcl_fx.io.files import read_json
+from ppcl_fx.ir.meta import graph_info
+from ppcl_fx.model.retrace import with_weights
+from ppcl_fx.passes.contract import Pass, Pipeline, Result
 from ppcl_fx.passes.lowering.lowering import ClampHalf
+from ppcl_fx.schema.plan import Plan
 from ppcl_fx.tracing import trace
 from tests import models
 from tests.coverage.table import CASES
@@ -36,6 +42,15 @@ HALF = {torch.bfloat16: ir.DataType.BFLOAT16, torch.float16: ir.DataType.FLOAT16
 
 def calls_of(kwargs: dict[str, Any]) -> Calls:
     return Calls([Call(kwargs=kwargs, prompts=("a", "b"), timestep=0.5, index=0, batch=2)])
+
+
+def typed(model: nn.Module, calls: Calls, dtype: torch.dtype) -> tuple[GraphModule, dict[str, Any]]:
+    """A model's graph as it is exported in a type, with a call for it."""
+    gm = trace(model, calls[0].kwargs)
+    fresh = in_type(gm, Plan(), dtype, calls)
+    assert fresh is not None and in_type(fresh, Plan(), dtype, calls) is None
+    made = with_weights(fresh, gm)
+    return made, call_of(made, calls)[0]
 
 
 @pytest.fixture(scope="module", params=HALF, ids=str)
@@ -131,7 +146,7 @@ def test_a_value_near_the_end_of_fp16_refuses_the_model_and_names_it(tmp_path: P
 @pytest.mark.parametrize("build", [models.tiny_qwen, models.tiny_flux, models.tiny_sd3])
 def test_clamping_changes_nothing_but_what_overflows(build: Any) -> None:
     teacher, kwargs = build()
-    gm, call, _ = in_type(trace(teacher, kwargs), calls_of(kwargs), torch.float16)
+    gm, call = typed(teacher, calls_of(kwargs), torch.float16)
     lowered = lower(gm)
     clamps = [node for node in lowered.graph.graph.nodes if node.target is torch.clamp]
     assert len(clamps) >= len(teacher.transformer_blocks)
@@ -142,12 +157,12 @@ def test_clamping_changes_nothing_but_what_overflows(build: Any) -> None:
 
 
 def test_what_overflows_at_the_end_of_a_block_stays_a_number() -> None:
-    teacher, kwargs = models.tiny_qwen(blocks=2)
+    teacher, kwargs = models.tiny_flux()  # whose class clamps the text alone
     first = teacher.transformer_blocks[0]
     with torch.no_grad():
-        first.img_mod[1].bias.fill_(4.0)
-        first.img_mlp.net[2].bias.fill_(6e4)  # times its gate, about 4
-        gm, call, _ = in_type(trace(teacher, kwargs), calls_of(kwargs), torch.float16)
+        first.norm1.linear.bias.fill_(4.0)
+        first.ff.net[2].bias.fill_(6e4)  # times its gate, about 4
+        gm, call = typed(teacher, calls_of(kwargs), torch.float16)
         lowered = lower(gm)
         assert gm(**call)[0].isnan().any()
         assert run_graph(lowered.graph, lowered.feeds(call))[0].isfinite().all()
@@ -158,7 +173,7 @@ def test_timesteps_are_as_wide_as_the_pipeline_passes_them() -> None:
     times = torch.tensor([987.65, 12.34])
     call = floats_as(kwargs | {"timestep": times}, torch.bfloat16)
     assert torch.equal(call["timestep"], times) and call["hidden_states"].dtype == torch.bfloat16
-    gm, example, _ = in_type(trace(teacher, kwargs), calls_of(kwargs | {"timestep": times}), torch.bfloat16)
+    gm, example = typed(teacher, calls_of(kwargs | {"timestep": times}), torch.bfloat16)
     assert example["timestep"].dtype == torch.float32
     with torch.no_grad():
         expected = teacher.bfloat16()(**call)[0]
@@ -176,12 +191,11 @@ def test_at_most_eight_calls_are_looked_at_evenly_spread(count: int, monkeypatch
     gm = torch.fx.symbolic_trace(_Grows(1.0))
     next(iter(gm.graph.nodes)).meta["val"] = torch.zeros(1, 4)
     seen: list[int] = []
-    monkeypatch.setattr(half, "in_type", lambda graph, calls, dtype: (graph, {}, 1))
     monkeypatch.setattr(half, "bind", lambda graph, kwargs: kwargs)
     monkeypatch.setattr(half, "check_range", lambda graph, calls: seen.extend(int(c["x"][0, 0]) for c in calls))
     calls = [Call(kwargs={"x": torch.full((1, 4), i)}, prompts=("a",), timestep=0.5, index=i, batch=1) for i in
              range(count)]  # fmt: skip
-    half.largest_value(gm, Calls(calls), torch.float16, None)
+    half.largest_value(gm, Calls(calls), None)
     assert len(seen) == min(8, count) and seen[0] == 0
     gaps = {after - before for before, after in itertools.pairwise(seen)}
     assert gaps <= {count // 8 or 1, count // 8 + 1}
@@ -226,9 +240,47 @@ def test_what_overflows_counts_and_what_was_infinite_before_does_not() -> None:
     assert check_range(torch.fx.symbolic_trace(masked), calls) == 0.0
 
 
-def test_a_graph_whose_casts_are_of_another_type_is_one_line() -> None:
-    """AuraFlow's trace casts its timestep to float32; after the conversion that meets bfloat16 weights."""
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_a_cast_that_the_trace_wrote_down_is_of_the_type_of_the_export(dtype: torch.dtype) -> None:
+    """AuraFlow's trace in float32 casts its timestep to float32, which does not go together with other weights."""
     case = next(case for case in CASES if case.id == "AuraFlowTransformer2DModel")
-    with pytest.raises(PpclError, match="traced in float32, cannot be computed in bfloat16 .*export OTHER") as caught:
-        in_type(trace(case.build(), case.kwargs()), None, torch.bfloat16)
-    assert "\n" not in str(caught.value)
+    model, kwargs = case.build(), case.kwargs()
+    gm, call = typed(model, calls_of(kwargs), dtype)
+    assert {p.dtype for p in gm.parameters()} == {dtype} and {p.dtype for p in model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        assert torch.equal(gm(**call)[0], model.to(dtype)(**call, return_dict=False)[0])
+
+
+def test_parts_that_a_class_keeps_in_float32_stay_so() -> None:
+    case = next(case for case in CASES if case.id == "WanTransformer3DModel")
+    model, kwargs = case.build(), case.kwargs()
+    gm, _ = typed(model, calls_of(kwargs), torch.bfloat16)
+    kept = {name for name, p in gm.named_parameters() if p.dtype == torch.float32}
+    assert "condition_embedder.time_embedder.linear_1.weight" in kept
+    assert all(set(name.split(".")) & set(model._keep_in_fp32_modules) for name in kept)
+
+
+class _Changed(Pass, name="test-half-changed", kind="rewrite", numerics="approximate"):
+    def apply(self, gm: GraphModule) -> Result:
+        return Result(gm, True)
+
+
+def test_a_graph_that_its_class_does_not_give_is_one_line(tmp_path: Path) -> None:
+    teacher, kwargs = models.tiny_qwen(blocks=2)
+    config, calls = ExportConfig(dtype="bf16", overwrite=True), calls_of(kwargs)
+
+    def refused(gm: GraphModule, match: str) -> None:
+        with pytest.raises(PpclError, match=match) as caught:
+            export_graph(gm, tmp_path / "two.onnx", config, calls=calls)
+        assert "\n" not in str(caught.value)
+
+    gm = trace(teacher, kwargs)
+    graph_info(gm)["config"]["_class_name"] = "Home"
+    refused(gm, "traced from no class of diffusers, .* bfloat16 .*leave --dtype out")
+    gm = trace(teacher, kwargs)
+    Pipeline([_Changed()])(gm)
+    refused(gm, r"not what is traced from QwenImageTransformer2DModel \(its passes are test-half-changed\)")
+    gm = trace(teacher, kwargs)
+    gm.set_submodule("proj_out", nn.Linear(32, 7))
+    refused(gm, r"\(its parameter proj_out.weight is another\).* trace it again")
+    assert list(tmp_path.iterdir()) == []

@@ -48,17 +48,20 @@ MORE = ["plug{students=depth:transformer_blocks.0-1+ffn:transformer_blocks.2}", 
 MORE += ["expand{which=complex}", "depth{stack=transformer_blocks,first=0,last=2,init=middle}"]
 
 IDLE = {
-    ("qwen", "traced"): set(),
-    ("flux", "traced"): {"complex-to-real", "positions-as-inputs"},
+    ("qwen", "traced"): {"einsum-to-permute"},
+    ("flux", "traced"): {"complex-to-real", "einsum-to-permute", "positions-as-inputs"},
     ("sd3", "traced"): {"complex-to-real", "positions-as-inputs"},
     ("qwen", "exported"): {
-        "clamp-half", "complex-to-real", "expand", "positions-as-inputs", "text-stream", "tuples-apart"
+        "clamp-half", "complex-to-real", "einsum-to-permute", "expand", "positions-as-inputs", "text-stream",
+        "tuples-apart"
     },
     ("flux", "exported"): {
-        "clamp-half", "complex-to-real", "expand", "positions-as-inputs", "text-stream", "tuples-apart"
+        "clamp-half", "complex-to-real", "einsum-to-permute", "expand", "positions-as-inputs", "text-stream",
+        "tuples-apart"
     },
     ("sd3", "exported"): {
-        "clamp-half", "complex-to-real", "expand", "positions-as-inputs", "text-stream", "tuples-apart"
+        "clamp-half", "complex-to-real", "einsum-to-permute", "expand", "positions-as-inputs", "text-stream",
+        "tuples-apart"
     },
 }
 """Rewriting passes that have nothing to do on any graph of a model."""
