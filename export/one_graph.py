@@ -17,7 +17,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.config import ExportConfig
 from ppcl_fx.export.extras import need
 from ppcl_fx.export.onnx.graph_run import alike_once
-from ppcl_fx.export.onnx.half import HALF, compare_in_float32, largest_value, rounding
+from ppcl_fx.export.onnx.half import HALF, largest_value
 from ppcl_fx.export.onnx.segments import Translations
 from ppcl_fx.export.onnx.writer import (
     Prepared,
@@ -40,7 +40,7 @@ from ppcl_fx.export.verify.gate import gated
 from ppcl_fx.export.verify.integrity import sample_of
 from ppcl_fx.export.verify.metrics import Gate
 from ppcl_fx.export.verify.onnx_runner import latency
-from ppcl_fx.export.verify.reference import compare
+from ppcl_fx.export.verify.twin import compare, rounding
 from ppcl_fx.io.files import sha256_of
 from ppcl_fx.ir.dtypes import main_dtype
 from ppcl_fx.ir.graphs import parameter_count
@@ -212,7 +212,7 @@ class GraphExport:
             self.job.step()
         else:
             half = main_dtype(prepared.gm) in HALF
-            parity, answers = (compare_in_float32 if half else compare)(prepared, path)
+            parity, answers = compare(prepared, path)
             _check(parity, self.job.config.tolerance, mixture.path)
             found["gate"] = gated(answers, self.job.calls, mixture.path, self.job.config, self.job.sampling)
             self.job.step()

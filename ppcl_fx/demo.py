@@ -20,8 +20,8 @@ VARIANTS = ("ppcl", "uniform", "sequential")
 KEEPS = (1.0, 0.7, 0.6, 0.5)
 STEPS = (600, 60, 1500)
 LEAVES = (
-    "calls", "analysis.json", "plan.json", "student", "train", "engines", "engines-int8", "engines-int4", "pictures",
-    "report.html", "summary.json",
+    "calls", "analysis.json", "plan.json", "student", "train", "engines", "engines-finetuned", "engines-int8",
+    "engines-int4", "pictures", "report.html", "summary.json",
 )  # fmt: skip
 MARK = "demo.json"  # says that a demo wrote what lies beside it
 SEED = 42

@@ -11,9 +11,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -24,14 +24,15 @@ from torch.fx import GraphModule
 import ppcl_fx
 from ppcl_fx.calls.store import Calls
 from ppcl_fx.demo import SEED, DemoSettings, fitting_steps
-from ppcl_fx.export import ExportConfig, Origin, Translations, export, export_graph, lower
+from ppcl_fx.export import EngineTransformer, ExportConfig, Translations, export, lower
+from ppcl_fx.export.one_graph import Exported
 from ppcl_fx.export.onnx.writer import weight_bytes
-from ppcl_fx.export.store.names import graph_path, ratio_name
 from ppcl_fx.export.tensorrt.request import load_onnx
 from ppcl_fx.export.verify.onnx_runner import latency, session
 from ppcl_fx.io.files import write_json
 from ppcl_fx.model.pluggable import PluggableModel
 from ppcl_fx.model.student_folder import NAME as FINETUNED
+from ppcl_fx.model.student_folder import FinetunedFolder
 from ppcl_fx.report import PictureGrid, write_report
 from ppcl_fx.report.machine import describe
 from ppcl_fx.report.results import write_contact_sheet
@@ -47,7 +48,7 @@ from ppcl_fx.train.config import Weights
 
 SHOWN = 2  # prompts of each category in the grid of pictures
 ROUNDS = 15  # runs of each exported file that are timed
-FEW_BITS = ("int8", "int4")  # weights of the smallest ratio, exported and scored besides
+FEW_BITS: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")  # weights, of the smallest ratio
 ROUNDED_FOR = 16  # recorded calls that those are rounded for
 EMA = 0.995
 BETAS = (0.9, 0.99)  # of fine-tuning: its gradients are noisy, and a longer memory of their squares steadies them
@@ -91,11 +92,11 @@ def run(settings: DemoSettings, command: str) -> None:
     calls, analysis, plan, model = _prune(settings, clock, pipeline)
     curves, finetuned = _train(settings, clock, model, calls)
     with clock.stage("export") as say:
-        engines = export_ratios(out / "engines", model, settings.keeps, finetuned, calls)
-        say(f"{len(engines)} ONNX files, each checked on {engines[0]['shapes']:.0f} shapes")
+        files = export_ratios(out, model, settings.keeps, finetuned, calls)
+        engines = measured(files, calls)
+        say(f"{len(files)} ONNX files, each checked on {len(files[0].done.parity)} shapes")
     with clock.stage("score") as say:
-        rows = score_ratios(pipeline, model, settings.keeps, finetuned, settings.per_category)
-        rows += score_few_bits(pipeline, out / "engines", rows[len(settings.keeps) - 1], settings.per_category)
+        rows = score_files(pipeline, files, settings.per_category)
         say(", ".join(f"{row.name} {row.score['overall']:.3f}" for row in rows))
     with clock.stage("report"):
         blocks = sum(len(stack.blocks) for stack in analysis.stacks)
@@ -172,9 +173,20 @@ def _train(
     return curves, trained.finetuned_model
 
 
+@dataclass(frozen=True)
+class ExportedFile:
+    """One exported file, and the graph that it was made from."""
+
+    keep: float  # as it was asked for
+    done: Exported
+    graph: GraphModule
+    finetuned: bool = False
+    weights: str = "stored"
+
+
 @dataclass
 class Row:
-    """One model that was scored: a row of the table."""
+    """One file that was scored: a row of the table."""
 
     keep: float
     finetuned: bool
@@ -193,49 +205,19 @@ class Row:
         return f"{self.keep:.0%}" + (", fine-tuned" if self.finetuned else "") + few
 
 
-def few_bits_folder(folder: Path, weights: str) -> Path:
-    """Return where the files lie that have their weights in few bits, beside the others."""
-    return folder.with_name(f"{folder.name}-{weights}")
-
-
-def score_few_bits(pipeline: ShapesPipeline, folder: Path, whole: Row, per_category: int) -> list[Row]:
-    """Score the exported files with weights in few bits, in PyTorch, on the prompts and noise of the row `whole`."""
-    own, rows = pipeline.transformer, []
-    try:
-        for weights in FEW_BITS:
-            few = few_bits_folder(folder, weights)
-            pipeline.transformer = ppcl_fx.EngineTransformer(few, keep=whole.keep, backend="torch", device="cpu")
-            drawn = score_pictures(pipeline, per_category)
-            rows.append(replace(whole, drawn=drawn, score=summarise(drawn), weights=weights))
-    finally:
-        pipeline.transformer = own
-    return rows
-
-
-def score_ratios(
-    pipeline: ShapesPipeline,
-    model: PluggableModel,
-    keeps: Sequence[float],
-    finetuned: GraphModule | None,
-    per_category: int,
-) -> list[Row]:
-    """Score `model` at each ratio of `keeps`, then the fine-tuned model, all on the same prompts and noise.
+def score_files(pipeline: ShapesPipeline, files: Sequence[ExportedFile], per_category: int) -> list[Row]:
+    """Score each file, in onnxruntime in the place of the pipeline's transformer, all on the same prompts and noise.
 
     The teacher is ``keep=1.0``: every edit switched back. The pipeline gets its own transformer back.
     """
-    own = pipeline.transformer
-
-    def row(keep: float, transformer: PluggableModel, params: int, finetuned: bool) -> Row:
-        pipeline.transformer = transformer
-        drawn = score_pictures(pipeline, per_category)
-        return Row(keep, finetuned, params, model.students, drawn, summarise(drawn))
-
+    own, rows = pipeline.transformer, []
     try:
-        rows = [row(keep, model.plug(keep=keep), model.param_count(), False) for keep in keeps]
-        if finetuned is not None:
-            model.plug(keep=min(keeps))
-            params = sum(parameter.numel() for parameter in finetuned.parameters())
-            rows.append(row(min(keeps), PluggableModel(finetuned, Plan()), params, True))
+        for file in files:
+            folder, keep = file.done.onnx.parent, file.done.keep
+            pipeline.transformer = EngineTransformer(folder, keep=keep, backend="onnxruntime", device="cpu")
+            drawn = score_pictures(pipeline, per_category)
+            told = (file.keep, file.finetuned, file.done.params, file.done.students)
+            rows.append(Row(*told, drawn, summarise(drawn), file.weights))
     finally:
         pipeline.transformer = own
     return rows
@@ -248,31 +230,32 @@ def blocks_left(model: PluggableModel, students: Sequence[str], blocks: int) -> 
 
 
 def export_ratios(
-    folder: Path, model: PluggableModel, keeps: Sequence[float], finetuned: GraphModule | None, calls: Calls
-) -> list[dict[str, float]]:
-    """Export `model` at each ratio and the fine-tuned model to ONNX, and time them all in turn.
-
-    The smallest ratio is exported with weights in few bits besides. For each, in the order of the rows, it returns
-    ``latency_ms`` (median of one call with the samples of a recorded one), ``parity_max_abs`` (largest difference
-    between onnxruntime and PyTorch over ``shapes`` shapes) and ``weight_bytes``.
-    """
+    out: Path, model: PluggableModel, keeps: Sequence[float], finetuned: GraphModule, calls: Calls
+) -> list[ExportedFile]:
+    """Export `model` at each ratio, the fine-tuned model, and the smallest ratio with weights in few bits, to ONNX."""
     known = Translations()  # blocks of one structure are translated once for all files
-    done = list(export(model, folder, ExportConfig(keep=tuple(keeps)), calls=calls[:1], known=known).ratios)
+    done = export(model, out / "engines", ExportConfig(keep=tuple(keeps)), calls=calls[:1], known=known).ratios
     graphs = [model.plug(keep=keep).graph_module() for keep in keeps]
-    if finetuned is not None:
-        path = graph_path(folder, f"{ratio_name(min(keeps))}-finetuned")
-        share = done[-1].params / model.teacher_params
-        origin = Origin(keep=share, students=list(done[-1].students), plan=model.plan)
-        done.append(export_graph(finetuned, path, calls=calls[:1], origin=origin, known=known))
-        graphs.append(finetuned)
+    found = [ExportedFile(*row) for row in zip(keeps, done, graphs, strict=True)]
+    tuned = FinetunedFolder.open(out / "student" / FINETUNED)
+    done = export(tuned, out / "engines-finetuned", calls=calls[:1], known=known).ratios
+    found.append(ExportedFile(keeps[-1], done[0], finetuned, finetuned=True))
     some = calls[:: max(1, len(calls) // ROUNDED_FOR)]
     for weights in FEW_BITS:
-        config = ExportConfig(keep=(min(keeps),), weights=weights, check_calls=1)
-        done += export(model, few_bits_folder(folder, weights), config, calls=some, known=known).ratios
-        graphs.append(graphs[len(keeps) - 1])
-    feeds = [lower(graph).feeds(bind(graph, calls[0].kwargs)) for graph in graphs]
-    running = [session(one.onnx) for one in done]
-    # In turns, so that whatever else the machine does falls on all of them alike.
+        config = ExportConfig(keep=(keeps[-1],), weights=weights, check_calls=1)
+        done = export(model, out / f"engines-{weights}", config, calls=some, known=known).ratios
+        found.append(ExportedFile(keeps[-1], done[0], graphs[-1], weights=weights))
+    return found
+
+
+def measured(files: Sequence[ExportedFile], calls: Calls) -> list[dict[str, float]]:
+    """Time all files in turn, so that whatever else the machine does falls on all of them alike.
+
+    For each it returns ``latency_ms`` (median of one call with the samples of a recorded one), ``parity_max_abs``
+    (largest difference between onnxruntime and PyTorch over all shapes) and ``weight_bytes``.
+    """
+    feeds = [lower(file.graph).feeds(bind(file.graph, calls[0].kwargs)) for file in files]
+    running = [session(file.done.onnx) for file in files]
     rounds = [
         [latency(one, given, runs=1, warmup=1) for one, given in zip(running, feeds, strict=True)]
         for _ in range(ROUNDS)
@@ -281,11 +264,10 @@ def export_ratios(
     return [
         {
             "latency_ms": median,
-            "parity_max_abs": max(one.parity.values()),
-            "shapes": len(one.parity),
-            "weight_bytes": weight_bytes(load_onnx(one.onnx)),
+            "parity_max_abs": max(file.done.parity.values()),
+            "weight_bytes": weight_bytes(load_onnx(file.done.onnx)),
         }
-        for median, one in zip(medians, done, strict=True)
+        for median, file in zip(medians, files, strict=True)
     ]
 
 

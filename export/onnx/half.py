@@ -1,30 +1,20 @@
-"""Files of half precision: whether float16 holds the model, and how a file is checked that no runtime here runs."""
+"""Half precision: its types, and whether float16 holds a model."""
 
 from __future__ import annotations
 
-import copy
-import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ppcl_fx.calls.examples import floats_as
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export.extras import need
-from ppcl_fx.export.onnx.graph_run import GraphRun, run_graph
-from ppcl_fx.export.onnx.writer import Prepared
-from ppcl_fx.export.verify.onnx_runner import session
-from ppcl_fx.export.verify.reference import Answers
-from ppcl_fx.ir.graphs import reached
+from ppcl_fx.export.onnx.graph_run import GraphRun
 from ppcl_fx.passes.lowering.lowering import END
 from ppcl_fx.tracing import bind, with_rows
-from ppcl_fx.tracing.guards import guards
 
 if TYPE_CHECKING:
     from ppcl_fx.calls.store import Calls
@@ -132,89 +122,3 @@ def largest_value(gm: GraphModule, calls: Calls | None, unchecked: str | None) -
     count = min(CALLS, len(calls))
     chosen = (calls[index * len(calls) // count] for index in range(count))
     return check_range(gm, (floats_as(bind(gm, with_rows(gm, call.kwargs)), torch.float16) for call in chosen))
-
-
-# ---- the check of a file that no runtime here runs ---------------------------------------------------------------
-
-
-def compare_in_float32(prepared: Prepared, path: Path) -> tuple[dict[str, float], Answers]:
-    """Check a file of half precision: widen every type of it to float32, and compare that to PyTorch in float32.
-
-    The weights are those of the file, rounded as they are. So the comparison shows to float32's accuracy that the file
-    computes what the model computes. How far rounding takes the results is another question: see `rounding`.
-    onnxruntime has few kernels of half precision for the CPU, so the file itself is not run. The widened one lies
-    beside it meanwhile.
-
-    Returns:
-        The largest difference for each shape by name; and the widened graph and file, to ask them more.
-    """
-    ir = need("onnx_ir")
-    wide = _wide(prepared.gm)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.widened-") as folder:
-        model = ir.load(path)
-        widen(model)
-        twin = Path(folder) / path.name
-        ir.save(model, twin, external_data=f"{path.name}.data")
-        answers = Answers(prepared, session(twin), wide)
-    return answers.differences(), answers
-
-
-def _wide(gm: GraphModule) -> GraphModule:
-    """Return a copy of a graph in which every bfloat16 and float16 is float32: weights and casts.
-
-    What was decided by a type stays decided: guards that ask for one are gone.
-    """
-    made = copy.deepcopy(gm).float()
-    made.meta = dict(gm.meta)
-    for guard in guards(made):
-        if any(isinstance(node.meta.get("val"), torch.dtype) for node in reached([guard], _python_inputs)):
-            made.graph.erase_node(guard)
-    for node in made.graph.nodes:
-        node.args, node.kwargs = map_aggregate((node.args, node.kwargs), _as_float32)
-        if node.op == "call_method" and node.target in ("half", "bfloat16"):
-            node.target = "float"
-    made.recompile()
-    return made
-
-
-def _python_inputs(node: Node) -> list[Node]:
-    """Return what a node is computed from, where that is no tensor: the way back to what a guard asks for."""
-    return [] if isinstance(node.meta.get("val"), torch.Tensor) else node.all_input_nodes
-
-
-def _as_float32(argument: Any) -> Any:
-    return torch.float32 if isinstance(argument, torch.dtype) and argument in HALF else argument
-
-
-def widen(model: Any) -> None:
-    """Make float32 of every bfloat16 and float16 in an `onnx_ir.Model`, in place: weights, constants, casts, inputs."""
-    ir = need("onnx_ir")
-    half = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
-
-    def wide(tensor: Any) -> Any:
-        return ir.tensor(tensor.numpy().astype("float32"), name=tensor.name)
-
-    inner = [value for node in model.graph for value in node.outputs]
-    for value in (*model.graph.inputs, *model.graph.initializers.values(), *inner):
-        if value.dtype in half:
-            value.dtype = ir.DataType.FLOAT
-            if value.const_value is not None:
-                value.const_value = wide(value.const_value)
-    for node in model.graph:
-        for name, given in list(node.attributes.items()):
-            if given.type == ir.AttributeType.TENSOR and given.value.dtype in half:
-                node.attributes[name] = ir.AttrTensor(name, wide(given.value))
-            elif name in ("to", "dtype") and given.type == ir.AttributeType.INT and given.value in half:
-                node.attributes[name] = ir.AttrInt64(name, int(ir.DataType.FLOAT))
-
-
-def rounding(answers: Answers) -> float:
-    """Return how far half precision takes the result of the traced call: the relative error, root mean square.
-
-    It compares PyTorch in half precision to PyTorch in float32, with the same rounded weights and inputs. What the
-    model itself rounds, a timestep for example, counts.
-    """
-    call = answers.prepared.calls["traced"]
-    rounded = run_graph(answers.prepared.gm, call)[0].double()
-    exact = answers.pytorch(floats_as(call, torch.float32)).double()
-    return float((rounded - exact).norm() / exact.norm())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from ppcl_fx.calls.examples import floats_as
 from ppcl_fx.export.onnx.graph_run import run_graph
 from ppcl_fx.export.onnx.writer import Prepared
 from ppcl_fx.export.verify.metrics import difference
-from ppcl_fx.export.verify.onnx_runner import run, session
+from ppcl_fx.export.verify.onnx_runner import run
 from ppcl_fx.ir.dtypes import main_dtype
 from ppcl_fx.tracing import bind, with_rows
 
@@ -68,12 +67,3 @@ class Answers:
         calls = {name: floats_as(kwargs, self.dtype) for name, kwargs in self.prepared.calls.items()}
         return {name: difference(self.exported(call), self.pytorch(call)) for name, call in calls.items()}
 
-
-def compare(prepared: Prepared, path: Path) -> tuple[dict[str, float], Answers]:
-    """Run a file in onnxruntime on every shape and compare it to PyTorch.
-
-    Returns:
-        The largest difference for each shape by name; and graph and file, to ask them more.
-    """
-    answers = Answers(prepared, session(path))
-    return answers.differences(), answers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
@@ -36,7 +37,8 @@ class QuantisedLinear(nn.Module):
         rows = QuantisedWeight.unpacked(scheme, packed, scales).values.shape
         self.out_features, self.in_features = rows
         self.scheme, self.inputs = scheme, inputs
-        self.register_buffer("packed", packed)
+        # FP8 as bytes: a model that is widened keeps them.
+        self.register_buffer("packed", packed.view(torch.uint8) if packed.is_floating_point() else packed)
         self.scales = nn.Parameter(scales, requires_grad=False)  # widened with the model
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 

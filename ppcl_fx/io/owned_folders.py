@@ -139,8 +139,8 @@ DEMO = Kind(
     "a demo",
     (r"demo\.json", r"analysis\.json", r"plan\.json", r"report\.html", r"summary\.json"),
     {
-        "calls": CALLS, "student": STUDENT, "train": TRAINING, "engines": ENGINES, "engines-int8": ENGINES,
-        "engines-int4": ENGINES, "pictures": PICTURES,
+        "calls": CALLS, "student": STUDENT, "train": TRAINING, "engines": ENGINES,
+        "engines-finetuned": ENGINES, "engines-int8": ENGINES, "engines-int4": ENGINES, "pictures": PICTURES,
     },
     manifest="demo.json",
     says={"kind": "demo"},

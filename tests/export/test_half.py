@@ -19,9 +19,10 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, export_graph, lower
 from ppcl_fx.export.onnx import half
 from ppcl_fx.export.onnx.graph_run import run_graph
-from ppcl_fx.export.onnx.half import check_range, largest_values, widen
+from ppcl_fx.export.onnx.half import check_range, largest_values
 from ppcl_fx.export.onnx.writer import call_of, in_type
 from ppcl_fx.export.store.manifest import Manifest
+from ppcl_fx.export.verify.twin import widen
 from ppcl_fx.io.files import read_json
 from ppcl_fx.ir.meta import graph_info
 from ppcl_fx.model.retrace import with_weights

@@ -16,7 +16,7 @@ from ppcl_fx.export.onnx.dynamic_axes import find_axes, resized, variants, widen
 from ppcl_fx.export.onnx.graph_run import run_graph
 from ppcl_fx.export.onnx.segments import Translations, segments
 from ppcl_fx.export.onnx.writer import call_of, in_type, prepare, save, translated
-from ppcl_fx.export.verify.reference import compare
+from ppcl_fx.export.verify.twin import compare
 from ppcl_fx.ir.graphs import copy_graph_module
 from ppcl_fx.model.retrace import with_weights
 from ppcl_fx.model.rewrite import rewrite

@@ -123,7 +123,8 @@ def test_layers_stay_until_the_output_is_within_the_error(tmp_path: Path) -> Non
             continue
         export_graph(gm, path, config, calls=calls_of(kwargs))
         card = check_artefacts(path)[0].quantised
-        assert card is not None and card.layers + len(card.kept) == len(linear_layers(gm))
+        # The file lacks the last block's three layers of the text stream: nothing reads what they give.
+        assert card is not None and card.layers + len(card.kept) == len(linear_layers(gm)) - 3
         added.append((card.added_error, len(card.kept)))
     assert added[0][0] > 0.02 >= added[1][0] and added[0][1] == 0 < added[1][1]
 
@@ -147,7 +148,7 @@ def test_a_finetuned_model_has_its_own(tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"weights": "int4", "block": 7}, "--block 7: does not divide the 16 columns of .* that does, such as 4"),
-        ({"weights": "int5"}, "weights is 'int5': not one of stored, int8, int4, fp8"),
+        ({"weights": "int5"}, "weights: not one of stored, int8, int4, fp8 .did you mean 'int8'"),
         ({"block": 32}, "--block: only with --weights; leave it out, or give int4"),
         ({"weight_error": 0.1}, "--weight-error: only with --weights"),
         ({"weights": "int8", "format": "released"}, "--weights: not for --format released"),
