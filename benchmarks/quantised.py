@@ -2,7 +2,7 @@
 
     python -m benchmarks.quantised build/demo/student --calls build/demo/calls
 
-Each file that an export wrote is drawn with, in PyTorch, on the same prompts and noise as the model itself in float32.
+Each file that an export wrote is drawn with, in onnxruntime, on the same prompts and noise as the model itself in float32.
 Scores that ``--work`` holds are not made again, so a run that was stopped goes on.
 """
 
@@ -58,7 +58,7 @@ def scored(folder: Path, keep: float, seeds: Sequence[int], per_category: int, w
     for seed in seeds:
         path = work / f"{folder.name}-{keep:g}-{seed}-{per_category}.json"
         if not path.is_file():
-            pipeline.transformer = EngineTransformer(folder, keep=keep, backend="torch", device="cpu")
+            pipeline.transformer = EngineTransformer(folder, keep=keep, backend="onnxruntime", device="cpu")
             write_json(path, score(pipeline, per_category, seed))
             print(f"{path.stem}: {json.loads(path.read_text())['overall']:.4f}", flush=True)
         scores.append(float(json.loads(path.read_text())["overall"]))

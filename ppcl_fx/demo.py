@@ -18,7 +18,7 @@ from ppcl_fx.io.files import write_json
 
 VARIANTS = ("ppcl", "uniform", "sequential")
 KEEPS = (1.0, 0.7, 0.6, 0.5)
-STEPS = (600, 60, 1500)
+STEPS = (600, 60, 800)
 LEAVES = (
     "calls", "analysis.json", "plan.json", "student", "train", "engines", "engines-finetuned", "engines-int8",
     "engines-int4", "pictures", "report.html", "summary.json",

@@ -1,4 +1,4 @@
-"""Engines of Qwen-Image, FLUX and Chroma, whole and pruned, built by NVIDIA's own compiler without a GPU."""
+"""Engines of Qwen-Image, FLUX, SD3.5 and Chroma, whole and pruned, built by NVIDIA's own compiler without a GPU."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import functools
 import importlib.util
 import warnings
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
 from torch.fx import GraphModule
 
 import ppcl_fx
+from ppcl_fx.calls.examples import floats_as
 from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.export import ExportConfig, Translations, export, export_graph
-from ppcl_fx.export.onnx.writer import floats_as
 from ppcl_fx.export.runtime.folder import artefacts
 from ppcl_fx.export.tensorrt.build import build_engine
 from ppcl_fx.export.tensorrt.manifest import EngineManifest
@@ -47,9 +46,6 @@ STUDENTS: dict[str, Edit | None] = {
     "feed-forward": FfnEdit(stack=STACK, block=0),
     "text stream": TextStreamEdit(stack=STACK, source=0, last=1),
 }
-BUILT = {"qwen": ("teacher", "depth", "feed-forward"), "flux": tuple(STUDENTS), "chroma": tuple(STUDENTS)}
-"""The students of each family that are exported in bfloat16."""
-
 
 @functools.cache
 def traced(name: str) -> tuple[GraphModule, Calls, Translations]:
@@ -70,7 +66,8 @@ def build(onnx: Path) -> EngineManifest:
     return build_engine(onnx, onnx.with_suffix(".engine"), request.profiles(onnx), QUICK, api=api)
 
 
-@pytest.mark.parametrize(("name", "student"), [(name, one) for name, students in BUILT.items() for one in students])
+@pytest.mark.parametrize("student", STUDENTS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_an_engine_is_built(name: str, student: str, tmp_path: Path) -> None:
     teacher, calls, known = traced(name)
     edit = STUDENTS[student]
@@ -87,35 +84,42 @@ def test_an_engine_is_built(name: str, student: str, tmp_path: Path) -> None:
 
 
 RATIOS = (1.0, 0.7, 0.6, 0.5)
-TYPES: tuple[Literal["bf16", "fp16", "fp32"], ...] = ("bf16",)
-"""Types that `shapes` is built in at every ratio."""
+WAYS = {
+    "bf16": ExportConfig(dtype="bf16"),
+    "fp16": ExportConfig(dtype="fp16"),
+    "fp32": ExportConfig(dtype="fp32"),
+    "INT4": ExportConfig(dtype="bf16", weights="int4"),
+}
+"""How `shapes` is built at every ratio."""
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float", "INT4": "bfloat16"}
 
 
 @pytest.fixture(scope="module")
-def shapes() -> tuple[PluggableModel, Calls]:
-    """The shipped model with depth and feed-forward edits, and a call of it."""
+def shapes() -> tuple[PluggableModel, Calls, Translations]:
+    """The shipped model with edits of each kind, and a call of it."""
     pipeline = load_pipeline()
     calls = ppcl_fx.record(pipeline, ["a red circle", "two blue squares"], num_inference_steps=1)
     edits = [
-        *(DepthEdit(stack=STACK, first=one, last=last) for one, last in ((1, 3), (4, 6), (7, 9), (10, 12), (13, 14))),
+        *(DepthEdit(stack=STACK, first=one, last=last) for one, last in ((4, 6), (7, 9), (10, 12), (13, 14))),
+        TextStreamEdit(stack=STACK, source=0, last=2),
         FfnEdit(stack=STACK, block=0),
     ]
-    return rewrite(trace(pipeline.transformer, calls[0].kwargs), Plan(edits=edits)), calls
+    model = rewrite(trace(pipeline.transformer, calls[0].kwargs), Plan(edits=edits))
+    return model, calls, Translations()
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("way", WAYS)
 def test_shapes_has_an_engine_at_each_ratio(
-    shapes: tuple[PluggableModel, Calls], dtype: Literal["bf16", "fp16", "fp32"], tmp_path: Path
+    shapes: tuple[PluggableModel, Calls, Translations], way: str, tmp_path: Path
 ) -> None:
-    model, calls = shapes
-    build = EngineConfig(options=QUICK)
-    config = ExportConfig(keep=RATIOS, format="rtx", dtype=dtype, runs=1, check_calls=1, build=build)
-    done = export(model, tmp_path, config, calls=calls)
+    model, calls, known = shapes
+    own = {"keep": RATIOS, "format": "rtx", "runs": 1, "check_calls": 1, "build": EngineConfig(options=QUICK)}
+    done = export(model, tmp_path, WAYS[way].model_copy(update=own), calls=calls, known=known)
     assert [one.name for one in done.engines] == ["keep-1", "keep-0.7", "keep-0.6", "keep-0.5"]
     for ratio, one in zip(done.ratios, done.engines, strict=True):
         assert one.engine == ratio.engine == ratio.onnx.with_suffix(".engine") and one.engine.is_file()
         assert (one.manifest.library, one.manifest.onnx) == ("rtx", ratio.onnx.name)
-        assert one.manifest.dtype == {"bf16": "bfloat16", "fp16": "float16", "fp32": "float"}[dtype]
+        assert one.manifest.dtype == DTYPES[way]
     sizes = [one.manifest.engine.bytes for one in done.engines]
     assert sizes == sorted(sizes, reverse=True)
     found = artefacts(tmp_path)
