@@ -2,7 +2,7 @@
 
     python -m benchmarks.quantised build/demo/student --calls build/demo/calls
 
-Each file that an export wrote is drawn with, in onnxruntime, on the same prompts and noise as the model itself in float32.
+Each file that an export wrote is drawn with, in onnxruntime, on the same prompts and noise as the model in float32.
 Scores that ``--work`` holds are not made again, so a run that was stopped goes on.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,20 @@ from ppcl_fx.export.store.names import manifest_path
 from ppcl_fx.io.files import read_json, write_json
 from ppcl_fx.shapes.score import score
 
-WAYS = ("stored", "int8", "int4", "fp8")
+FEW = ("int8", "int4", "fp8")
 
 
-def files(model: PluggableModel, calls: Calls, work: Path, keeps: Sequence[float]) -> dict[str, Path]:
-    """Export a model at each ratio with weights of each kind; return the folders."""
+def files(
+    model: PluggableModel, calls: Calls, work: Path, keeps: Sequence[float], errors: Mapping[str, float | None]
+) -> dict[str, Path]:
+    """Export a model at each ratio with weights of each kind, within an error of each; return the folders."""
     known, found = Translations(), {}
-    for way in WAYS:
-        found[way] = work / way
+    for way, error in errors.items():
+        found[way] = work / (way if error is None else f"{way}-{error:g}")
         if not (found[way] / "head.json").is_file():
-            config = ExportConfig(keep=tuple(keeps), weights=way, runs=1)
+            config = ExportConfig.merged(None, {"keep": tuple(keeps), "weights": way, "weight_error": error, "runs": 1})
             export(model, found[way], config, calls=calls, known=known)
-            print(f"exported {way}", flush=True)
+            print(f"exported {found[way].name}", flush=True)
     return found
 
 
@@ -72,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         __doc__,
         calls=(Path("build/demo/calls"), "recorded calls"),
         keeps=("1.0,0.7,0.6,0.5", "shares of the parameters"),
+        errors=("0.003,0.015,0.015", "largest error that INT8, INT4 and FP8 may add to the model's output"),
         seeds=("0,1,2", "seeds of prompts and noise"),
         per_category=(64, "prompts scored a category"),
         work=(Path("build/quantised"), "exported files and finished scores"),
@@ -82,14 +85,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     keeps, seeds = [float(part) for part in options.keeps.split(",")], [int(part) for part in options.seeds.split(",")]
     model = ppcl_fx.load(options.student)
     assert isinstance(model, PluggableModel)
-    folders = files(model, Calls.open(options.calls), options.work, keeps)
+    errors = {"stored": None, **dict(zip(FEW, map(float, options.errors.split(",")), strict=True))}
+    folders = files(model, Calls.open(options.calls), options.work, keeps, errors)
     rows = []
     for keep in keeps:
         exact = scored(folders["stored"], keep, seeds, options.per_category, options.work)
         for way, folder in folders.items():
             own = scored(folder, keep, seeds, options.per_category, options.work)
             lost = [100 * (before - after) for before, after in zip(exact, own, strict=True)]
-            row = {"keep": keep, "weights": way, **described(folder, keep)}
+            row = {"keep": keep, "weights": way, "weight_error": errors[way], **described(folder, keep)}
             rows.append(row | {"score": spread(own), "scores": own, "points_lost": spread(lost)})
             size = row["weight_bytes"] / 2**20
             mean, lost_mean = rows[-1]["score"]["mean"], sum(lost) / len(lost)

@@ -114,28 +114,60 @@ def rounded_weights(
 
     first = next(iter(mixtures))
     work = first.with_name(f".{first.stem}.partial-{uuid.uuid4().hex[:8]}") if weightless(root) else None
-    some, measured = spread_calls(CALLS), spread_calls(MEASURED)
+    some = spread_calls(CALLS)
     try:
         with _residency(source, config, work) as residency:
             found = quantise(root, some, scheme, residency, None if work is None else work / "weights")
-        exact = [_outputs(gm, measured, source, config, work) for gm in graphs]
-
-        def errors(some: Quantised) -> list[float]:
-            few = source.with_quantised(some)
-            given = [_outputs(gm, measured, few, config, work) for gm in graphs]
-            return [_largest_error(*pair) for pair in zip(given, exact, strict=True)]
-
+        added = _AddedError(source, graphs, spread_calls(MEASURED), config, work)
         if config.weight_error is not None:
-            found = within_error(found, config.weight_error, lambda some: max(errors(some)))
+            alone = partial(added.alone, found) if work is None else None  # a run for each layer is for memory alone
+            found = within_error(found, config.weight_error, lambda some: max(added.of(some)), alone)
             if not found.errors:
                 raise PpclError(
                     f"--weight-error {config.weight_error:g}: no layer in {config.weights} stays within it; allow "
                     "more, or choose another --weights or a smaller --block"
                 )
-        yield Rounding(source.with_quantised(found), len(some), dict(zip(graphs, errors(found), strict=True)))
+        yield Rounding(source.with_quantised(found), len(some), dict(zip(graphs, added.of(found), strict=True)))
     finally:
         if work is not None:
             shutil.rmtree(work, ignore_errors=True)
+
+
+class _AddedError:
+    """The relative error that weights in few bits add to what graphs give on recorded calls."""
+
+    def __init__(
+        self,
+        source: WeightSource,
+        graphs: Sequence[GraphModule],
+        calls: Sequence[Mapping[str, Any]],
+        config: ExportConfig,
+        work: Path | None,
+    ) -> None:
+        self.source, self.graphs, self.calls = source, graphs, calls
+        self._outputs = partial(_outputs, config=config, work=work)
+        self._exact = [self._outputs(gm, calls, source) for gm in graphs]
+        self._names = [{piece.name for part in source.pieces(gm).values() for piece in part} for gm in graphs]
+        self._worst: int | None = None
+
+    def of(self, some: Quantised) -> list[float]:
+        """Return the error of each graph, the largest of a call."""
+        few = self.source.with_quantised(some)
+        given = [self._outputs(gm, self.calls, few) for gm in self.graphs]
+        errors = [_errors(*pair) for pair in zip(given, self._exact, strict=True)]
+        if self._worst is None:
+            self._worst = max(range(len(self.calls)), key=lambda call: max(row[call] for row in errors))
+        return [max(row) for row in errors]
+
+    def alone(self, found: Quantised, name: str) -> float:
+        """Return the error that one layer adds, in the last graph that has it, on the call that was worst with all."""
+        index = max((i for i, names in enumerate(self._names) if name in names), default=None)
+        if index is None:
+            return 0.0
+        call = self._worst or 0
+        few = self.source.with_quantised(found.without(found.errors.keys() - {name}, ""))
+        given = self._outputs(self.graphs[index], self.calls[call : call + 1], few)
+        return _errors(given, self._exact[index][call : call + 1])[0]
 
 
 def _scheme(config: ExportConfig, dtype: torch.dtype, root: GraphModule) -> Scheme:
@@ -168,7 +200,12 @@ def _residency(source: WeightSource, config: ExportConfig, work: Path | None) ->
 
 
 def _outputs(
-    gm: GraphModule, calls: Sequence[Mapping[str, Any]], source: WeightSource, config: ExportConfig, work: Path | None
+    gm: GraphModule,
+    calls: Sequence[Mapping[str, Any]],
+    source: WeightSource,
+    *,
+    config: ExportConfig,
+    work: Path | None,
 ) -> list[Tensor]:
     """Return what a mixture gives on calls with the weights of a source, in few bits or as they were."""
     pieces, found = source.pieces(gm), list[Tensor]()
@@ -207,6 +244,6 @@ def _stored(scheme: Scheme, scale: float, layer: nn.Module, args: tuple[Tensor, 
     return (scheme.stored_inputs(args[0], scale), *args[1:])
 
 
-def _largest_error(given: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
-    """Return the largest relative error of a call's result."""
-    return max(float((one - right).norm() / right.norm()) for one, right in zip(given, exact, strict=True))
+def _errors(given: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
+    """Return the relative error of each call's result."""
+    return [float((one - right).norm() / right.norm()) for one, right in zip(given, exact, strict=True)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from PIL import Image
@@ -48,7 +48,7 @@ from ppcl_fx.train.config import Weights
 
 SHOWN = 2  # prompts of each category in the grid of pictures
 ROUNDS = 15  # runs of each exported file that are timed
-FEW_BITS: tuple[Literal["int8", "int4"], ...] = ("int8", "int4")  # weights, of the smallest ratio
+FEW_BITS = {"int8": 0.003, "int4": 0.015}  # weights of the smallest ratio, and the error they may add to its output
 ROUNDED_FOR = 16  # recorded calls that those are rounded for
 EMA = 0.995
 BETAS = (0.9, 0.99)  # of fine-tuning: its gradients are noisy, and a longer memory of their squares steadies them
@@ -241,9 +241,9 @@ def export_ratios(
     done = export(tuned, out / "engines-finetuned", calls=calls[:1], known=known).ratios
     found.append(ExportedFile(keeps[-1], done[0], finetuned, finetuned=True))
     some = calls[:: max(1, len(calls) // ROUNDED_FOR)]
-    for weights in FEW_BITS:
-        config = ExportConfig(keep=(keeps[-1],), weights=weights, check_calls=1)
-        done = export(model, out / f"engines-{weights}", config, calls=some, known=known).ratios
+    for weights, error in FEW_BITS.items():
+        how: dict[str, Any] = {"keep": keeps[-1:], "weights": weights, "weight_error": error, "check_calls": 1}
+        done = export(model, out / f"engines-{weights}", calls=some, known=known, **how).ratios
         found.append(ExportedFile(keeps[-1], done[0], graphs[-1], weights=weights))
     return found
 

@@ -67,13 +67,13 @@ class _OnDisk(dict[str, Any]):
 @pytest.fixture(scope="session")
 def translated_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Let every export of a run share one store of translations, but where a test makes its own."""
-    from ppcl_fx.export.onnx import assemble as stitching
+    from ppcl_fx.export import exporting
 
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-    known = stitching.Translations(_OnDisk(shared / "translated"))
+    known = exporting.Translations(_OnDisk(shared / "translated"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stitching, "Translations", lambda: known)
+        patch.setattr(exporting, "Translations", lambda: known)
         yield
 
 

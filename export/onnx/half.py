@@ -37,6 +37,8 @@ _CHOOSING = ("masked_fill", "where", "full", "full_like", "scalar_tensor", "clam
 class _Largest(TorchDispatchMode):
     """Notes the largest absolute float16 value that each node of a graph computes, inside its modules too."""
 
+    supports_higher_order_operators = True  # flex attention is one
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.node = ""
@@ -44,7 +46,7 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        chosen = func._schema.name.partition("::")[2].rstrip("_") in _CHOOSING
+        chosen = func.name().partition("::")[2].rstrip("_") in _CHOOSING
         given = chosen or any(not bool(value.isfinite().all()) for value in _floats((args, kwargs)))
         for value in _floats(result):
             if value.dtype == torch.float16:

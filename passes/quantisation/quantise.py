@@ -98,17 +98,25 @@ def quantise(
     return found
 
 
-def within_error(found: Quantised, limit: float, error: Callable[[Quantised], float]) -> Quantised:
-    """Return as many quantised layers as a budget of error allows, those of the least errors first.
+def within_error(
+    found: Quantised,
+    limit: float,
+    error: Callable[[Quantised], float],
+    alone: Callable[[str], float] | None = None,
+) -> Quantised:
+    """Return as many quantised layers as a budget of error allows, those of the least effect first.
 
     Args:
         found: every layer.
         limit: the largest error of the model's output.
         error: measures that error with some layers quantised; it is 0 with none.
+        alone: measures it with one layer quantised; if left out the error of the layer's own output stands for it,
+            which does not know how much of that reaches the model's.
     """
-    order = sorted(found.errors, key=lambda name: (found.errors[name], name))
     if error(found) <= limit:
         return found
+    effects = dict(found.errors) if alone is None else {name: alone(name) for name in found.errors}
+    order = sorted(effects, key=lambda name: (effects[name], name))
     low, high = 0, len(order)  # `low` layers fit, `high` do not
     while high - low > 1:
         middle = (low + high) // 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import ppcl_fx
 from ppcl_fx import EngineTransformer
 from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
-from ppcl_fx.export import ExportConfig, Translations, check_artefacts, export, export_graph
+from ppcl_fx.export import ExportConfig, check_artefacts, export, export_graph
 from ppcl_fx.export.runtime.quantised_layers import put_quantised
 from ppcl_fx.export.store.names import manifest_path
 from ppcl_fx.export.verify.integrity import external_data
@@ -33,8 +33,6 @@ pytestmark = pytest.mark.slow
 
 KINDS = {"int8": ir.DataType.INT8, "int4": ir.DataType.INT4, "fp8": ir.DataType.FLOAT8E4M3FN}
 BLOCKS = {"int8": None, "int4": 4, "fp8": None}
-KNOWN: defaultdict[Path, Translations] = defaultdict(Translations)
-"""Translations of each model's blocks, made once."""
 
 
 def calls_of(kwargs: dict[str, Any]) -> Calls:
@@ -49,7 +47,7 @@ def student(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 def quantised(folder: Path, out: Path, calls: Calls, **options: Any) -> Any:
     config = ExportConfig(**{"keep": keeps(folder), "runs": 1} | options)
-    return export(StudentFolder.open(folder), out, config, calls=calls, known=KNOWN[folder])
+    return export(StudentFolder.open(folder), out, config, calls=calls)
 
 
 @pytest.mark.parametrize("weights", KINDS)
@@ -101,10 +99,10 @@ def test_weights_on_disk_are_rounded_alike_block_by_block(student: tuple[str, Pa
 @pytest.mark.parametrize("weights", KINDS)
 def test_half_precision_has_its_scales_in_its_type(tmp_path: Path, weights: str) -> None:
     teacher, kwargs = models.tiny_qwen(blocks=1)
-    gm, known = trace(teacher, kwargs), KNOWN[Path("half")]
+    gm = trace(teacher, kwargs)
     for dtype, kind in (("bf16", ir.DataType.BFLOAT16), ("fp16", ir.DataType.FLOAT16)):
         config = ExportConfig(dtype=dtype, weights=weights, block=BLOCKS[weights], runs=1)
-        done = export_graph(gm, tmp_path / f"{dtype}.onnx", config, calls=calls_of(kwargs), known=known)
+        done = export_graph(gm, tmp_path / f"{dtype}.onnx", config, calls=calls_of(kwargs))
         model = ir.load(done.onnx)
         scales = {v.dtype for name, v in model.graph.initializers.items() if name.endswith(("/scales", "/inputs"))}
         assert scales == {kind}
@@ -114,17 +112,17 @@ def test_half_precision_has_its_scales_in_its_type(tmp_path: Path, weights: str)
 
 def test_layers_stay_until_the_output_is_within_the_error(tmp_path: Path) -> None:
     teacher, kwargs = models.tiny_qwen(blocks=2)
-    gm, known = trace(teacher, kwargs), Translations()
+    gm = trace(teacher, kwargs)
     added = []
     for number, limit in enumerate((None, 0.02, 1e-5)):
         config = ExportConfig(weights="int4", block=4, weight_error=limit, runs=1)
         path = tmp_path / f"keep-0.{number}.onnx"
         if limit == 1e-5:
             with pytest.raises(PpclError, match="--weight-error 1e-05: no layer in int4 stays within it"):
-                export_graph(gm, path, config, calls=calls_of(kwargs), known=known)
+                export_graph(gm, path, config, calls=calls_of(kwargs))
             assert not path.exists()
             continue
-        export_graph(gm, path, config, calls=calls_of(kwargs), known=known)
+        export_graph(gm, path, config, calls=calls_of(kwargs))
         card = check_artefacts(path)[0].quantised
         # The file lacks the last block's three layers of the text stream: nothing reads what they give.
         assert card is not None and card.layers + len(card.kept) == len(linear_layers(gm)) - 3

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from ppcl_fx.export import lower
+from ppcl_fx.export import ExportConfig, export_graph, exporting, lower
 from ppcl_fx.export.onnx.graph_run import run_graph
 from ppcl_fx.export.onnx.segments import GraphSegment, described, segments, structure
 from ppcl_fx.tracing import bind, trace
@@ -120,3 +121,13 @@ def test_parameters_have_the_same_order_in_look_alike_blocks(tiny_flux: Tiny) ->
     found = {s.name: s for s in segments(lower(trace(*tiny_flux)).graph)}
     one, two = found["transformer_blocks.1"], found["transformer_blocks.2"]
     assert [name.replace("blocks.1.", "blocks.2.") for name in one.parameters] == list(two.parameters)
+
+
+def test_exports_of_a_run_share_their_translations(tiny_qwen: Tiny, tmp_path: Path) -> None:
+    """Else each test would wait seconds for PyTorch: what an export makes, the next one takes."""
+    model, kwargs = tiny_qwen
+    gm, shared = trace(model, kwargs), exporting.Translations()
+    export_graph(gm, tmp_path / "one.onnx", ExportConfig(runs=1))
+    made, reused = shared.made, shared.reused
+    export_graph(gm, tmp_path / "two.onnx", ExportConfig(runs=1))
+    assert shared.made == made and shared.reused == reused + len(segments(lower(gm).graph))

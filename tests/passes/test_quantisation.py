@@ -156,3 +156,6 @@ def test_the_layers_that_lose_most_stay_where_the_error_has_a_limit() -> None:
     assert left.kept.keys() - found.kept.keys() == set(order[5:]) and len(asked) <= 1 + len(order).bit_length()
     assert left.kept[order[-1]] == "with it the model's output would be off by more than 0.05"
     assert within_error(found, 1.0, error) is found and not within_error(found, 0.001, error).errors
+    # What a layer does to the model's output goes before what it does to its own.
+    measured = within_error(found, 0.05, error, lambda name: -found.errors[name])
+    assert set(measured.errors) == set(order[-5:])
