@@ -72,7 +72,7 @@ class ExportConfig(Config):
     weight_error: Tolerance | None = Field(
         None,
         description="largest relative error of the output on the recorded calls that --weights may add; the layers "
-        "that lose most stay as they are",
+        "that do most to it stay as they are",
     )
     attention: Annotated[Literal["auto", "primitive"], Flag(metavar="NAME")] = Field(
         "auto",

@@ -114,11 +114,11 @@ def test_layers_stay_until_the_output_is_within_the_error(tmp_path: Path) -> Non
     teacher, kwargs = models.tiny_qwen(blocks=2)
     gm = trace(teacher, kwargs)
     added = []
-    for number, limit in enumerate((None, 0.02, 1e-5)):
+    for number, limit in enumerate((None, 0.02, 1e-9)):
         config = ExportConfig(weights="int4", block=4, weight_error=limit, runs=1)
         path = tmp_path / f"keep-0.{number}.onnx"
-        if limit == 1e-5:
-            with pytest.raises(PpclError, match="--weight-error 1e-05: no layer in int4 stays within it"):
+        if limit == 1e-9:
+            with pytest.raises(PpclError, match="--weight-error 1e-09: no layer in int4 stays within it"):
                 export_graph(gm, path, config, calls=calls_of(kwargs))
             assert not path.exists()
             continue
