@@ -37,7 +37,12 @@ _CHOOSING = ("masked_fill", "where", "full", "full_like", "scalar_tensor", "clam
 class _Largest(TorchDispatchMode):
     """Notes the largest absolute float16 value that each node of a graph computes, inside its modules too."""
 
-    supports_higher_order_operators = True  # flex attention is one
+    supports_higher_order_operators = True  # flex attention is one, and compiles itself
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Let PyTorch compile while this looks on."""
+        return True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
