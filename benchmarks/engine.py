@@ -66,9 +66,9 @@ class RandomWeights(Shelf):
         return QuantisedWeight(self.scheme, values, scales)
 
 
-def mixture(blocks: int) -> tuple[GraphModule, float, tuple[str, ...]]:
+def mixture(blocks: int, heads: int) -> tuple[GraphModule, float, tuple[str, ...]]:
     """Return a graph without weights: the paper's 10 B student of all blocks, or a teacher of fewer."""
-    model = skeleton(QwenImageTransformer2DModel, config(blocks, 24), torch.bfloat16)
+    model = skeleton(QwenImageTransformer2DModel, config(blocks, heads), torch.bfloat16)
     gm = trace(model, calls(1, 1, 64, 64).examples())
     if blocks < WHOLE:
         return gm, 1.0, ()
@@ -80,23 +80,22 @@ def mixture(blocks: int) -> tuple[GraphModule, float, tuple[str, ...]]:
     return plugged.graph_module(), plugged.param_count() / pluggable.teacher_params, tuple(chosen)
 
 
-def exported(folder: Path, blocks: int, weights: Weights, block: int) -> dict[str, Any]:
+def exported(folder: Path, blocks: int, heads: int, scheme: Scheme) -> dict[str, Any]:
     """Write the graph and its weights in few bits; return what it took."""
     begin = time.perf_counter()
-    gm, keep, chosen = mixture(blocks)
+    gm, keep, chosen = mixture(blocks, heads)
     generator = torch.Generator().manual_seed(1)
 
     def read(name: str) -> Tensor:
         like = gm.state_dict()[name]
         return torch.randn(like.shape, generator=generator).mul(0.02).to(like.dtype)
 
-    scheme = Scheme(weights, block if weights == "int4" else None, torch.bfloat16)
     names = {f"{path}.weight": 0.0 for path in linear_layers(gm)}
     source = WeightSource(gm, read).with_quantised(Quantised(RandomWeights(scheme, gm), names, {}, {}))
     pieces = source.pieces(gm)
     needed = {name for some in pieces.values() for piece in some for name in source.stored_as(piece.name)}
     few = Rounding(source, 0, {gm: 0.0})
-    job = Job(ExportConfig(weights=weights, dtype="bf16", memory_limit=1), Translations())
+    job = Job(ExportConfig(weights=scheme.weights, dtype="bf16", memory_limit=1), Translations())
     with stored(source, needed, folder, [], print) as store:
         work = GraphExport(job, source, store, None, "random weights", None, few)
         done = work.export(ExportedMixture(gm, keep, chosen, folder / "keep-0.5.onnx"))
@@ -133,6 +132,7 @@ def main(arguments: list[str] | None = None) -> Path:
         "engine",
         __doc__,
         blocks=(str(WHOLE), f"blocks of width 3072, several sizes with commas; {WHOLE} is the paper's 10 B student"),
+        heads=(24, "heads of 128 channels"),
         weights=("int4", "int4 or int8"),
         block=(64, "weights of a row that share a scale, in INT4"),
         memory=("", "what the process that builds may hold, such as 20GiB"),
@@ -140,18 +140,19 @@ def main(arguments: list[str] | None = None) -> Path:
     )
     options = made.parse_args(arguments)
     limit = parse_size("--memory", options.memory) if options.memory else None
-    rows = []
+    weights, rows = cast(Weights, options.weights), []
+    scheme = Scheme(weights, options.block if weights == "int4" else None, torch.bfloat16)
     for blocks in [int(part) for part in options.blocks.split(",")]:
         folder = Path(tempfile.mkdtemp(prefix="ppcl-engine-", dir=options.scratch or None))
         try:
-            weights = cast(Weights, options.weights)
-            row = {"blocks": blocks, "weights": weights, **exported(folder, blocks, weights, options.block)}
+            row = {"blocks": blocks, "weights": weights, **exported(folder, blocks, options.heads, scheme)}
             print(row, flush=True)
             rows.append(row | built(folder, limit))
             print(rows[-1], flush=True)
         finally:
             shutil.rmtree(folder)
-    result = {"model": "Qwen-Image, width 3072, random weights", "block": options.block, "table": rows}
+    model = f"Qwen-Image, width {128 * options.heads}, random weights"
+    result = {"model": model, "block": options.block, "table": rows}
     packages = ("torch", "diffusers", "onnx", "onnxscript", "onnx-ir", "ppcl-fx")
     return write(f"engine-{options.weights}", options.out, result, packages)
 
