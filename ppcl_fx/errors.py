@@ -42,6 +42,10 @@ class GuardError(PpclError):
     """A call lies outside of what was traced; the message holds the guard's words."""
 
 
+class ValuesNeeded(PpclError):
+    """A model looks at a tensor's values to decide what to compute, and is traced without them."""
+
+
 class Refusal(PpclError):
     """A pass cannot make an edit; the message names the edit, the reason and the nodes."""
 

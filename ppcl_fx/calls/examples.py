@@ -77,10 +77,13 @@ def floats_as(kwargs: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """Return a call with its floating-point tensors in another type, as a pipeline of that type passes them.
 
     Numbers and lists of numbers never become narrower: a pipeline may pass timesteps in float32 beside bfloat16 latents
-    (SD3's does), and bfloat16 makes 988 of 987.65. A model that wants them narrower converts them itself.
+    (SD3's does), and bfloat16 makes 988 of 987.65. A model that wants them narrower converts them itself. The tensors
+    of a list are samples, or what several layers gave; those of a tuple are position tables, which stay as they are.
     """
 
     def cast(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cast(item) for item in value]
         if not isinstance(value, torch.Tensor) or not value.is_floating_point():
             return value
         return value.to(dtype if value.ndim > 1 else torch.promote_types(value.dtype, dtype))

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from ppcl_fx.calls.examples import build_call, floats_as
 from ppcl_fx.calls.kinds import Examples
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import PpclError, ValuesNeeded
 from ppcl_fx.io.shards import loaded_dtype
 from ppcl_fx.ir.dtypes import kept_in_float32, main_dtype, set_dtypes
 from ppcl_fx.ir.graphs import attribute, finished
@@ -196,7 +196,14 @@ def loaded_as(
     else:
         ones = {name: sizes for name, (sizes, _) in info["ones"].items()}
         call = Examples({**info["fixed"], **example}, ones=ones)
-    fresh = insert_edits(trace(model, call.over(floats_as(call, dtype))), plan if mixture is None else mixture[0])
+    call = call.over(floats_as(call, dtype))
+    try:
+        traced = trace(model, call)
+    except ValuesNeeded:
+        if not _take_weights(model, graph):
+            raise
+        traced = _without_weights(trace(model, call))
+    fresh = insert_edits(traced, plan if mixture is None else mixture[0])
     if mixture is not None:
         fresh = plugged(fresh, frozenset(mixture[1]))
     changed = _difference(graph, fresh)
@@ -208,6 +215,28 @@ def loaded_as(
     for kept in ("model", "unused"):  # of the weights, which this has not
         graph_info(fresh)[kept] = info[kept]
     return fresh.train(graph.training)
+
+
+def _take_weights(model: nn.Module, graph: GraphModule) -> bool:
+    """Put the weights that a graph holds into a model, in the model's dtypes; tell whether it has all of them then."""
+    held = {**graph_info(graph)["unused"], **graph.state_dict()}
+    like = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    there = {name: held[name] for name in like if name in held and not held[name].is_meta}
+    model.load_state_dict(
+        {name: tensor.detach().to("cpu", like[name]) for name, tensor in there.items()}, strict=False, assign=True
+    )
+    return there.keys() == like.keys()
+
+
+def _without_weights(graph: GraphModule) -> GraphModule:
+    """Send the parameters of a graph to the meta device; return the graph."""
+    made: dict[int, nn.Parameter] = {}
+    for module in graph.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:  # one that has several names stays one
+                kept = made.setdefault(id(parameter), nn.Parameter(parameter.to("meta"), requires_grad=False))
+                module._parameters[name] = kept
+    return graph
 
 
 def _difference(graph: GraphModule, fresh: GraphModule) -> str | None:

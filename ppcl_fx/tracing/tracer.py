@@ -15,7 +15,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 from torch.fx.proxy import Scope, TracerBase
 
-from ppcl_fx.errors import PpclError
+from ppcl_fx.errors import PpclError, ValuesNeeded
 from ppcl_fx.ir.graphs import attribute
 from ppcl_fx.tracing.examples import (
     META,
@@ -207,7 +207,7 @@ class ExampleTracer(TracerBase):
         except UnknownValue as unknown:
             if not _for_want_of_values(why):
                 raise why from None
-            raise PpclError(
+            raise ValuesNeeded(
                 f"{self._where()} reads a tensor's values to decide what to compute ({node.target}), and "
                 f"{unknown.name} has none; trace with actual inputs, not with inputs on the meta device"
             ) from why

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ppcl_fx.calls.examples import floats_as
 from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, export_graph
@@ -53,17 +52,23 @@ def reason(line: str, folder: str) -> str:
     return " ".join(words.replace("|", "/").split())[:160]
 
 
-def typed(case: Case, dtype: torch.dtype) -> tuple[GraphModule, nn.Module, Kwargs]:
-    """Return the graph that is exported of a model loaded in float32; the model loaded in the type; a call for it."""
-    model, kwargs = case.build(), case.kwargs()
-    gm = trace(model, kwargs)
-    fresh = in_type(gm, Plan(), dtype, calls_of(kwargs))
-    assert fresh is not None
+def loaded_in(case: Case, dtype: torch.dtype) -> nn.Module:
+    """Return a row's model, saved in float32 and loaded in a type."""
+    model = case.build()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)  # type: ignore[operator]
         kind = type(model)
         loaded: nn.Module = kind.from_pretrained(folder, torch_dtype=dtype).eval()  # type: ignore[attr-defined]
-    return with_weights(fresh, gm), loaded, floats_as(kwargs, dtype)
+    return loaded
+
+
+def typed(case: Case, dtype: torch.dtype) -> GraphModule:
+    """Return the graph that is exported in a type of a row's model, which is in float32."""
+    kwargs = case.kwargs()
+    gm = trace(case.build(), kwargs)
+    fresh = in_type(gm, Plan(), dtype, calls_of(kwargs))
+    assert fresh is not None
+    return with_weights(fresh, gm)
 
 
 def read(page: Path) -> dict[str, dict[str, str]]:
