@@ -121,4 +121,6 @@ def within_error(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if error(found.without(order[middle:], "")) <= limit else (low, middle)
+    if not any(effects[name] for name in order[:low]):
+        low = 0  # none but layers whose results nobody reads
     return found.without(order[low:], f"with it the model's output would be off by more than {limit:g}")
