@@ -262,6 +262,8 @@ def test_parts_that_a_class_keeps_in_float32_stay_so() -> None:
 
 
 class _Changed(Pass, name="test-half-changed", kind="rewrite", numerics="approximate"):
+    """Says that it changed a graph."""
+
     def apply(self, gm: GraphModule) -> Result:
         return Result(gm, True)
 

@@ -60,8 +60,7 @@ IDLE = {
         "tuples-apart"
     },
     ("sd3", "exported"): {
-        "clamp-half", "complex-to-real", "einsum-to-permute", "expand", "positions-as-inputs", "text-stream",
-        "tuples-apart"
+        "clamp-half", "complex-to-real", "expand", "positions-as-inputs", "text-stream", "tuples-apart"
     },
 }
 """Rewriting passes that have nothing to do on any graph of a model."""
