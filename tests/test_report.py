@@ -133,6 +133,7 @@ def _ratios() -> list[dict[str, Any]]:
                 "keep": keep,
                 "finetuned": tuned,
                 "params": int(8000 * keep),
+                "weight_bytes": int(2**20 * 3 * keep),
                 "blocks": int(8 * keep),
                 "score": {**dict.fromkeys(CATEGORIES, score), "overall": score},
                 "drop_pct": 100 * (1 - score / 0.9),
@@ -297,6 +298,7 @@ def test_table_of_ratios_shows_what_was_measured(tmp_path: Path) -> None:
         "100%",
         "50%, fine-tuned",
         "8 000",
+        "1.5",
         "0.870",
         "3.3 %",
         "5.0",
@@ -307,7 +309,7 @@ def test_table_of_ratios_shows_what_was_measured(tmp_path: Path) -> None:
         assert words in page.words, words
     assert "–" not in page.words
     empty = _write(tmp_path, ratios=[{"keep": 0.7}])
-    assert empty.words.count("–") == 7  # parameters, blocks, overall, drop, latency, speed-up, parity
+    assert empty.words.count("–") == 8  # parameters, MiB, blocks, overall, drop, latency, speed-up, parity
 
 
 def test_pictures_keep_their_pixels_and_lose_their_metadata(tmp_path: Path) -> None:
