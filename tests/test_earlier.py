@@ -23,7 +23,7 @@ ENDS = {"stopped": "trained", "stopped_bounded": "bounded"}
 OPTIONS = ["--held-out", "0.2", "--evaluate-every", "2", "--ema", "0.9", "--every", "2", "--resume"]
 STAGES = {
     "stopped": ["--stage", "depth,width,finetune", "--steps", "6,4,4", "--keep", "0.7", "--no-tensorboard"],
-    "stopped_bounded": ["--stage", "depth,width", "--steps", "6,4", "--memory-limit", "2GiB"],
+    "stopped_bounded": ["--stage", "depth,width", "--steps", "6,4", "--memory-limit", "5GiB"],
 }
 
 

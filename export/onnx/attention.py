@@ -86,12 +86,14 @@ def plain_masks(graph: ir.Graph) -> int:
                 for name, value in (("seen", 0.0), ("hidden", _LOWEST[query.dtype]))
             )
             mask = tape.op("Where", [mask, seen, hidden], name=f"mask_added_{number}")
+            mask.dtype = query.dtype
         ones = tape.op("Constant", [], {"value_ints": [1, 1]}, name=f"mask_ones_{number}")
         one = tape.op("Constant", [], {"value_ints": [1]}, name=f"mask_one_{number}")
         # Queries are [batch, heads, tokens, channels] here: PyTorch's exporter never writes the 3-D form.
         count = tape.op("Shape", [query], {"start": 2, "end": 3}, name=f"mask_queries_{number}")
         shape = tape.op("Concat", [ones, count, one], {"axis": 0}, name=f"mask_shape_{number}")
         wide = tape.op("Expand", [mask, shape], name=f"mask_wide_{number}")
+        wide.dtype = mask.dtype
         for step in tape.nodes:
             step.outputs[0].name = f"{step.name}_out"
         graph.insert_before(node, tape.nodes)

@@ -9,14 +9,15 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from onnx_ir.tensor_adapters import from_torch_dtype
 from torch import nn
 
+from ppcl_fx.calls.examples import floats_as
 from ppcl_fx.calls.store import Call, Calls
 from ppcl_fx.errors import PpclError
 from ppcl_fx.export import ExportConfig, export_graph
-from ppcl_fx.export.onnx.assemble import onnx_dtype
 from ppcl_fx.export.onnx.segments import Translations
-from ppcl_fx.export.onnx.writer import floats_as, prepare, translated
+from ppcl_fx.export.onnx.writer import prepare, translated
 from ppcl_fx.tracing import trace
 from tests.coverage.table import CASES
 from tests.export.test_families import FAMILIES
@@ -56,7 +57,7 @@ def test_a_mask_of_truth_values_becomes_one_that_is_added(dtype: torch.dtype) ->
     counts, graph = written("masked", "auto", dtype)
     assert (counts["Attention"], counts["Where"]) == (ATTENTIONS["masked"], ATTENTIONS["masked"])
     masks = [node.inputs[3] for node in graph.graph if node.op_type == "Attention"]
-    assert {mask.dtype for mask in masks if mask is not None} == {onnx_dtype(dtype)}
+    assert {mask.dtype for mask in masks if mask is not None} == {from_torch_dtype(dtype)}
 
 
 def written(name: str, attention: Any, dtype: torch.dtype) -> tuple[Counter[str], ir.Model]:

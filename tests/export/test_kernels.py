@@ -9,14 +9,16 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from ppcl_fx.calls.examples import floats_as
 from ppcl_fx.export.kernels import FUSED_ATTENTION, kernels
 from ppcl_fx.export.onnx.segments import Translations
-from ppcl_fx.export.onnx.writer import floats_as, prepare, translated
+from ppcl_fx.export.onnx.writer import prepare, translated
 from ppcl_fx.tracing import trace
 from tests.export.compiler import BEGIN, END, PAGE, RANGES, TABLE, attention, build, fused, library, page
 from tests.export.test_attention import ATTENTIONS, MODELS
+from tests.export.test_rtx_families import NEEDS
 
-pytestmark = pytest.mark.slow
+pytestmark = NEEDS
 
 WRITTEN = json.loads(TABLE.read_text(encoding="utf-8"))
 
