@@ -93,7 +93,8 @@ def plain_masks(graph: ir.Graph) -> int:
         count = tape.op("Shape", [query], {"start": 2, "end": 3}, name=f"mask_queries_{number}")
         shape = tape.op("Concat", [ones, count, one], {"axis": 0}, name=f"mask_shape_{number}")
         wide = tape.op("Expand", [mask, shape], name=f"mask_wide_{number}")
-        wide.dtype = mask.dtype
+        if mask.dtype is not None:
+            wide.dtype = mask.dtype
         for step in tape.nodes:
             step.outputs[0].name = f"{step.name}_out"
         graph.insert_before(node, tape.nodes)

@@ -27,8 +27,12 @@ MARGIN = 2.0
 CALLS = 8
 """Recorded calls that are looked at, at most, evenly spread."""
 
-_CHOOSING = ("masked_fill", "where", "full", "full_like", "scalar_tensor", "clamp")
-"""Operations whose results are values that were given: a mask may hold minus infinity."""
+_CHOOSING = (
+    "masked_fill", "where", "full", "full_like", "scalar_tensor", "clamp", "empty", "empty_like", "empty_strided",
+    "new_empty", "copy",
+)  # fmt: skip
+"""Operations whose results are values that were given: a mask may hold minus infinity, and memory that nobody has
+written to anything."""
 
 
 # ---- the range of float16 ----------------------------------------------------------------------------------------
@@ -51,7 +55,9 @@ class _Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        chosen = func.name().partition("::")[2].rstrip("_") in _CHOOSING
+        returned = func._schema.returns if hasattr(func, "_schema") else ()
+        view = any(one.alias_info is not None and not one.alias_info.is_write for one in returned)
+        chosen = view or func.name().partition("::")[2].rstrip("_") in _CHOOSING
         given = chosen or any(not bool(value.isfinite().all()) for value in _floats((args, kwargs)))
         for value in _floats(result):
             if value.dtype == torch.float16:

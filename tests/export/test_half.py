@@ -287,3 +287,19 @@ def test_a_graph_that_its_class_does_not_give_is_one_line(tmp_path: Path) -> Non
     gm.set_submodule("proj_out", nn.Linear(32, 7))
     refused(gm, r"\(its parameter proj_out.weight is another\).* trace it again")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_nobody_has_written_to_holds_no_value() -> None:
+    def rotated(x: torch.Tensor) -> torch.Tensor:
+        made = torch.empty_like(x)  # as Wan does it
+        made[..., 0::2] = 2 * x[..., 0::2]
+        made[..., 1::2] = -x[..., 1::2]
+        return made
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # fills such memory with NaN
+    try:
+        found = largest_values(torch.fx.symbolic_trace(rotated), [{"x": torch.full((1, 4), 2.0).half()}])
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert max(found.values()) == 4.0
