@@ -296,10 +296,12 @@ def test_memory_that_nobody_has_written_to_holds_no_value() -> None:
         made[..., 1::2] = -x[..., 1::2]
         return made
 
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(rotated, (graph.placeholder("x"),)))
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)  # fills such memory with NaN
     try:
-        found = largest_values(torch.fx.symbolic_trace(rotated), [{"x": torch.full((1, 4), 2.0).half()}])
+        found = largest_values(GraphModule(nn.Module(), graph), [{"x": torch.full((1, 4), 2.0).half()}])
     finally:
         torch.use_deterministic_algorithms(before)
     assert max(found.values()) == 4.0
