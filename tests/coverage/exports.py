@@ -74,5 +74,5 @@ def typed(case: Case, dtype: torch.dtype) -> GraphModule:
 def read(page: Path) -> dict[str, dict[str, str]]:
     """Return what a page says of the types."""
     rows = [line.strip("| \n").split(" | ") for line in page.read_text().splitlines() if line.startswith("| `")]
-    cells = {row[0].replace("`", ""): row[-len(TYPES) :] for row in rows}
+    cells = {row[0].replace("`", "", 2): row[-len(TYPES) :] for row in rows}
     return {name: dict(zip(TYPES, found, strict=True)) for name, found in cells.items()}
