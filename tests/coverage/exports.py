@@ -49,7 +49,7 @@ def exported(case: Case, name: str) -> str:
 def reason(line: str, folder: str) -> str:
     """Return the first clause of an error without paths, fit for a cell."""
     words = line.replace(folder, "").removeprefix("/one.onnx: ").partition("; ")[0]
-    return " ".join(words.replace("|", "/").split())[:160]
+    return " ".join(words.replace("|", "/").split())[:160].strip()
 
 
 def loaded_in(case: Case, dtype: torch.dtype) -> nn.Module:
