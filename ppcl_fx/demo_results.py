@@ -49,7 +49,6 @@ from ppcl_fx.train.config import Weights
 SHOWN = 2  # prompts of each category in the grid of pictures
 ROUNDS = 15  # runs of each exported file that are timed
 FEW_BITS = {"int8": 0.003, "int4": 0.015}  # weights of the smallest ratio, and the error they may add to its output
-ROUNDED_FOR = 16  # recorded calls that those are rounded for
 EMA = 0.995
 BETAS = (0.9, 0.99)  # of fine-tuning: its gradients are noisy, and a longer memory of their squares steadies them
 LEADS = {
@@ -240,10 +239,9 @@ def export_ratios(
     tuned = FinetunedFolder.open(out / "student" / FINETUNED)
     done = export(tuned, out / "engines-finetuned", calls=calls[:1], known=known).ratios
     found.append(ExportedFile(keeps[-1], done[0], finetuned, finetuned=True))
-    some = calls[:: max(1, len(calls) // ROUNDED_FOR)]
     for weights, error in FEW_BITS.items():
         how: dict[str, Any] = {"keep": keeps[-1:], "weights": weights, "weight_error": error, "check_calls": 1}
-        done = export(model, out / f"engines-{weights}", calls=some, known=known, **how).ratios
+        done = export(model, out / f"engines-{weights}", calls=calls, known=known, **how).ratios
         found.append(ExportedFile(keeps[-1], done[0], graphs[-1], weights=weights))
     return found
 
