@@ -280,7 +280,12 @@ def write_typed(
         The sizes of the example, by the names of the open sizes.
     """
     config = job.config.model_copy(update={"dtype": "bf16", "embed": False})
-    opened = _opened(model, config, job.calls)
+    float32 = {
+        ratio.onnx
+        for ratio in exported
+        if job.config.dtype != "fp32" and read_json(manifest_path(ratio.onnx), Manifest).dtype == "float32"
+    }
+    opened = _opened(model, config, job.calls) if float32 else Opened.of(model, config)
     graphs = [opened.model.plug(students=ratio.students).graph_module() for ratio in exported]
     prepared = prepare(graphs[0], *call_of(graphs[0], job.calls))
     sizes = {axis.name: axis.size for axis in prepared.axes}
@@ -295,7 +300,7 @@ def write_typed(
             gm, ratio.keep, ratio.students, typed_graph_path(ratio.onnx), typed=opened.in_type(ratio.students)
         )
         for gm, ratio in zip(graphs, exported, strict=True)
-        if job.config.dtype != "fp32" and read_json(manifest_path(ratio.onnx), Manifest).dtype == "float32"
+        if ratio.onnx in float32
     ]
     if mixtures:
         with claimed(onnx.parent, [mixture.path for mixture in mixtures]):

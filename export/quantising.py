@@ -22,7 +22,7 @@ from ppcl_fx.errors import PpclError
 from ppcl_fx.export.config import ROUNDED_FOR_CALLS, ExportConfig
 from ppcl_fx.export.store.manifest import QuantisedWeights
 from ppcl_fx.export.store.weight_source import WeightPiece, WeightSource, weightless
-from ppcl_fx.export.verify.metrics import spread
+from ppcl_fx.export.verify.metrics import agreement, spread
 from ppcl_fx.ir.dtypes import main_dtype
 from ppcl_fx.ir.executor import Executor, Residency
 from ppcl_fx.ir.spill import Spill
@@ -148,23 +148,22 @@ class _AddedError:
         self._outputs = partial(_outputs, config=config, work=work)
         self._exact = [self._outputs(gm, calls, source) for gm in graphs]
         self._names = [{piece.name for part in source.pieces(gm).values() for piece in part} for gm in graphs]
-        self._worst: int | None = None
+        self._worst = 0
 
     def of(self, some: Quantised) -> list[float]:
         """Return the error of each graph, the largest of a call."""
         few = self.source.with_quantised(some)
         given = [self._outputs(gm, self.calls, few) for gm in self.graphs]
         errors = [_errors(*pair) for pair in zip(given, self._exact, strict=True)]
-        if self._worst is None:
-            self._worst = max(range(len(self.calls)), key=lambda call: max(row[call] for row in errors))
+        self._worst = max(range(len(self.calls)), key=lambda call: max(row[call] for row in errors))
         return [max(row) for row in errors]
 
     def alone(self, found: Quantised, name: str) -> float:
-        """Return the error that one layer adds, in the last graph that has it, on the call that was worst with all."""
+        """Return the error that one layer adds, in the last graph that has it, on the call that `of` found worst."""
         index = max((i for i, names in enumerate(self._names) if name in names), default=None)
         if index is None:
             return 0.0
-        call = self._worst or 0
+        call = self._worst
         few = self.source.with_quantised(found.without(found.errors.keys() - {name}, ""))
         given = self._outputs(self.graphs[index], self.calls[call : call + 1], few)
         return _errors(given, self._exact[index][call : call + 1])[0]
@@ -246,4 +245,4 @@ def _stored(scheme: Scheme, scale: float, layer: nn.Module, args: tuple[Tensor, 
 
 def _errors(given: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     """Return the relative error of each call's result."""
-    return [float((one - right).norm() / right.norm()) for one, right in zip(given, exact, strict=True)]
+    return [agreement(one, right, "").relative for one, right in zip(given, exact, strict=True)]

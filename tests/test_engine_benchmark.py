@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import engine
-from tests.export.test_rtx_families import NEEDS
+import pytest
 
-pytestmark = NEEDS
+from benchmarks import engine
+from tests.export.compiler import NEEDS
+
+pytestmark = [pytest.mark.slow, NEEDS]
 
 
 def test_a_result_holds_what_the_builder_took(tmp_path: Path) -> None:

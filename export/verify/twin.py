@@ -23,10 +23,11 @@ from ppcl_fx.export.onnx.graph_run import run_graph
 from ppcl_fx.export.onnx.half import HALF
 from ppcl_fx.export.onnx.quantised import inputs_as_they_are
 from ppcl_fx.export.onnx.writer import Prepared
+from ppcl_fx.export.verify.metrics import agreement
 from ppcl_fx.export.verify.onnx_runner import session
 from ppcl_fx.export.verify.reference import Answers
 from ppcl_fx.ir.dtypes import main_dtype
-from ppcl_fx.ir.graphs import reached
+from ppcl_fx.ir.graphs import copy_modules, reached
 from ppcl_fx.passes.quantisation.linear import QuantisedLinear
 from ppcl_fx.tracing.guards import guards
 
@@ -76,8 +77,7 @@ def _with_inputs_as_they_are(gm: GraphModule) -> GraphModule | None:
     paths = [p for p, m in gm.named_modules() if isinstance(m, QuantisedLinear) and m.inputs is not None]
     if not paths:
         return None
-    made = copy.deepcopy(gm, {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())})
-    made.meta = dict(gm.meta)
+    made = copy_modules(gm)
     for path in paths:
         layer = made.get_submodule(path)
         assert isinstance(layer, QuantisedLinear)
@@ -88,13 +88,13 @@ def _with_inputs_as_they_are(gm: GraphModule) -> GraphModule | None:
 def _check_stored_inputs(stored: Answers, bare: Answers, path: Path) -> None:
     """Refuse a file whose stored inputs take it further from PyTorch than storing them takes PyTorch."""
     call = floats_as(stored.prepared.calls["traced"], stored.dtype)
-    expected = stored.pytorch(call).double()
-    away = float((stored.exported(call).double() - expected).norm() / expected.norm())
-    allowed = float((bare.pytorch(call).double() - expected).norm() / expected.norm())
+    expected = stored.pytorch(call)
+    away = agreement(stored.exported(call), expected, "traced").relative
+    allowed = agreement(bare.pytorch(call), expected, "traced").relative
     if not away <= allowed:
         raise PpclError(
-            f"{path}: with inputs in FP8 the file is {away:.2g} from PyTorch, and that costs {allowed:.2g}; "
-            "nothing was kept; report the model"
+            f"{path}: with inputs in FP8 the file differs from PyTorch by {away:.2g}, more than the {allowed:.2g} that "
+            "FP8 itself costs; nothing was kept; report the model"
         )
 
 
@@ -154,6 +154,5 @@ def rounding(answers: Answers) -> float:
     model itself rounds, a timestep for example, counts.
     """
     call = answers.prepared.calls["traced"]
-    rounded = run_graph(answers.prepared.gm, call)[0].double()
-    exact = answers.pytorch(floats_as(call, torch.float32)).double()
-    return float((rounded - exact).norm() / exact.norm())
+    rounded = run_graph(answers.prepared.gm, call)[0]
+    return agreement(rounded, answers.pytorch(floats_as(call, torch.float32)), "traced").relative

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
+from ppcl_fx.ir.graphs import copy_modules
 from ppcl_fx.passes.quantisation.schemes import QuantisedWeight, Scheme
 
 
@@ -59,9 +59,7 @@ class QuantisedLinear(nn.Module):
 
 def with_quantised(gm: GraphModule, weights: Mapping[str, QuantisedWeight]) -> GraphModule:
     """Return a graph over the same tensors whose linear layers, by module path, are those of quantised weights."""
-    tensors = [*gm.parameters(), *gm.buffers()]
-    made = copy.deepcopy(gm, {id(tensor): tensor for tensor in tensors})
-    made.meta = dict(gm.meta)
+    made = copy_modules(gm)
     for path, weight in weights.items():
         layer = gm.get_submodule(path)
         bias = layer.bias

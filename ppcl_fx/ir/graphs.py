@@ -152,6 +152,13 @@ def copy_graph_module(gm: GraphModule) -> GraphModule:
     return finished(draft(gm))
 
 
+def copy_modules(gm: GraphModule) -> GraphModule:
+    """Return a graph module with a graph and modules of its own over the same parameters and buffers."""
+    made = copy.deepcopy(gm, {id(tensor): tensor for tensor in (*gm.parameters(), *gm.buffers())})
+    made.meta = dict(gm.meta)
+    return made
+
+
 def _over(gm: GraphModule, graph: Graph, kind: type[_Kind]) -> _Kind:
     made = kind(gm, graph, class_name=gm.__class__.__name__)
     made.meta = {key: dict(value) if isinstance(value, dict) else value for key, value in gm.meta.items()}

@@ -100,8 +100,24 @@ def retraced(
         # What a pipeline passes in another dtype than the model's, a timestep in float32, stays as it is.
         main = main_dtype(graph)
         example = build_call(info["example"], {main: dtypes(main)})
-    fresh = insert_edits(trace(model, example), plan if mixture is None else mixture[0])
-    return over(graph, fresh if mixture is None else plugged(fresh, frozenset(mixture[1])))
+    return over(graph, _anew(graph, plan, model, example))
+
+
+def _anew(graph: GraphModule, plan: Plan, model: nn.Module, call: Mapping[str, Any]) -> GraphModule:
+    """Trace `model`, which has no weights, as `graph` was, with its edits, and as the mixture that it is, if it is one.
+
+    Where the model looks at values it gets the weights of `graph` for the trace.
+    """
+    try:
+        traced = trace(model, call)
+    except ValuesNeeded:
+        if not _take_weights(model, graph):
+            raise
+        traced = _weightless(trace(model, call))
+    mixture: tuple[Plan, Sequence[str]] | None = graph_info(graph).get("mixture")
+    if mixture is None:
+        return insert_edits(traced, plan)
+    return plugged(insert_edits(traced, mixture[0]), frozenset(mixture[1]))
 
 
 def over(graph: GraphModule, fresh: GraphModule) -> GraphModule:
@@ -196,16 +212,7 @@ def loaded_as(
     else:
         ones = {name: sizes for name, (sizes, _) in info["ones"].items()}
         call = Examples({**info["fixed"], **example}, ones=ones)
-    call = call.over(floats_as(call, dtype))
-    try:
-        traced = trace(model, call)
-    except ValuesNeeded:
-        if not _take_weights(model, graph):
-            raise
-        traced = _without_weights(trace(model, call))
-    fresh = insert_edits(traced, plan if mixture is None else mixture[0])
-    if mixture is not None:
-        fresh = plugged(fresh, frozenset(mixture[1]))
+    fresh = _anew(graph, plan, model, call.over(floats_as(call, dtype)))
     changed = _difference(graph, fresh)
     if changed is not None:
         raise PpclError(
@@ -226,17 +233,6 @@ def _take_weights(model: nn.Module, graph: GraphModule) -> bool:
         {name: tensor.detach().to("cpu", like[name]) for name, tensor in there.items()}, strict=False, assign=True
     )
     return there.keys() == like.keys()
-
-
-def _without_weights(graph: GraphModule) -> GraphModule:
-    """Send the parameters of a graph to the meta device; return the graph."""
-    made: dict[int, nn.Parameter] = {}
-    for module in graph.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:  # one that has several names stays one
-                kept = made.setdefault(id(parameter), nn.Parameter(parameter.to("meta"), requires_grad=False))
-                module._parameters[name] = kept
-    return graph
 
 
 def _difference(graph: GraphModule, fresh: GraphModule) -> str | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -14,11 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import pytest
 from onnx import helper
 
 from ppcl_fx.export.kernels import kernels, let_take_apart
 from ppcl_fx.export.tensorrt_api import Api
 
+NEEDS = pytest.mark.skipif(
+    # The libraries come with the extra [dev], but for macOS.
+    importlib.util.find_spec("tensorrt_rtx_bindings") is None,
+    reason="needs the packages tensorrt-rtx-cu13-libs and -bindings",
+)
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "tests" / "data" / "attention_kernels.json"
 PAGE = ROOT / "docs" / "engines.md"

@@ -14,11 +14,22 @@ from ppcl_fx.export.kernels import FUSED_ATTENTION, kernels
 from ppcl_fx.export.onnx.segments import Translations
 from ppcl_fx.export.onnx.writer import prepare, translated
 from ppcl_fx.tracing import trace
-from tests.export.compiler import BEGIN, END, PAGE, RANGES, TABLE, attention, build, fused, library, page
+from tests.export.compiler import (
+    BEGIN,
+    END,
+    NEEDS,
+    PAGE,
+    RANGES,
+    TABLE,
+    attention,
+    build,
+    fused,
+    library,
+    page,
+)
 from tests.export.test_attention import ATTENTIONS, MODELS
-from tests.export.test_rtx_families import NEEDS
 
-pytestmark = NEEDS
+pytestmark = [pytest.mark.slow, NEEDS]
 
 WRITTEN = json.loads(TABLE.read_text(encoding="utf-8"))
 

@@ -6,7 +6,6 @@ NVIDIA's bindings.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import struct
 from pathlib import Path
@@ -29,14 +28,11 @@ from ppcl_fx.export.tensorrt.options import PORTABLE, BuildOptions
 from ppcl_fx.export.tensorrt.profiles import Profile, Range, Spec, check_agreement
 from ppcl_fx.export.tensorrt.request import BuildConfig, read_request
 from ppcl_fx.export.tensorrt_api import Gpu, find_gpu, load_builder, load_tensorrt, short
+from tests.export.compiler import NEEDS
 from tests.export.fake_trt import working
 from tests.export.test_tensorrt import PROFILE, SPEC, write_graph
 
-pytestmark = pytest.mark.skipif(
-    # The libraries come with the extra [dev], but for macOS.
-    importlib.util.find_spec("tensorrt_rtx_bindings") is None,
-    reason="needs the packages tensorrt-rtx-cu13-libs and -bindings",
-)
+pytestmark = NEEDS
 QUICK = BuildOptions(gpu=("8.9",), level=0)
 VERSION = "1.7.1.116"
 

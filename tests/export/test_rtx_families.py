@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import warnings
 from pathlib import Path
 
@@ -24,17 +23,10 @@ from ppcl_fx.model.rewrite import rewrite
 from ppcl_fx.schema.plan import DepthEdit, Edit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.tracing import trace
 from tests.coverage.case import EXAMPLE
+from tests.export.compiler import NEEDS
 from tests.export.test_families import FAMILIES
 
-NEEDS = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        # The libraries come with the extra [dev], but for macOS.
-        importlib.util.find_spec("tensorrt_rtx_bindings") is None,
-        reason="needs the packages tensorrt-rtx-cu13-libs and -bindings",
-    ),
-]
-pytestmark = NEEDS
+pytestmark = [pytest.mark.slow, NEEDS]
 QUICK = BuildOptions(gpu=("8.9",), level=0)
 STACK = "transformer_blocks"
 STUDENTS: dict[str, Edit | None] = {

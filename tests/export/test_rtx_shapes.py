@@ -16,9 +16,10 @@ from ppcl_fx.model.rewrite import rewrite
 from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan, TextStreamEdit
 from ppcl_fx.shapes import load_pipeline
 from ppcl_fx.tracing import trace
-from tests.export.test_rtx_families import NEEDS, QUICK, STACK
+from tests.export.compiler import NEEDS
+from tests.export.test_rtx_families import QUICK, STACK
 
-pytestmark = NEEDS
+pytestmark = [pytest.mark.slow, NEEDS]
 
 RATIOS = (1.0, 0.7, 0.6, 0.5)
 WAYS = {
