@@ -96,7 +96,7 @@ def run(settings: DemoSettings, command: str) -> None:
         say(f"{len(files)} ONNX files, each checked on {len(files[0].done.parity)} shapes")
     with clock.stage("score") as say:
         rows = score_files(pipeline, files, settings.per_category)
-        say(", ".join(f"{row.name} {row.score['overall']:.3f}" for row in rows))
+        say(", ".join(f"{row.file.name} {row.score['overall']:.3f}" for row in rows))
     with clock.stage("report"):
         blocks = sum(len(stack.blocks) for stack in analysis.stacks)
         ratios = summary(rows, engines, model, blocks)
@@ -182,19 +182,6 @@ class ExportedFile:
     finetuned: bool = False
     weights: str = "stored"
 
-
-@dataclass
-class Row:
-    """One file that was scored: a row of the table."""
-
-    keep: float
-    finetuned: bool
-    params: int
-    students: tuple[str, ...]
-    drawn: list[Drawn]
-    score: dict[str, float]
-    weights: str = "stored"
-
     @property
     def name(self) -> str:
         """The row's name in tables."""
@@ -202,6 +189,15 @@ class Row:
             return "teacher"
         few = "" if self.weights == "stored" else f", {self.weights.upper()}"
         return f"{self.keep:.0%}" + (", fine-tuned" if self.finetuned else "") + few
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file that was scored: a row of the table."""
+
+    file: ExportedFile
+    drawn: list[Drawn]
+    score: dict[str, float]
 
 
 def score_files(pipeline: ShapesPipeline, files: Sequence[ExportedFile], per_category: int) -> list[Row]:
@@ -215,8 +211,7 @@ def score_files(pipeline: ShapesPipeline, files: Sequence[ExportedFile], per_cat
             folder, keep = file.done.onnx.parent, file.done.keep
             pipeline.transformer = EngineTransformer(folder, keep=keep, backend="onnxruntime", device="cpu")
             drawn = score_pictures(pipeline, per_category)
-            told = (file.keep, file.finetuned, file.done.params, file.done.students)
-            rows.append(Row(*told, drawn, summarise(drawn), file.weights))
+            rows.append(Row(file, drawn, summarise(drawn)))
     finally:
         pipeline.transformer = own
     return rows
@@ -276,7 +271,7 @@ def picture_grid(rows: Sequence[Row]) -> PictureGrid:
         places += [i for i, d in enumerate(rows[0].drawn) if d.prompt.category == category][:SHOWN]
     return PictureGrid(
         [rows[0].drawn[i].prompt.text for i in places],
-        [row.name for row in rows],
+        [row.file.name for row in rows],
         [[to_image(row.drawn[i].picture) for row in rows] for i in places],
         [[bool(row.drawn[i].score) for row in rows] for i in places],
     )
@@ -295,13 +290,13 @@ def summary(
     teacher, first = rows[0].score["overall"], engines[0]["latency_ms"]
     return [
         {
-            "name": row.name,
-            "keep": row.keep,
-            "finetuned": row.finetuned,
-            "weights": row.weights,
-            "params": row.params,
+            "name": row.file.name,
+            "keep": row.file.keep,
+            "finetuned": row.file.finetuned,
+            "weights": row.file.weights,
+            "params": row.file.done.params,
             "weight_bytes": engine["weight_bytes"],
-            "blocks": blocks_left(model, row.students, blocks),
+            "blocks": blocks_left(model, row.file.done.students, blocks),
             "score": {name: round(value, 4) for name, value in row.score.items()},
             "drop_pct": round(100 * (1 - row.score["overall"] / teacher), 2) if teacher else None,
             "latency_ms": round(engine["latency_ms"], 3),

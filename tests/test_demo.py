@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from torch.fx import Graph, GraphModule
 
 from ppcl_fx import demo, demo_results
 from ppcl_fx.errors import PpclError
+from ppcl_fx.export.one_graph import Exported
 from ppcl_fx.schema.plan import DepthEdit, FfnEdit, Plan
 from ppcl_fx.shapes.captions import CATEGORIES, prompts
 from ppcl_fx.shapes.score import Drawn
@@ -29,16 +31,16 @@ class Cut:
 
 
 def _row(
-    name_keep: float, overall: float, students: tuple[str, ...] = (), finetuned: bool = False
+    keep: float, overall: float, students: tuple[str, ...] = (), finetuned: bool = False, weights: str = "stored"
 ) -> demo_results.Row:
     drawn = [
         Drawn(prompt, torch.full((3, 24, 24), 1.0 if i else -1.0), i)
         for category in CATEGORIES
         for i, prompt in enumerate(prompts(category, 2, 0))
     ]
-    return demo_results.Row(
-        name_keep, finetuned, 100, students, drawn, dict.fromkeys([*CATEGORIES, "overall"], overall)
-    )
+    done = Exported(keep, Path("keep.onnx"), 100, students, 23, {"traced": 1e-6}, 1e-6, 1.0, 1.0)
+    file = demo_results.ExportedFile(keep, done, GraphModule(nn.Module(), Graph()), finetuned, weights)
+    return demo_results.Row(file, drawn, dict.fromkeys([*CATEGORIES, "overall"], overall))
 
 
 def test_clear_removes_what_a_demo_left_and_nothing_else(tmp_path: Path) -> None:
@@ -131,7 +133,7 @@ def test_drop_and_speed_up_are_against_the_teacher() -> None:
         _row(1.0, 0.8),
         _row(0.5, 0.6, ("depth:b.1-3",)),
         _row(0.5, 0.9, ("depth:b.1-3",), finetuned=True),
-        replace(_row(0.5, 0.5, ("depth:b.1-3",)), weights="int4"),
+        _row(0.5, 0.5, ("depth:b.1-3",), weights="int4"),
     ]
     engines = [{"latency_ms": ms, "parity_max_abs": 1e-6, "weight_bytes": 2**20} for ms in (8.0, 4.0, 2.0, 4.0)]
     ratios = demo_results.summary(rows, engines, model, 8)
